@@ -1,0 +1,87 @@
+"""A settings field whose class is chosen by an import path, so that a method can live in anybody's folder.
+
+    [source]
+    use = "my_folder.sources:Shuffled"     # a subclass of the field's base; left out: the field's default class
+    path = "data/"                         # that class's own settings, checked like all others
+
+The chosen class is a `Settings` whose `build` method makes the noun: no registry of names stands between.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, PlainSerializer, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from resilin.config.settings import Settings
+
+S = TypeVar("S", bound=Settings)
+
+
+def use_path(cls: type[Settings]) -> str:
+    """The `use` value that names a settings class."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _load_class(use: object, base: type[Settings]) -> type[Settings]:
+    if not isinstance(use, str) or use.count(":") != 1:
+        raise PydanticCustomError(
+            "use_form",
+            "{use} should be an import path of the form 'package.module:Class'",
+            {"use": repr(use)},
+        )
+    module_name, _, class_name = use.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise PydanticCustomError(
+            "use_module",
+            "module {module} cannot be imported ({reason}); is its folder on PYTHONPATH?",
+            {"module": repr(module_name), "reason": str(error)},
+        ) from None
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        offers = [
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, base) and value is not base
+        ]
+        raise PydanticCustomError(
+            "use_class",
+            "{use} should name a subclass of {base}; module {module} offers: {offers}",
+            {
+                "use": repr(use),
+                "base": base.__name__,
+                "module": module_name,
+                "offers": ", ".join(offers) or "none",
+            },
+        )
+    return found
+
+
+def component(base: type[S], default: str) -> Any:
+    """The field type of a replaceable part.
+
+    Args:
+        base: the settings class every choice derives from.
+        default: `use` path of the class taken when the settings name none.
+
+    Returns:
+        An annotated type: a table of settings, whose optional `use` key picks the class, becomes that class's
+        instance; when written out again, `use` is always named.
+    """
+
+    def read(value: object, info: ValidationInfo) -> object:
+        if isinstance(value, base):
+            return value
+        if not isinstance(value, dict):
+            raise PydanticCustomError("table", "should be a table of settings", {})
+        rest = {key: item for key, item in value.items() if key != "use"}
+        return _load_class(value.get("use", default), base).model_validate(rest)
+
+    def write(value: Settings) -> dict[str, Any]:
+        return {"use": use_path(type(value)), **value.model_dump(mode="json")}
+
+    return Annotated[base, BeforeValidator(read), PlainSerializer(write)]
