@@ -1,0 +1,1 @@
+"""Recipes: published claims as commands. A folder of settings in, measured figures and computed claims out."""
