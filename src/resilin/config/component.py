@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, PlainSerializer, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from resilin.config.settings import Settings
+from resilin.config.settings import Settings, closest
 
 S = TypeVar("S", bound=Settings)
 
@@ -26,13 +26,13 @@ def use_path(cls: type[Settings]) -> str:
 
 
 def _load_class(use: object, base: type[Settings]) -> type[Settings]:
-    if not isinstance(use, str) or use.count(":") != 1:
+    module_name, _, class_name = use.partition(":") if isinstance(use, str) else ("", "", "")
+    if not all(part.isidentifier() for name in (module_name, class_name) for part in name.split(".")):
         raise PydanticCustomError(
             "use_form",
             "{use} should be an import path of the form 'package.module:Class'",
             {"use": repr(use)},
         )
-    module_name, _, class_name = use.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -41,21 +41,31 @@ def _load_class(use: object, base: type[Settings]) -> type[Settings]:
             "module {module} cannot be imported ({reason}); is its folder on PYTHONPATH?",
             {"module": repr(module_name), "reason": str(error)},
         ) from None
-    found = getattr(module, class_name, None)
+    except Exception as error:  # the user's own module may raise anything while it is imported
+        raise PydanticCustomError(
+            "use_module",
+            "module {module} fails while it is imported: {reason}",
+            {"module": repr(module_name), "reason": f"{type(error).__name__}: {error}"},
+        ) from error
+    found: object = module
+    for name in class_name.split("."):
+        found = getattr(found, name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
         offers = [
             name
             for name, value in vars(module).items()
             if isinstance(value, type) and issubclass(value, base) and value is not base
         ]
+        near = closest(class_name, offers)
         raise PydanticCustomError(
             "use_class",
-            "{use} should name a subclass of {base}; module {module} offers: {offers}",
+            "{use} should name a subclass of {base}; module {module} offers: {offers}{hint}",
             {
                 "use": repr(use),
                 "base": base.__name__,
                 "module": module_name,
                 "offers": ", ".join(offers) or "none",
+                "hint": f"; did you mean {near!r}?" if near else "",
             },
         )
     return found

@@ -30,9 +30,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 def parse_value(text: str) -> Any:
     """A TOML value where `text` is one (numbers, true, "quoted", [lists], {tables}); otherwise the text itself."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        tree = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return tree["value"] if len(tree) == 1 else text  # a text of several lines may read as further keys
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -9,8 +9,13 @@ from typing import Any
 from resilin.config.settings import Settings
 
 
+def _string(text: str) -> str:
+    # JSON's escapes are TOML's, save that TOML knows no surrogate pairs and wants DEL escaped.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _key(name: str) -> str:
-    return name if name and all((c.isalnum() and c.isascii()) or c in "-_" for c in name) else json.dumps(name)
+    return name if name and all((c.isalnum() and c.isascii()) or c in "-_" for c in name) else _string(name)
 
 
 def _value(value: Any) -> str:
@@ -21,7 +26,7 @@ def _value(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return _string(value)
     if isinstance(value, list):
         return "[" + ", ".join(_value(item) for item in value) + "]"
     if isinstance(value, dict):
@@ -33,12 +38,12 @@ def _value(value: Any) -> str:
 def _tables(tree: dict[str, Any], path: tuple[str, ...]) -> list[str]:
     plain = [f"{_key(k)} = {_value(v)}" for k, v in tree.items() if v is not None and not isinstance(v, dict)]
     lines = []
-    if path and (plain or not tree):
+    tables = {k: v for k, v in tree.items() if isinstance(v, dict)}
+    if path and (plain or not tables):  # a table without keys is still there: it is not the same as none
         lines.append(f"\n[{'.'.join(_key(part) for part in path)}]")
     lines.extend(plain)
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            lines.extend(_tables(value, (*path, key)))
+    for key, value in tables.items():
+        lines.extend(_tables(value, (*path, key)))
     return lines
 
 
