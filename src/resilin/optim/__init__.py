@@ -1,0 +1,1 @@
+"""Optimizers, their schedules, parameter groups and gradient clipping."""
