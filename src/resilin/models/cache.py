@@ -1,0 +1,109 @@
+"""Keys and values of the tokens a batch of texts has so far, for decoding one token at a time.
+
+Rows may have different lengths. Padding (marked by document -1), on whichever side, is never stored, so a row's tokens
+lie densely from slot 0 and the slot of a token is its position.
+Shapes: B rows, T new tokens, K key heads, C capacity, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from resilin.models.decoder import Decoder
+
+
+class KVCache:
+    """Preallocated keys and values of every layer.
+
+    Attributes:
+        length_B: int64 (B,), tokens held by each row.
+        reach: no row holds more than this many tokens; known without asking the device.
+        ragged: whether rows may differ in length.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.capacity = capacity
+        # One slot more than the capacity: padding is written there and never read.
+        shape = (layers, batch, heads, capacity + 1, head_size)
+        self.keys_LBKCD = torch.zeros(shape, dtype=dtype, device=device)
+        self.values_LBKCD = torch.zeros(shape, dtype=dtype, device=device)
+        self.length_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.reach = 0
+        self.ragged = False
+
+    @staticmethod
+    def of(model: Decoder, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `batch` rows of at most `capacity` tokens, on the model's device."""
+        settings, weight = model.settings, model.embed.weight
+        return KVCache(
+            settings.layers,
+            batch,
+            settings.key_heads,
+            capacity,
+            settings.head_width,
+            dtype or weight.dtype,
+            weight.device,
+        )
+
+    @property
+    def length(self) -> Tensor:
+        """int64 (B,): tokens held by each row."""
+        return self.length_B
+
+    def slots_of(self, real_BT: Tensor | None, tokens: int) -> Tensor:
+        """Where each new token will be stored: (B, T); padding goes to the slot past the end.
+
+        Raises:
+            ValueError: the cache is too small for them.
+        """
+        if self.reach + tokens > self.capacity:
+            # `reach` counts padding; only the true lengths decide.
+            self.reach = int(self.length_B.max())
+            most = tokens if real_BT is None else int(real_BT.sum(1).max())
+            if self.reach + most > self.capacity:
+                raise ValueError(
+                    f"the cache holds {self.capacity} tokens a row; {self.reach} are used and {most} more were given: "
+                    f"make it with KVCache.of(model, batch, {self.reach + most} or more)"
+                )
+        if real_BT is None:
+            return self.length_B[:, None] + torch.arange(tokens, device=self.length_B.device)
+        slots_BT = self.length_B[:, None] + real_BT.cumsum(1) - 1
+        return torch.where(real_BT, slots_BT, self.capacity)
+
+    def store(self, layer: int, slots_BT: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
+        """Write one layer's new keys and values."""
+        rows = torch.arange(slots_BT.shape[0], device=slots_BT.device)[:, None]
+        self.keys_LBKCD[layer].transpose(1, 2)[rows, slots_BT] = k_BTKD.to(self.keys_LBKCD.dtype)
+        self.values_LBKCD[layer].transpose(1, 2)[rows, slots_BT] = v_BTKD.to(self.values_LBKCD.dtype)
+
+    def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values of the first `slots` slots: (B, K, slots, D), views."""
+        return self.keys_LBKCD[layer, :, :, :slots], self.values_LBKCD[layer, :, :, :slots]
+
+    def advance(self, real_BT: Tensor | None, tokens: int) -> None:
+        """Count the tokens just stored."""
+        self.reach = min(self.reach + tokens, self.capacity)
+        if real_BT is None:
+            self.length_B = self.length_B + tokens
+        else:
+            self.ragged = True
+            self.length_B = self.length_B + real_BT.sum(1)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Keep (or repeat, or reorder) the rows at these indices; the others' memory is released."""
+        self.keys_LBKCD = self.keys_LBKCD[:, rows]
+        self.values_LBKCD = self.values_LBKCD[:, rows]
+        self.length_B = self.length_B[rows]

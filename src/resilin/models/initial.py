@@ -1,0 +1,50 @@
+"""Initial weights: each parameter's values are a function of the seed and its name only.
+
+They are drawn on the CPU, so the order of construction, the device and the other parameters change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from resilin.keys import Keys
+from resilin.models.decoder_settings import DecoderSettings
+
+# Standard deviation of a unit normal cut at two standard deviations.
+_CUT_STD = 0.8796256610342398
+
+
+def truncated_normal(shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
+    """Values of standard deviation `std` from a normal whose draws beyond two standard deviations are redrawn."""
+    sigma = std / _CUT_STD
+    return nn.init.trunc_normal_(torch.empty(shape), 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
+
+
+def _values(name: str, shape: torch.Size, settings: DecoderSettings, generator: torch.Generator) -> Tensor:
+    if name.endswith("bias") or (settings.zero_query_init and name.endswith("attention.q.weight")):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    fan_in = shape[-1]
+    if name == "head.weight" and settings.mup_base_size is not None:
+        std = math.sqrt(settings.mup_base_size) / fan_in
+        return truncated_normal(shape, std, generator)
+    if settings.init == "normal":
+        return torch.empty(shape).normal_(0.0, settings.init_std, generator=generator)
+    if name == "embed.weight":
+        return torch.empty(shape).normal_(0.0, fan_in**-0.5, generator=generator)
+    return truncated_normal(shape, fan_in**-0.5, generator)
+
+
+@torch.no_grad()
+def fill_parameters(model: nn.Module, settings: DecoderSettings, seed: int) -> None:
+    """Give every parameter its initial values.
+
+    Norm scales are 1, biases 0, matrices (the last dimension is the fan-in) as `settings.init` says.
+    """
+    keys = Keys.of_step(seed, 0).fold("initial weights")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(_values(name, parameter.shape, settings, keys.fold(name).generator()))

@@ -1,0 +1,39 @@
+"""Feed-forward layers: gated (SwiGLU, GEGLU) or plain.
+
+Shapes: ... any leading dimensions, D hidden size, F feed-forward size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.linear import Linear
+
+
+def activate(x: Tensor, kind: str) -> Tensor:
+    """The non-linearity called `kind`: silu, gelu (with erf) or gelu_tanh."""
+    if kind == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+class MLP(nn.Module):
+    """`down(act(gate(x)) * up(x))` (Shazeer, GLU variants, 2020), or `down(act(up(x)))` when not gated."""
+
+    def __init__(self, settings: DecoderSettings, size: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.activation = settings.activation
+        self.gate: Linear | None = None
+        if settings.gated:
+            self.gate = Linear(settings.hidden_size, size, bias=settings.mlp_bias, device=device)
+        self.up = Linear(settings.hidden_size, size, bias=settings.mlp_bias, device=device)
+        self.down = Linear(size, settings.hidden_size, bias=settings.mlp_bias, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        if self.gate is None:
+            return self.down(activate(self.up(x), self.activation))
+        return self.down(activate(self.gate(x), self.activation) * self.up(x))

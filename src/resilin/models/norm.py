@@ -1,0 +1,69 @@
+"""Norms of the residual stream and of query and key heads.
+
+Shapes: ... any leading dimensions, D the width normed over.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resilin.models.decoder_settings import DecoderSettings
+
+
+class RMSNorm(nn.Module):
+    """`scale * x / sqrt(mean(x**2) + eps)` (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, size: int, eps: float, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, device=device))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """`scale * (x - mean(x)) / sqrt(var(x) + eps)`, without a bias."""
+
+    def __init__(self, size: int, eps: float, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, device=device))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return F.layer_norm(x, self.weight.shape, self.weight, None, self.eps)
+
+
+class Transplant(nn.Module):
+    """`sqrt(kappa) * x / RMS(x)`: gives queries and keys a chosen size (Wortsman et al., 2023, section 3.3)."""
+
+    def __init__(self, kappa: float, eps: float) -> None:
+        super().__init__()
+        self.kappa = kappa
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return math.sqrt(self.kappa) * F.rms_norm(x, x.shape[-1:], None, self.eps)
+
+
+def stream_norm(settings: DecoderSettings, device: torch.device | str | None) -> nn.Module:
+    """The norm of the residual stream that the settings ask for."""
+    kind = RMSNorm if settings.norm == "rms" else LayerNorm
+    return kind(settings.hidden_size, settings.norm_eps, device)
+
+
+def head_norm(settings: DecoderSettings, device: torch.device | str | None) -> nn.Module | None:
+    """The norm of query (or key) heads, one scale for all heads; None where the settings ask for none."""
+    if settings.qk_norm == "none":
+        return None
+    if settings.qk_norm == "transplant":
+        return Transplant(settings.qk_norm_kappa, settings.norm_eps)
+    kind = RMSNorm if settings.qk_norm == "rms" else LayerNorm
+    return kind(settings.head_width, settings.norm_eps, device)

@@ -1,0 +1,87 @@
+"""Rotary positions (Su et al., RoFormer, 2021): pair i of a head is turned by position * speed_i.
+
+Pairs are (x_i, x_{i + D/2}), the layout of Hugging Face weights.
+Shapes: B batch, T tokens, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.rope_scaling import DynamicScaling, LongRopeScaling, base_frequencies
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the angles of some positions, ready to broadcast over heads.
+
+    Attributes:
+        cos: (T or B, T, 1, D/2) float32.
+        sin: the same shape.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotation(settings: DecoderSettings, positions: Tensor, length: int) -> Rotation:
+    """The rotation of some positions.
+
+    Args:
+        settings: of the decoder.
+        positions: (T) or (B, T) integers.
+        length: one more than the largest position so far; only `dynamic` and `longrope` scaling look at it.
+    """
+    scaling, magnitude = settings.rope_scaling, 1.0
+    if scaling is None:
+        speeds = base_frequencies(settings.head_width, settings.rope_theta, positions.device)
+    else:
+        speeds, magnitude = scaling.frequencies(
+            settings.head_width, settings.rope_theta, settings.max_positions, length, positions.device
+        )
+    angles = (positions[..., None].to(torch.float32) * speeds)[..., None, :]
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(cos, sin) if magnitude == 1.0 else Rotation(cos * magnitude, sin * magnitude)
+
+
+def depends_on_length(settings: DecoderSettings) -> bool:
+    """Whether the speeds of rotation change with the length of the text."""
+    return isinstance(settings.rope_scaling, DynamicScaling | LongRopeScaling)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    # Written into halves of one output: `cat` and a rotated copy would each be a further pass over memory.
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half], x[..., half:]
+    out = torch.empty_like(x)
+    torch.mul(x1, cos, out=out[..., :half]).addcmul_(x2, sin, value=-direction)
+    torch.mul(x2, cos, out=out[..., half:]).addcmul_(x1, sin, value=direction)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation back, so nothing of the activations is kept."""
+
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+        return _turn(x, cos, sin, direction)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        _, cos, sin, ctx.direction = inputs
+        ctx.save_for_backward(cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grad, cos, sin, -ctx.direction), None, None, None
+
+
+def rotate(x_BTHD: Tensor, turn: Rotation) -> Tensor:
+    """Queries or keys (B, T, H, D) turned to their positions, in their own dtype."""
+    cos, sin = turn.cos.to(x_BTHD.dtype), turn.sin.to(x_BTHD.dtype)
+    rotated: Tensor = _Rotate.apply(x_BTHD, cos, sin, 1.0)
+    return rotated
