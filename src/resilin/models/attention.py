@@ -95,4 +95,5 @@ class Attention(nn.Module):
                 x.to(q_BTHD.dtype) for x in cache.read(self.layer, min(cache.reach + T, cache.capacity))
             )
         mixed_BHTD = self.core(q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, mask)
-        return self.o(mixed_BHTD.transpose(1, 2).reshape(B, T, self.heads * self.head_size))
+        out_BTD: Tensor = self.o(mixed_BHTD.transpose(1, 2).reshape(B, T, self.heads * self.head_size))
+        return out_BTD

@@ -1,7 +1,7 @@
 """Keys and values of the tokens a batch of texts has so far, for decoding one token at a time.
 
-Rows may have different lengths. Padding (marked by document -1), on whichever side, is never stored, so a row's tokens
-lie densely from slot 0 and the slot of a token is its position.
+Rows may have different lengths. Padding (marked by document -1), on whichever side, is never stored, so a row's
+tokens lie densely from slot 0 and the slot of a token is its position.
 Shapes: B rows, T new tokens, K key heads, C capacity, D head size.
 """
 
@@ -75,8 +75,8 @@ class KVCache:
             most = tokens if real_BT is None else int(real_BT.sum(1).max())
             if self.reach + most > self.capacity:
                 raise ValueError(
-                    f"the cache holds {self.capacity} tokens a row; {self.reach} are used and {most} more were given: "
-                    f"make it with KVCache.of(model, batch, {self.reach + most} or more)"
+                    f"the cache holds {self.capacity} tokens a row; {self.reach} are used and {most} more were "
+                    f"given: make it with KVCache.of(model, batch, {self.reach + most} or more)"
                 )
         if real_BT is None:
             return self.length_B[:, None] + torch.arange(tokens, device=self.length_B.device)

@@ -93,7 +93,7 @@ class Decoder(nn.Module):
             fill_parameters(self, settings, seed)
 
     @property
-    def head_weight(self) -> nn.Parameter:
+    def head_weight(self) -> Tensor:
         """(V, D): the output matrix, the embedding's own where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 

@@ -159,7 +159,8 @@ class DecoderSettings(ModelSettings):
         if self.head_size is None and self.hidden_size % self.heads:
             near = _multiples_near(self.hidden_size, self.heads)
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) is not divisible by heads ({self.heads}): use {near}, or set head_size"
+                f"hidden_size ({self.hidden_size}) is not divisible by heads ({self.heads}): use {near}, "
+                "or set head_size"
             )
         if self.head_width % 2:
             raise ValueError(f"the width of a head ({self.head_width}) should be even: rotary positions turn pairs")

@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that draws nothing when made: initial weights are keyed by parameter name, not by a global state."""
+    """`nn.Linear` that draws nothing when made: initial weights are keyed by parameter name."""
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""

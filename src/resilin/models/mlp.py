@@ -35,5 +35,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         if self.gate is None:
-            return self.down(activate(self.up(x), self.activation))
-        return self.down(activate(self.gate(x), self.activation) * self.up(x))
+            out: Tensor = self.down(activate(self.up(x), self.activation))
+        else:
+            out = self.down(activate(self.gate(x), self.activation) * self.up(x))
+        return out

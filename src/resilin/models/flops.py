@@ -1,0 +1,103 @@
+"""How many parameters a decoder has and how many floating-point operations a token costs.
+
+Counted are matrix products only, a multiply-add as two operations: 2N per token in the forward pass for N weights that
+meet the token, and in attention 2 * 2 * heads * head_size per key seen (q.k and the mix of values), where a token sees
+on average (T + 1) / 2 keys of a text of T tokens (causal), or fewer inside a window. The backward pass costs twice the
+forward pass; recomputation is not counted, so that a ratio to the peak is MFU, not hardware use (PaLM, appendix B).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from resilin.models.decoder_settings import DecoderSettings
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters of a decoder.
+
+    Attributes:
+        total: all of them; tied matrices once.
+        active: those that a token meets: with experts, the chosen ones only.
+        non_embedding: `total` without the embedding and the head.
+    """
+
+    total: int
+    active: int
+    non_embedding: int
+
+
+def _attention_matrices(settings: DecoderSettings) -> int:
+    query, key = settings.heads * settings.head_width, settings.key_heads * settings.head_width
+    return settings.hidden_size * (2 * query + 2 * key)
+
+
+def _attention_vectors(settings: DecoderSettings) -> int:
+    query, key = settings.heads * settings.head_width, settings.key_heads * settings.head_width
+    count = (query + 2 * key) * settings.qkv_bias + settings.hidden_size * settings.out_bias
+    return count + 2 * settings.head_width * (settings.qk_norm in ("rms", "layer"))
+
+
+def _mlp_matrices(settings: DecoderSettings, size: int) -> int:
+    return settings.hidden_size * size * (3 if settings.gated else 2)
+
+
+def _mlp_vectors(settings: DecoderSettings) -> int:
+    if not settings.mlp_bias:
+        return 0
+    return settings.feed_forward_size * (2 if settings.gated else 1) + settings.hidden_size
+
+
+def _moe_matrices(settings: DecoderSettings, experts: int) -> int:
+    """Weights of one mixture layer of which a token meets `experts`."""
+    moe = settings.moe
+    assert moe is not None
+    router = settings.hidden_size * (moe.experts + moe.shared_gate)
+    shared = _mlp_matrices(settings, moe.shared_size) if moe.shared_size else 0
+    return router + shared + experts * _mlp_matrices(settings, moe.expert_size)
+
+
+def _block_matrices(settings: DecoderSettings, layer: int, *, active: bool) -> int:
+    if not settings.is_moe_layer(layer):
+        return _attention_matrices(settings) + _mlp_matrices(settings, settings.feed_forward_size)
+    assert settings.moe is not None
+    experts = settings.moe.experts_per_token if active else settings.moe.experts
+    return _attention_matrices(settings) + _moe_matrices(settings, experts)
+
+
+def _block_vectors(settings: DecoderSettings, layer: int) -> int:
+    mlp = 0 if settings.is_moe_layer(layer) else _mlp_vectors(settings)
+    return 2 * settings.hidden_size + _attention_vectors(settings) + mlp
+
+
+def parameter_counts(settings: DecoderSettings) -> ParameterCounts:
+    """Parameters without building the model."""
+    layers = range(settings.layers)
+    vectors = sum(_block_vectors(settings, layer) for layer in layers) + settings.hidden_size
+    total = sum(_block_matrices(settings, layer, active=False) for layer in layers) + vectors
+    active = sum(_block_matrices(settings, layer, active=True) for layer in layers) + vectors
+    embedding = settings.vocab_size * settings.hidden_size * (1 if settings.tie_embeddings else 2)
+    return ParameterCounts(total + embedding, active + embedding, total)
+
+
+def _keys_seen(sequence_length: int, window: int | None) -> float:
+    """Keys a token sees, averaged over a text: (T + 1) / 2, or less within a window."""
+    if window is None or window >= sequence_length:
+        return (sequence_length + 1) / 2
+    return window - window * (window - 1) / (2 * sequence_length)
+
+
+def forward_flops_per_token(settings: DecoderSettings, sequence_length: int) -> float:
+    """Operations of the forward pass, the head included, averaged over the tokens of a text."""
+    matrices = settings.vocab_size * settings.hidden_size  # the head; looking up an embedding is no product
+    attention = 0.0
+    for layer in range(settings.layers):
+        matrices += _block_matrices(settings, layer, active=True)
+        seen = _keys_seen(sequence_length, settings.window_of(layer))
+        attention += 4 * settings.heads * settings.head_width * seen
+    return 2 * matrices + attention
+
+
+def train_flops_per_token(settings: DecoderSettings, sequence_length: int) -> float:
+    """Operations of one forward and backward pass: three times the forward pass."""
+    return 3 * forward_flops_per_token(settings, sequence_length)
