@@ -11,8 +11,12 @@ from pydantic_core import ErrorDetails
 from resilin.config.settings import closest
 
 
-class SettingsError(ValueError):
-    """Settings that cannot be used; its text is the whole message for the user."""
+class UserError(ValueError):
+    """Something a user can mend; its text is the whole message, and commands print it without a traceback."""
+
+
+class SettingsError(UserError):
+    """Settings that cannot be used."""
 
 
 def _child(value: Any, key: str | int) -> Any:

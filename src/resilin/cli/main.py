@@ -1,0 +1,82 @@
+"""The `resilin` command: its guide, and how errors and interrupts reach the user."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from resilin import __version__
+from resilin.cli import data, recipes
+from resilin.cli.evaluate import evaluate
+from resilin.cli.export import export
+from resilin.cli.generate import generate
+from resilin.cli.inspect import inspect
+from resilin.cli.plan import plan
+from resilin.cli.reproduce import reproduce
+from resilin.cli.train import train
+from resilin.config.errors import UserError
+
+GUIDE = """Elastic training for PyTorch: one run that keeps going, and stays right, while everything around it changes.
+
+[bold]A first model, from text to conversation[/bold]
+
+  resilin train examples/shakespeare.toml                    train; Ctrl-C saves
+  resilin train examples/shakespeare.toml --resume           go on to the bit
+  resilin evaluate runs/shakespeare --text held-out.txt      perplexity, bits per byte
+  resilin generate runs/shakespeare -p "To be"               write text
+  resilin export runs/shakespeare my-model                   a Hugging Face folder
+
+Settings are a TOML file plus dotted overrides: [cyan]resilin train run.toml train.steps=200 optimizer.lr=3e-4[/cyan].
+[cyan]resilin train run.toml --print-config[/cyan] shows every setting there is, [cyan]resilin inspect run.toml[/cyan] what would run.
+"""
+
+app = typer.Typer(
+    name="resilin",
+    help=GUIDE,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+TRAINING, USING, METHODS = "Train", "Use a trained model", "Data, plans and published methods"
+app.command(rich_help_panel=TRAINING)(train)
+app.command(rich_help_panel=TRAINING)(inspect)
+app.command(rich_help_panel=USING)(evaluate)
+app.command(rich_help_panel=USING)(generate)
+app.command(rich_help_panel=USING)(export)
+app.add_typer(data.app, name="data", rich_help_panel=METHODS)
+app.command(rich_help_panel=METHODS)(plan)
+app.add_typer(recipes.app, name="recipes", rich_help_panel=METHODS)
+app.command(rich_help_panel=METHODS)(reproduce)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"resilin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
+) -> None: ...
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is told without a traceback, with exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        if os.environ.get("RESILIN_TRACEBACK"):
+            raise
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: not an error; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

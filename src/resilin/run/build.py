@@ -1,0 +1,112 @@
+"""From settings to a run that is ready to take its first, or next, step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from resilin.checkpoint.folder import CheckpointFolder
+from resilin.data.settings import SourceContext
+from resilin.models.settings import ModelContext
+from resilin.nouns import Source
+from resilin.precision.autocast import choose_precision
+from resilin.run.device import choose_device, device_in_words, set_threads
+from resilin.run.events import Listener, RunStarted
+from resilin.run.folder import RunFolder
+from resilin.run.run import Pace, Run
+from resilin.run.settings import RunSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Nouns:
+    """What the settings name, built on the CPU."""
+
+    source: Source
+    validation: dict[str, Source]
+    model: nn.Module
+
+
+def build_nouns(settings: RunSettings, *, validation: bool = True) -> Nouns:
+    """The sources and the freshly initialised model of these settings."""
+    train = settings.train
+    source = settings.source.build(SourceContext(settings.seed, "train", train.batch_size))
+    held_out: dict[str, Source] = {}
+    if validation and (settings.evaluation.every or settings.evaluation.at_start):
+        held_out["validation"] = settings.source.build(SourceContext(settings.seed, "validation", train.batch_size))
+    model = settings.model.build(ModelContext(settings.seed, getattr(source, "vocab_size", None)))
+    return Nouns(source, held_out, model)
+
+
+def pace_of(settings: RunSettings) -> Pace:
+    """The loop's share of the settings."""
+    train, evaluation = settings.train, settings.evaluation
+    return Pace(
+        steps=train.steps,
+        micro_batch_size=train.micro_batch_size,
+        clip_norm=train.clip_norm,
+        non_finite=train.non_finite,
+        non_finite_cap=train.non_finite_cap,
+        save_every=settings.checkpoint.every,
+        evaluate_every=evaluation.every,
+        evaluate_batches=evaluation.batches,
+        evaluate_at_start=evaluation.at_start,
+        log_every=settings.log.every,
+    )
+
+
+def flops_per_unit(model: nn.Module, source: Source) -> float | None:
+    """Forward and backward FLOPs of one token, for models that can say."""
+    estimate = getattr(model, "train_flops_per_token", None)
+    length = getattr(source, "sequence_length", None)
+    return float(estimate(length)) if estimate is not None and length is not None else None
+
+
+def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners: Sequence[Listener] = ()) -> Run:
+    """A run of these settings; with a folder, it saves there.
+
+    Raises:
+        SettingsError, DataError, ...: naming what does not fit, before anything is computed.
+    """
+    device = choose_device(settings.train.device)
+    set_threads(settings.train.threads)
+    nouns = build_nouns(settings)
+    model = nouns.model.to(device)
+    precision = choose_precision(settings.precision, device)
+    optimizer = settings.optimizer.build(model, settings.train.steps)
+    compiled: nn.Module | None = None
+    if settings.precision.compile:
+        compiled = torch.compile(model, mode=settings.precision.compile_mode)  # type: ignore[assignment]
+    store = None
+    if folder is not None:
+        keep = settings.checkpoint
+        store = CheckpointFolder(folder.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
+    tree: dict[str, Any] = settings.model_dump(mode="json")
+    started = RunStarted(
+        folder=str(folder.path) if folder is not None else "",
+        settings=tree,
+        parameters=sum(p.numel() for p in model.parameters()),
+        device=f"{device_in_words(device)}, {precision.compute}",
+        start_step=0,
+        total_steps=settings.train.steps,
+        flops_per_unit=flops_per_unit(model, nouns.source),
+        peak_flops=precision.peak_flops,
+    )
+    return Run(
+        source=nouns.source,
+        model=model,
+        objective=settings.objective.build(),
+        optimizer=optimizer,
+        pace=pace_of(settings),
+        seed=settings.seed,
+        device=device,
+        autocast=precision.autocast,
+        checkpoints=store,
+        validation=nouns.validation,
+        listeners=listeners,
+        started=started,
+        computed_model=compiled,
+    )

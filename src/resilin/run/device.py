@@ -1,0 +1,31 @@
+"""Where a run computes, and with how many threads."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device of this process; `auto` takes a GPU where there is one."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device = 'cuda', but torch sees no GPU here; use 'auto' or 'cpu'")
+    if wanted != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def set_threads(threads: int) -> int:
+    """Use this many CPU threads (0: as many as this process has cores); returns the number."""
+    chosen = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(chosen)
+    return chosen
+
+
+def device_in_words(device: torch.device) -> str:
+    """For people: "cpu, 2 threads" or the GPU's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"

@@ -1,0 +1,38 @@
+"""Ctrl-C and polite termination: the first asks the run to finish its step, the second ends at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+EXIT_INTERRUPTED = 130
+
+
+class Interrupts:
+    """While entered, SIGINT and SIGTERM set `requested`; a second one ends the process with exit code 130."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            os.write(2, b"\nsecond interrupt: ending at once; the last saved checkpoint is unaffected\n")
+            os._exit(EXIT_INTERRUPTED)
+        self.requested = signal.Signals(number).name
+        os.write(2, b"\ninterrupted: finishing this step, then saving (once more to end at once)\n")
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:  # not the main thread: whoever owns the signals decides
+                break
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)  # type: ignore[arg-type]
+        self._previous.clear()

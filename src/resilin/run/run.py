@@ -1,0 +1,287 @@
+"""The step loop. It knows slots, keys, gradients, commits and events; it names no method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from resilin.checkpoint.folder import CheckpointFolder
+from resilin.keys import Keys
+from resilin.nouns import AfterStep, BeforeStep, Objective, Optimizer, Source, State, StepView
+from resilin.run.events import (
+    Evaluated,
+    Event,
+    Failure,
+    Interrupted,
+    Listener,
+    RunEnded,
+    RunStarted,
+    Saved,
+    StepDone,
+)
+from resilin.run.interrupts import Interrupts
+from resilin.run.step import Autocast, StepGradient, gradient_of_step, merge_logs, non_finite_slots
+
+Reason = Literal["completed", "interrupted", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How the loop goes: the settings of `train`, `checkpoint`, `evaluation` and `log` that it needs."""
+
+    steps: int
+    micro_batch_size: int
+    clip_norm: float
+    non_finite: Literal["stop", "skip"] = "stop"
+    non_finite_cap: int = 10
+    save_every: int = 0
+    evaluate_every: int = 0
+    evaluate_batches: int = 0
+    evaluate_at_start: bool = False
+    log_every: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended, and where it stands."""
+
+    reason: Reason
+    step: int
+    metrics: dict[str, float]
+    checkpoint: Path | None
+    message: str = ""
+
+
+@dataclass
+class Run:
+    """Four nouns on a device, taken step by step.
+
+    Attributes:
+        source, model, objective, optimizer: the nouns.
+        validation: held-out batches by name, or empty.
+        seed: of all randomness.
+        step: steps committed so far.
+    """
+
+    source: Source
+    model: nn.Module
+    objective: Objective
+    optimizer: Optimizer
+    pace: Pace
+    seed: int
+    device: torch.device
+    autocast: Autocast
+    checkpoints: CheckpointFolder | None = None
+    validation: dict[str, Source] = field(default_factory=dict)
+    listeners: Sequence[Listener] = ()
+    started: RunStarted | None = None
+    computed_model: nn.Module | None = None
+    """What the objective calls: the model itself, or its compiled form."""
+    step: int = 0
+    skipped: int = 0
+    samples: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    _saved: Path | None = None
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    def train(self) -> Outcome:
+        """Take the remaining steps; returns how it ended. Nothing that was committed is lost on any way out."""
+        with Interrupts() as interrupts:
+            if self.started is not None:
+                self._tell(replace(self.started, start_step=self.step))
+            if self.step == 0 and self.pace.evaluate_at_start:
+                self.evaluate()
+            began, outcome = time.perf_counter(), None
+            while outcome is None and self.step < self.pace.steps:
+                if interrupts.requested is not None:
+                    outcome = self._interrupted(interrupts.requested)
+                else:
+                    outcome = self._take_step()
+            outcome = outcome or self._completed()
+            self._tell(RunEnded(step=self.step, reason=outcome.reason, seconds=time.perf_counter() - began))
+        return outcome
+
+    def _take_step(self) -> Outcome | None:
+        began = time.perf_counter()
+        view = self._view()
+        for part in self._parts():
+            if isinstance(part, BeforeStep):
+                part.before_step(view)
+        slots = range(self.source.slots(self.step))
+        batch = self.source.fetch(self.step, slots)
+        keys = Keys(self.seed, self.step, batch.slots_B)
+        self.model.train()
+        self.optimizer.zero_grad()
+        gradient = gradient_of_step(
+            self.computed_model or self.model,
+            self.objective,
+            batch,
+            keys,
+            micro_batch_size=self.pace.micro_batch_size or len(slots),
+            clip_norm=self.pace.clip_norm,
+            device=self.device,
+            autocast=self.autocast,
+        )
+        if not gradient.finite:
+            self.optimizer.zero_grad()
+            slots_found = non_finite_slots(
+                self.model, self.objective, batch, keys, device=self.device, autocast=self.autocast
+            )
+            return self._not_committed(gradient, slots_found)
+        applied = self.optimizer.step(self.step)
+        self.step, self.samples = self.step + 1, self.samples + len(slots)
+        self._after_commit(gradient, applied, began)
+        return None
+
+    def _after_commit(self, gradient: StepGradient, applied: Any, began: float) -> None:
+        logs = {**gradient.logs, **{k: v for k, v in applied.items() if k != "lr"}}
+        view = replace(self._view(), logs={"loss": gradient.loss, "grad_norm": gradient.norm, **logs, **applied})
+        for part in self._parts():
+            if isinstance(part, AfterStep):
+                part.after_step(view)
+        self.metrics["loss"] = gradient.loss
+        if self.step % self.pace.log_every == 0 or self.step == self.pace.steps:
+            self._tell(self._step_event(gradient, logs, float(applied["lr"]), time.perf_counter() - began))
+        last = self.step == self.pace.steps
+        if self._due(self.pace.evaluate_every) or (last and self.pace.evaluate_every):
+            self.evaluate()
+        if self._due(self.pace.save_every) and not last:
+            self.save()
+
+    def _step_event(self, gradient: StepGradient, logs: dict[str, float], lr: float, seconds: float) -> StepDone:
+        started, mfu = self.started, None
+        if started is not None and started.flops_per_unit and started.peak_flops:
+            mfu = gradient.units / seconds * started.flops_per_unit / started.peak_flops
+        return StepDone(
+            step=self.step,
+            loss=gradient.loss,
+            logs=logs,
+            lr=lr,
+            grad_norm=gradient.norm,
+            units=int(gradient.units),
+            seconds=seconds,
+            mfu=mfu,
+        )
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    # -- ways out -----------------------------------------------------------------------------------------------
+
+    def _completed(self) -> Outcome:
+        if self.checkpoints is not None and self.checkpoints.latest() != self.step:
+            self.save()
+        return Outcome("completed", self.step, dict(self.metrics), self._saved)
+
+    def _interrupted(self, signal_name: str) -> Outcome:
+        path = self.save() if self.checkpoints is not None else None
+        self._tell(Interrupted(step=self.step, signal=signal_name))
+        return Outcome("interrupted", self.step, dict(self.metrics), path, f"{signal_name} after step {self.step}")
+
+    def _not_committed(self, gradient: StepGradient, slots: list[int]) -> Outcome | None:
+        what = "loss" if not abs(gradient.loss) < float("inf") else "gradient norm"
+        where = f"slot{'s' if len(slots) != 1 else ''} {', '.join(map(str, slots))}" if slots else "no single slot alone"
+        message = (
+            f"step {self.step} was not committed: its {what} is not finite "
+            f"(loss {gradient.loss}, gradient norm {gradient.norm}); the batch of step {self.step} holds it in {where}"
+        )
+        skip = self.pace.non_finite == "skip" and self.skipped < self.pace.non_finite_cap
+        if self.pace.non_finite == "skip" and not skip:
+            message += f"; {self.skipped} steps were left out already, the cap (train.non_finite_cap) is reached"
+        action: Literal["skip", "stop"] = "skip" if skip else "stop"
+        self._tell(Failure(step=self.step, kind="non_finite", message=message, slots=tuple(slots), action=action))
+        if skip:
+            self.samples += self.source.slots(self.step)
+            self.step, self.skipped = self.step + 1, self.skipped + 1
+            return None
+        path = self.save() if self.checkpoints is not None and self.step else None
+        return Outcome("failed", self.step, dict(self.metrics), path, message)
+
+    # -- evaluating and saving ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """The objective and its logs on the held-out batches, without any randomness."""
+        results = {}
+        self.model.eval()
+        for name, source in self.validation.items():
+            began = time.perf_counter()
+            losses = []
+            for index in self._validation_batches(source):
+                batch = source.fetch(index, range(source.slots(index)))
+                with self.autocast():
+                    losses.append(self.objective(self.computed_model or self.model, batch.to(self.device), None))
+            units = sum(float(loss.units) for loss in losses)
+            total = sum(float(loss.sum) for loss in losses)
+            metrics = {"loss": total / units if units else float("nan"), **merge_logs(losses)}
+            results[name] = metrics
+            self.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
+            self._tell(Evaluated(step=self.step, name=name, metrics=metrics, seconds=time.perf_counter() - began))
+        self.model.train()
+        return results
+
+    def _validation_batches(self, source: Source) -> Iterable[int]:
+        count: int = len(source)  # type: ignore[arg-type]
+        wanted = self.pace.evaluate_batches
+        return range(min(count, wanted) if wanted else count)
+
+    def state_dict(self) -> State:
+        """Everything needed to go on as if never stopped."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "source": self.source.state_dict(),
+            "objective": self.objective.state_dict(),
+            "run": {"step": self.step, "skipped": self.skipped, "samples": self.samples, "seed": self.seed},
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what `state_dict` gave; data position and schedule follow from the step."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.source.load_state_dict(state["source"])
+        self.objective.load_state_dict(state["objective"])
+        progress = state["run"]
+        if progress["seed"] != self.seed:
+            raise ValueError(f"the checkpoint was trained with seed {progress['seed']}, this run has seed {self.seed}")
+        self.step, self.skipped, self.samples = progress["step"], progress["skipped"], progress["samples"]
+
+    def save(self) -> Path:
+        """Write a checkpoint of the committed state."""
+        if self.checkpoints is None:
+            raise ValueError("this run has no checkpoint folder: give it one, or do not ask it to save")
+        saved = self.checkpoints.save(self.step, self.state_dict())
+        self._saved = saved.path
+        self._tell(
+            Saved(
+                step=self.step,
+                path=str(saved.path),
+                bytes=saved.bytes,
+                seconds=saved.seconds,
+                pruned=tuple(saved.pruned),
+            )
+        )
+        return saved.path
+
+    # -- small things -------------------------------------------------------------------------------------------
+
+    def _parts(self) -> Iterator[object]:
+        """Everything that may listen to the run: the nouns, what they are built of, and the model's modules."""
+        yield from (self.source, self.objective, self.optimizer)
+        yield from self.model.modules()
+
+    def _view(self) -> StepView:
+        keys = Keys.of_step(self.seed, self.step)
+        return StepView(self.step, self.source, self.model, self.objective, self.optimizer, keys)
+
+    def _tell(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
+

@@ -1,0 +1,98 @@
+"""Starting or continuing a run in its folder, with the listeners its settings ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from resilin.checkpoint.folder import CheckpointFolder
+from resilin.precision.autocast import choose_precision
+from resilin.run.build import build_run
+from resilin.run.device import choose_device, set_threads
+from resilin.run.events import Listener
+from resilin.run.folder import RunFolder
+from resilin.run.jsonl_log import JsonlLog
+from resilin.run.live_view import LiveView
+from resilin.run.run import Outcome, Run
+from resilin.run.settings import RunSettings
+
+
+def listeners_of(settings: RunSettings, folder: RunFolder, step: int) -> list[Any]:
+    """The event log, and whatever `[log]` switches on; each is a context manager and a listener."""
+    log = settings.log
+    listeners: list[Any] = [JsonlLog(folder.events_file)]
+    if log.tensorboard:
+        from resilin.run.tensorboard_log import TensorBoardLog
+
+        listeners.append(TensorBoardLog(folder.tensorboard, purge_step=step))
+    if log.tracker != "none":
+        from resilin.run.tracker_log import tracker_log
+
+        listeners.append(tracker_log(log.tracker, project=log.project, name=settings.name))
+    if log.live:
+        listeners.append(LiveView())
+    return listeners
+
+
+def settle(settings: RunSettings, folder: RunFolder, *, resume: bool) -> RunSettings:
+    """The settings with every `auto` decided: by measurement for a new run, as before for one that goes on.
+
+    A resumed run that measured anew might compute in another precision, and no longer give the same bits.
+    """
+    device = choose_device(settings.train.device)
+    set_threads(settings.train.threads)
+    compute = settings.precision.compute
+    if compute == "auto":
+        before = folder.settings().precision.compute if resume and folder.holds_run() else "auto"
+        compute = before if before != "auto" else choose_precision(settings.precision, device).compute
+    precision = settings.precision.model_copy(update={"compute": compute})
+    train = settings.train.model_copy(update={"device": device.type})
+    return settings.model_copy(update={"precision": precision, "train": train})
+
+
+def resume_from_latest(run: Run, store: CheckpointFolder) -> bool:
+    """Load the newest checkpoint into the run; False where there is none."""
+    step = store.latest()
+    if step is None:
+        return False
+    run.load_state_dict(store.load(step))
+    return True
+
+
+def start_run(
+    settings: RunSettings,
+    path: Path,
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    extra_listeners: tuple[Listener, ...] = (),
+) -> tuple[Run, Outcome]:
+    """Train in a folder until done, interrupted or stopped by a failure.
+
+    Args:
+        settings: of the run.
+        path: its folder, made if needed.
+        resume: continue the run found there (start one where there is none).
+        accept_changes: continue although settings that decide what is learned have changed.
+        extra_listeners: told of every event beside those of the settings.
+
+    Returns:
+        The run as it stands and how it ended.
+    """
+    folder = RunFolder(path)
+    settings = settle(settings, folder, resume=resume)
+    folder.prepare(settings, resume=resume, accept_changes=accept_changes)
+    run = build_run(settings, folder)
+    tokenizer = getattr(run.source, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.save(folder.tokenizer)
+    assert run.checkpoints is not None
+    if resume:
+        resume_from_latest(run, run.checkpoints)
+    listeners = listeners_of(settings, folder, run.step)
+    try:
+        run.listeners = (*listeners, *extra_listeners)
+        return run, run.train()
+    finally:
+        for listener in reversed(listeners):
+            listener.close()
