@@ -19,6 +19,7 @@ from resilin.models.initial import fill_parameters
 from resilin.models.linear import Embedding, Linear
 from resilin.models.mask import Mask, cached_mask, training_mask
 from resilin.models.mlp import MLP
+from resilin.models.moe import MoE
 from resilin.models.norm import stream_norm
 from resilin.models.rope import Rotation, depends_on_length, rotation
 
@@ -45,7 +46,11 @@ class Block(nn.Module):
         self.attention_norm = stream_norm(settings, device)
         self.attention = Attention(settings, layer, device)
         self.mlp_norm = stream_norm(settings, device)
-        self.mlp = MLP(settings, settings.feed_forward_size, device)
+        if settings.moe is not None and settings.is_moe_layer(layer):
+            self.moe = MoE(settings, settings.moe, device)
+        else:
+            self.mlp = MLP(settings, settings.feed_forward_size, device)
+        self.has_experts = settings.is_moe_layer(layer)
 
     def forward(
         self,
@@ -60,8 +65,12 @@ class Block(nn.Module):
         keys = keys.fold(self.layer) if keys is not None and self.dropout else None
         mixed = self.attention(self.attention_norm(x_BTD), turn, mask, cache, slots_BT)
         x_BTD = x_BTD + dropout(mixed, self.dropout, keys.fold("attention") if keys else None)
-        hidden = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + dropout(hidden, self.dropout, keys.fold("mlp") if keys else None), None
+        normed, router = self.mlp_norm(x_BTD), None
+        if self.has_experts:
+            hidden, router = self.moe(normed)
+        else:
+            hidden = self.mlp(normed)
+        return x_BTD + dropout(hidden, self.dropout, keys.fold("mlp") if keys else None), router
 
 
 class Decoder(nn.Module):

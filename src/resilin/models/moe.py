@@ -1,0 +1,80 @@
+"""Mixture-of-experts feed-forward that drops no token.
+
+Shapes: B batch, T tokens, D hidden size, N = B * T, E experts, k experts per token, F expert size, R = N * k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from resilin.models.decoder_settings import DecoderSettings, MoESettings
+from resilin.models.grouped import Groups, gather, group_choices, grouped_linear, spread
+from resilin.models.linear import Linear
+from resilin.models.mlp import MLP, activate
+
+
+def route(logits_NE: Tensor, moe: MoESettings) -> tuple[Tensor, Tensor]:
+    """The chosen experts and their weights.
+
+    Returns:
+        (N, k) float32 weights, largest first, and (N, k) expert numbers.
+    """
+    if moe.routing == "topk_softmax":
+        chosen_logits, chosen_Nk = logits_NE.float().topk(moe.experts_per_token, dim=-1)
+        return chosen_logits.softmax(-1), chosen_Nk
+    weights_Nk, chosen_Nk = logits_NE.float().softmax(-1).topk(moe.experts_per_token, dim=-1)
+    if moe.normalise_weights:
+        weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True)
+    return weights_Nk, chosen_Nk
+
+
+class Experts(nn.Module):
+    """E feed-forwards without biases, their matrices stacked: `gate`, `up` (E, F, D) and `down` (E, D, F)."""
+
+    def __init__(self, settings: DecoderSettings, moe: MoESettings, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.activation = settings.activation
+        wide = (moe.experts, moe.expert_size, settings.hidden_size)
+        self.gate: nn.Parameter | None = None
+        if settings.gated:
+            self.gate = nn.Parameter(torch.empty(wide, device=device))
+        self.up = nn.Parameter(torch.empty(wide, device=device))
+        self.down = nn.Parameter(torch.empty(wide[0], wide[2], wide[1], device=device))
+
+    def forward(self, x_RD: Tensor, groups: Groups) -> Tensor:
+        """Rows sorted by expert, (R, D) -> (R, D)."""
+        up_RF = grouped_linear(x_RD, self.up, groups)
+        if self.gate is None:
+            hidden_RF = activate(up_RF, self.activation)
+        else:
+            hidden_RF = activate(grouped_linear(x_RD, self.gate, groups), self.activation) * up_RF
+        return grouped_linear(hidden_RF, self.down, groups)
+
+
+class MoE(nn.Module):
+    """Router, experts, and optionally an expert that all tokens share (Qwen2-MoE, DeepSeekMoE)."""
+
+    def __init__(self, settings: DecoderSettings, moe: MoESettings, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.settings = moe
+        self.router = Linear(settings.hidden_size, moe.experts, bias=False, device=device)
+        self.experts = Experts(settings, moe, device)
+        self.shared = MLP(settings, moe.shared_size, device) if moe.shared_size else None
+        self.shared_gate = Linear(settings.hidden_size, 1, bias=False, device=device) if moe.shared_gate else None
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> (B, T, D) and the router's logits (B, T, E)."""
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        router_NE = self.router(x_ND)
+        weights_Nk, chosen_Nk = route(router_NE, self.settings)
+        groups = group_choices(chosen_Nk, self.settings.experts)
+        mixed_RD = self.experts(spread(x_ND, groups), groups)
+        by_token_NkD = gather(mixed_RD, groups, self.settings.experts_per_token)
+        out_ND = (weights_Nk[:, None].to(by_token_NkD.dtype) @ by_token_NkD).squeeze(1)
+        if self.shared is not None:
+            shared_ND = self.shared(x_ND)
+            if self.shared_gate is not None:
+                shared_ND = torch.sigmoid(self.shared_gate(x_ND)) * shared_ND
+            out_ND = out_ND + shared_ND
+        return out_ND.view(x_BTD.shape), router_NE.view(*x_BTD.shape[:-1], -1)
