@@ -1,0 +1,227 @@
+"""The source of language models: rows of a token stream, by slot.
+
+Legend: B slots, T inputs of a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from resilin.data.errors import DataError
+from resilin.data.order import BatchSizes, SampleOrder
+from resilin.data.rows import LongDocuments, Packing, Rows, make_rows
+from resilin.data.settings import SourceContext, SourceSettings
+from resilin.data.shards import TokenShards
+from resilin.data.split import HeldOut, split_stream
+from resilin.data.stream import TokenStream
+from resilin.data.tokenizer import Tokenizer
+from resilin.nouns import Batch, State
+
+IGNORED = -100
+
+
+class PackedSettings(SourceSettings):
+    """What every source over token shards has in common."""
+
+    sequence_length: Annotated[int, Field(ge=1)] = 256
+    """Inputs of a row (T)."""
+    packing: Packing = "stream"
+    """`stream` cuts the text anywhere and pads nothing; `documents` packs whole neighbours; `pad` gives each
+    document a row of its own."""
+    separate_documents: bool = False
+    """Add `positions` restarting with each document and `documents`, so that attention stays inside a document."""
+    long_documents: LongDocuments = "error"
+    """What becomes of a document longer than a row, where documents are not cut."""
+    shuffle: bool = True
+    """Read the rows in a new random order each epoch; False reads them in order."""
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    """Passes over the data, after which the source ends; left out, it goes on for ever."""
+    unique_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Train on a random subset of rows of about this many tokens only, again in every epoch."""
+    held_out: HeldOut = HeldOut()
+    """The validation split."""
+    batch_changes: tuple[tuple[int, int], ...] = ()
+    """(step, batch size) pairs: batch sizes that hold from a later step on."""
+
+    def packed(self, shards: TokenShards, context: SourceContext) -> PackedSource:
+        """The source of one split over opened shards."""
+        stream = split_stream(shards, self.held_out, context.split)
+        if len(stream) < 2:
+            raise DataError(
+                f"{shards.folder}: the {context.split} split has {len(stream)} tokens; at least 2 are needed"
+                + ("; raise held_out.fraction" if context.split == "validation" else "")
+            )
+        rows = make_rows(stream, self.sequence_length, self.packing, self.long_documents)
+        if not len(rows):
+            raise DataError(f"{shards.folder}: no document of the {context.split} split fits in a row")
+        training = context.split == "train"
+        unique_rows = None
+        if training and self.unique_tokens is not None:
+            unique_rows = max(1, self.unique_tokens // self.sequence_length)
+            if unique_rows > len(rows):
+                raise DataError(
+                    f"unique_tokens = {self.unique_tokens}: the training split has only {len(stream)} tokens"
+                )
+        order = SampleOrder(
+            rows=len(rows),
+            seed=context.seed,
+            batch_sizes=BatchSizes(context.batch_size, self.batch_changes if training else ()),
+            shuffle=self.shuffle and training,
+            epochs=self.epochs if training else 1,
+            unique_rows=unique_rows,
+        )
+        fixed = {
+            "data": shards.digest,
+            "split": context.split,
+            **self.model_dump(
+                mode="json",
+                include={"sequence_length", "packing", "long_documents", "shuffle", "unique_tokens", "held_out"},
+            ),
+        }
+        return PackedSource(stream, rows, order, self.sequence_length, self.separate_documents, fixed)
+
+
+class Shards(PackedSettings):
+    """Token shards that `resilin data tokenize` wrote."""
+
+    path: Path
+    """The shard folder."""
+
+    def build(self, context: SourceContext) -> PackedSource:
+        """The source of one split."""
+        return self.packed(TokenShards(self.path), context)
+
+
+class PackedSource:
+    """Rows of a token stream, by slot: see `resilin.nouns.Source`.
+
+    Attributes:
+        stream: the tokens of this split.
+        rows: which stretch each sample is.
+        order: which sample each slot reads.
+        sequence_length: T.
+        vocab_size: every id is below it.
+        tokenizer: the one stored with the data, or None.
+        digest: changes with anything that changes what a slot reads, except seed and batch size.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        rows: Rows,
+        order: SampleOrder,
+        sequence_length: int,
+        separate_documents: bool,
+        fixed: dict[str, object],
+    ) -> None:
+        self.stream = stream
+        self.rows = rows
+        self.order = order
+        self.sequence_length = sequence_length
+        self.separate_documents = separate_documents
+        shards = stream.shards
+        self.vocab_size: int = shards.vocab_size
+        self.tokenizer: Tokenizer | None = shards.tokenizer
+        self.digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+        pad = self.tokenizer.pad_id if self.tokenizer is not None else None
+        self._pad = pad if pad is not None else 0
+
+    def __len__(self) -> int:
+        """Batches before the source ends; of the validation split, of the whole split."""
+        if self.order.total is None:
+            raise TypeError("a source without `epochs` never ends and has no length")
+        low, high = 0, self.order.total
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.order.slots(middle) == 0 else (middle + 1, high)
+        return low
+
+    def slots(self, step: int) -> int:
+        """Slots of a step; 0 after the end."""
+        return self.order.slots(step)
+
+    def fetch(self, step: int, slots: Sequence[int]) -> Batch:
+        """The samples of these slots.
+
+        Raises:
+            DataError: for slots the step does not have, or token ids outside the vocabulary (a damaged shard).
+        """
+        T = self.sequence_length
+        starts_B, stops_B = self.rows.bounds(self.order.row_of(step, slots))
+        count = len(starts_B)
+        read = np.full((count, T + 1), self._pad, dtype=self.stream.shards.dtype)
+        bounds = list(zip(starts_B.tolist(), stops_B.tolist(), strict=True))
+        for b, (start, stop) in enumerate(bounds):
+            self.stream.read_into(read[b], start, stop)
+        if read.size and int(read.max()) >= self.vocab_size:
+            b, t = np.argwhere(read >= self.vocab_size)[0].tolist()
+            raise DataError(
+                f"{self.stream.place(bounds[b][0] + t)}: token id {int(read[b, t])} is not below the vocabulary size "
+                f"{self.vocab_size} (step {step}, slot {slots[b]}): verify the shards"
+            )
+        wide = torch.from_numpy(read.astype(np.int64))
+        tokens_BT, labels_BT = wide[:, :-1].contiguous(), wide[:, 1:].clone()
+        lengths_B = stops_B - starts_B
+        if count and int(lengths_B.min()) <= T:
+            padding_BT = np.arange(1, T + 1)[None, :] >= lengths_B[:, None]
+            labels_BT[torch.from_numpy(padding_BT)] = IGNORED
+        if self.stream.shards.has_units:
+            units = np.zeros((count, T + 1), np.uint8)
+            for b, (start, stop) in enumerate(bounds):
+                self.stream.units_into(units[b], start, stop)
+            labels_BT[torch.from_numpy(units[:, 1:] == 0)] = IGNORED
+        fields = {"tokens": tokens_BT, "labels": labels_BT}
+        if self.separate_documents:
+            fields |= self._documents(bounds, labels_BT)
+        return Batch(torch.tensor(list(slots), dtype=torch.int64), fields)
+
+    def _documents(self, bounds: list[tuple[int, int]], labels_BT: Tensor) -> dict[str, Tensor]:
+        """Positions and document numbers; a label that belongs to the next document is taken out."""
+        T = self.sequence_length
+        first_BT = np.zeros((len(bounds), T + 1), bool)
+        for b, (start, stop) in enumerate(bounds):
+            first_BT[b, self.stream.starts(start, stop) - start] = True
+            if stop - start <= T:
+                first_BT[b, stop - start] = True  # padding is a document of its own
+        labels_BT[torch.from_numpy(first_BT[:, 1:])] = IGNORED
+        first_BT = first_BT[:, :T]
+        first_BT[:, 0] = True
+        places = np.arange(T)[None, :]
+        begun = np.maximum.accumulate(np.where(first_BT, places, 0), axis=1)
+        numbers = np.cumsum(first_BT, axis=1, dtype=np.int32) - 1
+        return {
+            "positions": torch.from_numpy(places - begun),
+            "documents": torch.from_numpy(numbers.astype(np.int32)),
+        }
+
+    def state_dict(self) -> State:
+        """Nothing to continue from but the step; what is here only guards against resuming on other data."""
+        sizes = self.order.batch_sizes
+        return {
+            "digest": self.digest,
+            "seed": self.order.seed,
+            "batch_size": sizes.first,
+            "batch_changes": [list(change) for change in sizes.changes],
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Refuse the state of other data, another seed or another batch size: slots would read other samples."""
+        mine = self.state_dict()
+        if state.get("digest") != mine["digest"]:
+            raise DataError(
+                f"the checkpoint was made on other data or another packing (digest {str(state.get('digest'))[:12]}, "
+                f"here {self.digest[:12]}): resume with the source settings of its settings.toml"
+            )
+        for key in ("seed", "batch_size"):
+            if state.get(key) != mine[key]:
+                hint = "; to change it from a step on, set source.batch_changes" if key == "batch_size" else ""
+                raise DataError(f"the checkpoint's {key} was {state.get(key)!r}, now it is {mine[key]!r}{hint}")
