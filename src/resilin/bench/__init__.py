@@ -1,0 +1,1 @@
+"""Benchmarks against peers: one shape of results, written by scripts, shown by commands."""

@@ -1,0 +1,1 @@
+"""A run: four nouns taken step by step, watched, saved and resumed."""
