@@ -1,0 +1,210 @@
+"""`resilin reproduce`: the runs of a preset, its analysis, and the files that state what was found."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from resilin.config import SettingsError
+from resilin.config.settings import closest
+from resilin.data.settings import SourceContext
+from resilin.recipes.cells import Cell, cells, hashed
+from resilin.recipes.execute import Job, forget, read_record
+from resilin.recipes.findings import Findings, RunRecord, Study, Trial
+from resilin.recipes.picture import draw
+from resilin.recipes.readme import picture_name, write_readme
+from resilin.recipes.recipe import Preset, Recipe, load_recipe
+from resilin.recipes.results import (
+    Results,
+    commit,
+    hashed_versions,
+    machine,
+    paper_line,
+    results_file,
+    summaries,
+    versions,
+    write_results,
+)
+from resilin.recipes.workers import train_all
+from resilin.run.settings import RunSettings
+
+Analysis = Callable[[Study], Findings]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to reproduce, and how.
+
+    Attributes:
+        folder: the recipe's.
+        preset: one of its presets.
+        runs: where runs live; theirs are in `<runs>/<slug>/<hash>`.
+        seeds: only the first this many of each grid's seeds; None: all.
+        overrides: `dotted.key=value` laid over every run's settings.
+        fresh: train everything again.
+        processes: in place of the preset's.
+    """
+
+    folder: Path
+    preset: str = "cpu"
+    runs: Path = Path("runs/recipes")
+    seeds: int | None = None
+    overrides: tuple[str, ...] = ()
+    fresh: bool = False
+    processes: int | None = None
+
+    @property
+    def slug(self) -> str:
+        """The recipe's name."""
+        return self.folder.name
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is the recipe as published, whose results belong in its folder."""
+        return self.seeds is None and not self.overrides
+
+    @property
+    def output(self) -> Path:
+        """Where results go: a reduced or changed reproduction must not replace the recipe's own."""
+        return self.folder if self.whole else self.runs / self.slug
+
+    @property
+    def command(self) -> str:
+        """The command that asks for this."""
+        words = ["resilin reproduce", self.slug]
+        words += [f"--preset {self.preset}"] if self.preset != "cpu" else []
+        words += [f"--seeds {self.seeds}"] if self.seeds is not None else []
+        return " ".join([*words, *self.overrides])
+
+
+def load_analysis(path: str) -> Analysis:
+    """The function that an import path names.
+
+    Raises:
+        SettingsError: saying what cannot be imported.
+    """
+    module_name, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except ImportError as error:
+        raise SettingsError(f"analysis = {path!r}: module {module_name} cannot be imported ({error})") from None
+    except AttributeError:
+        raise SettingsError(f"analysis = {path!r}: module {module_name} has no {name!r}") from None
+    if not callable(found):
+        raise SettingsError(f"analysis = {path!r}: is not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def _preset(recipe: Recipe, name: str) -> Preset:
+    if name not in recipe.presets:
+        near = closest(name, recipe.presets)
+        hint = f"did you mean {near!r}?" if near else f"this recipe has {', '.join(recipe.presets)}"
+        raise SettingsError(f"--preset {name}: no such preset; {hint}")
+    preset = recipe.preset(name)
+    if preset.needs == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SettingsError(f"--preset {name} needs a CUDA device and torch sees none here; try --preset cpu")
+    return preset
+
+
+def data_digest(settings: RunSettings) -> str:
+    """The content hash of a run's training data."""
+    source = settings.source.build(SourceContext(settings.seed, "train", settings.train.batch_size))
+    return str(getattr(source, "digest", ""))
+
+
+def cells_of(recipe: Recipe, request: Request) -> list[Cell]:
+    """The cells a request asks for."""
+    found = list(cells(recipe, request.preset, overrides=request.overrides))
+    if request.seeds is None:
+        return found
+    if request.seeds < 1:
+        raise SettingsError(f"--seeds {request.seeds}: at least one seed is needed")
+    first: dict[str, list[int]] = {}
+    for cell in found:
+        chosen = first.setdefault(cell.grid, [])
+        if cell.seed not in chosen:
+            chosen.append(cell.seed)
+    return [cell for cell in found if cell.seed in first[cell.grid][: request.seeds]]
+
+
+def make_jobs(found: Sequence[Cell], hashes: Sequence[str], recipe: Recipe, runs: Path) -> list[Job]:
+    """One job for each distinct hash, in order."""
+    jobs: dict[str, Job] = {}
+    for cell, name in zip(found, hashes, strict=True):
+        jobs.setdefault(name, Job(name, str(cell), cell.settings, runs / name, recipe.series))
+    return list(jobs.values())
+
+
+def reproduce(request: Request, console: Console) -> Results | None:
+    """Make the runs that are missing, analyse all, and write results, picture and README.
+
+    Returns:
+        The results; None where the user interrupted.
+
+    Raises:
+        SettingsError: for a recipe, preset or request that cannot be used, before the first run.
+        RunFailedError: for a run that ended otherwise than by a non-finite number.
+    """
+    began = time.perf_counter()
+    recipe = load_recipe(request.folder)
+    preset = _preset(recipe, request.preset)
+    analyse = load_analysis(recipe.analysis)
+    found = cells_of(recipe, request)
+    hashes = hashed(found, data_digest, hashed_versions())
+    jobs = make_jobs(found, hashes, recipe, request.runs / request.slug)
+    if request.fresh:
+        forget(jobs)
+    records = {job.hash: record for job in jobs if (record := read_record(job)) is not None}
+    missing = [job for job in jobs if job.hash not in records]
+    console.print(f"[bold]{recipe.title}[/bold]: {len(jobs)} runs, {len(records)} read back, {len(missing)} to train")
+    processes = min(request.processes or preset.processes, max(1, len(missing)))
+    if missing:
+        log = request.runs / request.slug / "workers.log"
+        trained = train_all(missing, processes, preset.threads, log, console)
+        if trained is None:
+            return None
+        records |= trained
+    study = study_of(request, recipe, found, hashes, records)
+    results = Results(
+        slug=request.slug,
+        title=recipe.title,
+        claim=recipe.claim,
+        paper=paper_line(recipe),
+        paper_figures=recipe.paper.figures,
+        preset=request.preset,
+        command=request.command,
+        seeds=study.seeds(),
+        commit=commit(request.folder.resolve()),
+        versions=versions(),
+        machine=machine(),
+        processes=request.processes or preset.processes,
+        threads=preset.threads,
+        wall_seconds=round(time.perf_counter() - began, 1),
+        training_seconds=round(sum(r.wall_seconds for r in records.values()), 1),
+        settings=recipe.settings | {"preset": preset.settings},
+        findings=analyse(study),
+        runs=summaries(found, hashes, records),
+    )
+    write_results(results_file(request.output, request.preset), results)
+    draw(results.findings.plots, request.output / picture_name(request.preset))
+    write_readme(request.output)
+    return results
+
+
+def study_of(
+    request: Request, recipe: Recipe, found: Sequence[Cell], hashes: Sequence[str], records: dict[str, RunRecord]
+) -> Study:
+    """The trials an analysis reads."""
+    trials = tuple(
+        Trial(cell.grid, cell.arm, dict(cell.axes), cell.seed, records[name])
+        for cell, name in zip(found, hashes, strict=True)
+    )
+    return Study(request.slug, request.preset, trials, recipe)
