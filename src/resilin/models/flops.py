@@ -1,7 +1,7 @@
 """How many parameters a decoder has and how many floating-point operations a token costs.
 
 Counted are matrix products only, a multiply-add as two operations: 2N per token in the forward pass for N weights
-that meet the token, and in attention 2 * 2 * heads * head_size per key seen (q.k and the mix of values), where a token
+that meet the token, and in attention 4 * heads * head_size per key seen (q.k and the mix of values), where a token
 sees on average (T + 1) / 2 keys of a text of T tokens (causal), or fewer inside a window. The backward pass costs
 twice the forward pass; recomputation is not counted, so that a ratio to the peak is MFU (PaLM, appendix B).
 """

@@ -1,0 +1,179 @@
+"""Which Hugging Face family a decoder's settings fit, and its `config.json` there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.huggingface_rope import write_rope
+from resilin.models.weight_files import ModelFolderError
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def _common_blockers(settings: DecoderSettings) -> list[str]:
+    """Settings that no family has."""
+    found = []
+    if settings.norm != "rms":
+        found.append(f'norm = "{settings.norm}": all of them use "rms"')
+    if not settings.gated:
+        found.append("gated = false: all of them have gated feed-forwards (gated = true)")
+    if settings.qk_norm in ("layer", "transplant"):
+        found.append(f'qk_norm = "{settings.qk_norm}": Qwen3 has "rms", the others "none"')
+    for name in ("attention_softcap", "logit_softcap"):
+        if getattr(settings, name) is not None:
+            found.append(f"{name} = {getattr(settings, name)}: none of them caps logits")
+    scale = settings.attention_scale
+    if scale is not None and abs(scale * settings.head_width**0.5 - 1) > 1e-6:
+        found.append(f"attention_scale = {scale}: all of them use 1 / sqrt(head_size)")
+    return found
+
+
+def _family_blockers(settings: DecoderSettings, family: str) -> list[str]:
+    """What keeps the settings from one family."""
+    s, found = settings, []
+
+    def need(holds: bool, text: str) -> None:
+        if not holds:
+            found.append(text)
+
+    need((s.moe is not None) == (family in ("mixtral", "qwen2_moe", "qwen3_moe")), "moe" + (" = none" * (not s.moe)))
+    need((s.qk_norm == "rms") == family.startswith("qwen3"), f'qk_norm = "{s.qk_norm}"')
+    if family == "qwen2":
+        need(s.qkv_bias, "qkv_bias = false")
+    if family in ("mistral", "mixtral"):
+        need(not s.qkv_bias, "qkv_bias = true")
+    if family in ("llama", "qwen3", "qwen3_moe"):
+        need(s.qkv_bias == s.out_bias, "qkv_bias differs from out_bias")
+    else:
+        need(not s.out_bias, "out_bias = true")
+    need(family == "llama" or not s.mlp_bias, "mlp_bias = true")
+    need(family != "llama" or s.sliding_window is None, "sliding_window")
+    if family in ("mistral", "mixtral", "qwen3_moe"):
+        need(s.window_layers is None, "window_layers")
+    if s.moe is not None:
+        need(bool(s.moe.shared_size) == (family == "qwen2_moe"), f"moe.shared_size = {s.moe.shared_size}")
+        need(s.moe.shared_gate == (family == "qwen2_moe"), f"moe.shared_gate = {str(s.moe.shared_gate).lower()}")
+        if family == "mixtral":
+            normalised = s.moe.normalise_weights or s.moe.routing == "topk_softmax"
+            need(normalised, "moe.normalise_weights = false")
+            need(not s.moe.dense_layers, "moe.dense_layers")
+    return found
+
+
+def family_of(settings: DecoderSettings) -> str:
+    """The first family that computes exactly what these settings describe.
+
+    Raises:
+        ModelFolderError: none does; the text says which settings stand in the way, for which family.
+    """
+    common = _common_blockers(settings)
+    blockers = {family: _family_blockers(settings, family) for family in _ARCHITECTURES}
+    fitting = [family for family, found in blockers.items() if not found]
+    if fitting and not common:
+        return fitting[0]
+    lines = common or [f"{family}: not with {', '.join(found)}" for family, found in blockers.items()]
+    raise ModelFolderError(
+        "these settings fit no Hugging Face family (" + ", ".join(_ARCHITECTURES) + "):\n  " + "\n  ".join(lines)
+    )
+
+
+def _moe_keys(settings: DecoderSettings, family: str) -> dict[str, Any]:
+    moe = settings.moe
+    if moe is None:
+        return {"intermediate_size": settings.feed_forward_size}
+    if family == "mixtral":
+        return {
+            "intermediate_size": moe.expert_size,
+            "num_local_experts": moe.experts,
+            "num_experts_per_tok": moe.experts_per_token,
+        }
+    keys = {
+        "intermediate_size": settings.feed_forward_size,
+        "moe_intermediate_size": moe.expert_size,
+        "num_experts": moe.experts,
+        "num_experts_per_tok": moe.experts_per_token,
+        "norm_topk_prob": moe.normalise_weights or moe.routing == "topk_softmax",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(moe.dense_layers),
+    }
+    if family == "qwen2_moe":
+        keys |= {"shared_expert_intermediate_size": moe.shared_size, "qkv_bias": settings.qkv_bias}
+    return keys
+
+
+def _window_keys(settings: DecoderSettings, family: str) -> dict[str, Any]:
+    if family in ("mistral", "mixtral"):
+        return {"sliding_window": settings.sliding_window}
+    if family == "llama":
+        return {}
+    keys: dict[str, Any] = {
+        "use_sliding_window": settings.sliding_window is not None,
+        "sliding_window": settings.sliding_window,
+    }
+    if family != "qwen3_moe":
+        windows = [settings.window_of(layer) for layer in range(settings.layers)]
+        keys["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in windows]
+        # only read where `layer_types` is absent
+        keys["max_window_layers"] = 0 if settings.sliding_window is not None else settings.layers
+    return keys
+
+
+def config_from_settings(
+    settings: DecoderSettings, dtype: str = "float32", special_ids: Mapping[str, int | None] | None = None
+) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Args:
+        settings: of the decoder.
+        dtype: of the stored weights.
+        special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, where there are such tokens.
+
+    Raises:
+        ModelFolderError: the settings fit no family.
+    """
+    family = family_of(settings)
+    config: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "dtype": dtype,
+        "vocab_size": settings.vocab_size,
+        "hidden_size": settings.hidden_size,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.key_heads,
+        "head_dim": settings.head_width,
+        "hidden_act": _ACTIVATIONS[settings.activation],
+        "rms_norm_eps": settings.norm_eps,
+        "initializer_range": min(settings.init_std, 1.0),
+        "max_position_embeddings": settings.max_positions,
+        "rope_parameters": write_rope(settings),
+        "rope_theta": settings.rope_theta,
+        "tie_word_embeddings": settings.tie_embeddings,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        **(special_ids or {}),
+        **_moe_keys(settings, family),
+        **_window_keys(settings, family),
+    }
+    if family in ("llama", "qwen3", "qwen3_moe"):
+        config["attention_bias"] = settings.qkv_bias
+    if family == "llama":
+        config["mlp_bias"] = settings.mlp_bias
+    if settings.rope_scaling is not None:
+        # transformers 4 and other readers look here
+        config["rope_scaling"] = {key: v for key, v in config["rope_parameters"].items() if key != "rope_theta"}
+    return config

@@ -1,0 +1,106 @@
+"""Where each tensor of a Hugging Face folder belongs in a decoder, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from resilin.models.decoder import Decoder
+
+_PLAIN = {
+    "model.embed_tokens.weight": "embed.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "head.weight",
+}
+_IN_LAYER = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "self_attn.q_proj": "attention.q",
+    "self_attn.k_proj": "attention.k",
+    "self_attn.v_proj": "attention.v",
+    "self_attn.o_proj": "attention.o",
+    "self_attn.q_norm": "attention.q_norm",
+    "self_attn.k_norm": "attention.k_norm",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
+    "mlp.gate": "moe.router",
+    "mlp.shared_expert.gate_proj": "moe.shared.gate",
+    "mlp.shared_expert.up_proj": "moe.shared.up",
+    "mlp.shared_expert.down_proj": "moe.shared.down",
+    "mlp.shared_expert_gate": "moe.shared_gate",
+}
+_OUT_OF_LAYER = {ours: theirs for theirs, ours in _IN_LAYER.items()}
+_MATRICES = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(\w+)\.weight")
+
+
+class Part(NamedTuple):
+    """A piece of a parameter and the piece of a stored tensor that fills it.
+
+    Attributes:
+        parameter: its name.
+        expert: which of the stacked matrices; None for all of the parameter.
+        half: (which half, of the stored rows) where gate and up are stored as one; None for the whole tensor.
+    """
+
+    parameter: str
+    expert: int | None = None
+    half: int | None = None
+
+
+def parts_of(name: str) -> list[Part] | None:
+    """What the stored tensor `name` fills: [] for buffers that are computed anew, None for an unknown name."""
+    if name in _PLAIN:
+        return [Part(_PLAIN[name])]
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return None
+    layer, rest = match.groups()
+    if rest == "self_attn.rotary_emb.inv_freq":
+        return []
+    prefix = f"blocks.{layer}."
+    rest = rest.replace("block_sparse_moe.", "mlp.", 1)
+    expert = _EXPERT.fullmatch(rest)
+    if expert is not None and expert[2] in _MATRICES:
+        return [Part(f"{prefix}moe.experts.{_MATRICES[expert[2]]}", int(expert[1]))]
+    if rest == "mlp.experts.gate_up_proj":
+        return [Part(f"{prefix}moe.experts.gate", half=0), Part(f"{prefix}moe.experts.up", half=1)]
+    if rest == "mlp.experts.down_proj":
+        return [Part(f"{prefix}moe.experts.down")]
+    stem, _, kind = rest.rpartition(".")
+    if stem in _IN_LAYER and kind in ("weight", "bias"):
+        return [Part(f"{prefix}{_IN_LAYER[stem]}.{kind}")]
+    return None
+
+
+def stored_tensors(model: Decoder, family: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model under the name that `family` stores it by; experts one by one, as published."""
+    plain = {ours: theirs for theirs, ours in _PLAIN.items()}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if name in plain:
+            yield plain[name], tensor
+            continue
+        _, layer, rest = name.split(".", 2)
+        prefix = f"model.layers.{layer}."
+        if rest.startswith("moe.experts."):
+            yield from _stored_experts(prefix, rest.removeprefix("moe.experts."), tensor, family)
+        elif rest == "moe.router.weight" and family == "mixtral":
+            yield f"{prefix}block_sparse_moe.gate.weight", tensor
+        else:
+            stem, _, kind = rest.rpartition(".")
+            yield f"{prefix}{_OUT_OF_LAYER[stem]}.{kind}", tensor
+
+
+def _stored_experts(prefix: str, matrix: str, stacked: Tensor, family: str) -> Iterator[tuple[str, Tensor]]:
+    for expert, tensor in enumerate(stacked):
+        if family == "mixtral":
+            old = {"gate": "w1", "up": "w3", "down": "w2"}[matrix]
+            yield f"{prefix}block_sparse_moe.experts.{expert}.{old}.weight", tensor
+        else:
+            yield f"{prefix}mlp.experts.{expert}.{matrix}_proj.weight", tensor
