@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resilin.config.errors import UserError
+
 CONTEXT_FIELDS = ("context", "ctx", "query", "prompt", "input", "goal")
 CHOICE_FIELDS = ("choices", "endings", "options", "answers")
 GOLD_FIELDS = ("gold", "gold_index", "answer_index", "answerKey", "answer", "label", "target")
 
 
-class QuestionError(ValueError):
+class QuestionError(UserError):
     """A question that cannot be read; the text names file and line."""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from resilin.config.errors import UserError
 from resilin.data.tokenizer import Tokenizer
 from resilin.inference.decoding import Decoding
 from resilin.inference.sampling import Sampling
@@ -19,7 +20,7 @@ from resilin.models.decoder import Decoder
 Reason = Literal["stop_token", "stop_string", "max_new_tokens", "max_positions"]
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A prompt that the model cannot continue; the text says which one and why."""
 
 
