@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from resilin.config import SettingsError, parse_settings
+from resilin.config.errors import UserError
 from resilin.models.decoder import Decoder
 from resilin.models.flops import parameter_counts
 from resilin.recipes.findings import Evaluation, Metrics, RunRecord
@@ -119,7 +120,7 @@ def record_of(job: Job, run: Run, data_digest: str) -> RunRecord:
     )
 
 
-class RunFailedError(RuntimeError):
+class RunFailedError(UserError):
     """A run of a recipe ended for another reason than a non-finite number; the text is for the user."""
 
 
