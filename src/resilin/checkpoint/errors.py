@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from resilin.config import UserError
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(UserError):
     """A checkpoint that cannot be written or read; its text names the file, the tensor and what is still good."""

@@ -119,5 +119,7 @@ def read_index(folder: Path) -> Index:
                     "the one or the other is unknown here"
                 )
         return Index(content["step"], files, tensors, content["tree"])
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: lacks what an index must have ({error!r})") from None
