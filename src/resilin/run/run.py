@@ -115,6 +115,8 @@ class Run:
             if isinstance(part, BeforeStep):
                 part.before_step(view)
         slots = range(self.source.slots(self.step))
+        if not slots:
+            return self._completed(f"the source ended after {self.step} of {self.pace.steps} steps")
         batch = self.source.fetch(self.step, slots)
         keys = Keys(self.seed, self.step, batch.slots_B)
         self.model.train()
@@ -175,10 +177,10 @@ class Run:
 
     # -- ways out -----------------------------------------------------------------------------------------------
 
-    def _completed(self) -> Outcome:
+    def _completed(self, message: str = "") -> Outcome:
         if self.checkpoints is not None and self.checkpoints.latest() != self.step:
             self.save()
-        return Outcome("completed", self.step, dict(self.metrics), self._saved)
+        return Outcome("completed", self.step, dict(self.metrics), self._saved, message)
 
     def _interrupted(self, signal_name: str) -> Outcome:
         path = self.save() if self.checkpoints is not None else None
