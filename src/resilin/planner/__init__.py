@@ -1,0 +1,1 @@
+"""Plans made before a run, and predictions made during one: sizes, iterations, data, time and memory."""
