@@ -1,0 +1,236 @@
+"""`resilin generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from resilin.cli.model_options import (
+    DeviceOption,
+    DTypeOption,
+    ModelArgument,
+    StepOption,
+    TokenizerOption,
+    opened_from,
+)
+from resilin.config.errors import UserError
+
+if TYPE_CHECKING:
+    from resilin.data.tokenizer import Tokenizer
+    from resilin.inference.generate import Continuation, StopRule
+    from resilin.inference.sampling import Sampling
+    from resilin.models.decoder import Decoder
+
+HOW, WHAT = "How to choose", "What to write"
+
+
+def _prompts(prompt: list[str] | None, prompt_file: list[Path] | None) -> list[str]:
+    """The prompts of the command line; piped text where it names none."""
+    from resilin.evaluate.perplexity import read_text
+
+    prompts = [*(prompt or ()), *(read_text(path) for path in prompt_file or ())]
+    if prompts:
+        return prompts
+    if sys.stdin.isatty():
+        raise UserError("nothing to continue: give --prompt TEXT, pipe a text in, or talk with --chat")
+    return [sys.stdin.read()]
+
+
+def _report(answers: list[Continuation], seconds: float) -> None:
+    tokens = sum(len(answer.tokens) for answer in answers)
+    ends = ", ".join(sorted({answer.reason.replace("_", " ") for answer in answers}))
+    rate = f"{tokens / seconds:.1f} tokens/s" if seconds > 0 else ""
+    typer.secho(f"[{tokens} tokens, {rate}; ended by: {ends}]", err=True, dim=True)
+
+
+def _write(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    shown: list[str],
+    stop: StopRule,
+    sampling: Sampling,
+    headed: bool,
+) -> list[Continuation]:
+    """Generate, writing the first unfinished answer as it grows and the others as their turn comes."""
+    from resilin.inference.generate import Continuation, stream
+
+    answers = [Continuation() for _ in prompts]
+    waiting = [""] * len(prompts)
+    done = [False] * len(prompts)
+    current = 0
+
+    def begin(row: int) -> None:
+        if headed:
+            typer.secho(f"── {row + 1} of {len(prompts)} " + "─" * 40, dim=True)
+        typer.secho(shown[row], nl=False, dim=True)
+
+    begin(0)
+    for piece in stream(model, prompts, stop, sampling=sampling, tokenizer=tokenizer):
+        answer = answers[piece.row]
+        answer.tokens.append(piece.token)
+        answer.logprobs.append(piece.logprob)
+        answer.text += piece.text
+        waiting[piece.row] += piece.text
+        if piece.reason is not None:
+            answer.reason, done[piece.row] = piece.reason, True
+        while current < len(prompts) and (piece.row == current or done[current]):
+            typer.echo(waiting[current], nl=False)
+            waiting[current] = ""
+            if not done[current]:
+                break
+            typer.echo("")
+            current += 1
+            if current < len(prompts):
+                begin(current)
+        sys.stdout.flush()
+    return answers
+
+
+def _chat(
+    model: Decoder, tokenizer: Tokenizer, system: str | None, stop: StopRule, sampling: Sampling, first: list[str]
+) -> None:
+    """Talk until the input ends; Ctrl-C ends only the answer that is being written."""
+    from resilin.inference.generate import stream
+
+    messages = [{"role": "system", "content": system}] if system else []
+    if not first and sys.stdin.isatty():
+        typer.secho("Talk to the model; /new forgets the conversation, Ctrl-D leaves.", err=True, dim=True)
+    pending = list(first)
+    while pending or not first:
+        try:
+            said = pending.pop(0) if pending else input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            break
+        if said.strip() == "/new":
+            messages = messages[:1] if system else []
+            continue
+        if not said.strip():
+            continue
+        messages.append({"role": "user", "content": said})
+        ids = list(tokenizer.chat(messages, add_generation_prompt=True).tokens)
+        answer = ""
+        try:
+            for piece in stream(model, [ids], stop, sampling=sampling, tokenizer=tokenizer):
+                answer += piece.text
+                typer.echo(piece.text, nl=False)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            if first:
+                raise
+        typer.echo("")
+        messages.append({"role": "assistant", "content": answer})
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="Text to continue; may be given several times.", rich_help_panel=WHAT),
+    ] = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option(help="A text file to continue.", rich_help_panel=WHAT)
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option(help="Talk: prompts are messages, put into the model's chat form.", rich_help_panel=WHAT)
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system message.", rich_help_panel=WHAT)] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="At most so many tokens.", rich_help_panel=WHAT)
+    ] = 256,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End before this text; may be given several times.", rich_help_panel=WHAT),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt.", rich_help_panel=WHAT)] = 1,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line for each answer.", rich_help_panel=WHAT)
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: always the most probable token.", rich_help_panel=HOW)
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Only the k most probable tokens; 0: all.", rich_help_panel=HOW)
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Only the most probable tokens that reach this probability.", rich_help_panel=HOW)
+    ] = 0.95,
+    min_p: Annotated[
+        float, typer.Option(help="Only tokens this fraction as probable as the best one.", rich_help_panel=HOW)
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens used before become less probable.", rich_help_panel=HOW)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same text.", rich_help_panel=HOW)] = 0,
+    step: StepOption = None,
+    tokenizer: TokenizerOption = None,
+    dtype: DTypeOption = "float32",
+    device: DeviceOption = "auto",
+) -> None:
+    """Write text with a trained model: continue prompts, or talk.
+
+    MODEL is the folder of a run, one of its checkpoints, a Hugging Face folder, or a .gguf file.
+
+    \b
+    resilin generate runs/shakespeare -p "To be, or not to be"
+    resilin generate runs/shakespeare -p "ROMEO." --temperature 0          the most probable text
+    resilin generate runs/shakespeare -p "ROMEO." --samples 4 --seed 7     four different ones
+    resilin generate SmolLM2.gguf --chat                                   talk
+    resilin generate SmolLM2.gguf --chat -p "What is rust?" -n 80          one answer
+    cat question.txt | resilin generate my-model --stop "\\n\\n" --json     for scripts
+    """
+    from resilin.config import parse_settings
+    from resilin.inference.generate import StopRule
+    from resilin.inference.generate import generate as answers_to
+    from resilin.inference.prompts import prompt_tokens
+    from resilin.inference.sampling import Sampling
+
+    chosen = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    sampling = parse_settings(Sampling, chosen, "generate")
+    if system is not None and not chat:
+        raise UserError("--system is part of a conversation: add --chat")
+    talking = chat and not as_json and samples == 1
+    texts = (prompt or []) if talking and not prompt_file else _prompts(prompt, prompt_file)
+    opened = opened_from(model, step=step, tokenizer=tokenizer, dtype=dtype, device=device)
+    words = opened.needed_tokenizer()
+    ends = frozenset() if words.eos_id is None else frozenset([words.eos_id])
+    strings = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in stop or ())
+    rule = StopRule(max_new_tokens, ends, strings)
+    if talking:
+        _chat(opened.model, words, system, rule, sampling, texts)
+        return
+    before = [{"role": "system", "content": system}] if system else []
+    ids = [
+        list(words.chat([*before, {"role": "user", "content": text}], add_generation_prompt=True).tokens)
+        if chat
+        else prompt_tokens(words, text)
+        for text in texts
+        for _ in range(samples)
+    ]
+    began = time.perf_counter()
+    if not as_json:
+        shown = ["" if chat else text for text in texts for _ in range(samples)]
+        _report(_write(opened.model, words, ids, shown, rule, sampling, len(ids) > 1), time.perf_counter() - began)
+        return
+    for row, answer in enumerate(answers_to(opened.model, ids, rule, sampling=sampling, tokenizer=words)):
+        line = {
+            "prompt": texts[row // samples],
+            "sample": row % samples,
+            "text": answer.text,
+            "ended_by": answer.reason,
+            "tokens": answer.tokens,
+            "logprobs": answer.logprobs,
+        }
+        typer.echo(json.dumps(line, ensure_ascii=False))

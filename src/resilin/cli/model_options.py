@@ -1,0 +1,41 @@
+"""The argument and options of every command that opens a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from resilin.run.open_model import OpenedModel
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+PANEL = "The model"
+
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="A run's folder, a checkpoint of it, a Hugging Face folder or a .gguf."),
+]
+StepOption = Annotated[
+    int | None, typer.Option(help="Which checkpoint of a run. Default: the newest.", rich_help_panel=PANEL)
+]
+TokenizerOption = Annotated[
+    Path | None, typer.Option(help="A tokenizer.json, where the model has none.", rich_help_panel=PANEL)
+]
+DTypeOption = Annotated[DTypeName, typer.Option(help="Of the weights in memory.", rich_help_panel=PANEL)]
+DeviceOption = Annotated[DeviceName, typer.Option(help="auto: the GPU where there is one.", rich_help_panel=PANEL)]
+
+
+def opened_from(
+    path: Path, *, step: int | None, tokenizer: Path | None, dtype: DTypeName, device: DeviceName
+) -> OpenedModel:
+    """The model these options name."""
+    import torch
+
+    from resilin.run.device import set_threads
+    from resilin.run.open_model import open_model
+
+    set_threads(0)
+    return open_model(path, step=step, tokenizer=tokenizer, dtype=getattr(torch, dtype), device=device)

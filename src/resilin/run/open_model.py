@@ -1,0 +1,178 @@
+"""Open a trained model, wherever it came from: a run, one of its checkpoints, a Hugging Face folder, a GGUF file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.folder import CheckpointFolder
+from resilin.config.errors import UserError
+from resilin.config.settings import closest
+from resilin.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from resilin.models.decoder import Decoder
+from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.settings import ModelContext
+from resilin.nouns import State
+from resilin.run.device import choose_device
+from resilin.run.folder import RunFolder
+
+CHECKPOINT_INDEX = "index.json"
+
+
+class OpenModelError(UserError):
+    """A path that cannot be opened as a model; the text lists what was looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A model ready to use.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        tokenizer: its tokenizer, or None where none is stored with it.
+        description: for people: what was opened.
+        run: the run's folder, where the model came from one.
+        step: the steps it was trained for, where that is known.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer | None
+    description: str
+    run: RunFolder | None = None
+    step: int | None = None
+
+    def needed_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            OpenModelError: there is none.
+        """
+        if self.tokenizer is None:
+            raise OpenModelError(f"{self.description}: has no {TOKENIZER_FILE}; name one with --tokenizer")
+        return self.tokenizer
+
+
+def _missing(path: Path) -> OpenModelError:
+    neighbours = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    runs = [str(file.parent) for file in sorted(Path("runs").glob("*/settings.toml"))]
+    near = closest(str(path), [*neighbours, *runs])
+    hint = f"\n  did you mean {near}?" if near else f"\n  runs here: {', '.join(runs)}" if runs else ""
+    return OpenModelError(f"{path}: there is no such file or folder{hint}")
+
+
+def _unknown(path: Path) -> OpenModelError:
+    if path.is_file():
+        return OpenModelError(
+            f"{path}: is not a model; of single files only .gguf is read. Give one of these:\n" + _FORMS
+        )
+    inside = sorted(item.name for item in path.iterdir())
+    shown = ", ".join(inside[:8]) + (", ..." if len(inside) > 8 else "") if inside else "nothing"
+    return OpenModelError(f"{path}: is not a model; it holds {shown}. Looked for:\n{_FORMS}")
+
+
+_FORMS = """\
+  settings.toml and checkpoints/         a folder that `resilin train` made
+  index.json in a folder named step-...  one checkpoint inside such a folder
+  config.json                            a Hugging Face folder with safetensors
+  a file ending in .gguf                 weights and tokenizer in one file"""
+
+
+def _decoder(settings: object, state: State, run: Path) -> Decoder:
+    """A decoder of these settings with the weights of a checkpoint, without drawing initial ones first."""
+    embedding = state.get("embed.weight")
+    vocabulary = None if embedding is None else int(embedding.shape[0])
+    if type(settings) is DecoderSettings and vocabulary is not None:
+        model = Decoder(settings.model_copy(update={"vocab_size": vocabulary}), seed=None, device="meta")
+    else:
+        built = settings.build(ModelContext(0, vocabulary))  # type: ignore[attr-defined]
+        if not isinstance(built, Decoder):
+            raise OpenModelError(
+                f"{run}: its model is a {type(built).__name__}; text can be generated and scored only with a Decoder"
+            )
+        model = built
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise OpenModelError(f"{run}: the checkpoint does not fit the model of settings.toml: {error}") from None
+    return model
+
+
+def _open_run(path: Path, step: int | None) -> tuple[Decoder, Tokenizer | None, int]:
+    folder = RunFolder(path)
+    settings = folder.settings()
+    store = CheckpointFolder(folder.checkpoints)
+    if step is None:
+        step = store.latest()
+    if step is None:
+        raise OpenModelError(f"{path}: the run has no checkpoint yet (looked in {folder.checkpoints})")
+    state = store.load(step, parts=["model"])["model"]
+    tokenizer = Tokenizer.load(folder.tokenizer) if (folder.tokenizer / TOKENIZER_FILE).is_file() else None
+    return _decoder(settings.model, state, path), tokenizer, step
+
+
+def _open(path: Path, step: int | None) -> OpenedModel:
+    if not path.exists():
+        raise _missing(path)
+    if path.is_dir() and path.name.startswith("step-") and (path / CHECKPOINT_INDEX).is_file():
+        run, found = path.resolve().parent.parent, int(path.name.removeprefix("step-"))
+        if not RunFolder(run).holds_run():
+            raise OpenModelError(
+                f"{path}: a checkpoint needs the settings of its run to be opened: looked for {run / 'settings.toml'}"
+            )
+        if step not in (None, found):
+            raise OpenModelError(f"{path} is step {found}, yet --step asks for {step}: give the run's folder instead")
+        path, step = run, found
+    if RunFolder(path).holds_run():
+        model, tokenizer, step = _open_run(path, step)
+        return OpenedModel(model, tokenizer, f"{path}, step {step}", RunFolder(path), step)
+    if step is not None:
+        raise OpenModelError(f"{path}: --step chooses among the checkpoints of a run, and this is none")
+    if path.is_file() and path.suffix == ".gguf":
+        from resilin.models.gguf import load_gguf
+
+        model, own = load_gguf(path)
+        return OpenedModel(model, own, str(path))
+    if path.is_dir() and (path / "config.json").is_file():
+        from resilin.models.huggingface import load_pretrained
+
+        own = Tokenizer.load(path) if (path / TOKENIZER_FILE).is_file() else None
+        return OpenedModel(load_pretrained(path), own, str(path))
+    raise _unknown(path)
+
+
+def open_model(
+    path: Path,
+    *,
+    step: int | None = None,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> OpenedModel:
+    """The model at a path.
+
+    Args:
+        path: a run's folder, a checkpoint's folder inside one, a Hugging Face folder, or a .gguf file.
+        step: which checkpoint of a run; None: the newest.
+        tokenizer: a tokenizer.json, or a folder with one, in place of the one stored with the model.
+        dtype: of the parameters in memory.
+        device: "auto": the GPU where there is one.
+
+    Raises:
+        UserError: what was looked for and not found, or why it cannot be read.
+    """
+    try:
+        opened = _open(path, step)
+    except CheckpointError as error:
+        raise OpenModelError(str(error)) from None
+    words = Tokenizer.load(tokenizer) if tokenizer is not None else opened.tokenizer
+    model = opened.model.to(device=choose_device(device), dtype=dtype).eval()
+    if words is not None and words.vocab_size > model.settings.vocab_size:
+        raise OpenModelError(
+            f"{path}: the tokenizer has {words.vocab_size} tokens, the model knows only {model.settings.vocab_size}: "
+            "they do not belong together; name the right one with --tokenizer"
+        )
+    return OpenedModel(model, words, opened.description, opened.run, opened.step)
