@@ -1,21 +1,47 @@
-"""Next-token prediction: the loss of a decoder language model."""
+"""Next-token prediction: the loss of a decoder language model.
+
+Shapes: B samples, T tokens, N valid tokens of all samples, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-import torch.nn.functional as F
-from torch import nn
+from pydantic import Field
+from torch import Tensor, nn
 
 from resilin.keys import Keys
-from resilin.nouns import Batch, Loss, Mean, State
+from resilin.nouns import Batch, Log, Loss, Mean, State
+from resilin.objective.cross_entropy import (
+    CrossEntropyTerms,
+    TokenSums,
+    chunked_cross_entropy,
+    whole_cross_entropy,
+)
+from resilin.objective.router_loss import micro_batch_load_balance, router_z, sequence_load_balance
 from resilin.objective.settings import ObjectiveSettings
+
+IGNORE = -100
+"""The label of positions that are not predicted."""
 
 
 class NextToken(ObjectiveSettings):
-    """Cross-entropy of the next token."""
+    """Cross-entropy of the next token, with the usual regularisers."""
 
-    z_loss: float = 0.0
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """s: the target becomes (1 - s) * one-hot + s / V."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """z: adds z * (log Z)^2 per token; 1e-4 in PaLM and in Wortsman et al. (2023)."""
+    chunk: int | None = Field(default=None, ge=0)
+    """Tokens whose logits exist at once; left out: chosen by vocabulary and device; 0: all of them, which is slower
+    and larger, but admits gradients of gradients."""
+    load_balance: float = Field(default=0.01, ge=0)
+    """Mixtures of experts: weight of the router's imbalance."""
+    load_balance_over: Literal["sequence", "micro_batch"] = "sequence"
+    """sequence: each sequence by itself (1 when balanced), the same for any micro-batch size; micro_batch: all tokens
+    at once as `transformers` does (experts_per_token when balanced), which depends on the micro-batch size."""
+    router_z_loss: float = Field(default=0.001, ge=0)
+    """Mixtures of experts: weight of the mean squared logsumexp of the router's logits."""
 
     def build(self) -> NextTokenLoss:
         """The loss."""
@@ -23,21 +49,81 @@ class NextToken(ObjectiveSettings):
 
 
 class NextTokenLoss:
-    """Cross-entropy summed over labels other than -100."""
+    """The loss summed over valid tokens: those whose label is not -100 (and whose weight is not 0).
+
+    The batch holds `tokens` (B, T), `labels` (B, T) and optionally `positions`, `documents` (-1 marks padding) and
+    `weights` (B, T), each token's share in the loss. The model is called as `model(tokens, positions, documents,
+    keys=keys)` and gives either an output with `hidden_BTD` (and `router_logits`) beside `model.head_weight` (V, D),
+    or logits (B, T, V) themselves.
+
+    Units are the number of valid tokens, or the sum of their weights, so a weight of 0 is the same as a label of
+    -100. Router losses are means over a sequence; each counts as many units as its sequence has.
+    """
 
     def __init__(self, settings: NextToken):
         self.settings = settings
 
     def __call__(self, model: nn.Module, batch: Batch, keys: Keys | None) -> Loss:
-        """The loss sum, its units and logs."""
-        labels_N = batch["labels"].reshape(-1)
-        out = model(batch["tokens"], batch.get("positions"), batch.get("documents"), keys=keys)
-        logits_NV = cast(Any, model).logits(out.hidden).flatten(0, 1).float()
-        nll = F.cross_entropy(logits_NV, labels_N, reduction="sum", ignore_index=-100)
-        valid_N = labels_N != -100
-        units = valid_N.sum()
-        hits = ((logits_NV.detach().argmax(-1) == labels_N) & valid_N).sum()
-        return Loss(nll, units, {"nll": Mean(nll.detach(), units), "accuracy": Mean(hits, units)})
+        """The loss sum, its units, and the logs `nll`, `accuracy`, `log_z`, `z_loss` and those of routers."""
+        labels_BT, weights_BT = batch["labels"], batch.get("weights")
+        output = model(batch["tokens"], batch.get("positions"), batch.get("documents"), keys=keys)
+        valid_BT = labels_BT != IGNORE
+        if weights_BT is not None:
+            valid_BT = valid_BT & (weights_BT != 0)
+        sums = self._sums(model, output, labels_BT, weights_BT, valid_BT)
+        tokens = valid_BT.sum()
+        units_B = (valid_BT if weights_BT is None else weights_BT * valid_BT).double().sum(1)
+        logs: dict[str, Log] = {
+            "nll": Mean(sums.nll, tokens),
+            "accuracy": Mean(sums.hits, tokens),
+            "log_z": Mean(sums.log_z, tokens),
+        }
+        if self.settings.z_loss:
+            logs["z_loss"] = Mean(sums.z_loss, tokens)
+        loss = sums.loss
+        routers = getattr(output, "router_logits", ())
+        if routers:
+            loss = loss + self._router_losses(model, routers, batch.get("documents"), units_B, logs)
+        return Loss(loss, units_B.sum(), logs)
+
+    def _sums(
+        self, model: Any, output: Any, labels_BT: Tensor, weights_BT: Tensor | None, valid_BT: Tensor
+    ) -> TokenSums:
+        terms = CrossEntropyTerms(self.settings.label_smoothing, self.settings.z_loss)
+        states = output if isinstance(output, Tensor) else output.hidden_BTD
+        states, labels_N = states.flatten(0, 1), labels_BT.flatten()
+        weights_N = None if weights_BT is None else weights_BT.flatten()
+        index_N = valid_BT.flatten().nonzero()[:, 0]
+        if len(index_N) < len(labels_N):  # masked positions cost nothing from here on
+            states, labels_N = states.index_select(0, index_N), labels_N[index_N]
+            weights_N = None if weights_N is None else weights_N[index_N]
+        if isinstance(output, Tensor):
+            return whole_cross_entropy(states, labels_N, weights_N, terms)
+        if self.settings.chunk == 0:
+            return whole_cross_entropy(model.logits(states), labels_N, weights_N, terms)
+        softcap = getattr(getattr(model, "settings", None), "logit_softcap", None)
+        terms = CrossEntropyTerms(terms.smoothing, terms.z_loss, softcap)
+        return chunked_cross_entropy(states, model.head_weight, labels_N, weights_N, terms, self.settings.chunk)
+
+    def _router_losses(
+        self,
+        model: nn.Module,
+        routers: tuple[Tensor, ...],
+        documents_BT: Tensor | None,
+        units_B: Tensor,
+        logs: dict[str, Log],
+    ) -> Tensor:
+        real_BT = None if documents_BT is None else documents_BT >= 0
+        experts: int = cast(Any, model).settings.moe.experts_per_token
+        if self.settings.load_balance_over == "sequence":
+            balance = (sequence_load_balance(routers, experts, real_BT) * units_B).sum()
+        else:
+            balance = micro_batch_load_balance(routers, experts, real_BT) * units_B.sum()
+        squared = (router_z(routers, real_BT) * units_B).sum()
+        units = units_B.sum()
+        logs["load_balance"] = Mean(balance.detach(), units)
+        logs["router_z"] = Mean(squared.detach(), units)
+        return self.settings.load_balance * balance + self.settings.router_z_loss * squared
 
     def state_dict(self) -> State:
         """Nothing: the loss has no state."""
