@@ -25,6 +25,7 @@ class Cell:
     Attributes:
         grid, arm, axes, seed: its place; `axes` maps an axis name to its value or the name of its patch.
         settings: what the run is made of.
+        asked: the tree of settings that the recipe writes, without the defaults it leaves out.
     """
 
     grid: str
@@ -32,6 +33,7 @@ class Cell:
     axes: dict[str, Value]
     seed: int
     settings: RunSettings
+    asked: Patch
 
     def __str__(self) -> str:
         places = [
@@ -84,12 +86,16 @@ def cells(
                     for override in overrides:
                         apply_override(full, override)
                     place = f"preset {preset}, grid {grid_name}, arm {arm}, {axes or 'no axes'}"
-                    yield Cell(grid_name, arm, axes, seed, parse_settings(RunSettings, full, place))
+                    yield Cell(grid_name, arm, axes, seed, parse_settings(RunSettings, full, place), full)
 
 
-def run_hash(settings: RunSettings, data_digest: str, versions: Mapping[str, str]) -> str:
-    """Names a run by everything that decides its numbers: 16 hexadecimal digits."""
-    tree = {k: v for k, v in settings.model_dump(mode="json").items() if k not in NOT_HASHED}
+def run_hash(asked: Mapping[str, Any], data_digest: str, versions: Mapping[str, str]) -> str:
+    """Names a run by what it was asked to be: 16 hexadecimal digits.
+
+    Defaults are left out, so that a new setting does not rename every run; `resilin.recipes.execute.read_record`
+    compares the resolved settings before it believes a record.
+    """
+    tree = {key: value for key, value in asked.items() if key not in NOT_HASHED}
     text = json.dumps([tree, data_digest, dict(versions)], sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -102,7 +108,7 @@ def hashed(found: Sequence[Cell], digest_of: Callable[[RunSettings], str], versi
         source = json.dumps(cell.settings.source.model_dump(mode="json"), sort_keys=True)
         if source not in digests:
             digests[source] = digest_of(cell.settings)
-        hashes.append(run_hash(cell.settings, digests[source], versions))
+        hashes.append(run_hash(cell.asked, digests[source], versions))
     return hashes
 
 

@@ -15,6 +15,7 @@ from resilin.config import SettingsError, parse_settings
 from resilin.config.errors import UserError
 from resilin.models.decoder import Decoder
 from resilin.models.flops import parameter_counts
+from resilin.recipes.cells import NOT_HASHED
 from resilin.recipes.findings import Evaluation, Metrics, RunRecord
 from resilin.run.events import Event, RunStarted, StepDone
 from resilin.run.folder import RunFolder
@@ -42,8 +43,27 @@ class Job:
         return self.folder / "record.json"
 
 
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else key)
+    else:
+        yield path, tree
+
+
+def trains_the_same(stored: dict[str, Any], settings: RunSettings) -> bool:
+    """Whether a stored run is what these settings would train now.
+
+    A setting that the stored run does not know is new and stands at a default that changes nothing; any other
+    difference, a changed default among them, makes it another run.
+    """
+    now = dict(_leaves(json.loads(settings.model_dump_json())))
+    then = {k: v for k, v in _leaves(stored) if k.split(".")[0] not in NOT_HASHED and k != "train.threads"}
+    return all(key in now and now[key] == value for key, value in then.items())
+
+
 def read_record(job: Job) -> RunRecord | None:
-    """The record of an earlier run of this job; None where there is none, or it kept other series."""
+    """The record of an earlier run of this job; None where there is none, or it is not what would be made now."""
     try:
         tree = json.loads(job.record_file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -54,7 +74,8 @@ def read_record(job: Job) -> RunRecord | None:
         ) from None
     if tuple(tree.pop("kept", ())) != job.series:
         return None
-    return parse_settings(RunRecord, tree, str(job.record_file))
+    record = parse_settings(RunRecord, tree, str(job.record_file))
+    return record if trains_the_same(record.settings, job.settings) else None
 
 
 def write_record(job: Job, record: RunRecord) -> None:
@@ -141,6 +162,8 @@ def train(job: Job, threads: int, report: Report | None = None) -> RunRecord | N
     found = read_record(job)
     if found is not None:
         return found
+    if job.record_file.exists():
+        forget([job])  # made by other settings, or with other series
     quiet = job.settings.log.model_copy(update={"live": False})
     own = job.settings.train.model_copy(update={"threads": threads})
     settings = job.settings.model_copy(update={"log": quiet, "train": own})
