@@ -113,7 +113,7 @@ def _chat(
         if not said.strip():
             continue
         messages.append({"role": "user", "content": said})
-        ids = list(tokenizer.chat(messages, add_generation_prompt=True).tokens)
+        ids = list(tokenizer.chat(messages, add_generation_prompt=True).ids)
         answer = ""
         try:
             for piece in stream(model, [ids], stop, sampling=sampling, tokenizer=tokenizer):
@@ -137,7 +137,10 @@ def generate(
         list[Path] | None, typer.Option(help="A text file to continue.", rich_help_panel=WHAT)
     ] = None,
     chat: Annotated[
-        bool, typer.Option(help="Talk: prompts are messages, put into the model's chat form.", rich_help_panel=WHAT)
+        bool,
+        typer.Option(
+            "--chat", help="Talk: prompts are messages, put into the model's chat form.", rich_help_panel=WHAT
+        ),
     ] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: the system message.", rich_help_panel=WHAT)] = None,
     max_new_tokens: Annotated[
@@ -178,11 +181,11 @@ def generate(
 
     \b
     resilin generate runs/shakespeare -p "To be, or not to be"
-    resilin generate runs/shakespeare -p "ROMEO." --temperature 0          the most probable text
-    resilin generate runs/shakespeare -p "ROMEO." --samples 4 --seed 7     four different ones
-    resilin generate SmolLM2.gguf --chat                                   talk
-    resilin generate SmolLM2.gguf --chat -p "What is rust?" -n 80          one answer
-    cat question.txt | resilin generate my-model --stop "\\n\\n" --json     for scripts
+    resilin generate runs/shakespeare -p "ROMEO." --temperature 0  most probable
+    resilin generate runs/shakespeare -p "ROMEO." --samples 4      four answers
+    resilin generate SmolLM2.gguf --chat                           talk
+    resilin generate SmolLM2.gguf --chat -p "What is rust?" -n 80  one answer
+    cat a.txt | resilin generate my-model --stop "\\n\\n" --json    for scripts
     """
     from resilin.config import parse_settings
     from resilin.inference.generate import StopRule
@@ -205,15 +208,16 @@ def generate(
     texts = (prompt or []) if talking and not prompt_file else _prompts(prompt, prompt_file)
     opened = opened_from(model, step=step, tokenizer=tokenizer, dtype=dtype, device=device)
     words = opened.needed_tokenizer()
-    ends = frozenset() if words.eos_id is None else frozenset([words.eos_id])
     strings = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in stop or ())
-    rule = StopRule(max_new_tokens, ends, strings)
+    if chat and words.chat_template is None:
+        strings = (*strings, "<|im_end|>")  # of ChatML, the form used where the tokenizer brings none
+    rule = StopRule(max_new_tokens, opened.end_ids, strings)
     if talking:
         _chat(opened.model, words, system, rule, sampling, texts)
         return
     before = [{"role": "system", "content": system}] if system else []
     ids = [
-        list(words.chat([*before, {"role": "user", "content": text}], add_generation_prompt=True).tokens)
+        list(words.chat([*before, {"role": "user", "content": text}], add_generation_prompt=True).ids)
         if chat
         else prompt_tokens(words, text)
         for text in texts

@@ -106,6 +106,7 @@ def answer_questions(
     tokenizer: Tokenizer,
     questions: Sequence[Question],
     *,
+    begin_token: bool = False,
     batch_tokens: int = 4096,
     progress: Callable[[float], None] | None = None,
 ) -> ChoiceScore:
@@ -115,6 +116,7 @@ def answer_questions(
         model: whose mode is left as it was.
         tokenizer: of the model.
         questions: at least one.
+        begin_token: put the tokenizer's begin token (where it has one) before every context.
         batch_tokens: positions in a batch, padding counted.
         progress: called with the share done.
 
@@ -126,9 +128,11 @@ def answer_questions(
     most = model.settings.max_positions + 1  # the last token is foretold, not read
     passages: list[Passage] = []
     truncated = 0
+    begin = [tokenizer.bos_id] if begin_token and tokenizer.bos_id is not None else []
     for number, question in enumerate(questions):
         for choice in question.choices:
             before, after = encode_pair(tokenizer, question.context, choice)
+            before = begin + before if before != begin else before
             if len(after) >= most:
                 raise QuestionError(
                     f"question {number}: a choice has {len(after)} tokens; the model takes {most - 1} positions"

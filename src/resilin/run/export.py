@@ -65,6 +65,18 @@ def _put_in_place(staged: Path, output: Path) -> list[Path]:
     return [Path(shutil.move(file, output / file.name)) for file in sorted(staged.iterdir())]
 
 
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse a folder that is in use, before any work.
+
+    Raises:
+        ExportError: it is a file, or is not empty and `force` is not set.
+    """
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"{output}: is a file; a folder was expected")
+    if output.is_dir() and any(output.iterdir()) and not force:
+        raise ExportError(f"{output}: is not empty; name another folder, or write into it with --force")
+
+
 def export_model(
     model: Decoder,
     tokenizer: Tokenizer | None,
@@ -90,10 +102,7 @@ def export_model(
     Raises:
         ExportError: `output` is in use, cannot be written, or no family fits the model.
     """
-    if output.exists() and not output.is_dir():
-        raise ExportError(f"{output}: is a file; a folder was expected")
-    if output.is_dir() and any(output.iterdir()) and not force:
-        raise ExportError(f"{output}: is not empty; name another folder, or write into it with --force")
+    check_output(output, force=force)
     ids = special_ids(tokenizer)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

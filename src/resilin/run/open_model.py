@@ -35,6 +35,7 @@ class OpenedModel:
         model: in evaluation mode, on its device.
         tokenizer: its tokenizer, or None where none is stored with it.
         description: for people: what was opened.
+        end_ids: tokens that end a text: the tokenizer's, and those of generation_config.json.
         run: the run's folder, where the model came from one.
         step: the steps it was trained for, where that is known.
     """
@@ -42,6 +43,7 @@ class OpenedModel:
     model: Decoder
     tokenizer: Tokenizer | None
     description: str
+    end_ids: frozenset[int] = frozenset()
     run: RunFolder | None = None
     step: int | None = None
 
@@ -114,6 +116,14 @@ def _open_run(path: Path, step: int | None) -> tuple[Decoder, Tokenizer | None, 
     return _decoder(settings.model, state, path), tokenizer, step
 
 
+def _end_ids(file: Path) -> frozenset[int]:
+    """The end tokens a generation_config.json names: some models end their turns and their texts differently."""
+    from resilin.models.weight_files import read_json
+
+    named = read_json(file).get("eos_token_id") if file.is_file() else None
+    return frozenset(named if isinstance(named, list) else [] if named is None else [named])
+
+
 def _open(path: Path, step: int | None) -> OpenedModel:
     if not path.exists():
         raise _missing(path)
@@ -128,7 +138,7 @@ def _open(path: Path, step: int | None) -> OpenedModel:
         path, step = run, found
     if RunFolder(path).holds_run():
         model, tokenizer, step = _open_run(path, step)
-        return OpenedModel(model, tokenizer, f"{path}, step {step}", RunFolder(path), step)
+        return OpenedModel(model, tokenizer, f"{path}, step {step}", run=RunFolder(path), step=step)
     if step is not None:
         raise OpenModelError(f"{path}: --step chooses among the checkpoints of a run, and this is none")
     if path.is_file() and path.suffix == ".gguf":
@@ -140,7 +150,7 @@ def _open(path: Path, step: int | None) -> OpenedModel:
         from resilin.models.huggingface import load_pretrained
 
         own = Tokenizer.load(path) if (path / TOKENIZER_FILE).is_file() else None
-        return OpenedModel(load_pretrained(path), own, str(path))
+        return OpenedModel(load_pretrained(path), own, str(path), _end_ids(path / "generation_config.json"))
     raise _unknown(path)
 
 
@@ -175,4 +185,5 @@ def open_model(
             f"{path}: the tokenizer has {words.vocab_size} tokens, the model knows only {model.settings.vocab_size}: "
             "they do not belong together; name the right one with --tokenizer"
         )
-    return OpenedModel(model, words, opened.description, opened.run, opened.step)
+    ends = opened.end_ids | ({words.eos_id} if words is not None and words.eos_id is not None else set())
+    return OpenedModel(model, words, opened.description, frozenset(ends), opened.run, opened.step)
