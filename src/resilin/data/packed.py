@@ -19,7 +19,7 @@ from torch import Tensor
 from resilin.data.errors import DataError
 from resilin.data.order import BatchSizes, SampleOrder
 from resilin.data.rows import LongDocuments, Packing, Rows, make_rows
-from resilin.data.settings import SourceContext, SourceSettings
+from resilin.data.settings import SourceContext, SourceSettings, Split
 from resilin.data.shards import TokenShards
 from resilin.data.split import HeldOut, split_stream
 from resilin.data.stream import TokenStream
@@ -52,9 +52,11 @@ class PackedSettings(SourceSettings):
     batch_changes: tuple[tuple[int, int], ...] = ()
     """(step, batch size) pairs: batch sizes that hold from a later step on."""
 
-    def packed(self, shards: TokenShards, context: SourceContext) -> PackedSource:
-        """The source of one split over opened shards."""
-        stream = split_stream(shards, self.held_out, context.split)
+    def packed(self, shards: TokenShards, context: SourceContext, *, whole: bool = False) -> PackedSource:
+        """The source of one split over opened shards; `whole` where they hold only that split."""
+        held_out = HeldOut(fraction=0.0) if whole else self.held_out
+        split: Split = "train" if whole else context.split
+        stream = split_stream(shards, held_out, split)
         if len(stream) < 2:
             raise DataError(
                 f"{shards.folder}: the {context.split} split has {len(stream)} tokens; at least 2 are needed"
@@ -84,8 +86,9 @@ class PackedSettings(SourceSettings):
             "split": context.split,
             **self.model_dump(
                 mode="json",
-                include={"sequence_length", "packing", "long_documents", "shuffle", "unique_tokens", "held_out"},
+                include={"sequence_length", "packing", "long_documents", "shuffle", "unique_tokens"},
             ),
+            "held_out": held_out.model_dump(mode="json"),
         }
         return PackedSource(stream, rows, order, self.sequence_length, self.separate_documents, fixed)
 

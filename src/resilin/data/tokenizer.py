@@ -33,6 +33,17 @@ def _name(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def _read(tokenizer_json: str) -> tokenizers.Tokenizer:
+    try:
+        inner = tokenizers.Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # the library raises plain Exception for any broken file
+        raise DataError(f"not a tokenizer.json that the tokenizers library can read: {error}") from None
+    # A stored file may ask for padding or truncation, which would lose or invent tokens.
+    inner.no_padding()
+    inner.no_truncation()
+    return inner
+
+
 class StreamDecoder:
     """Token ids in, text out, piece by piece; never half a character."""
 
@@ -69,13 +80,7 @@ class Tokenizer:
     """
 
     def __init__(self, tokenizer_json: str, config: Mapping[str, Any] | None = None) -> None:
-        try:
-            self.inner = tokenizers.Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the library raises plain Exception for any broken file
-            raise DataError(f"not a tokenizer.json that the tokenizers library can read: {error}") from None
-        # A stored file may ask for padding or truncation, which would lose or invent tokens.
-        self.inner.no_padding()
-        self.inner.no_truncation()
+        self.inner = _read(tokenizer_json)
         self._json = tokenizer_json
         self.config = dict(config or {})
         self.eos_id = self._special("eos_token", _END_NAMES)
@@ -104,11 +109,23 @@ class Tokenizer:
         """SHA-256 of the tokenizer's file: equal digests give equal ids."""
         return hashlib.sha256(self._json.encode()).hexdigest()
 
+    @property
+    def json(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._json
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids of tokens that stand for no text."""
         added = self.inner.get_added_tokens_decoder()
         return frozenset(token for token, description in added.items() if description.special)
+
+    @cached_property
+    def plain(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, for which the text of a special token is only text."""
+        inner = _read(self._json)
+        inner.encode_special_tokens = True
+        return inner
 
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Token ids of a text, without added begin or end tokens.
@@ -122,11 +139,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = True) -> list[list[int]]:
         """Token ids of several texts."""
-        self.inner.encode_special_tokens = not parse_special
-        try:
-            return [list(item.ids) for item in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
-        finally:
-            self.inner.encode_special_tokens = False
+        inner = self.inner if parse_special else self.plain
+        return [list(item.ids) for item in inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of token ids; special tokens are left out unless asked for."""
