@@ -1,72 +1,88 @@
-"""AdamW (Loshchilov and Hutter, 2019) through torch's fused kernel, with coupled or independent weight decay."""
+"""AdamW through torch's fused kernel, with coupled or independent weight decay.
+
+Sources: Loshchilov and Hutter, "Decoupled weight decay regularization", 2019 (the paper's decay is independent of the
+learning rate; torch's is coupled to it); Wortsman et al., 2023, section 3.2.1.
+"""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
-from resilin.config import component
-from resilin.optim.groups import Rule, make_groups
-from resilin.optim.schedule import Schedule
-from resilin.optim.scheduled import Scheduled
-from resilin.optim.settings import OptimizerSettings
+from resilin.optim.groups import Group
+from resilin.optim.part import Moments, Part, root_mean_square, with_gradient
+from resilin.optim.scheduled import ScheduledSettings
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class AdamW(OptimizerSettings):
-    """AdamW with a schedule."""
+class AdamWPart(Part):
+    """theta <- theta - s_t * (lr * Delta + decay * theta), Delta = m / (sqrt(u) + eps) with bias corrections.
 
-    lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and the second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Decay per step: times the learning rate where `decay = "coupled"`, by itself where `"independent"`."""
-    decay: Literal["coupled", "independent"] = "coupled"
-    """coupled: theta -= s_t * lr * (Delta + wd * theta); independent: theta -= s_t * (lr * Delta + wd * theta)."""
-    decay_vectors: bool = False
-    """Whether norms and biases decay."""
-    decay_embeddings: bool = True
-    """Whether embedding tables decay."""
-    schedule: component(Schedule, "resilin.optim.schedule:Cosine") = Field(default={})  # type: ignore[valid-type]
-    """The schedule s_t."""
-    rules: tuple[Rule, ...] = ()
-    """Exceptions by parameter name and shape; the first match wins."""
+    m (`exp_avg`) and u (`exp_avg_sq`) are moving averages of the gradient and its square, in the parameter's format.
+    """
 
-    def build(self, model: nn.Module, total_steps: int) -> Scheduled:
-        """The optimizer, its moments created beside the parameters."""
-        groups = make_groups(
-            model,
-            self.weight_decay,
-            rules=self.rules,
-            decay_vectors=self.decay_vectors,
-            decay_embeddings=self.decay_embeddings,
-        )
-        names = {p: name for group in groups for name, p in group.parameters}
-        part = torch.optim.AdamW(
-            [
-                {
-                    "params": [p for _, p in group.parameters],
-                    "peak_lr": group.lr_scale * self.lr,
-                    "weight_decay": group.weight_decay
-                    / (group.lr_scale * self.lr if self.decay == "independent" else 1.0),
-                }
-                for group in groups
-            ],
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            fused=True,
-        )
-        for parameter in names:
-            part.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
-        return Scheduled([part], names, self.lr, partial(self.schedule.factor, total=total_steps, peak=self.lr))
+    def __init__(
+        self, groups: Sequence[Group], lr: float, *, independent: bool, betas: tuple[float, float], eps: float
+    ):
+        super().__init__(groups, lr, independent=independent)
+        self.betas, self.eps = betas, eps
+
+    def new_moments(self, parameter: nn.Parameter) -> Moments:
+        """Zeros, and a count of steps."""
+        return {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False),
+        }
+
+    def update(self, factor: float, *, record: bool) -> Mapping[str, Tensor]:
+        """One kernel per group."""
+        deltas: dict[str, Tensor] = {}
+        for pace, group in self.groups:
+            members, grads = with_gradient(group)
+            adamw(
+                [m.parameter for m in members],
+                grads,
+                [m.moments["exp_avg"] for m in members],
+                [m.moments["exp_avg_sq"] for m in members],
+                [],
+                [m.moments["step"] for m in members],
+                fused=True,
+                amsgrad=False,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                lr=factor * pace.lr,
+                weight_decay=pace.decay / pace.lr,  # the kernel multiplies by its lr again
+                eps=self.eps,
+                maximize=False,
+            )
+            if record:
+                deltas |= {m.name: root_mean_square(self.delta(m.moments)) for m in members}
+        return deltas
+
+    def delta(self, moments: Moments) -> Tensor:
+        """The direction of the last step, before the learning rate and without decay."""
+        step = moments["step"]
+        mean = moments["exp_avg"] / (1 - self.betas[0] ** step)
+        root = (moments["exp_avg_sq"] / (1 - self.betas[1] ** step)).sqrt_()
+        return mean.div_(root.add_(self.eps))
+
+
+class AdamW(ScheduledSettings):
+    """AdamW; masters and moments are float32, whatever the forward pass computes in."""
+
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of the moving averages of the gradient and of its square."""
+    eps: float = Field(default=1e-8, ge=0)
+    """Added to the root of the second moment; too large where gradients are tiny (Wortsman et al., section 3.4)."""
+
+    def parts(self, model: nn.Module) -> list[Part]:
+        """One part with all parameters."""
+        independent = self.decay == "independent"
+        return [AdamWPart(self.groups(model), self.lr, independent=independent, betas=self.betas, eps=self.eps)]

@@ -1,48 +1,39 @@
-"""Clipping by the global norm of all gradients."""
+"""The global norm of all gradients, and scaling by it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The Euclidean norm of all gradients together, 0-d float64 on the gradients' device.
+def global_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all gradients together, 0-d float64.
 
-    Each tensor's norm is taken in float32 and their squares are added in float64 in the order of `parameters`, so
-    the same gradients always give the same bits.
+    Each tensor's norm is taken in float32 and the squares are added in float64 in the order given, so the same
+    gradients in the same order always give the same bits.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros((), dtype=torch.float64)
-    norms = torch.stack(torch._foreach_norm(grads, 2.0))
-    return norms.double().square().sum().sqrt()
+    norms = torch._foreach_norm([g.to_dense() if g.is_sparse else g for g in grads], 2.0, dtype=torch.float32)
+    return torch.stack(norms).double().square().sum().sqrt()
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, units: float = 1.0) -> Tensor:
-    """Divide all gradients by `units` and scale them so that their global norm is at most `max_norm`.
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of global norm `norm` are multiplied by so that it is at most `max_norm` (0: no limit)."""
+    if max_norm < 0:
+        raise ValueError(f"max_norm is {max_norm}; it should be positive, or 0 for no clipping")
+    return max_norm / norm if 0 < max_norm < norm else 1.0
 
-    One pass reads the gradients and one scales them; where the factor is 1 nothing is written.
 
-    Args:
-        parameters: their `.grad` are scaled in place; those without are skipped.
-        max_norm: positive; `inf` only divides.
-        units: what the gradients of a loss *sum* are divided by.
+def part_norms(named_grads: Iterable[tuple[str, Tensor]], depth: int = 2) -> dict[str, float]:
+    """The gradient norm of each part of a model: a part is the first `depth` words of a parameter's dotted name.
 
-    Returns:
-        0-d float64: the norm after the division and before clipping. Where it is not finite, gradients are left
-        as they were: the caller does not commit the step.
+    `blocks.3` with depth 2; the squares of all parts add up to that of the global norm.
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}; it should be positive (inf: no clipping)")
-    held = [p for p in parameters if p.grad is not None]
-    norm = global_norm(held) / units
-    value = float(norm)
-    if math.isfinite(value):
-        factor = min(1.0, max_norm / value if value > 0 else 1.0) / units
-        if factor != 1.0:
-            torch._foreach_mul_([p.grad for p in held if p.grad is not None], factor)
-    return norm
+    parts: dict[str, list[Tensor]] = {}
+    for name, grad in named_grads:
+        parts.setdefault(".".join(name.split(".")[:depth]), []).append(grad)
+    norms = [global_norm(grads) for grads in parts.values()]
+    return dict(zip(parts, torch.stack(norms).tolist(), strict=True)) if norms else {}

@@ -19,7 +19,7 @@ class Rule(Settings):
     """A shell pattern for the parameter's name: `*.attention.q.weight`, `embed.*`."""
     ndim: int | None = None
     """Only parameters with this number of dimensions."""
-    lr_scale: float = Field(default=1.0, ge=0)
+    lr_scale: float = Field(default=1.0, gt=0)
     """Multiplies the learning rate."""
     weight_decay: float | None = Field(default=None, ge=0)
     """Replaces the weight decay."""
@@ -42,6 +42,11 @@ def embedding_names(model: nn.Module) -> frozenset[str]:
     """Names of the parameters that `nn.Embedding` modules look up (also where the head shares them)."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return frozenset(name for name, p in model.named_parameters() if id(p) in embeddings)
+
+
+def is_vector(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a norm's scale or a bias (also a stack of biases), not a matrix."""
+    return parameter.ndim < 2 or name.endswith("bias")
 
 
 def make_groups(
@@ -73,8 +78,7 @@ def make_groups(
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     used: set[int] = set()
     for name, parameter in trainable:
-        vector = parameter.ndim < 2 or name.endswith("bias")
-        exempt = (vector and not decay_vectors) or (name in embeddings and not decay_embeddings)
+        exempt = (is_vector(name, parameter) and not decay_vectors) or (name in embeddings and not decay_embeddings)
         scale, decay = (lr_scales or {}).get(name, 1.0), 0.0 if exempt else weight_decay
         for index, rule in enumerate(rules):
             if rule.matches(name, parameter):
