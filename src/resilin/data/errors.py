@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from resilin.config.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """Data that cannot be used; its text names the file, the line or byte, what was expected and what to do."""
 
 
