@@ -234,7 +234,7 @@ class CheckpointFolder:
         if not self.keep_last:
             return ()
         others = [step for step in self._names() if step != saved]
-        keep = set(others[len(others) - (self.keep_last - 1) :]) if self.keep_last > 1 else set()
+        keep = set(others[-(self.keep_last - 1) :]) if self.keep_last > 1 else set()
         if self.keep_every:
             keep.update(step for step in others if step % self.keep_every == 0)
         return self._remove([step for step in others if step not in keep])

@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "C64": torch.complex64,
+    "F4": torch.float4_e2m1fn_x2,  # two numbers a byte: torch counts the pairs in a shape, safetensors the numbers
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -60,6 +61,21 @@ def checksum_text(value: int) -> str:
     return f"crc32:{value:08x}"
 
 
+def data_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Size of a tensor's data, from its dtype and shape as the file states them."""
+    count = math.prod(shape)
+    return count // 2 if dtype == "F4" else count * DTYPES[dtype].itemsize
+
+
+def _shape_in_file(tensor: Tensor) -> list[int]:
+    shape = list(tensor.shape)
+    return [*shape[:-1], shape[-1] * 2] if DTYPE_NAMES[tensor.dtype] == "F4" else shape
+
+
+def _shape_in_torch(dtype: str, shape: Sequence[int]) -> list[int]:
+    return [*shape[:-1], shape[-1] // 2] if dtype == "F4" else list(shape)
+
+
 @dataclass(frozen=True)
 class TensorRecord:
     """One tensor as the index lists it: where it is, what it is, and the checksum of its bytes."""
@@ -73,7 +89,7 @@ class TensorRecord:
     @property
     def bytes(self) -> int:
         """Size of its data."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return data_bytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -97,15 +113,18 @@ def check_tensor(where: str, tensor: Tensor) -> None:
         reason = f"its layout is {tensor.layout} (quantized: {tensor.is_quantized}); save its parts as plain tensors"
     elif type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         reason = f"it is a {type(tensor).__module__}.{type(tensor).__name__}; save the plain tensors it is made of"
-    elif tensor.dtype not in DTYPE_NAMES:
-        reason = f"safetensors has no {tensor.dtype}; save a view of it in another type, such as .view(torch.uint8)"
+    elif tensor.dtype not in DTYPE_NAMES or (tensor.dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0):
+        reason = f"safetensors cannot hold {tensor.dtype} of this shape; save a view of it, such as .view(torch.uint8)"
     if reason:
         raise CheckpointError(f"tensor {where!r} cannot be saved: {reason}")
 
 
 def _host_bytes(tensor: Tensor) -> memoryview:
     # Copies only what is not already contiguous in host memory.
-    plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    if plain.element_size() == 1:
+        plain = plain.view(torch.uint8)  # the narrowest types can do little but be viewed
+    plain = plain.to("cpu").contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -116,7 +135,7 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "shape": _shape_in_file(tensor),
             "data_offsets": [offset, end],
         }
         offset = end
@@ -168,7 +187,11 @@ def write_tensor_file(
                 sync.result()
     records = {
         name: TensorRecord(
-            path.name, name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), checksum_text(sums[name].result())
+            path.name,
+            name,
+            DTYPE_NAMES[tensor.dtype],
+            tuple(_shape_in_file(tensor)),
+            checksum_text(sums[name].result()),
         )
         for name, tensor in ordered.items()
     }
@@ -222,7 +245,7 @@ class TensorFile:
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             for entry in entries.values():
                 (begin, end), shape = entry["data_offsets"], entry["shape"]
-                size = math.prod(shape) * DTYPES[entry["dtype"]].itemsize
+                size = data_bytes(entry["dtype"], shape)
                 if not (0 <= begin <= end <= self._size - len(raw) and end - begin == size):
                     raise ValueError(f"byte range {begin}-{end} does not fit {entry['dtype']} {shape}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -263,9 +286,9 @@ class TensorFile:
                 f"{record.dtype} {list(record.shape)}"
             )
         begin, end = (self._start + offset for offset in entry["data_offsets"])
-        dtype = DTYPES[record.dtype]
+        dtype, shape = DTYPES[record.dtype], _shape_in_torch(record.dtype, record.shape)
         if begin == end:
-            return torch.empty(record.shape, dtype=dtype, device=device)
+            return torch.empty(shape, dtype=dtype, device=device)
         if mapped or device.type != "cpu":
             raw = self._mapped(begin, end)
         else:
@@ -278,7 +301,7 @@ class TensorFile:
                 f"{self.path}: the checksum of tensor {record.name!r} (bytes {begin} to {end}) is wrong; "
                 "the file is damaged"
             )
-        return raw.view(dtype).reshape(record.shape).to(device)
+        return raw.view(dtype).reshape(shape).to(device)
 
     def close(self) -> None:
         """Close the file; mapped tensors stay readable, since the mapping lives as long as they do."""

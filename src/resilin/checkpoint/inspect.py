@@ -1,0 +1,191 @@
+"""What a checkpoint holds, without reading its tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.folder import CheckpointFolder
+from resilin.checkpoint.index import INDEX_NAME, Index
+from resilin.checkpoint.read import quick_check, verify_checkpoint
+from resilin.checkpoint.tree import Json, escape
+
+
+@dataclass(frozen=True)
+class TensorLine:
+    """One stored tensor.
+
+    Attributes:
+        name: its place in the tree, keys joined by `/`.
+        dtype: as safetensors writes it ("F32").
+        shape: of the whole tensor.
+        bytes: of its data.
+        shared: further places that hold this same tensor (tied weights).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    shared: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PartLine:
+    """One top-level key of the tree.
+
+    Attributes:
+        name: the key.
+        tensors: how many it holds, tied ones once.
+        numbers: elements of all of them.
+        bytes: of their data.
+        values: how many JSON values it holds.
+    """
+
+    name: str
+    tensors: int
+    numbers: int
+    bytes: int
+    values: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint without its tensors' values.
+
+    Attributes:
+        path: its folder.
+        step: steps committed.
+        bytes: of all its tensor files.
+        saved_at: when it was completed, seconds since 1970.
+        parts: by top-level key.
+        tensors: every stored tensor.
+        values: every JSON value by its place in the tree; empty dicts and lists too.
+    """
+
+    path: Path
+    step: int
+    bytes: int
+    saved_at: float
+    parts: tuple[PartLine, ...]
+    tensors: tuple[TensorLine, ...]
+    values: dict[str, Json]
+
+
+@dataclass(frozen=True)
+class CheckpointLine:
+    """One checkpoint of a folder of them; `problem` says why it cannot be loaded, or is None."""
+
+    step: int
+    path: Path
+    bytes: int
+    problem: str | None
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
+    """The folder of one checkpoint.
+
+    Args:
+        path: that folder itself, a folder of checkpoints, or a run folder.
+        step: which of several; None: the newest that is whole.
+
+    Raises:
+        CheckpointError: when there is none, naming those there are.
+    """
+    if (path / INDEX_NAME).exists() and step is None:
+        return path
+    inner = path / "checkpoints"
+    folder = CheckpointFolder(inner if inner.is_dir() else path)
+    if step is None:
+        step = folder.latest()
+        if step is None:
+            why = "there is no checkpoint that can be loaded" if path.exists() else "no such folder"
+            raise CheckpointError(f"{path}: {why}")
+    elif step not in folder.steps():
+        have = ", ".join(map(str, folder.steps())) or "none"
+        why = folder.damaged().get(step, f"steps here: {have}")
+        raise CheckpointError(f"{folder.path}: there is no checkpoint of step {step} that can be loaded; {why}")
+    return folder.step_path(step)
+
+
+def list_checkpoints(path: Path) -> list[CheckpointLine]:
+    """Every checkpoint of a run folder or a folder of checkpoints, ascending, damaged ones with the reason."""
+    inner = path / "checkpoints"
+    folder = CheckpointFolder(inner if inner.is_dir() else path)
+    damaged = folder.damaged()
+    lines = []
+    for step in sorted({*folder.steps(), *damaged}):
+        at = folder.step_path(step)
+        size = sum(file.stat().st_size for file in at.iterdir() if file.is_file())
+        lines.append(CheckpointLine(step, at, size, damaged.get(step)))
+    return lines
+
+
+def _leaves(node: Json, path: tuple[str, ...]) -> Iterator[tuple[str, str | None, Json]]:
+    """Place, the name of the tensor there (or None), and the value."""
+    where = "/".join(path)
+    if isinstance(node, dict) and len(node) == 1 and "$tensor" in node:
+        yield where, str(node["$tensor"]), None
+    elif isinstance(node, dict) and len(node) == 1 and "$float" in node:
+        yield where, None, str(node["$float"])
+    elif isinstance(node, dict) and node:
+        for key, item in node.items():
+            yield from _leaves(item, (*path, escape(key[1:] if key.startswith("$") else key)))
+    elif isinstance(node, list) and node:
+        for number, item in enumerate(node):
+            yield from _leaves(item, (*path, str(number)))
+    else:
+        yield where, None, node
+
+
+def _describe(path: Path, index: Index) -> Description:
+    places: dict[str, list[str]] = {name: [] for name in index.tensors}
+    values: dict[str, Json] = {}
+    for where, tensor, value in _leaves(index.tree, ()):
+        if tensor is None:
+            values[where] = value
+        elif tensor in places:
+            places[tensor].append(where)
+    tensors = tuple(
+        TensorLine(name, record.dtype, record.shape, record.bytes, tuple(p for p in places[name] if p != name))
+        for name, record in index.tensors.items()
+    )
+    parts = []
+    for key in index.tree if isinstance(index.tree, dict) else ():
+        name = key[1:] if key.startswith("$") else key
+        inside = [line for line in tensors if line.name == escape(name) or line.name.startswith(escape(name) + "/")]
+        count = sum(1 for where in values if where == escape(name) or where.startswith(escape(name) + "/"))
+        numbers = sum(math.prod(line.shape) for line in inside)
+        parts.append(PartLine(name, len(inside), numbers, sum(line.bytes for line in inside), count))
+    saved_at = (path / INDEX_NAME).stat().st_mtime
+    return Description(path, index.step, index.bytes, saved_at, tuple(parts), tensors, values)
+
+
+def describe(path: Path, step: int | None = None) -> Description:
+    """What is in a checkpoint: parts, tensors, values; no tensor is read.
+
+    Args:
+        path: a checkpoint, a folder of checkpoints, or a run folder.
+        step: which of several; None: the newest.
+
+    Raises:
+        CheckpointError: when there is none, or it is not whole.
+    """
+    at = find_checkpoint(path, step)
+    return _describe(at, quick_check(at))
+
+
+def verify(path: Path, step: int | None = None) -> Description:
+    """Read every byte of a checkpoint and compare every checksum.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        CheckpointError: for the first thing that is wrong, naming file and tensor.
+    """
+    at = find_checkpoint(path, step)
+    return _describe(at, verify_checkpoint(at))
