@@ -65,6 +65,7 @@ def _prepare(messages: Queue[Message], threads: int, log: Path, parent: int) -> 
 
 def _work(job: Job, threads: int) -> RunRecord | None:
     """Train one job in a worker."""
+    global _stopping
     last = 0.0
 
     def report(step: int) -> None:
@@ -74,7 +75,12 @@ def _work(job: Job, threads: int) -> RunRecord | None:
             last = now
             _messages.put((job.hash, step, os.getpid()))
 
-    return None if _stopping else train(job, threads, report)
+    if _stopping:
+        return None
+    record = train(job, threads, report)
+    # The run took the signal for itself; a job handed over in advance must not start after it.
+    _stopping = record is None
+    return record
 
 
 class Board:
