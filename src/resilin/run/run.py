@@ -13,7 +13,7 @@ from torch import nn
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.keys import Keys
-from resilin.nouns import AfterStep, BeforeStep, Objective, Optimizer, Source, State, StepView
+from resilin.nouns import Objective, Optimizer, Source, State, StepView
 from resilin.run.events import (
     Evaluated,
     Event,
@@ -112,7 +112,7 @@ class Run:
         began = time.perf_counter()
         view = self._view()
         for part in self._parts():
-            if isinstance(part, BeforeStep):
+            if hasattr(part, "before_step"):  # an isinstance check of a protocol costs ten times as much
                 part.before_step(view)
         slots = range(self.source.slots(self.step))
         if not slots:
@@ -146,7 +146,7 @@ class Run:
         logs = {**gradient.logs, **{k: v for k, v in applied.items() if k != "lr"}}
         view = replace(self._view(), logs={"loss": gradient.loss, "grad_norm": gradient.norm, **logs, **applied})
         for part in self._parts():
-            if isinstance(part, AfterStep):
+            if hasattr(part, "after_step"):
                 part.after_step(view)
         self.metrics["loss"] = gradient.loss
         if self.step % self.pace.log_every == 0 or self.step == self.pace.steps:
