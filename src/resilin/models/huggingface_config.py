@@ -91,7 +91,8 @@ class _Reader:
     def refuse_rest(self) -> None:
         """Refuse every key that was neither taken nor known to be harmless."""
         for key, value in self.config.items():
-            if key in self.taken or key in _HARMLESS or value is None:
+            # Keys with a leading underscore are transformers' own notes.
+            if key in self.taken or key in _HARMLESS or key.startswith("_") or value is None:
                 continue
             if key in ("auto_map", "quantization_config"):
                 reason = {

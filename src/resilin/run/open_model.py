@@ -16,6 +16,7 @@ from resilin.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.settings import ModelContext
+from resilin.models.weight_files import ModelFolderError, read_json
 from resilin.nouns import State
 from resilin.run.device import choose_device
 from resilin.run.folder import RunFolder
@@ -118,8 +119,6 @@ def _open_run(path: Path, step: int | None) -> tuple[Decoder, Tokenizer | None, 
 
 def _end_ids(file: Path) -> frozenset[int]:
     """The end tokens a generation_config.json names: some models end their turns and their texts differently."""
-    from resilin.models.weight_files import read_json
-
     named = read_json(file).get("eos_token_id") if file.is_file() else None
     return frozenset(named if isinstance(named, list) else [] if named is None else [named])
 
@@ -176,7 +175,7 @@ def open_model(
     """
     try:
         opened = _open(path, step)
-    except CheckpointError as error:
+    except (CheckpointError, ModelFolderError) as error:
         raise OpenModelError(str(error)) from None
     words = Tokenizer.load(tokenizer) if tokenizer is not None else opened.tokenizer
     model = opened.model.to(device=choose_device(device), dtype=dtype).eval()
