@@ -53,6 +53,7 @@ _HARMLESS = frozenset(
         "tokenizer_class",
         "torch_dtype",
         "transformers_version",
+        "unk_token_id",
         "unsloth_fixed",
         "unsloth_version",
         "use_cache",
