@@ -183,7 +183,9 @@ def contender_plain(args: argparse.Namespace) -> None:
         chosen = table[[(step * batch + slot) % len(table) for slot in range(batch)]].to(args.device)
         context = torch.autocast(args.device, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
         with context:
-            loss = called(input_ids=chosen[:, :-1], labels=chosen[:, 1:], shift_labels=chosen[:, 1:].contiguous()).loss
+            loss = called(
+                input_ids=chosen[:, :-1], labels=chosen[:, 1:], shift_labels=chosen[:, 1:].contiguous()
+            ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -250,12 +252,12 @@ def turn(process: subprocess.Popen[str], word: str) -> dict[str, float]:
 
 
 def measure(size: str, dtype: str, args: argparse.Namespace) -> Iterator[Any]:
+    import torch
+
     from resilin.bench.results import Row
     from resilin.models.decoder_settings import DecoderSettings
     from resilin.models.flops import train_flops_per_token
     from resilin.precision.probe import measure_peak
-
-    import torch
 
     hidden, layers, mlp, heads, kv_heads, vocabulary, batch, length = SIZES[size]
     settings = DecoderSettings(
@@ -273,7 +275,10 @@ def measure(size: str, dtype: str, args: argparse.Namespace) -> Iterator[Any]:
             if index:  # the first round warms up
                 speeds[name].append(tokens / seconds)
         peaks.append(measure_peak(args.device, kind, budget=1.0).flops)
-        print(f"{size} {dtype} round {index}: " + ", ".join(f"{n} {s[-1]:.0f}" for n, s in speeds.items() if s), flush=True)
+        print(
+            f"{size} {dtype} round {index}: " + ", ".join(f"{n} {s[-1]:.0f}" for n, s in speeds.items() if s),
+            flush=True,
+        )
     memory = {name: turn(process, "stop")["memory"] for name, process in processes.items()}
     ours, label = speeds["ours"], f"{size} {dtype}{' compiled' if args.compile else ''}"
     target = {"fp32": 1.1, "bf16": 1.4}[dtype]

@@ -139,8 +139,8 @@ class Source(Protocol):
 class Objective(Protocol):
     """`(model, batch, keys) -> Loss`. State it adds (a teacher, a Fisher diagonal) is saved like any other."""
 
-    def __call__(self, model: nn.Module, batch: Batch, keys: Keys) -> Loss:
-        """The loss sum, its units and logs; every random choice is drawn from `keys`."""
+    def __call__(self, model: nn.Module, batch: Batch, keys: Keys | None) -> Loss:
+        """The loss sum, its units and logs; every random choice is drawn from `keys` (None: evaluation, none)."""
 
     def state_dict(self) -> State:
         """State beside the model's, or {}."""

@@ -24,7 +24,9 @@ def reference(leaves: list[torch.Tensor]) -> torch.Tensor:
 def random_leaves(count: int, seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     # Magnitudes over eight decades: any other order of additions would show.
-    return [torch.randn(64, generator=generator) * 10.0 ** (4 * torch.rand(64, generator=generator)) for _ in range(count)]
+    return [
+        torch.randn(64, generator=generator) * 10.0 ** (4 * torch.rand(64, generator=generator)) for _ in range(count)
+    ]
 
 
 def digest(x: torch.Tensor) -> str:

@@ -101,7 +101,9 @@ def digest_of(state: Any) -> str:
                 visit(item, f"{path}/{index}")
         elif isinstance(node, torch.Tensor):
             digest.update(path.encode())
-            digest.update(node.detach().contiguous().view(torch.uint8).numpy().tobytes() if node.ndim else str(node).encode())
+            digest.update(
+                node.detach().contiguous().view(torch.uint8).numpy().tobytes() if node.ndim else str(node).encode()
+            )
         else:
             digest.update(f"{path}={json.dumps(node)}".encode())
 

@@ -46,7 +46,10 @@ def test_stopping_and_resuming_gives_the_same_bits(tiny_run: Any, digest: Any, t
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 4, 7])
 def test_another_micro_batch_size_gives_the_same_run_within_rounding(tiny_run: Any, micro: int) -> None:
-    whole, split = tiny_run(dropout=0.2, pace={"steps": 4}), tiny_run(dropout=0.2, pace={"steps": 4, "micro_batch_size": micro})
+    whole, split = (
+        tiny_run(dropout=0.2, pace={"steps": 4}),
+        tiny_run(dropout=0.2, pace={"steps": 4, "micro_batch_size": micro}),
+    )
     torch.testing.assert_close(losses_of(whole), losses_of(split), rtol=1e-5, atol=1e-6)
     for (name, a), b in zip(whole.model.named_parameters(), split.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -156,7 +159,9 @@ def test_parts_hear_of_every_step_and_may_grow_the_batch(tiny_run: Any, counting
 def test_no_file_of_the_loop_names_a_method() -> None:
     import resilin.run
 
-    methods = "matformer lora doremi muon adamw tulu dpo grpo ewc distill moe multigrid dataflex llama nested sparsity"
+    methods = (
+        "matformer lora doremi muon adamw tulu dpo grpo ewc distill moe multigrid dataflex llama nested sparsity"
+    )
     folder = Path(resilin.run.__path__[0])
     found = [
         (path.name, word)

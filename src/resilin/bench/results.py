@@ -136,5 +136,7 @@ def markdown_table(reports: Sequence[Report]) -> str:
 
 def _machine_in_words(report: Report) -> str:
     machine, torch = report.machine, report.versions.get("torch", "?")
-    where = machine.get("gpu") or f"{machine.get('cpu')} ({machine.get('cpu_capability')}), {machine.get('cores')} cores"
+    where = (
+        machine.get("gpu") or f"{machine.get('cpu')} ({machine.get('cpu_capability')}), {machine.get('cores')} cores"
+    )
     return f"{where}, torch {torch}"

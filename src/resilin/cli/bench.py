@@ -63,7 +63,9 @@ def show(
     if name is not None:
         paths = [path for path in paths if path.stem == name]
     if not paths:
-        raise UserError(f"{folder / 'results'}: no results{f' of {name!r}' if name else ''} yet: resilin bench run NAME")
+        raise UserError(
+            f"{folder / 'results'}: no results{f' of {name!r}' if name else ''} yet: resilin bench run NAME"
+        )
     table = markdown_table([read_report(path) for path in paths])
     if readme is not None:
         replace_between_marks(readme, "benchmarks", table)

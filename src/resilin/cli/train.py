@@ -18,7 +18,9 @@ def train(
         typer.Argument(metavar="[SETTINGS.toml] [KEY=VALUE]...", help="A settings file and dotted overrides."),
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where the run lives. Default: runs/<name>.")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue the run in the folder; start one where there is none.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Continue the run in the folder; start one where there is none.")
+    ] = False,
     print_config: Annotated[bool, typer.Option(help="Write the complete resolved settings and stop.")] = False,
     accept_changes: Annotated[
         bool, typer.Option(help="With --resume: go on although settings that decide what is learned have changed.")
@@ -34,7 +36,7 @@ def train(
     resilin train run.toml train.steps=200 optimizer.lr=3e-4 --folder runs/trial
     resilin train run.toml --resume
     resilin train run.toml --print-config > complete.toml
-    """  # noqa: D301
+    """
     from resilin.config import load_settings, settings_to_toml
     from resilin.run.settings import RunSettings
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.data.settings import SourceContext
+from resilin.models.decoder import Decoder
+from resilin.models.flops import train_flops_per_token
 from resilin.models.settings import ModelContext
 from resilin.nouns import Source
 from resilin.precision.autocast import choose_precision
@@ -22,23 +24,21 @@ from resilin.run.settings import RunSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Nouns:
-    """What the settings name, built on the CPU."""
+class Sources:
+    """The data a run reads."""
 
     source: Source
     validation: dict[str, Source]
-    model: nn.Module
 
 
-def build_nouns(settings: RunSettings, *, validation: bool = True) -> Nouns:
-    """The sources and the freshly initialised model of these settings."""
+def build_sources(settings: RunSettings, *, validation: bool = True) -> Sources:
+    """The training data of these settings and, where the run evaluates, the held-out data."""
     train = settings.train
     source = settings.source.build(SourceContext(settings.seed, "train", train.batch_size))
     held_out: dict[str, Source] = {}
     if validation and (settings.evaluation.every or settings.evaluation.at_start):
         held_out["validation"] = settings.source.build(SourceContext(settings.seed, "validation", train.batch_size))
-    model = settings.model.build(ModelContext(settings.seed, getattr(source, "vocab_size", None)))
-    return Nouns(source, held_out, model)
+    return Sources(source, held_out)
 
 
 def pace_of(settings: RunSettings) -> Pace:
@@ -59,10 +59,11 @@ def pace_of(settings: RunSettings) -> Pace:
 
 
 def flops_per_unit(model: nn.Module, source: Source) -> float | None:
-    """Forward and backward FLOPs of one token, for models that can say."""
-    estimate = getattr(model, "train_flops_per_token", None)
+    """Forward and backward FLOPs of one token, where model and source are such that this is known."""
     length = getattr(source, "sequence_length", None)
-    return float(estimate(length)) if estimate is not None and length is not None else None
+    if isinstance(model, Decoder) and length is not None:
+        return train_flops_per_token(model.settings, length)
+    return None
 
 
 def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners: Sequence[Listener] = ()) -> Run:
@@ -73,8 +74,8 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     """
     device = choose_device(settings.train.device)
     set_threads(settings.train.threads)
-    nouns = build_nouns(settings)
-    model = nouns.model.to(device)
+    sources = build_sources(settings)
+    model = settings.model.build(ModelContext(settings.seed, getattr(sources.source, "vocab_size", None))).to(device)
     precision = choose_precision(settings.precision, device)
     optimizer = settings.optimizer.build(model, settings.train.steps)
     compiled: nn.Module | None = None
@@ -92,11 +93,11 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
         device=f"{device_in_words(device)}, {precision.compute}",
         start_step=0,
         total_steps=settings.train.steps,
-        flops_per_unit=flops_per_unit(model, nouns.source),
+        flops_per_unit=flops_per_unit(model, sources.source),
         peak_flops=precision.peak_flops,
     )
     return Run(
-        source=nouns.source,
+        source=sources.source,
         model=model,
         objective=settings.objective.build(),
         optimizer=optimizer,
@@ -105,7 +106,7 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
         device=device,
         autocast=precision.autocast,
         checkpoints=store,
-        validation=nouns.validation,
+        validation=sources.validation,
         listeners=listeners,
         started=started,
         computed_model=compiled,

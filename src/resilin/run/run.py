@@ -189,7 +189,9 @@ class Run:
 
     def _not_committed(self, gradient: StepGradient, slots: list[int]) -> Outcome | None:
         what = "loss" if not abs(gradient.loss) < float("inf") else "gradient norm"
-        where = f"slot{'s' if len(slots) != 1 else ''} {', '.join(map(str, slots))}" if slots else "no single slot alone"
+        where = (
+            f"slot{'s' if len(slots) != 1 else ''} {', '.join(map(str, slots))}" if slots else "no single slot alone"
+        )
         message = (
             f"step {self.step} was not committed: its {what} is not finite "
             f"(loss {gradient.loss}, gradient norm {gradient.norm}); the batch of step {self.step} holds it in {where}"
@@ -252,7 +254,9 @@ class Run:
         self.objective.load_state_dict(state["objective"])
         progress = state["run"]
         if progress["seed"] != self.seed:
-            raise ValueError(f"the checkpoint was trained with seed {progress['seed']}, this run has seed {self.seed}")
+            raise ValueError(
+                f"the checkpoint was trained with seed {progress['seed']}, this run has seed {self.seed}"
+            )
         self.step, self.skipped, self.samples = progress["step"], progress["skipped"], progress["samples"]
 
     def save(self) -> Path:
@@ -286,4 +290,3 @@ class Run:
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
-

@@ -14,7 +14,9 @@ from resilin.run.run import Outcome
 def summary(path: Path, outcome: Outcome) -> Table:
     """The closing table of `resilin train`."""
     folder = RunFolder(path)
-    table = Table(title=f"run {outcome.reason} at step {outcome.step}", title_justify="left", show_header=False, box=None)
+    table = Table(
+        title=f"run {outcome.reason} at step {outcome.step}", title_justify="left", show_header=False, box=None
+    )
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in outcome.metrics.items():

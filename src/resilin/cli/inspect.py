@@ -1,0 +1,66 @@
+"""`resilin inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from resilin.cli.arguments import split_settings
+from resilin.config.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+Facts = "Mapping[str, Sequence[tuple[str, str]]]"
+
+
+def inspect(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="WHAT [KEY=VALUE]...", help="Settings file, run, checkpoint, model or token shards."),
+    ],
+    verify: Annotated[bool, typer.Option(help="Also read everything and compare checksums.")] = False,
+) -> None:
+    """Tell what something is, without running it.
+
+    A settings file: what would run, with its parameters, memory and FLOPs. A run's folder: how far it came and what
+    lies where. A checkpoint: its tensors. A Hugging Face folder or .gguf: the model. Token shards: the data.
+
+    \b
+    resilin inspect run.toml model.layers=12
+    resilin inspect runs/shakespeare
+    resilin inspect runs/shakespeare/checkpoints/step-00000300 --verify
+    resilin inspect .cache/resilin/shards-... --verify
+    """
+    file, overrides = split_settings(arguments)
+    if file is None:
+        raise UserError("inspect needs something to look at: a settings file, a folder, or a .gguf file")
+    _print(facts_of(file, overrides, verify=verify))
+
+
+def facts_of(path: Path, overrides: list[str], *, verify: bool) -> dict[str, list[tuple[str, str]]]:
+    """The facts about whatever lies at a path."""
+    from resilin.run import look
+
+    if path.suffix == ".toml":
+        return look.at_settings(path, overrides)
+    if overrides:
+        raise UserError(f"{path}: overrides ({overrides[0]}) go with a settings file only")
+    return look.at_path(path, verify=verify)
+
+
+def _print(facts: dict[str, list[tuple[str, str]]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for group, rows in facts.items():
+        for index, (name, text) in enumerate(rows):
+            table.add_row("" if index else group, name, text)
+        table.add_row()
+    Console(highlight=False).print(table)

@@ -1,0 +1,88 @@
+"""What settings would run, told without running: sizes, work and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.flops import parameter_counts, train_flops_per_token
+from resilin.models.memory import training_memory
+from resilin.run.build import build_sources
+from resilin.run.settings import RunSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Facts about a run, in groups, as (name, text) pairs for people."""
+
+    groups: dict[str, list[tuple[str, str]]]
+
+
+def _count(value: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g} "
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+
+
+def _run_facts(settings: RunSettings) -> list[tuple[str, str]]:
+    train = settings.train
+    micro = train.micro_batch_size or train.batch_size
+    return [
+        ("steps", f"{train.steps:,}"),
+        ("batch", f"{train.batch_size} samples, computed {micro} at a time"),
+        ("optimizer", type(settings.optimizer).__name__),
+        ("objective", type(settings.objective).__name__),
+        ("precision", settings.precision.compute + (", compiled" if settings.precision.compile else "")),
+        ("folder", str(settings.default_folder())),
+    ]
+
+
+def _decoder_facts(model: DecoderSettings, settings: RunSettings, length: int) -> dict[str, list[tuple[str, str]]]:
+    counts = parameter_counts(model)
+    per_token = train_flops_per_token(model, length)
+    tokens = settings.train.steps * settings.train.batch_size * length
+    micro = settings.train.micro_batch_size or settings.train.batch_size
+    memory = training_memory(model, micro, length, bf16=settings.precision.compute == "bf16")
+    size = [
+        ("parameters", f"{counts.total:,}"),
+        ("without embeddings", f"{counts.non_embedding:,}"),
+        *([("active per token", f"{counts.active:,}")] if counts.active != counts.total else []),
+        (
+            "shape",
+            f"{model.layers} layers x {model.hidden_size}, {model.heads} heads, vocabulary {model.vocab_size:,}",
+        ),
+    ]
+    work = [
+        ("per token", f"{_count(per_token)}FLOP (forward and backward)"),
+        ("per step", f"{_count(per_token * settings.train.batch_size * length)}FLOP"),
+        ("whole run", f"{_count(per_token * tokens)}FLOP over {tokens:,} tokens"),
+        ("tokens per parameter", f"{tokens / counts.non_embedding:.2f} (without embeddings)"),
+    ]
+    parts = [(name, _bytes(value)) for name, value in memory.parts().items()]
+    return {"model": size, "work": work, "memory (estimate)": [*parts, ("together", _bytes(memory.total))]}
+
+
+def forecast(settings: RunSettings) -> Forecast:
+    """The facts; data is opened (and tokenised, where it was not yet) to learn its size, nothing is trained."""
+    source = build_sources(settings, validation=False).source
+    length = int(getattr(source, "sequence_length", 0))
+    groups = {"run": _run_facts(settings)}
+    facts = [("source", type(settings.source).__name__)]
+    if length:
+        facts.append(("sequence length", f"{length:,}"))
+    stream = getattr(source, "stream", None)
+    if stream is not None:
+        tokens, needed = len(stream), settings.train.steps * settings.train.batch_size * length
+        facts += [("tokens", f"{tokens:,}"), ("passes over them", f"{needed / tokens:.2f}")]
+    groups["data"] = facts
+    if isinstance(settings.model, DecoderSettings) and length:
+        model = settings.model
+        if not model.vocab_size:
+            model = model.model_copy(update={"vocab_size": getattr(source, "vocab_size", 0)})
+        groups |= _decoder_facts(model, settings, length)
+    return Forecast(groups)
