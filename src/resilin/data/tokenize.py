@@ -75,12 +75,14 @@ class Report:
         examples: the first of them, with place and reason.
         blank: empty lines and documents.
         left_out: files in the given folders whose ending is of no known format.
+        reused: the shards were there already.
     """
 
     skipped: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, str]] = field(default_factory=list)
     blank: int = 0
     left_out: int = 0
+    reused: bool = False
 
     def add(self, problem: Problem, name: str) -> None:
         """Count a flaw; its place is recorded by the file's name in the index, not by this machine's path."""
@@ -337,7 +339,7 @@ def _claim(folder: Path, plan: str) -> tuple[TokenShards, Report] | None:
         index = read_index(folder)
         if index.get("plan") != plan:
             raise DataError(f"{folder}: holds other token shards; choose another folder, or delete this one first")
-        report = Report(Counter(index["skipped"]), index["skipped_examples"], index["blank"], index["left_out"])
+        report = Report(Counter(index["skipped"]), index["skipped_examples"], index["blank"], index["left_out"], True)
         return TokenShards(folder), report
     plan_file = folder / PLAN_FILE
     if plan_file.is_file():
