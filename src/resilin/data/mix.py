@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
+from itertools import accumulate
 from typing import Annotated, Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class MixPart(SourceSettings):
 
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Its share, relative to the others."""
-    source: component(SourceSettings, "resilin.data.text_source:TextSource")
+    source: Annotated[SourceSettings, component("resilin.data.text_source:TextSource")]
     """The source."""
 
 
@@ -104,9 +105,7 @@ class Mix(SourceSettings):
 
 
 def _check_same_vocabulary(sources: Sequence[Source]) -> None:
-    digests = {
-        tokenizer.digest for source in sources if (tokenizer := getattr(source, "tokenizer", None)) is not None
-    }
+    digests = {tokenizer.digest for source in sources if (tokenizer := getattr(source, "tokenizer", None)) is not None}
     sizes = {size for source in sources if (size := getattr(source, "vocab_size", None)) is not None}
     if len(digests) > 1 or len(sizes) > 1:
         raise DataError(
@@ -170,9 +169,7 @@ class MixSource:
         if len(names) > 1:
             raise DataError(f"the sources of a mix give different fields: {sorted(names)}; set them up alike")
         order = torch.from_numpy(np.argsort(np.concatenate(places)))
-        fields = {
-            name: torch.cat([part[name] for part in parts])[order] for name in (parts[0].fields if parts else ())
-        }
+        fields = {name: torch.cat([part[name] for part in parts])[order] for name in (parts[0].fields if parts else ())}
         return Batch(torch.from_numpy(slots_B), fields)
 
     def state_dict(self) -> State:
@@ -200,7 +197,7 @@ class ChainSource:
 
     @cached_property
     def _firsts(self) -> list[int]:
-        return np.cumsum([0, *(len(source) for source in self.sources)]).tolist()  # type: ignore[arg-type]
+        return [0, *accumulate(len(source) for source in self.sources)]  # type: ignore[arg-type]
 
     @property
     def digest(self) -> str:

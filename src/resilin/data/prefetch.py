@@ -16,7 +16,7 @@ from resilin.nouns import Batch, Source, State
 class Prefetch(SourceSettings):
     """A source whose next batches are fetched in a background thread; they are the same batches."""
 
-    source: component(SourceSettings, "resilin.data.text_source:TextSource")
+    source: Annotated[SourceSettings, component("resilin.data.text_source:TextSource")]
     """The source behind."""
     ahead: Annotated[int, Field(ge=1)] = 2
     """Steps to fetch ahead."""

@@ -145,9 +145,7 @@ class TokenShards:
         self._tokens = [self._map(shard, "tokens", self.dtype, shard.tokens) for shard in self.shards]
         self._starts = [self._map(shard, "starts", _STARTS, shard.documents) for shard in self.shards]
         self._units = (
-            [self._map(shard, "units", np.dtype("u1"), shard.tokens) for shard in self.shards]
-            if self.has_units
-            else []
+            [self._map(shard, "units", np.dtype("u1"), shard.tokens) for shard in self.shards] if self.has_units else []
         )
 
     def _map(self, shard: Shard, part: str, dtype: np.dtype[Any], count: int) -> TokenArray:

@@ -154,9 +154,7 @@ class _Worker:
         name = f"shard-{number:05d}"
         # A document whose text was all left out, or that is empty, starts nowhere.
         starts = [at for at in dict.fromkeys(starts) if at < len(tokens) // width]
-        shard = write_shard(
-            self.job.folder, name, tokens, starts, dtype=self.dtype, text_bytes=text_bytes, units=units
-        )
+        shard = write_shard(self.job.folder, name, tokens, starts, dtype=self.dtype, text_bytes=text_bytes, units=units)
         entry = {
             "shard": shard.as_json(),
             "skipped": dict(report.skipped),
