@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
@@ -43,7 +43,7 @@ class Optim(Settings):
 
     lr: float = Field(default=1e-3, gt=0)
     kind: Literal["adamw", "muon"] = "adamw"
-    schedule: component(Schedule, f"{__name__}:Cosine") = Cosine()  # type: ignore[valid-type]
+    schedule: Annotated[Schedule, component(f"{__name__}:Cosine")] = Cosine()
 
 
 class Top(Settings):
@@ -51,7 +51,7 @@ class Top(Settings):
 
     steps: int
     optimizer: Optim = Optim()
-    parts: list[component(Schedule, f"{__name__}:Cosine")] = Field(default_factory=list)  # type: ignore[valid-type]
+    parts: list[Annotated[Schedule, component(f"{__name__}:Cosine")]] = Field(default_factory=list)
 
 
 def message(tree: dict[str, Any], origin: str = "run.toml") -> str:

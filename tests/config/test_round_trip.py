@@ -6,7 +6,7 @@ import math
 import tomllib
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
@@ -36,7 +36,7 @@ class Small(Part):
 class Wrapped(Part):
     """A part around another part, as transforms of a noun are."""
 
-    inner: component(Part, f"{__name__}:Small") = Small()  # type: ignore[valid-type]
+    inner: Annotated[Part, component(f"{__name__}:Small")] = Small()
     name: str = ""
 
 
@@ -64,8 +64,8 @@ class Everything(Settings):
     section: Inner = Inner()
     optional_section: Inner | None = None
     sections: list[Inner] = Field(default_factory=list)
-    part: component(Part, f"{__name__}:Small") = Small()  # type: ignore[valid-type]
-    parts: list[component(Part, f"{__name__}:Small")] = Field(default_factory=list)  # type: ignore[valid-type]
+    part: Annotated[Part, component(f"{__name__}:Small")] = Small()
+    parts: list[Annotated[Part, component(f"{__name__}:Small")]] = Field(default_factory=list)
 
 
 # A text of a settings file is Unicode: lone surrogates cannot be written to any file.

@@ -126,7 +126,7 @@ def markdown_table(reports: Sequence[Report]) -> str:
                 f"| {report.benchmark} | {row.name} | {_number(row.ours)} {row.unit} | {peer} | {ratio} | {target} "
                 f"| {verdict} |"
             )
-    machines = {}
+    machines: dict[str, list[str]] = {}
     for report in reports:
         machines.setdefault(_machine_in_words(report), []).append(report.benchmark)
     lines.append("")

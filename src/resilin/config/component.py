@@ -10,14 +10,12 @@ The chosen class is a `Settings` whose `build` method makes the noun: no registr
 from __future__ import annotations
 
 import importlib
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
-from pydantic import BeforeValidator, PlainSerializer, ValidationInfo
-from pydantic_core import PydanticCustomError
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from resilin.config.settings import Settings, closest
-
-S = TypeVar("S", bound=Settings)
 
 
 def use_path(cls: type[Settings]) -> str:
@@ -71,27 +69,33 @@ def _load_class(use: object, base: type[Settings]) -> type[Settings]:
     return found
 
 
-def component(base: type[S], default: str) -> Any:
-    """The field type of a replaceable part.
+class component:  # noqa: N801  # read in annotations, beside lower-case `int` and `str`
+    """Marks a settings field whose class is chosen by `use`: `Annotated[SourceSettings, component("package:Class")]`.
+
+    A table of settings, whose optional `use` key picks the class, becomes that class's instance; when written out
+    again, `use` is always named.
 
     Args:
-        base: the settings class every choice derives from.
         default: `use` path of the class taken when the settings name none.
-
-    Returns:
-        An annotated type: a table of settings, whose optional `use` key picks the class, becomes that class's
-        instance; when written out again, `use` is always named.
     """
 
-    def read(value: object, info: ValidationInfo) -> object:
-        if isinstance(value, base):
-            return value
-        if not isinstance(value, dict):
-            raise PydanticCustomError("table", "should be a table of settings", {})
-        rest = {key: item for key, item in value.items() if key != "use"}
-        return _load_class(value.get("use", default), base).model_validate(rest)
+    def __init__(self, default: str):
+        self.default = default
 
-    def write(value: Settings) -> dict[str, Any]:
-        return {"use": use_path(type(value)), **value.model_dump(mode="json")}
+    def __get_pydantic_core_schema__(self, base: type[Settings], handler: GetCoreSchemaHandler) -> CoreSchema:
+        def read(value: object) -> object:
+            if isinstance(value, base):
+                return value
+            if not isinstance(value, dict):
+                raise PydanticCustomError("table", "should be a table of settings", {})
+            rest = {key: item for key, item in value.items() if key != "use"}
+            return _load_class(value.get("use", self.default), base).model_validate(rest)
 
-    return Annotated[base, BeforeValidator(read), PlainSerializer(write)]
+        def write(value: Settings) -> dict[str, Any]:
+            return {"use": use_path(type(value)), **value.model_dump(mode="json")}
+
+        return core_schema.no_info_before_validator_function(
+            read,
+            core_schema.is_instance_schema(base),
+            serialization=core_schema.plain_serializer_function_ser_schema(write),
+        )

@@ -22,7 +22,7 @@ Shapes: B batch, T queries, S keys, H query heads, K key heads, D head size, V v
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field
@@ -184,7 +184,7 @@ class Probed(ObjectiveSettings):
 
     every: int = Field(default=25, ge=1)
     """Steps between measurements; the first step is measured."""
-    objective: component(ObjectiveSettings, "resilin.objective.next_token:NextToken") = Field(  # type: ignore[valid-type]
+    objective: Annotated[ObjectiveSettings, component("resilin.objective.next_token:NextToken")] = Field(
         default_factory=dict, validate_default=True
     )
     """What is trained on."""

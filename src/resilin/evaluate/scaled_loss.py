@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 from torch import nn
 
@@ -37,7 +39,7 @@ class Scaled(ObjectiveSettings):
 
     factor: float = Field(default=1.0, gt=0)
     """Without eps, Adam would learn the same at any factor."""
-    objective: component(ObjectiveSettings, "resilin.objective.next_token:NextToken") = Field(  # type: ignore[valid-type]
+    objective: Annotated[ObjectiveSettings, component("resilin.objective.next_token:NextToken")] = Field(
         default_factory=dict, validate_default=True
     )
     """What is multiplied."""

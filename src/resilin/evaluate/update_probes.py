@@ -17,6 +17,8 @@ Logged for each tensor that matches (Wortsman et al., 2023, section 3.4):
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import fnmatch
 from collections.abc import Mapping
 
@@ -126,7 +128,7 @@ class Probed(OptimizerSettings):
     """Steps between measurements; the first step is measured."""
     tensors: tuple[str, ...] = ("blocks.*.weight",)
     """Shell patterns of the parameter names to watch."""
-    optimizer: component(OptimizerSettings, "resilin.optim.adamw:AdamW") = Field(  # type: ignore[valid-type]
+    optimizer: Annotated[OptimizerSettings, component("resilin.optim.adamw:AdamW")] = Field(
         default_factory=dict, validate_default=True
     )
     """What updates the parameters."""

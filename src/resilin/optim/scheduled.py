@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -36,14 +36,14 @@ class ScheduledSettings(OptimizerSettings):
     """Whether norms and biases decay."""
     decay_embeddings: bool = True
     """Whether embedding tables decay."""
-    schedule: component(Schedule, "resilin.optim.schedule:Cosine") = Field(  # type: ignore[valid-type]
+    schedule: Annotated[Schedule, component("resilin.optim.schedule:Cosine")] = Field(
         default_factory=dict, validate_default=True
     )
     """The schedule s_t."""
     rules: tuple[Rule, ...] = ()
     """Exceptions by parameter name and shape; the first match wins."""
     mup_base_width: int | None = Field(default=None, gt=0)
-    """muP: learning rates of linear layers are scaled by this width / fan-in; 256 in Wortsman et al. (2023)."""
+    """muP: learning rates of linear layers are scaled by this width / hidden size; 256 in Wortsman et al. (2023)."""
     record: tuple[Recorded, ...] = ()
     """Log root mean squares, of each parameter and of all: of its update Delta (before the learning rate), of its
     values after the step."""

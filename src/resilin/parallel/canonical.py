@@ -38,7 +38,9 @@ class TreeSum:
             leaf = _add(self._partial.pop()[1], leaf)
             height += 1
         if self._partial and self._partial[-1][0] < height:
-            raise ValueError(f"a block of 2**{height} leaves cannot follow one of 2**{self._partial[-1][0]}: not aligned")
+            raise ValueError(
+                f"a block of 2**{height} leaves cannot follow one of 2**{self._partial[-1][0]}: not aligned"
+            )
         self._partial.append((height, leaf))
 
     def total(self) -> Leaf:

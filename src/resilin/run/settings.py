@@ -91,14 +91,14 @@ class RunSettings(Settings):
     """The run's folder is runs/<name> unless --folder says otherwise."""
     seed: Count = 0
     """Decides data order, initial weights and every random choice."""
-    source: component(SourceSettings, "resilin.data.text_source:TextSource")
-    model: component(ModelSettings, "resilin.models.decoder_settings:DecoderSettings") = Field(
+    source: Annotated[SourceSettings, component("resilin.data.text_source:TextSource")]
+    model: Annotated[ModelSettings, component("resilin.models.decoder_settings:DecoderSettings")] = Field(
         default_factory=dict, validate_default=True
     )
-    objective: component(ObjectiveSettings, "resilin.objective.next_token:NextToken") = Field(
+    objective: Annotated[ObjectiveSettings, component("resilin.objective.next_token:NextToken")] = Field(
         default_factory=dict, validate_default=True
     )
-    optimizer: component(OptimizerSettings, "resilin.optim.adamw:AdamW") = Field(
+    optimizer: Annotated[OptimizerSettings, component("resilin.optim.adamw:AdamW")] = Field(
         default_factory=dict, validate_default=True
     )
     train: TrainSettings = TrainSettings()

@@ -41,7 +41,7 @@ def settle(settings: RunSettings, folder: RunFolder, *, resume: bool) -> RunSett
     """
     device = choose_device(settings.train.device)
     set_threads(settings.train.threads)
-    compute = settings.precision.compute
+    compute: str = settings.precision.compute
     if compute == "auto":
         before = folder.settings().precision.compute if resume and folder.holds_run() else "auto"
         compute = before if before != "auto" else choose_precision(settings.precision, device).compute
