@@ -11,12 +11,13 @@ from torch import Tensor
 def global_norm(grads: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all gradients together, 0-d float64.
 
-    Each tensor's norm is taken in float32 and the squares are added in float64 in the order given, so the same
-    gradients in the same order always give the same bits.
+    Each tensor's norm is taken in float32 (float64 where any is float64) and the squares are added in float64 in the
+    order given, so the same gradients in the same order always give the same bits.
     """
     if not grads:
         return torch.zeros((), dtype=torch.float64)
-    norms = torch._foreach_norm([g.to_dense() if g.is_sparse else g for g in grads], 2.0, dtype=torch.float32)
+    dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+    norms = torch._foreach_norm([g.to_dense() if g.is_sparse else g for g in grads], 2.0, dtype=dtype)
     return torch.stack(norms).double().square().sum().sqrt()
 
 

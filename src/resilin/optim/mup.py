@@ -1,9 +1,10 @@
 """muP-style scaling of learning rates with width.
 
 Source: Wortsman et al., "Small-scale proxies for large-scale Transformer training instabilities", 2023, section 3.2.4
-and appendix: the learning rate of each linear layer, the head included, is multiplied by base fan-in / fan-in, so the
-best learning rate stays the same as the model widens. The stronger variants change the model, which has settings for
-them: see `scaled_model`.
+and appendix: the learning rate of each linear layer, the head included, is multiplied by (its fan-in in a model of
+the base width) / (its fan-in), so the best learning rate stays the same as the model widens. The fan-ins of a decoder
+(hidden size, heads together, feed-forward) grow in proportion, so that factor is base width / width for all of them.
+The stronger variants change the model, which has settings for them: see `scaled_model`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,21 @@ Level = Literal["simple", "intermediate", "full"]
 
 
 def learning_rate_scales(model: nn.Module, base_width: int) -> dict[str, float]:
-    """The factor of each linear layer's learning rate: base_width / fan_in, by parameter name.
+    """The factor of each linear layer's learning rate: base_width / width, by parameter name.
 
-    Matrices, and stacks of them (experts), have their fan-in last. Embeddings (also where the head shares the table),
-    norms and biases are not named: their learning rate stays. At fan_in == base_width the factor is exactly 1.
+    The width is that of the model's embedding. Matrices and stacks of them (experts) are linear layers; embeddings
+    (also where the head shares the table), norms and biases are not named: their learning rate stays. At the base
+    width every factor is exactly 1.
+
+    Raises:
+        ValueError: for a model without an `nn.Embedding`, whose width is unknown.
     """
+    width = next((m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if width is None:
+        raise ValueError("mup_base_width needs a model with an nn.Embedding, whose dimension is the model's width")
     embeddings = embedding_names(model)
     return {
-        name: base_width / parameter.shape[-1]
+        name: base_width / width
         for name, parameter in model.named_parameters()
         if not is_vector(name, parameter) and name not in embeddings
     }

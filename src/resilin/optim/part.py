@@ -6,6 +6,7 @@ Not a `torch.optim.Optimizer`: that class keys its state by parameter order, and
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,6 @@ def with_gradient(members: Iterable[Member]) -> tuple[list[Member], list[Tensor]
 
 
 def root_mean_square(x: Tensor) -> Tensor:
-    """sqrt(mean(x^2)), 0-d float32."""
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
-    return norm / x.numel() ** 0.5
+    """sqrt(mean(x^2)), 0-d, reduced in at least float32."""
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm / math.sqrt(x.numel())
