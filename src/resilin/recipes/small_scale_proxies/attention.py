@@ -77,9 +77,7 @@ def _above_threshold(none: Sweep) -> Claim:
     worst, count, kept = [], 0, 0
     best = none.best()
     for (lr, seed), record in none.records.items():
-        peak = max(
-            (v if v is not None else PAPER_THRESHOLD * 10 for _, v in record.series.get(LOGIT, ())), default=0.0
-        )
+        peak = max((v if v is not None else PAPER_THRESHOLD * 10 for _, v in record.series.get(LOGIT, ())), default=0.0)
         if peak > PAPER_THRESHOLD:
             count += 1
             start = none.initial[seed]
@@ -91,9 +89,7 @@ def _above_threshold(none: Sweep) -> Claim:
         statement="every run without qk-norm whose largest logit passed 1e4 loses more than a tenth of what training "
         "gains (the paper: all of them diverged)",
         holds=count > 0 and kept == 0,
-        evidence=f"{count} runs passed 1e4; they lose {min(worst):.0%} to {max(worst):.0%}"
-        if worst
-        else "no run did",
+        evidence=f"{count} runs passed 1e4; they lose {min(worst):.0%} to {max(worst):.0%}" if worst else "no run did",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from resilin.recipes.findings import Claim, Findings, Row, Study
 from resilin.recipes.small_scale_proxies.curves import LOSS, in_every_seed, paired
 
-SERIES = "probe/update_rms/blocks.0.mlp.up.weight"
+SERIES = "update_rms/blocks.0.mlp.up.weight"
 
 
 def epsilon_findings(study: Study) -> Findings:

@@ -51,9 +51,7 @@ def _decay(study: Study) -> Findings:
         "LR sensitivity is lower with independent than with coupled weight decay",
         paired(chosen, independent),
     )
-    table = _table(
-        "Weight decay", found, [label(s.arm) if s.arm != "standard" else "independent 1e-4" for s in found]
-    )
+    table = _table("Weight decay", found, [label(s.arm) if s.arm != "standard" else "independent 1e-4" for s in found])
     return Findings(rows=rows, claims=(claim,), tables=(table,))
 
 
@@ -91,7 +89,7 @@ def _mup(study: Study) -> Findings:
                 name=f"{label(sweep.arm)} is no remedy",
                 statement=f"{label(sweep.arm)} does not lower both the best loss and LR sensitivity in every seed",
                 holds=not (min(gains) > 0 and min(better) > 0),
-                evidence=f"best loss {_signed([-g for g in gains])}, sensitivity {_signed([-b for b in better])}, nat/token",
+                evidence=f"best loss {_signed([-g for g in gains])}, sensitivity {_signed([-b for b in better])}",
             )
         )
         if narrow is not None:

@@ -37,9 +37,7 @@ def sensitivity_findings(study: Study) -> Findings:
     if not found:
         return Findings()
     rows = tuple(
-        Row.over_seeds(
-            f"LR sensitivity, {label(s.arm)}", list(s.sensitivity().values()), "nat/token", "in plots only"
-        )
+        Row.over_seeds(f"LR sensitivity, {label(s.arm)}", list(s.sensitivity().values()), "nat/token", "in plots only")
         for s in found
     )
     claims = []
@@ -73,13 +71,9 @@ def sensitivity_findings(study: Study) -> Findings:
                 [0.05 - abs(d) for d in paired(standard.best(), normed.best())],
             )
         )
-    tables = (
-        curve_table("Final validation loss (nat/token, mean over seeds)", found, [label(s.arm) for s in found]),
-    )
+    tables = (curve_table("Final validation loss (nat/token, mean over seeds)", found, [label(s.arm) for s in found]),)
     lines = tuple(
-        Line(
-            label=label(s.arm), x=tuple(s.rates), y=tuple(s.mean_curve().values()), spread=tuple(s.spread().values())
-        )
+        Line(label=label(s.arm), x=tuple(s.rates), y=tuple(s.mean_curve().values()), spread=tuple(s.spread().values()))
         for s in found
     )
     plot = Plot(

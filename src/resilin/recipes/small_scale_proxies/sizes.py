@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from resilin.evaluate.critical_size import predict_critical
 from resilin.evaluate.epsilon import eps_advice
-from resilin.evaluate.update_probes import before_clipping
+from resilin.evaluate.gradient_probes import before_clipping
 from resilin.recipes.findings import Claim, Findings, Line, Plot, Row, RunRecord, Study, Table
 from resilin.recipes.small_scale_proxies.attention import LOGIT
 from resilin.recipes.small_scale_proxies.curves import Sweep, label, sweeps
