@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from resilin.cli.arguments import split_settings
 from resilin.config.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
-Facts = "Mapping[str, Sequence[tuple[str, str]]]"
 
 
 def inspect(

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from resilin import __version__
-from resilin.cli import data, recipes
+from resilin.cli import bench, data, recipes
 from resilin.cli.evaluate import evaluate
 from resilin.cli.export import export
 from resilin.cli.generate import generate
@@ -18,18 +18,21 @@ from resilin.cli.reproduce import reproduce
 from resilin.cli.train import train
 from resilin.config.errors import UserError
 
-GUIDE = """Elastic training for PyTorch: one run that keeps going, and stays right, while everything around it changes.
+GUIDE = """Elastic training for PyTorch: one run that keeps going, and stays right,
+while everything around it changes.
 
 [bold]A first model, from text to conversation[/bold]
 
-  resilin train examples/shakespeare.toml                    train; Ctrl-C saves
-  resilin train examples/shakespeare.toml --resume           go on to the bit
-  resilin evaluate runs/shakespeare --text held-out.txt      perplexity, bits per byte
-  resilin generate runs/shakespeare -p "To be"               write text
-  resilin export runs/shakespeare my-model                   a Hugging Face folder
+  resilin train examples/shakespeare.toml            Ctrl-C saves
+  resilin train examples/shakespeare.toml --resume   goes on, to the bit
+  resilin evaluate runs/shakespeare --text FILE      perplexity, bits per byte
+  resilin generate runs/shakespeare -p "To be"       writes text
+  resilin export runs/shakespeare my-model           a Hugging Face folder
 
-Settings are a TOML file plus dotted overrides: [cyan]resilin train run.toml train.steps=200 optimizer.lr=3e-4[/cyan].
-[cyan]resilin train run.toml --print-config[/cyan] shows every setting there is, [cyan]resilin inspect run.toml[/cyan] what would run.
+Settings are a TOML file plus dotted overrides:
+  [cyan]resilin train run.toml train.steps=200 optimizer.lr=3e-4[/cyan]
+[cyan]resilin train run.toml --print-config[/cyan] shows every setting there is,
+[cyan]resilin inspect run.toml[/cyan] what would run.
 """
 
 app = typer.Typer(
@@ -51,6 +54,7 @@ app.add_typer(data.app, name="data", rich_help_panel=METHODS)
 app.command(rich_help_panel=METHODS)(plan)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=METHODS)
 app.command(rich_help_panel=METHODS)(reproduce)
+app.add_typer(bench.app, name="bench", rich_help_panel=METHODS)
 
 
 def _show_version(wanted: bool) -> None:
@@ -61,9 +65,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(
-        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
-    ),
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
 ) -> None: ...
 
 

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from types import FrameType, TracebackType
 from typing import Self
 
 EXIT_INTERRUPTED = 130
+
+
+def _say(text: str) -> None:
+    # Through sys.stderr, since a live display puts what is written there above itself; a bare write would tear it.
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (RuntimeError, OSError, ValueError):  # the signal came in the middle of another write to it
+        os.write(2, b"\n" + text.encode())
 
 
 class Interrupts:
@@ -22,7 +32,7 @@ class Interrupts:
             os.write(2, b"\nsecond interrupt: ending at once; the last saved checkpoint is unaffected\n")
             os._exit(EXIT_INTERRUPTED)
         self.requested = signal.Signals(number).name
-        os.write(2, b"\ninterrupted: finishing this step, then saving (once more to end at once)\n")
+        _say("interrupted: finishing this step, then saving (once more to end at once)\n")
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -32,9 +42,7 @@ class Interrupts:
                 break
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)  # type: ignore[arg-type]
         self._previous.clear()

@@ -34,9 +34,30 @@ def at_path(path: Path, *, verify: bool) -> Facts:
         return at_checkpoint(path, verify=verify)
     if (path / "config.json").exists() or path.suffix == ".gguf":
         return at_model(path)
-    from resilin.data.describe import describe_data
+    return at_data(path, verify=verify)
 
-    return describe_data(path, verify=verify)
+
+def at_data(path: Path, *, verify: bool) -> Facts:
+    """Token shards, or files that could become some."""
+    from resilin.data.describe import describe
+    from resilin.data.shards import TokenShards
+
+    found = describe(path)
+    rows = [(name.replace("_", " "), _in_words(value)) for name, value in found.items() if value is not None]
+    if verify and found["kind"] == "token shards":
+        problems = TokenShards(path).verify()
+        rows += [("damaged", str(problem.error())) for problem in problems] or [("verified", "every checksum agrees")]
+    return {"data": rows}
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_words(item)}" for name, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_in_words, value)) or "none"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def at_checkpoint(path: Path, *, verify: bool) -> Facts:
@@ -74,9 +95,7 @@ def at_model(path: Path) -> Facts:
     opened = open_model(path)
     settings = opened.model.settings
     counts = parameter_counts(settings)
-    shape = (
-        f"{settings.layers} layers x {settings.hidden_size}, {settings.heads} heads ({settings.key_heads} of keys)"
-    )
+    shape = f"{settings.layers} layers x {settings.hidden_size}, {settings.heads} heads ({settings.key_heads} of keys)"
     return {
         "model": [
             ("what", opened.description),
