@@ -24,6 +24,7 @@ from resilin.data.shards import TokenShards
 from resilin.data.split import HeldOut, split_stream
 from resilin.data.stream import TokenStream
 from resilin.data.tokenizer import Tokenizer
+from resilin.keys import hash64
 from resilin.nouns import Batch, State
 
 IGNORED = -100
@@ -42,7 +43,7 @@ class PackedSettings(SourceSettings):
     long_documents: LongDocuments = "error"
     """What becomes of a document longer than a row, where documents are not cut."""
     shuffle: bool = True
-    """Read the rows in a new random order each epoch; False reads them in order."""
+    """Read the rows in a new random order each epoch (those held out in one fixed random order); False: in order."""
     epochs: Annotated[int, Field(ge=1)] | None = None
     """Passes over the data, after which the source ends; left out, it goes on for ever."""
     unique_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -75,9 +76,10 @@ class PackedSettings(SourceSettings):
                 )
         order = SampleOrder(
             rows=len(rows),
-            seed=context.seed,
+            # The validation split has one order for all runs, yet a random one: the first batches stand for the whole.
+            seed=context.seed if training else hash64("validation order", held_out.seed),
             batch_sizes=BatchSizes(context.batch_size, self.batch_changes if training else ()),
-            shuffle=self.shuffle and training,
+            shuffle=self.shuffle,
             epochs=self.epochs if training else 1,
             unique_rows=unique_rows,
         )
