@@ -39,7 +39,7 @@ def same_bits_fixture() -> Callable[[Any, Any], bool]:
     return same_bits
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def a_fast_disk() -> Iterator[None]:
     """Thousands of saves: what is tested is the order of the calls; nobody cuts the power."""
     with pytest.MonkeyPatch.context() as patch:

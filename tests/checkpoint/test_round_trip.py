@@ -59,7 +59,7 @@ trees = st.recursive(
 
 
 @given(st.dictionaries(texts, trees, max_size=4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_tree_comes_back_to_the_bit(same_bits: Callable[[Any, Any], bool], tree: dict[str, Any]) -> None:
     with TemporaryDirectory() as at:
         folder = CheckpointFolder(Path(at))

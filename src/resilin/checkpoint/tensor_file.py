@@ -114,7 +114,7 @@ def check_tensor(where: str, tensor: Tensor) -> None:
     elif type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         reason = f"it is a {type(tensor).__module__}.{type(tensor).__name__}; save the plain tensors it is made of"
     elif tensor.dtype not in DTYPE_NAMES or (tensor.dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0):
-        reason = f"safetensors cannot hold {tensor.dtype} of this shape; save a view of it, such as .view(torch.uint8)"
+        reason = f"safetensors cannot hold {tensor.dtype} of this shape; save a view of it, such as view(torch.uint8)"
     if reason:
         raise CheckpointError(f"tensor {where!r} cannot be saved: {reason}")
 

@@ -175,7 +175,7 @@ class RunEnded(Event):
 
     Attributes:
         step: steps committed.
-        reason: "complete", "interrupted", "failed", or another word.
+        reason: "completed", "interrupted" or "failed".
         seconds: of this run since its start or resume.
     """
 

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from resilin.run.events import Evaluated, Event, Failure, Interrupted, RunEnded, RunStarted, Saved, StepDone
+from resilin.run.events import Evaluated, Event, Failure, RunEnded, RunStarted, Saved, StepDone
 from resilin.run.progress import RunProgress, amount, duration, numbers
 
 
@@ -71,8 +71,6 @@ class LiveView:
                 self._animate()
         elif isinstance(event, Failure):
             self._say(event.message, style="bold red" if event.action == "stop" else "yellow")
-        elif isinstance(event, Interrupted):
-            self._say(f"interrupted ({event.signal}) after step {event.step}", style="yellow")
         elif isinstance(event, RunEnded):
             self.close()
             self._say(_ended(event), style="green" if event.reason == "completed" else "yellow")
