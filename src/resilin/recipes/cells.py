@@ -37,8 +37,7 @@ class Cell:
 
     def __str__(self) -> str:
         places = [
-            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-            for name, value in self.axes.items()
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in self.axes.items()
         ]
         return " ".join([self.grid, self.arm, *places, f"seed={self.seed}"])
 
@@ -75,7 +74,7 @@ def cells(
     for grid_name, grid in recipe.grids(preset).items():
         start = merge(base, grid.settings)
         for arm in grid.arms or recipe.arms:
-            of_arm = merge(start, recipe.arms[arm])
+            of_arm = merge(merge(start, recipe.arms[arm]), chosen.arms.get(arm, {}))
             for combination in itertools.product(*(_points(axis) for axis in grid.axes.values())):
                 tree = of_arm
                 for _, patch in combination:

@@ -78,6 +78,8 @@ class Preset(Settings):
     threads: int = Field(default=0, ge=0)
     """torch threads of each process; 0 leaves torch's choice."""
     settings: Patch = Field(default={})
+    arms: dict[str, Patch] = Field(default={})
+    """Laid over the recipe's arms of these names, where a scale needs other values."""
     grids: dict[str, Grid] = Field(default={})
 
 
@@ -110,6 +112,7 @@ class Recipe(Settings):
     def _arms_exist(self) -> Recipe:
         named = [(f"presets.{p}.grids.{g}.arms", a) for p, preset in self.presets.items()
                  for g, grid in preset.grids.items() for a in grid.arms]  # fmt: skip
+        named += [(f"presets.{p}.arms", a) for p, preset in self.presets.items() for a in preset.arms]
         named += [("compare.baseline", self.compare.baseline)] if self.compare.baseline else []
         for where, arm in named:
             if arm not in self.arms:

@@ -114,6 +114,9 @@ class Board:
         self.done_steps[job] = self.steps[job]
         self.finished += 1
         self._show()
+        if not self.progress.console.is_interactive:  # a log file shows no bar: one line for each run
+            print_line = f"run {self.finished}/{len(self.steps)}: {self.labels[job]}"
+            self.progress.console.print(print_line, highlight=False, markup=False)
 
     def _show(self) -> None:
         running = [self.labels[h] for h, s in self.done_steps.items() if s < self.steps[h]]

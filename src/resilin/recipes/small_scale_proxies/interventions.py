@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from resilin.evaluate.stability import best_lr, lr_sensitivity_over_sets
 from resilin.recipes.findings import Claim, Findings, Line, Plot, Row, Study, Table
+from resilin.recipes.recipe import Value
 from resilin.recipes.small_scale_proxies.curves import Sweep, in_every_seed, label, one, paired, sweeps
 from resilin.recipes.small_scale_proxies.sensitivity import curve_table
 
@@ -59,26 +61,32 @@ def _warmup(study: Study) -> Findings:
     found = sorted(sweeps(study, "warmup"), key=lambda s: float(s.place[0][1]))
     if len(found) < 2:
         return Findings()
-    names = [f"warm-up {float(s.place[0][1]):.0%} of the run" for s in found]
+    names = [_warmup_name(s.place[0][1]) for s in found]
     rows = tuple(
         Row.over_seeds(f"LR sensitivity, {name}", list(s.sensitivity().values()), "nat/token")
         for name, s in zip(names, found, strict=True)
     )
     claim = in_every_seed(
         "longer warm-up lowers sensitivity",
-        f"LR sensitivity is lower with a {names[-1]} than with a {names[0]}",
+        f"LR sensitivity is lower with {names[-1]} than with {names[0]}",
         paired(found[0].sensitivity(), found[-1].sensitivity()),
     )
     return Findings(rows=rows, claims=(claim,), tables=(_table("Warm-up", found, names),))
 
 
+def _warmup_name(warmup: Value) -> str:
+    """A schedule's warm-up is a number of steps or, as a float, a part of the run."""
+    return f"warm-up {warmup:.0%} of the run" if isinstance(warmup, float) else f"warm-up {warmup} steps"
+
+
 def _mup(study: Study) -> Findings:
     found = sweeps(study, "mup")
     standard = one(found, "standard")
-    narrow = _narrower(study, standard)
+    narrow = _base_width(study, found)
     if standard is None or len(found) < 2:
         return Findings()
-    claims = []
+    claims: list[Claim] = []
+    times = _hidden_size(standard) / _hidden_size(narrow) if narrow is not None else 1.0
     for sweep in found:
         if sweep.arm == "standard":
             continue
@@ -97,21 +105,28 @@ def _mup(study: Study) -> Findings:
             claims.append(
                 Claim(
                     name=f"{label(sweep.arm)} keeps the best rate",
-                    statement=f"with {label(sweep.arm)} the best learning rate stays when the width doubles",
+                    statement=f"with {label(sweep.arm)} the best learning rate stays at {times:g} times the width",
                     holds=base == wide,
-                    evidence=f"{base:g} at the base width, {wide:g} at twice it (standard: {_best_rate(standard):g})",
+                    evidence=f"{base:g} at the base width, {wide:g} there (standard: {_best_rate(standard):g})",
                 )
             )
-    table = _table("muParam at twice the base width", found, [label(s.arm) for s in found])
+    table = _table(f"muParam at {times:g} times the base width", found, [label(s.arm) for s in found])
     return Findings(claims=tuple(claims), tables=(table,))
 
 
-def _narrower(study: Study, standard: Sweep | None) -> Sweep | None:
-    """The base width's sweep, which muParam leaves as it is: half the parameters per side."""
-    if standard is None:
-        return None
-    smaller = [s for s in sweeps(study, "width") if s.parameters * 4 <= standard.parameters * 1.05]
-    return max(smaller, key=lambda s: s.parameters, default=None)
+def _base_width(study: Study, scaled: Sequence[Sweep]) -> Sweep | None:
+    """The sweep over width at the width that muParam scales from, where it changes no learning rate."""
+    widths = {_hidden_size(s): s for s in sweeps(study, "width")}
+    bases = [_settings(s)["optimizer"]["optimizer"]["mup_base_width"] for s in scaled if s.arm != "standard"]
+    return widths.get(bases[0]) if bases else None
+
+
+def _settings(sweep: Sweep) -> dict[str, Any]:
+    return next(iter(sweep.records.values())).settings
+
+
+def _hidden_size(sweep: Sweep) -> int:
+    return int(_settings(sweep)["model"]["hidden_size"])
 
 
 def _best_rate(sweep: Sweep) -> float:

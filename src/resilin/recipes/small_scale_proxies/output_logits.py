@@ -18,7 +18,7 @@ def _drift(sweep: Sweep, lr: float) -> dict[int, float]:
 
 def output_logit_findings(study: Study) -> Findings:
     """Where the softmax's denominator ends with and without z-loss and decay."""
-    found = sweeps(study, "decay")
+    found = sweeps(study, "output_logits")
     free, held = one(found, "no_decay_no_z_loss"), one(found, "no_decay")
     if free is None or held is None:
         return Findings()
