@@ -41,8 +41,8 @@ def warnings_of(chosen: Row, budget: Budget, rho: Rho, ideal: Split, batch_token
     if ideal.tokens > data.unique:
         found.append(
             f"data, not compute, is the limit: the rule asks for {n(ideal.tokens)} unique tokens and "
-            f"{n(data.unique)} are there; get {n(ideal.tokens - data.unique)} more, or plan for many epochs with strong weight decay "
-            f"and ensembles instead (arXiv 2509.14786)"
+            f"{n(data.unique)} are there; get {n(ideal.tokens - data.unique)} more, or plan for many epochs with "
+            f"strong weight decay and ensembles instead (arXiv 2509.14786)"
         )
     if OVER_SIZED in chosen.flags or UNDER_SIZED in chosen.flags:
         word = "below a quarter" if OVER_SIZED in chosen.flags else "above four times"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from resilin.planner.power_law import Departure, PowerLaw, departure, fit_power_law, middle
@@ -105,12 +105,13 @@ class Monitor:
     over_fitting: OverFitting | None = None
     left_law: Departure | None = None
     _points: list[tuple[float, float]] = field(default_factory=list)
+    """(t, loss) of the averages that hold no step of the decay."""
     _mean_loss: float = 0.0
     _mean_log_step: float = 0.0
     _seen: int = 0
-    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _repeating: bool = False
-    _harder: float = 0.0
+    _harder: tuple[float, float] = (0.0, 0.0)
 
     def __call__(self, event: Event) -> None:
         """Take an event of the run."""
@@ -135,43 +136,39 @@ class Monitor:
         if not self._repeating and self.steps_per_epoch is not None and event.step > self.steps_per_epoch:
             self._repeating = True
             self._recent.clear()
-        self._recent.append(event.loss)
+        self._recent.append((math.log(event.step), event.loss))
         if _octave(event.step) > _octave(event.step - 1):
             self._point(event.step)
 
     def _point(self, step: int) -> None:
         place, residual = math.exp(self._mean_log_step), None
         before = self.law
-        inside = place > max(self.warmup, 0.05 * self.total_steps) and not self._decaying(step)
+        decaying = self.decay_from is not None and step > self.decay_from
+        inside = place > max(self.warmup, 0.05 * self.total_steps) and not decaying
         if before is not None and inside:
             residual = before.residual(place, self._mean_loss)
             self.left_law = self.left_law or departure(before, [place], [self._mean_loss], SIGMAS)
-        self._points.append((place, self._mean_loss))
-        times, losses = self._points_of_law()
+        if not decaying:
+            self._points.append((place, self._mean_loss))
+        times, losses = middle(
+            [t for t, _ in self._points], [x for _, x in self._points], self.total_steps, self.warmup
+        )
         law = fit_power_law(times, losses, self.floor) if len(times) >= FEWEST else None
         final = law.loss(self.total_steps) if law is not None else None
         reading = Reading(step, self._mean_loss, law, final, residual)
         self.readings.append(reading)
         self._say(reading.sentence())
 
-    def _decaying(self, step: float) -> bool:
-        return self.decay_from is not None and step > self.decay_from
-
-    def _points_of_law(self) -> tuple[list[float], list[float]]:
-        times, losses = [time for time, _ in self._points], [loss for _, loss in self._points]
-        return middle(times, losses, self.total_steps, self.warmup, self.decay_from)
-
     def _evaluated(self, event: Evaluated) -> None:
         held_out = event.metrics.get("loss", math.nan)
         if self.over_fitting is not None or len(self._recent) < FEWEST_RECENT or not math.isfinite(held_out):
             return
-        online = sum(self._recent) / len(self._recent)
+        online, error = _now(self._recent)
         if not self._repeating:
-            self._harder = max(0.0, held_out - online)
+            self._harder = max(0.0, held_out - online), error
             return
-        spread = math.sqrt(sum((loss - online) ** 2 for loss in self._recent) / (len(self._recent) - 1))
-        error = spread / math.sqrt(len(self._recent))
-        gap = held_out - self._harder - online
+        allowed, its_error = self._harder
+        gap, error = held_out - allowed - online, math.hypot(error, its_error)
         if gap > SIGMAS * error:
             self.over_fitting = OverFitting(event.step, online, held_out, gap / error if error else math.inf)
             self._say(self.over_fitting.sentence())
@@ -179,6 +176,20 @@ class Monitor:
     def _say(self, sentence: str) -> None:
         if self.tell is not None:
             self.tell(sentence)
+
+
+def _now(recent: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The loss at the last of some steps, and its standard error, from a line through (log step, loss).
+
+    A mean over the window would be the loss of half a window ago, which is higher.
+    """
+    n = len(recent)
+    x_mean, y_mean = sum(x for x, _ in recent) / n, sum(y for _, y in recent) / n
+    spread = sum((x - x_mean) ** 2 for x, _ in recent)
+    slope = sum((x - x_mean) * (y - y_mean) for x, y in recent) / spread
+    left = sum((y - y_mean - slope * (x - x_mean)) ** 2 for x, y in recent) / (n - 2)
+    ahead = recent[-1][0] - x_mean
+    return y_mean + slope * ahead, math.sqrt(left * (1 / n + ahead**2 / spread))
 
 
 def _octave(step: int) -> int:
