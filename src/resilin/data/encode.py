@@ -95,7 +95,11 @@ class DocumentEncoder:
         self.cuts = word_cuts(tokenizer)
         self._joins_line_ends = joins = self.cuts == _AFTER_LINES
         self._any = _pattern(joins, _SPACES)
-        self._ascii = _GPT2_ASCII if self.cuts == _GPT2_WORDS else _pattern(joins, "\t-\r ")
+        # Words as fine as GPT-2's would take apart a token that was added to the vocabulary as a whole.
+        added = self._inner.get_added_tokens_decoder().values()
+        whole = any(parse_special or not token.special for token in added)
+        fine = self.cuts == _GPT2_WORDS and not whole
+        self._ascii = _GPT2_ASCII if fine else _pattern(joins, "\t-\r ")
         self._known: dict[str, bytes] = {}
 
     def encode(self, text: str) -> bytes:
