@@ -8,13 +8,13 @@ from resilin.config import Settings
 
 
 class PrecisionSettings(Settings):
-    """Weights and moments are always float32 masters; this decides what matrix products are computed in."""
+    """Weights and moments are always float32 masters; this decides what the forward and backward pass compute in."""
 
     compute: Literal["auto", "fp32", "bf16"] = "auto"
-    """fp32, bf16 (autocast over float32 masters), or the faster of both as measured at start."""
+    """fp32; bf16 (autocast over the float32 masters); auto: bf16 where it is measured to be clearly faster."""
     tf32: bool = False
-    """Let CUDA round the inputs of fp32 products to TF32 (10 bits of fraction instead of 23)."""
+    """On CUDA, let fp32 products round their inputs to TF32: faster, with 10 bits of fraction instead of 23."""
     compile: bool = False
-    """Compile the model with `torch.compile`."""
+    """Compile the model with torch.compile."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    """The mode of `torch.compile`."""
+    """The mode of torch.compile."""
