@@ -13,7 +13,7 @@ import pytest
 
 from resilin.run.events import Evaluated, Event, Failure, RunEnded, RunStarted, Saved, StepDone
 from resilin.run.tensorboard_log import TensorBoardLog, scalars
-from resilin.run.tracker_log import TrackerError, tracker_log
+from resilin.run.tracker_log import TrackerError, TrackerLog, tracker_log
 
 
 def started(folder: Path, at: int = 0) -> RunStarted:
@@ -126,7 +126,7 @@ class FakeWandb(ModuleType):
             summary={},
             define_metric=lambda name, step_metric: self.calls.append(("define_metric", (name, step_metric))),
             log=lambda values: self.calls.append(("log", values)),
-            finish=lambda: self.calls.append(("finish", None)),
+            finish=lambda exit_code: self.calls.append(("finish", exit_code)),
         )
 
 
@@ -170,8 +170,9 @@ def test_wandb_goes_on_in_the_run_that_the_folder_remembers(tmp_path: Path, monk
         ("define_metric", ("*", "step")),
         ("log", {**scalars(step(1)), "step": 1}),
         ("log", {"validation/loss": 1.5, "step": 1}),
-        ("finish", None),
+        ("finish", 0),
     ]
+    assert fake.calls[-1] == ("finish", 1)  # it never said that it ended
 
 
 def test_mlflow_gets_finite_metrics_settings_and_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,3 +216,34 @@ def test_a_damaged_memory_of_the_tracker_is_named(tmp_path: Path, monkeypatch: p
         tracker_log("wandb", project="p", name="n")(started(tmp_path, at=1))
     (tmp_path / "tracker.json").write_text(json.dumps({"mlflow": "other"}))
     tracker_log("wandb", project="p", name="n")(started(tmp_path, at=1))  # another tracker's: a new run
+
+
+class Broken:
+    """A tracker whose server is gone."""
+
+    def __init__(self, from_the_start: bool) -> None:
+        self.from_the_start = from_the_start
+
+    def start(self, event: RunStarted, identity: str | None) -> str:
+        if self.from_the_start:
+            raise ConnectionError("no route")
+        return "x"
+
+    def log(self, values: Any, step: int) -> None:
+        raise ConnectionError("no route")
+
+    def note(self, key: str, text: str) -> None:
+        raise ConnectionError("no route")
+
+    def end(self, reason: str) -> None:
+        raise ConnectionError("no route")
+
+
+def test_a_tracker_that_fails_at_the_start_is_an_error_and_later_a_warning(tmp_path: Path) -> None:
+    with pytest.raises(TrackerError, match=r"wandb cannot be started: no route; .*log.tracker=none"):
+        TrackerLog("wandb", Broken(True))(started(tmp_path))
+    log = TrackerLog("wandb", Broken(False))
+    log(started(tmp_path))
+    with pytest.warns(UserWarning, match="wandb does not take what is sent, training goes on: no route") as warned:
+        tell(log, step(1), step(2), Failure(step=2, kind="save", message="m"))
+    assert len(warned) == 1
