@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def make_shards(tmp_path: Path) -> Callable[..., TokenShards]:
         nonlocal count
         count += 1
         edges = np.cumsum([0, *lengths])
-        documents = [np.arange(a, b) % (vocab_size - 1) + 1 for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        documents = [np.arange(a, b) % (vocab_size - 1) + 1 for a, b in itertools.pairwise(edges)]
         return write_documents(tmp_path / f"shards-{count}", documents, vocab_size, tokens_per_shard=per_shard)
 
     return make
