@@ -91,9 +91,7 @@ class Attention(nn.Module):
         else:
             assert slots_BT is not None
             cache.store(self.layer, slots_BT, k_BTKD, v_BTKD)
-            k_BKSD, v_BKSD = (
-                x.to(q_BTHD.dtype) for x in cache.read(self.layer, min(cache.reach + T, cache.capacity))
-            )
+            k_BKSD, v_BKSD = (x.to(q_BTHD.dtype) for x in cache.read(self.layer, min(cache.reach + T, cache.capacity)))
         mixed_BHTD = self.core(q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, mask)
         out_BTD: Tensor = self.o(mixed_BHTD.transpose(1, 2).reshape(B, T, self.heads * self.head_size))
         return out_BTD

@@ -168,9 +168,7 @@ class DecoderSettings(ModelSettings):
             options = ", ".join(str(n) for n in range(1, self.heads + 1) if self.heads % n == 0)
             raise ValueError(f"heads ({self.heads}) is not divisible by kv_heads ({self.kv_heads}): use {options}")
         if self.attention_softcap is not None and self.attention_backend == "sdpa":
-            raise ValueError(
-                "attention_softcap cannot be computed by attention_backend 'sdpa': use 'flex' or 'eager'"
-            )
+            raise ValueError("attention_softcap cannot be computed by attention_backend 'sdpa': use 'flex' or 'eager'")
         if self.window_layers is not None and self.sliding_window is None:
             raise ValueError("window_layers names layers of a window: set sliding_window to its size")
         named = {

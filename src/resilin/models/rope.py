@@ -19,8 +19,8 @@ class Rotation(NamedTuple):
     """Cosines and sines of the angles of some positions, ready to broadcast over heads.
 
     Attributes:
-        cos: (T or B, T, 1, D/2) float32.
-        sin: the same shape.
+        cos: (T, 1, D) or (B, T, 1, D) float32: the cosines of the D/2 pairs, twice.
+        sin: the same shape: minus the sines, then the sines.
     """
 
     cos: Tensor
@@ -43,8 +43,8 @@ def rotation(settings: DecoderSettings, positions: Tensor, length: int) -> Rotat
             settings.head_width, settings.rope_theta, settings.max_positions, length, positions.device
         )
     angles = (positions[..., None].to(torch.float32) * speeds)[..., None, :]
-    cos, sin = angles.cos(), angles.sin()
-    return Rotation(cos, sin) if magnitude == 1.0 else Rotation(cos * magnitude, sin * magnitude)
+    cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
+    return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
 
 def depends_on_length(settings: DecoderSettings) -> bool:
@@ -52,22 +52,22 @@ def depends_on_length(settings: DecoderSettings) -> bool:
     return isinstance(settings.rope_scaling, DynamicScaling | LongRopeScaling)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    # Written into halves of one output: `cat` and a rotated copy would each be a further pass over memory.
+def _swap_halves(x: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]
-    out = torch.empty_like(x)
-    torch.mul(x1, cos, out=out[..., :half]).addcmul_(x2, sin, value=-direction)
-    torch.mul(x2, cos, out=out[..., half:]).addcmul_(x1, sin, value=direction)
-    return out
+    return torch.cat((x[..., half:], x[..., :half]), dim=-1)
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation's gradient is the rotation back, so nothing of the activations is kept."""
+    """A rotation's gradient is the rotation back, so nothing of the activations is kept.
+
+    One product and one fused multiply-add over whole heads: on the CPU twice as fast as working on half heads.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-        return _turn(x, cos, sin, direction)
+        return (x * cos).addcmul_(_swap_halves(x), sin, value=direction)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
