@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from resilin.checkpoint.errors import CheckpointError
 from resilin.keys import Keys
 from resilin.nouns import Batch, Loss, StepView
 from resilin.objective.next_token import NextToken
@@ -134,6 +135,32 @@ def test_evaluation_does_not_touch_the_run(tiny_run: Any, counting: Any, digest:
     assert losses_of(plain) == losses_of(watched)
     assert digest(plain.state_dict()) == digest(watched.state_dict())
     assert [event.step for event in events if isinstance(event, Evaluated)] == [0, 3, 6, 8]
+
+
+def test_a_save_that_fails_is_told_and_the_earlier_checkpoint_stays_good(
+    tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    events: list[Any] = []
+    run = tiny_run(tmp_path, pace={"steps": 8, "save_every": 3}, listeners=(events.append,))
+    sync = os.fsync
+
+    def disk_full_after_the_first_save(descriptor: int) -> None:
+        if run.step > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", disk_full_after_the_first_save)
+    with pytest.raises(CheckpointError, match="step 3"):
+        run.train()
+    assert [(event.kind, event.step) for event in events if isinstance(event, Failure)] == [("save", 6)]
+    monkeypatch.undo()
+    assert run.checkpoints.steps() == [3]
+    resumed = tiny_run(tmp_path)
+    resumed.load_state_dict(run.checkpoints.load(3))
+    assert resumed.step == 3
 
 
 def test_parts_hear_of_every_step_and_may_grow_the_batch(tiny_run: Any, counting: Any) -> None:

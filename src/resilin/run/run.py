@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.keys import Keys
 from resilin.nouns import Objective, Optimizer, Source, State, StepView
@@ -263,7 +264,11 @@ class Run:
         """Write a checkpoint of the committed state."""
         if self.checkpoints is None:
             raise ValueError("this run has no checkpoint folder: give it one, or do not ask it to save")
-        saved = self.checkpoints.save(self.step, self.state_dict())
+        try:
+            saved = self.checkpoints.save(self.step, self.state_dict())
+        except CheckpointError as error:
+            self._tell(Failure(step=self.step, kind="save", message=str(error)))
+            raise
         self._saved = saved.path
         self._tell(
             Saved(

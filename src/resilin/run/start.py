@@ -42,9 +42,11 @@ def settle(settings: RunSettings, folder: RunFolder, *, resume: bool) -> RunSett
     device = choose_device(settings.train.device)
     set_threads(settings.train.threads)
     compute: str = settings.precision.compute
+    if compute == "auto" and resume and folder.holds_run():
+        before = folder.settings()
+        compute = before.precision.compute if before.train.device == device.type else "auto"
     if compute == "auto":
-        before = folder.settings().precision.compute if resume and folder.holds_run() else "auto"
-        compute = before if before != "auto" else choose_precision(settings.precision, device).compute
+        compute = choose_precision(settings.precision, device).compute
     precision = settings.precision.model_copy(update={"compute": compute})
     train = settings.train.model_copy(update={"device": device.type})
     return settings.model_copy(update={"precision": precision, "train": train})
