@@ -135,12 +135,61 @@ def cells_of(recipe: Recipe, request: Request) -> list[Cell]:
     return [cell for cell in found if cell.seed in first[cell.grid][: request.seeds]]
 
 
-def make_jobs(found: Sequence[Cell], hashes: Sequence[str], recipe: Recipe, runs: Path) -> list[Job]:
-    """One job for each distinct hash, in order."""
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The runs of some cells: their hashes in the cells' order, and the records by hash."""
+
+    hashes: list[str]
+    records: dict[str, RunRecord]
+
+    def study(self, slug: str, preset: str, recipe: Recipe, found: Sequence[Cell]) -> Study:
+        """The trials an analysis reads."""
+        trials = tuple(
+            Trial(cell.grid, cell.arm, dict(cell.axes), cell.seed, self.records[name])
+            for cell, name in zip(found, self.hashes, strict=True)
+        )
+        return Study(slug, preset, trials, recipe)
+
+
+def train_cells(
+    found: Sequence[Cell],
+    recipe: Recipe,
+    folder: Path,
+    console: Console,
+    *,
+    processes: int = 1,
+    threads: int = 0,
+    fresh: bool = False,
+) -> Trained | None:
+    """Read back or make the run of every cell; cells that ask for the same share one.
+
+    Args:
+        found: the cells.
+        recipe: whose title is shown and whose `series` records keep.
+        folder: holds a folder for each run.
+        console: for progress.
+        processes: worker processes at most.
+        threads: torch threads of each; 0: this machine's cores shared out evenly.
+        fresh: remove earlier runs first.
+
+    Returns:
+        None where the user interrupted.
+    """
+    hashes = hashed(found, data_digest, hashed_versions())
     jobs: dict[str, Job] = {}
     for cell, name in zip(found, hashes, strict=True):
-        jobs.setdefault(name, Job(name, str(cell), cell.settings, runs / name, recipe.series))
-    return list(jobs.values())
+        jobs.setdefault(name, Job(name, str(cell), cell.settings, folder / name, recipe.series))
+    if fresh:
+        forget(list(jobs.values()))
+    records = {name: record for name, job in jobs.items() if (record := read_record(job)) is not None}
+    missing = [job for name, job in jobs.items() if name not in records]
+    console.print(f"[bold]{recipe.title}[/bold]: {len(jobs)} runs, {len(records)} read back, {len(missing)} to train")
+    if missing:
+        trained = train_all(missing, min(processes, len(missing)), threads, folder / "workers.log", console)
+        if trained is None:
+            return None
+        records |= trained
+    return Trained(hashes, records)
 
 
 def reproduce(request: Request, console: Console) -> Results | None:
@@ -158,21 +207,14 @@ def reproduce(request: Request, console: Console) -> Results | None:
     preset = _preset(recipe, request.preset)
     analyse = load_analysis(recipe.analysis)
     found = cells_of(recipe, request)
-    hashes = hashed(found, data_digest, hashed_versions())
-    jobs = make_jobs(found, hashes, recipe, request.runs / request.slug)
-    if request.fresh:
-        forget(jobs)
-    records = {job.hash: record for job in jobs if (record := read_record(job)) is not None}
-    missing = [job for job in jobs if job.hash not in records]
-    console.print(f"[bold]{recipe.title}[/bold]: {len(jobs)} runs, {len(records)} read back, {len(missing)} to train")
-    processes = min(request.processes or preset.processes, max(1, len(missing)))
-    if missing:
-        log = request.runs / request.slug / "workers.log"
-        trained = train_all(missing, processes, preset.threads, log, console)
-        if trained is None:
-            return None
-        records |= trained
-    study = study_of(request, recipe, found, hashes, records)
+    processes = request.processes or preset.processes
+    folder = request.runs / request.slug
+    trained = train_cells(
+        found, recipe, folder, console, processes=processes, threads=preset.threads, fresh=request.fresh
+    )
+    if trained is None:
+        return None
+    study = trained.study(request.slug, request.preset, recipe, found)
     results = Results(
         slug=request.slug,
         title=recipe.title,
@@ -185,26 +227,15 @@ def reproduce(request: Request, console: Console) -> Results | None:
         commit=commit(request.folder.resolve()),
         versions=versions(),
         machine=machine(),
-        processes=request.processes or preset.processes,
+        processes=processes,
         threads=preset.threads,
         wall_seconds=round(time.perf_counter() - began, 1),
-        training_seconds=round(sum(r.wall_seconds for r in records.values()), 1),
+        training_seconds=round(sum(r.wall_seconds for r in trained.records.values()), 1),
         settings=recipe.settings | {"preset": preset.settings},
         findings=analyse(study),
-        runs=summaries(found, hashes, records),
+        runs=summaries(found, trained.hashes, trained.records),
     )
     write_results(results_file(request.output, request.preset), results)
     draw(results.findings.plots, request.output / picture_name(request.preset))
     write_readme(request.output)
     return results
-
-
-def study_of(
-    request: Request, recipe: Recipe, found: Sequence[Cell], hashes: Sequence[str], records: dict[str, RunRecord]
-) -> Study:
-    """The trials an analysis reads."""
-    trials = tuple(
-        Trial(cell.grid, cell.arm, dict(cell.axes), cell.seed, records[name])
-        for cell, name in zip(found, hashes, strict=True)
-    )
-    return Study(request.slug, request.preset, trials, recipe)
