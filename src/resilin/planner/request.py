@@ -79,11 +79,13 @@ class _Basis:
     model: DecoderSettings
     sequence_length: int | None = None
     available: float | None = None
+    duplicate_rate: float = 0.0
 
 
 def _basis(request: PlanRequest) -> _Basis:
     if request.file is None:
         return _Basis(None, load_settings(Bare, None, request.overrides).model)
+    from resilin.data.duplicates import duplicate_rate
     from resilin.data.settings import SourceContext
 
     run = load_settings(RunSettings, request.file, request.overrides)
@@ -96,7 +98,9 @@ def _basis(request: PlanRequest) -> _Basis:
     length, order = getattr(source, "sequence_length", None), getattr(source, "order", None)
     rows = getattr(order, "epoch_length", None)
     available = None if rows is None or length is None else float(rows * length)
-    return _Basis(run, model, length, available)
+    shards = getattr(getattr(source, "stream", None), "shards", None)
+    repeated = duplicate_rate(shards).rate if shards is not None and request.duplicate_rate is None else 0.0
+    return _Basis(run, model, length, available, repeated)
 
 
 def _rho_number(text: str) -> float | Literal["auto"]:
@@ -119,6 +123,17 @@ def _batch_tokens(request: PlanRequest, basis: _Basis) -> int:
     if basis.run is not None and basis.sequence_length is not None:
         return basis.run.train.batch_size * basis.sequence_length
     return DEFAULT_BATCH_TOKENS
+
+
+def _data(request: PlanRequest, basis: _Basis) -> Data:
+    available, repeated = request.available_tokens, request.duplicate_rate
+    if available is not None and not available > 0:
+        raise UserError(f"--available-tokens {available:g}: should be positive")
+    if repeated is not None and not 0 <= repeated < 1:
+        raise UserError(f"--duplicate-rate {repeated:g}: is a share of the corpus, at least 0 and below 1")
+    return Data(
+        basis.available if available is None else available, basis.duplicate_rate if repeated is None else repeated
+    )
 
 
 def _with_settings(basis: _Basis, option: str) -> tuple[RunSettings, int]:
@@ -166,7 +181,7 @@ def answer_request(request: PlanRequest, adjust: bool, tell: Tell) -> Answer:
     basis = _basis(request)
     family = Family(basis.model)
     batch_tokens = _batch_tokens(request, basis)
-    data = Data(request.available_tokens or basis.available, request.duplicate_rate or 0.0)
+    data = _data(request, basis)
     overrides, notes = ((), ()) if basis.run is None else without_regularisers(basis.run, request.keep_dropout)
     dropout = basis.model.dropout if request.keep_dropout else None
     laws = dict(run_law(path, request.floor) for path in request.fits)

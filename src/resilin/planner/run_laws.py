@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from resilin.config import UserError, load_settings
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.planner.family import Architecture
 from resilin.planner.power_law import PowerLaw, fit_power_law, log_uniform, middle
-from resilin.run.events import StepDone, from_json
+from resilin.run.events import StepDone
+from resilin.run.history import read_events
 from resilin.run.settings import RunSettings
 
 
@@ -17,22 +17,9 @@ def read_steps(path: Path) -> list[StepDone]:
     """The committed steps of a run folder's log, in order; a step logged twice (after a resume) counts once.
 
     Raises:
-        UserError: where there is no log.
+        UserError: where there is no log, or a line of it cannot be read.
     """
-    log = path / "events.jsonl"
-    if not log.is_file():
-        raise UserError(f"{path}: no run was started here (it has no events.jsonl)")
-    by_step: dict[int, StepDone] = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # a line that is still being written, or was when the run was killed
-        if isinstance(record, dict) and record.get("event") == StepDone.event:
-            event = from_json(record)
-            assert isinstance(event, StepDone)
-            by_step[event.step] = event
-    return [by_step[step] for step in sorted(by_step)]
+    return [event for event in read_events(path) if isinstance(event, StepDone)]
 
 
 def plateau(steps: list[StepDone]) -> tuple[int, float | None]:
