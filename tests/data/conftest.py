@@ -16,7 +16,7 @@ from resilin.data.train_tokenizer import byte_tokenizer, train_bpe
 from resilin.data.write_shards import write_documents
 
 # Files are written inside properties: how long one example takes says nothing on a shared machine.
-settings.register_profile("files", deadline=None)
+settings.register_profile("files", deadline=None, max_examples=50)
 settings.load_profile("files")
 
 SENTENCES = [

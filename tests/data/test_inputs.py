@@ -16,7 +16,7 @@ from resilin.data.documents import Blank, Document, as_text, read_piece
 from resilin.data.errors import DataError, Problem
 from resilin.data.inputs import Inputs, find_inputs, plan_chunks
 
-shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r"), min_size=1, max_size=12)
 
 
@@ -161,10 +161,9 @@ ROWS = [{"text": f"document {i}", "n": i} for i in range(25)]
 
 @pytest.fixture
 def table_files(tmp_path: Path) -> dict[str, Path]:
-    pa = pytest.importorskip("pyarrow")
-
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pa.Table.from_pylist(ROWS)
-    pa.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
     with pa.OSFile(str(tmp_path / "stream.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=4)
     with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
