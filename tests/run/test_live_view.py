@@ -273,15 +273,13 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     os.close(ours)
 
 
-def test_failures_and_the_end_are_lines() -> None:
-    lines = printed(
-        [
-            START,
-            Failure(step=3, kind="non_finite", message="step 3 was not committed", action="stop"),
-            RunEnded(step=3, reason="failed", seconds=3661),
-        ]
-    )
-    assert lines[1:] == ["step 3 was not committed", "failed at step 3 after 1:01:01"]
+def test_a_failure_is_a_line_unless_it_ends_the_run_and_its_starter_will_say_it() -> None:
+    def failure(action: str) -> Failure:
+        return Failure(step=3, kind="non_finite", message="step 3 was not committed", action=action)
+
+    end = RunEnded(step=3, reason="failed", seconds=3661)
+    assert printed([START, failure("skip"), end])[1:] == ["step 3 was not committed", "failed at step 3 after 1:01:01"]
+    assert printed([START, failure("stop"), end])[1:] == ["failed at step 3 after 1:01:01"]
 
 
 def test_an_interrupted_run_says_so_once() -> None:
@@ -359,6 +357,12 @@ def test_amounts_with_a_unit() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_small_mfu_keeps_a_digit() -> None:
+    progress = RunProgress()
+    progress.see(step(1, mfu=0.0123))
+    assert "MFU 1.2%" in progress.pace()
 
 
 def test_many_metrics_are_counted_instead_of_shown() -> None:

@@ -39,8 +39,8 @@ class LiveView:
     """A listener that shows the run.
 
     In a terminal the bar, the numbers, the last evaluation and the last save are redrawn in place, and only the
-    start, failures and the end become lines of their own. Elsewhere (a pipe, a log of a batch job) every evaluation,
-    save and failure is a line, and steps are every `seconds_between_lines`.
+    start, failures that the run survives, and the end become lines of their own. Elsewhere (a pipe, a log of a batch
+    job) every evaluation and save is a line too, and steps are every `seconds_between_lines`.
 
     Args:
         console: where; standard output if None.
@@ -70,7 +70,9 @@ class LiveView:
             if self.animated:
                 self._animate()
         elif isinstance(event, Failure):
-            self._say(event.message, style="bold red" if event.action == "stop" else "yellow")
+            # What ends the run is told by whoever started it, and need not be read twice.
+            if event.action != "stop":
+                self._say(event.message, style="yellow")
         elif isinstance(event, RunEnded):
             self.close()
             self._say(_ended(event), style="green" if event.reason == "completed" else "yellow")

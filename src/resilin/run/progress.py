@@ -112,7 +112,7 @@ class RunProgress:
         if math.isfinite(self.units_per_second):
             parts.append(f"{amount(self.units_per_second)} {self.unit}/s")
         if self.mfu is not None:
-            parts.append(f"MFU {self.mfu:.0%}")
+            parts.append(f"MFU {self.mfu:.{0 if self.mfu >= 0.1 else 1}%}")
         return "  ".join(parts)
 
     def time_left(self) -> str:

@@ -261,7 +261,11 @@ class Run:
         self.step, self.skipped, self.samples = progress["step"], progress["skipped"], progress["samples"]
 
     def save(self) -> Path:
-        """Write a checkpoint of the committed state."""
+        """Write a checkpoint of the committed state.
+
+        Raises:
+            CheckpointError: when it cannot be written; earlier ones are untouched.
+        """
         if self.checkpoints is None:
             raise ValueError("this run has no checkpoint folder: give it one, or do not ask it to save")
         try:

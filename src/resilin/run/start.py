@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +85,20 @@ def start_run(
     folder = RunFolder(path)
     settings = settle(settings, folder, resume=resume)
     folder.prepare(settings, resume=resume, accept_changes=accept_changes)
-    run = build_run(settings, folder)
-    tokenizer = getattr(run.source, "tokenizer", None)
-    if tokenizer is not None:
-        tokenizer.save(folder.tokenizer)
-    assert run.checkpoints is not None
-    if resume:
-        resume_from_latest(run, run.checkpoints)
-    listeners = listeners_of(settings, folder, run.step)
-    try:
+    with ExitStack() as stack:
+        writer = CheckpointFolder(folder.checkpoints)
+        writer.lock()  # now, and not at the first save: until then two runs would share one event log
+        stack.callback(writer.close)
+        run = build_run(settings, folder)
+        assert run.checkpoints is not None
+        stack.callback(run.checkpoints.close)
+        tokenizer = getattr(run.source, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save(folder.tokenizer)
+        if resume:
+            resume_from_latest(run, run.checkpoints)
+        listeners = listeners_of(settings, folder, run.step)
+        for listener in listeners:
+            stack.callback(listener.close)
         run.listeners = (*listeners, *extra_listeners)
         return run, run.train()
-    finally:
-        for listener in reversed(listeners):
-            listener.close()
