@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -52,9 +52,14 @@ class BatchSizes:
         return total + (step - since) * size
 
 
+_TABULATED = 2**16
+
+
 @lru_cache(maxsize=16)
-def _permutation(n: int, key: int) -> Permutation:
-    return Permutation(n, key)
+def _order(n: int, key: int) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
+    """A permutation of [0, n); a small one as a table, which is looked up faster than it is computed."""
+    permutation = Permutation(n, key)
+    return permutation(np.arange(n)).__getitem__ if n <= _TABULATED else permutation
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +107,7 @@ class SampleOrder:
         Raises:
             DataError: for a slot the step does not have, or a step after the last.
         """
-        slots_B = np.asarray(slots, dtype=np.int64)
+        slots_B = np.fromiter(slots, np.int64, len(slots))
         size = self.slots(step)
         if step < 0 or (slots_B.size and (slots_B.min() < 0 or slots_B.max() >= size)):
             if size == 0:
@@ -111,10 +116,10 @@ class SampleOrder:
         samples = self.batch_sizes.before(step) + slots_B
         epochs, places = samples // self.epoch_length, samples % self.epoch_length
         if self.shuffle:
-            for epoch in np.unique(epochs).tolist():
+            for epoch in sorted(set(epochs.tolist())):
                 mine = epochs == epoch
-                order = _permutation(self.epoch_length, hash64(self.seed, "epoch", epoch))
+                order = _order(self.epoch_length, hash64(self.seed, "epoch", epoch))
                 places[mine] = order(places[mine])
         if self.epoch_length < self.rows:
-            places = _permutation(self.rows, hash64(self.seed, "unique rows"))(places)
+            places = _order(self.rows, hash64(self.seed, "unique rows"))(places)
         return places

@@ -187,7 +187,7 @@ class PackedSource:
         fields = {"tokens": tokens_BT, "labels": labels_BT}
         if self.separate_documents:
             fields |= self._documents(bounds, labels_BT)
-        return Batch(torch.tensor(list(slots), dtype=torch.int64), fields)
+        return Batch(torch.from_numpy(np.fromiter(slots, np.int64, count)), fields)
 
     def _documents(self, bounds: list[tuple[int, int]], labels_BT: Tensor) -> dict[str, Tensor]:
         """Positions and document numbers; a label that belongs to the next document is taken out."""

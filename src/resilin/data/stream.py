@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,18 +37,19 @@ class TokenStream:
                 segments.append((number, start - int(self._bases[number]), end - start))
                 start = end
         self._segments = segments
-        self._firsts = np.cumsum([0, *(length for _, _, length in segments)])
+        # A list: bisect on it is several times faster than searchsorted for one number.
+        self._firsts = [0, *accumulate(length for _, _, length in segments)]
 
     def __len__(self) -> int:
-        return int(self._firsts[-1])
+        return self._firsts[-1]
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
         """(position in the stream, shard, first, last + 1 within the shard) of each piece of [start, stop)."""
         pieces = []
-        number = int(np.searchsorted(self._firsts, start, side="right")) - 1
+        number = bisect_right(self._firsts, start) - 1
         while start < stop:
             shard, offset, length = self._segments[number]
-            skip = start - int(self._firsts[number])
+            skip = start - self._firsts[number]
             take = min(stop - start, length - skip)
             pieces.append((start, shard, offset + skip, offset + skip + take))
             start += take
