@@ -20,7 +20,7 @@ from resilin.run.start import start_run
 SETTINGS = {
     "source": {"sequence_length": 16, "held_out": {"fraction": 0.0}, "tokenizer": {"kind": "bpe", "vocab_size": 260}},
     "model": {"hidden_size": 8, "layers": 1, "heads": 1, "kv_heads": 1, "mlp_size": 8, "max_positions": 16},
-    "train": {"steps": 4, "batch_size": 2, "device": "cpu"},
+    "train": {"steps": 4, "batch_size": 2, "device": "cpu", "threads": 1},
     "precision": {"compute": "fp32"},
     "evaluation": {"every": 0},
     "checkpoint": {"every": 2},
