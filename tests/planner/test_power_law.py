@@ -73,6 +73,14 @@ def test_steps_to_a_loss_are_where_the_law_has_that_loss(a: float, k: float, c: 
     assert law.loss(2 * t) < law.loss(t)
 
 
+@given(st.floats(0.05, 0.3), st.floats(0.35, 1.0), st.floats(10, 1e8))
+def test_two_laws_cross_where_their_losses_are_equal(slow: float, fast: float, t: float) -> None:
+    first, second = PowerLaw(5 * t**slow, slow), PowerLaw(5 * t**fast, fast)
+    assert first.crossing(second) == pytest.approx(t, rel=1e-6)
+    assert second.crossing(first) == pytest.approx(t, rel=1e-6)
+    assert first.crossing(PowerLaw(4 * t**slow, slow)) is None
+
+
 def test_a_loss_below_the_floor_is_never_reached() -> None:
     assert math.isinf(PowerLaw(5, 0.3, 1.0).steps_to(1.0))
     assert math.isinf(PowerLaw(5, -0.1).steps_to(1.0))

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from resilin.cli.plan import plan
-from resilin.config import UserError, load_settings
+from resilin.config import UserError, load_settings, settings_to_toml
 from resilin.data.write_shards import write_documents
 from resilin.planner.family import Architecture
 from resilin.planner.measure import step_seconds
@@ -143,12 +143,10 @@ def test_pilot_runs_measure_rho_or_say_why_they_cannot(run_file: Path) -> None:
     assert answer.plan.rho.value == 20
 
 
-def log_of_a_run(folder: Path, source: Path, a: float, k: float, peak: int = 400) -> None:
+def log_of_a_run(folder: Path, source: Path, a: float, k: float, *overrides: str, peak: int = 400) -> None:
     """A run's folder whose loss is a power law of the steps until the rate decays."""
     folder.mkdir()
-    settings = load_settings(RunSettings, source, ["train.steps=500"])
-    from resilin.config import settings_to_toml
-
+    settings = load_settings(RunSettings, source, ["train.steps=500", *overrides])
     (folder / "settings.toml").write_text(settings_to_toml(settings), encoding="utf-8")
     log = JsonlLog(folder / "events.jsonl")
     for step in range(1, 501):
@@ -174,6 +172,27 @@ def test_predicted_losses_of_fitted_runs_stand_in_the_table(
     log_of_a_run(tmp_path / "run", run_file, 6.0, 0.2)
     assert "predicted loss" in command(run_file, "--tokens", 6400, "--fit", tmp_path / "run")
     assert "predicted loss" not in command(run_file, "--tokens", 6400)
+
+
+def test_two_fitted_runs_say_where_they_cross(tmp_path: Path, run_file: Path) -> None:
+    log_of_a_run(tmp_path / "small", run_file, 6.0, 0.2)
+    log_of_a_run(tmp_path / "large", run_file, 12.0, 0.3, "model.layers=4")
+    fits = (tmp_path / "small", tmp_path / "large")
+    answer = answer_request(PlanRequest(file=run_file, tokens=6400, fits=fits), False, quiet)
+    # 6 t^-0.2 = 12 t^-0.3 at t = 2^10 steps of 64 tokens
+    assert any("cross at 65.5k tokens, loss 1.5" in note for note in answer.notes)
+
+
+def test_watching_a_run_tells_its_law_without_the_decay(
+    tmp_path: Path, run_file: Path, command: Callable[..., str]
+) -> None:
+    schedule = "optimizer.schedule={use='resilin.optim.schedule:WarmupStableDecay',warmup=10,decay=100}"
+    log_of_a_run(tmp_path / "run", run_file, 6.0, 0.2, schedule)
+    text = command("--watch", tmp_path / "run")
+    assert "step 1: loss 6.0000; too few points for a power law" in text
+    assert re.search(r"step 431: .* t\^-0\.200.*final loss 1\.73", text)
+    with pytest.raises(UserError, match="no run was started here"):
+        command("--watch", tmp_path / "nothing")
 
 
 def test_a_folder_without_a_run_or_with_too_short_a_plateau_cannot_be_fitted(tmp_path: Path, run_file: Path) -> None:

@@ -29,34 +29,42 @@ def plan(
         float | None, typer.Option(help="Share of them that repeats other parts. Default: estimated from the source.")
     ] = None,
     rho: Annotated[str, typer.Option(help="Tokens per parameter to aim for: a number, or auto.")] = "auto",
-    faithful: Annotated[
-        bool, typer.Option("--faithful", help="auto: the paper's 5 instead of the later 20.")
-    ] = False,
+    faithful: Annotated[bool, typer.Option("--faithful", help="auto: the paper's 5 instead of the later 20.")] = False,
     pilots: Annotated[bool, typer.Option("--pilots", help="auto: train 3 small runs for 2% of the budget.")] = False,
     fit: Annotated[
         list[Path] | None, typer.Option(help="A run folder whose loss curve predicts losses; may be repeated.")
     ] = None,
-    floor: Annotated[bool, typer.Option("--floor", help="Fit loss curves with an irreducible part.")] = False,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="b, tokens of a step. Default: the settings' batch.")
+    watch: Annotated[
+        Path | None, typer.Option(help="A run folder: print the power law of its loss so far instead of planning.")
     ] = None,
+    floor: Annotated[bool, typer.Option("--floor", help="Fit loss curves with an irreducible part.")] = False,
+    batch_tokens: Annotated[int | None, typer.Option(help="b, tokens of a step. Default: the settings' batch.")] = None,
     keep_dropout: Annotated[bool, typer.Option("--keep-dropout", help="Do not set dropout to 0.")] = False,
 ) -> None:
-    """Choose model size, steps and data together for a budget, so that every token is used once.
+    """Choose model size, steps and data together, so that every token is used once.
 
-    Prints the candidate sizes with T/P, epochs and flags, the chosen one, how much data to ask for where it is short,
-    and the overrides that train it. P counts parameters without embeddings, T tokens, and rho is the T/P to aim for.
+    Prints the candidate sizes with T/P, epochs and flags, the chosen one,
+    how much data to ask for where it is short, and the overrides that train
+    it. P counts parameters without embeddings, T tokens; rho is the T/P to
+    aim for.
 
     \b
     resilin plan --flops 1e18 --available-tokens 5e8
     resilin plan run.toml --hours 2
     resilin plan run.toml --adjust --rho 5
     resilin plan run.toml --flops 1e15 --fit runs/small --fit runs/large
+    resilin plan --watch runs/small
     """
     from rich.console import Console
 
     from resilin.config.errors import UserError
 
+    console = Console()
+    if watch is not None:
+        from resilin.planner.watch import watch_run
+
+        watch_run(watch, lambda line: console.print(line, highlight=False), floor)
+        return
     file, overrides = split_settings(arguments or [])
     if sum(budget is not None for budget in (flops, hours, tokens)) + adjust != 1:
         raise UserError("give one budget: --flops 1e18, --hours 2, --tokens 1e9, or --adjust with a settings file")
@@ -79,6 +87,5 @@ def plan(
         batch_tokens=batch_tokens,
         keep_dropout=keep_dropout,
     )
-    console = Console()
     answer = answer_request(request, adjust, lambda line: console.print(line, highlight=False))
     report(answer.plan, answer.notes, answer.overrides, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from pydantic import Field
 
 from resilin.config import Settings, UserError, load_settings
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.planner.advice import short_number
 from resilin.planner.budget import Budget, FlopBudget, TimeBudget, TokenBudget
 from resilin.planner.family import Architecture, Family
 from resilin.planner.measure import measure_step_times
 from resilin.planner.one_epoch import Plan, adjust_plan, make_plan
 from resilin.planner.pilots import run_pilots
+from resilin.planner.power_law import PowerLaw
 from resilin.planner.regularisers import without_regularisers
 from resilin.planner.rho import Mode, Rho, choose_rho
 from resilin.planner.rows import Data
@@ -167,6 +170,19 @@ def _rho(request: PlanRequest, basis: _Basis, family: Family, budget: Budget, te
     return choose_rho("auto", request.mode, pilots)
 
 
+def _crossings(laws: dict[float, PowerLaw]) -> list[str]:
+    """Where the fitted runs' losses meet, each size with the next larger one."""
+    found = []
+    for small, large in itertools.pairwise(sorted(laws)):
+        tokens = laws[small].crossing(laws[large], 1e3, 1e16)
+        pair = f"the laws of P = {short_number(small)} and {short_number(large)}"
+        if tokens is None:
+            found.append(f"{pair} do not cross: one is better all along")
+        else:
+            found.append(f"{pair} cross at {short_number(tokens)} tokens, loss {laws[small].loss(tokens):.4g}")
+    return found
+
+
 def answer_request(request: PlanRequest, adjust: bool, tell: Tell) -> Answer:
     """The plan that a user asked for.
 
@@ -196,5 +212,6 @@ def answer_request(request: PlanRequest, adjust: bool, tell: Tell) -> Answer:
         budget = _budget(request, basis, family, batch_tokens, tell)
         rho = _rho(request, basis, family, budget, tell)
         plan = make_plan(budget, family, rho, batch_tokens, data, laws=laws, dropout=dropout)
+    notes = (*notes, *_crossings(laws))
     others = tuple(item for item in overrides if not item.startswith("model.dropout"))
     return Answer(plan, others, notes)
