@@ -16,7 +16,7 @@ from resilin.models.attention import Attention
 from resilin.models.cache import KVCache
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.initial import fill_parameters
-from resilin.models.linear import Embedding, Linear
+from resilin.models.linear import Embedding, Linear, project
 from resilin.models.mask import Mask, cached_mask, training_mask
 from resilin.models.mlp import MLP
 from resilin.models.moe import MoE
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) after the final norm -> (..., V) float32 logits, soft-capped where the settings say so."""
-        logits = F.linear(hidden, self.head_weight).float()
+        logits = project(hidden, self.head_weight).float()
         cap = self.settings.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEW_ROWS = 16
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` for a tall weight: (..., D) and (V, D) -> (..., V).
+
+    With a few rows on the CPU, BLAS copies the weight into an order of its own first unless it is the left factor:
+    logits of 2 to 16 rows over 49,152 tokens take half the time this way.
+    """
+    few = x.device.type == "cpu" and 2 <= x.shape[:-1].numel() <= FEW_ROWS
+    if not few or torch.is_grad_enabled() or x.dtype != weight.dtype or torch.compiler.is_compiling():
+        return F.linear(x, weight)
+    rows = x.reshape(-1, x.shape[-1])
+    return torch.mm(weight, rows.t()).t().contiguous().view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):

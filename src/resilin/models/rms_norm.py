@@ -62,5 +62,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
         return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
+    if not torch.is_grad_enabled():  # recording costs 90 us a call: a third of a token's time in a small model
+        return _RMSNormOnCPU.forward(x, weight_D, eps)[0]
     normed: Tensor = _RMSNormOnCPU.apply(x, weight_D, eps)[0]
     return normed

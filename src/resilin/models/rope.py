@@ -83,5 +83,7 @@ class _Rotate(torch.autograd.Function):
 def rotate(x_BTHD: Tensor, turn: Rotation) -> Tensor:
     """Queries or keys (B, T, H, D) turned to their positions, in their own dtype."""
     cos, sin = turn.cos.to(x_BTHD.dtype), turn.sin.to(x_BTHD.dtype)
+    if not torch.is_grad_enabled():  # recording costs 90 us a call
+        return _Rotate.forward(x_BTHD, cos, sin, 1.0)
     rotated: Tensor = _Rotate.apply(x_BTHD, cos, sin, 1.0)
     return rotated
