@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resilin.keys import Keys, dropout
@@ -17,10 +16,11 @@ from resilin.models.cache import KVCache
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.initial import fill_parameters
 from resilin.models.linear import Embedding, Linear, project
-from resilin.models.mask import Mask, cached_mask, training_mask
+from resilin.models.mask import Mask, cached_mask, flex_mask, training_mask
 from resilin.models.mlp import MLP
 from resilin.models.moe import MoE
 from resilin.models.norm import stream_norm
+from resilin.models.recompute import run_block
 from resilin.models.rope import Rotation, depends_on_length, rotation
 
 
@@ -139,12 +139,14 @@ class Decoder(nn.Module):
             length = int(positions.max()) + 1 if depends_on_length(self.settings) else T
         turn = rotation(self.settings, positions, length)
         windows = {self.settings.window_of(layer) for layer in range(self.settings.layers)}
-        masks = {window: training_mask(documents_BT, T, window, device) for window in windows}
+        make_mask = flex_mask if self.settings.attention_backend == "flex" else training_mask
+        masks = {window: make_mask(documents_BT, T, window, device) for window in windows}
         x_BTD = self.embed(tokens_BT)
         x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)
         routers = []
         for layer, block in enumerate(self.blocks):
-            x_BTD, router = block(x_BTD, turn, masks[self.settings.window_of(layer)], keys)
+            mask = masks[self.settings.window_of(layer)]
+            x_BTD, router = run_block(self.settings.recompute, block, x_BTD, turn, mask, keys)
             if router is not None:
                 routers.append(router)
         return DecoderOutput(self.norm(x_BTD), tuple(routers))
