@@ -211,20 +211,30 @@ def to_json(event: Event) -> dict[str, Any]:
     return {"event": event.event, **values}
 
 
-def _revive(value: Any, kind: Any) -> Any:
-    options = typing.get_args(kind)
-    if (kind is float or float in options) and isinstance(value, str) and value in _NON_FINITE:
-        return _NON_FINITE[value]
-    if typing.get_origin(kind) is Mapping and options[1] is float:
-        return {key: _revive(item, float) for key, item in value.items()}
-    if typing.get_origin(kind) is tuple:
-        return tuple(value)
-    return value
+@dataclass(frozen=True)
+class _Fields:
+    """Which fields of an event need more than what JSON gives."""
+
+    names: frozenset[str]
+    numbers: tuple[str, ...]
+    tables: tuple[str, ...]
+    tuples: tuple[str, ...]
 
 
 @cache  # reading a long log asks for the same few classes a million times
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _fields(kind: Any) -> _Fields:
+    every = typing.get_type_hints(kind)
+    hints = {item.name: every[item.name] for item in fields(kind)}
+    return _Fields(
+        names=frozenset(hints),
+        numbers=tuple(n for n, hint in hints.items() if hint is float or float in typing.get_args(hint)[:1]),
+        tables=tuple(n for n, hint in hints.items() if typing.get_args(hint) == (str, float)),
+        tuples=tuple(n for n, hint in hints.items() if typing.get_origin(hint) is tuple),
+    )
+
+
+def _number(value: Any) -> Any:
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def from_json(record: Mapping[str, Any], kinds: tuple[type[Event], ...] = KINDS) -> Event:
@@ -242,12 +252,21 @@ def from_json(record: Mapping[str, Any], kinds: tuple[type[Event], ...] = KINDS)
     if found is None:
         known = ", ".join(kind.event for kind in kinds)
         raise ValueError(f"event {name!r} is unknown here (known: {known}); was it written by a newer version?")
-    hints = _hints(found)  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
+    known_fields = _fields(found)  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
     values = {key: value for key, value in record.items() if key != "event"}
-    unknown = [key for key in values if key not in hints]
+    unknown = values.keys() - known_fields.names
     if unknown:
-        raise ValueError(f"event {name!r} has an unknown field {unknown[0]!r}; was it written by a newer version?")
+        raise ValueError(f"event {name!r} has an unknown field {min(unknown)!r}; was it written by a newer version?")
     try:
-        return found(**{key: _revive(value, hints[key]) for key, value in values.items()})
+        for key in known_fields.numbers:
+            if isinstance(values.get(key), str):
+                values[key] = _number(values[key])
+        for key in known_fields.tables:
+            if key in values:
+                values[key] = {inner: _number(item) for inner, item in values[key].items()}
+        for key in known_fields.tuples:
+            if key in values:
+                values[key] = tuple(values[key])
+        return found(**values)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"event {name!r} cannot be read: {error}") from None

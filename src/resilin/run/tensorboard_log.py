@@ -39,15 +39,20 @@ class TensorBoardLog:
 
     def __init__(self, folder: Path, purge_step: int = 0) -> None:
         # Here and not above: 0.2 s that only runs with curves should pay.
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step + 1 if purge_step else None)
+        self._summary: Any = Summary
+        purge = purge_step + 1 if purge_step else None
+        self._writer: Any = SummaryWriter(str(folder), purge_step=purge, max_queue=1000, flush_secs=30)
 
     def __call__(self, event: Event) -> None:
         """Write the event's points; settings, failures and the end as text."""
         step = event.start_step if isinstance(event, RunStarted) else getattr(event, "step", 0)
-        for tag, value in scalars(event).items():
-            self._writer.add_scalar(tag, value, step, walltime=event.time)
+        points = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(event).items()]
+        if points:
+            # All points of a step in one record: a tenth of the time of one add_scalar each.
+            self._writer.file_writer.add_summary(self._summary(value=points), step, walltime=event.time)
         if isinstance(event, RunStarted):
             settings = json.dumps(to_json(event)["settings"], indent=2, ensure_ascii=False)
             self._writer.add_text("settings", f"```json\n{settings}\n```", step, walltime=event.time)
