@@ -33,7 +33,7 @@ def test_the_live_fit_finds_the_exponent_and_the_final_loss_early(a: float, k: f
     assert reading.law is not None
     assert reading.law.k == pytest.approx(k, rel=0.01)
     assert reading.predicted_final == pytest.approx(a * total**-k, rel=0.005)
-    assert monitor.left_law is None or abs(monitor.left_law.residual) < 1e-3
+    assert all(abs(found.residual) < 1e-3 for found in monitor.departures)
 
 
 def test_points_stand_at_quarter_octaves_and_readings_say_the_law() -> None:
@@ -65,10 +65,19 @@ def test_the_decay_of_the_learning_rate_is_not_fitted() -> None:
 
 def test_leaving_the_law_is_told() -> None:
     losses = [5 * t**-0.2 for t in range(1, 601)] + [5 * 600**-0.2 * (1 + (t - 600) / 600) for t in range(601, 1201)]
+    said: list[str] = []
+    monitor = watch(Monitor(1200, tell=said.append), losses)
+    left = [found for found in monitor.departures if abs(found.residual) > 0.01]
+    assert left[0].above
+    assert 580 < left[0].t < 800
+    assert any("leaves its power law" in line and "over-fitting" in line for line in said)
+
+
+def test_one_odd_point_is_no_departure() -> None:
+    losses = [5 * t**-0.2 for t in range(1, 1201)]
+    losses[500:530] = [loss * 1.5 for loss in losses[500:530]]
     monitor = watch(Monitor(1200), losses)
-    assert monitor.left_law is not None
-    assert monitor.left_law.above
-    assert monitor.left_law.t > 500
+    assert all(abs(found.residual) < 0.05 for found in monitor.departures)
 
 
 def run_over_repeats(held_out_rises: bool, harder: float = 0.0, epochs: bool = True) -> Monitor:

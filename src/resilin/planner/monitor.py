@@ -92,7 +92,7 @@ class Monitor:
         tell: receives a line for each reading and finding.
         readings: so far.
         over_fitting: the first finding, or None.
-        left_law: the first departure from the law within its range, or None.
+        departures: where two points in a row left the law of the points before them, on one side.
     """
 
     total_steps: int
@@ -103,7 +103,8 @@ class Monitor:
     tell: Callable[[str], None] | None = None
     readings: list[Reading] = field(default_factory=list)
     over_fitting: OverFitting | None = None
-    left_law: Departure | None = None
+    departures: list[Departure] = field(default_factory=list)
+    _outside: Departure | None = None
     _points: list[tuple[float, float]] = field(default_factory=list)
     """(t, loss) of the averages that hold no step of the decay."""
     _mean_loss: float = 0.0
@@ -147,7 +148,7 @@ class Monitor:
         inside = place > max(self.warmup, 0.05 * self.total_steps) and not decaying
         if before is not None and inside:
             residual = before.residual(place, self._mean_loss)
-            self.left_law = self.left_law or departure(before, [place], [self._mean_loss], SIGMAS)
+            self._depart(step, departure(before, [place], [self._mean_loss], SIGMAS))
         if not decaying:
             self._points.append((place, self._mean_loss))
         times, losses = middle(
@@ -158,6 +159,17 @@ class Monitor:
         reading = Reading(step, self._mean_loss, law, final, residual)
         self.readings.append(reading)
         self._say(reading.sentence())
+
+    def _depart(self, step: int, found: Departure | None) -> None:
+        """Confirm a departure at its second point; a single one is noise, and an early law is often mended."""
+        before, self._outside = self._outside, found
+        if before is None or found is None or before.above != found.above:
+            return
+        if self.departures and self.departures[-1].t == before.t:
+            return
+        self.departures.append(before)
+        side = "above: over-fitting, or too high a rate" if found.above else "below: the law was fitted too early"
+        self._say(f"step {step}: the loss leaves its power law at step {before.t:.0f} ({found.residual:+.1%}, {side})")
 
     def _evaluated(self, event: Evaluated) -> None:
         held_out = event.metrics.get("loss", math.nan)
