@@ -114,8 +114,8 @@ def test_a_decay_longer_than_what_warm_up_leaves_starts_right_after_it() -> None
     [
         ({"schedule": {"min_lr": 1e-5, "min_ratio": 0.1}}, "give one of them"),
         ({"lr": 1e-6, "schedule": {"min_lr": 1e-5}}, "above the peak"),
-        ({"schedule": {"warmup": -1}}, "schedule.warmup"),
-        ({"schedule": {"warmup": 1.5}}, "schedule.warmup"),
+        ({"schedule": {"warmup": -1}}, "schedule.warmup = -1: should be a number of steps"),
+        ({"schedule": {"warmup": 200.0}}, "schedule.warmup = 200.0: a fraction.*without a point: 200"),
         ({"schedule": {"warm": 3}}, "did you mean 'warmup'"),
         ({"schedule": {"use": "resilin.optim.schedule:Cosinus"}}, "offers: .*Cosine"),
     ],

@@ -10,11 +10,22 @@ import math
 from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from resilin.config import Settings
 
-Steps = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
+
+def _check_steps(value: int | float) -> int | float:
+    if value < 0:
+        raise ValueError("should be a number of steps, 0 or more, or a fraction of the run")
+    if isinstance(value, float) and value > 1:
+        raise ValueError(
+            f"a fraction of the run is at most 1.0; a number of steps is written without a point: {value:.0f}"
+        )
+    return value
+
+
+Steps = Annotated[int | float, AfterValidator(_check_steps)]
 """A number of steps (an integer) or a fraction of the run (a float in [0, 1])."""
 
 
