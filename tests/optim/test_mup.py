@@ -93,7 +93,7 @@ def test_the_levels_change_what_the_paper_changes() -> None:
 
     simple, head, query = Decoder(base, seed=0), Decoder(middle, seed=0), Decoder(full, seed=0)
     ratio = head.head_weight.std() / simple.head_weight.std()
-    assert float(ratio.detach()) == pytest.approx((32 / 64) ** 0.5, rel=1e-4)  # sqrt(base) / fan_in against 1 / sqrt(fan_in)
+    assert float(ratio.detach()) == pytest.approx((32 / 64) ** 0.5, rel=1e-4)
     assert not query.get_parameter("blocks.1.attention.q.weight").any()
     assert query.get_parameter("blocks.1.attention.k.weight").any()
 
