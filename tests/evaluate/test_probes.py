@@ -68,6 +68,8 @@ def brute_force(model, data):
                         for s, p in enumerate(products)
                         if s <= t and t - s < window and (documents is None or documents[b, s] == documents[b, t])
                     ]
+                    cap = settings.attention_softcap
+                    seen = seen if cap is None else [cap * math.tanh(p / cap) for p in seen]
                     weights = torch.tensor(seen, dtype=torch.float64).softmax(0)
                     entropies.append(float(-(weights * weights.log()).sum()))
         x = x + attention(normed, turn, *_mask_of(model, data, T))
@@ -90,6 +92,8 @@ def _mask_of(model, data, T):
         ({"sliding_window": 3}, False),
         ({"attention_scale": 0.25}, False),
         ({"norm": "layer", "gated": False}, True),
+        ({"attention_backend": "eager", "attention_softcap": 0.5}, False),
+        ({"attention_backend": "flex", "sliding_window": 3}, True),
     ],
 )
 def test_probes_see_what_brute_force_computes(changes, documents):

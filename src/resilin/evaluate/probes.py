@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from resilin.config import component
 from resilin.keys import Keys
-from resilin.models.attention import AttentionCore
+from resilin.models.attention_core import AttentionCore
 from resilin.models.decoder import Block, Decoder, DecoderOutput
 from resilin.models.mask import Mask
 from resilin.nouns import AfterStep, Batch, BeforeStep, Log, Loss, Max, Mean, Objective, State, StepView
@@ -40,8 +40,22 @@ _CHUNK = 1 << 22
 """Logits held at once, so that looking needs little memory beside the model."""
 
 
+def _visible(mask: Mask, batch: int, tokens: int, keys: int, device: torch.device) -> Tensor | None:
+    """Which keys each query sees, (1 or B, T, S); None: all."""
+    if mask.block is not None:
+        from torch.nn.attention.flex_attention import create_mask
+
+        seen_BHTS: Tensor = create_mask(mask.block.mask_mod, batch, 1, tokens, keys, device=str(device))
+        return seen_BHTS[:, 0]
+    if mask.causal:
+        return torch.ones(1, tokens, keys, dtype=torch.bool, device=device).tril()
+    return mask.seen_BQS
+
+
 @torch.no_grad()
-def attention_measures(q_BHTD: Tensor, k_BKSD: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor, int]:
+def attention_measures(
+    q_BHTD: Tensor, k_BKSD: Tensor, mask: Mask, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor, int]:
     """What one attention does with its queries and keys, computed in float32.
 
     Args:
@@ -49,6 +63,7 @@ def attention_measures(q_BHTD: Tensor, k_BKSD: Tensor, mask: Mask, scale: float)
         k_BKSD: keys, likewise.
         mask: which keys a query may see; counts for the entropy only.
         scale: the attention's own factor of q.k; counts for the entropy only.
+        softcap: c of its c * tanh(logit / c), where it has one; counts for the entropy only.
 
     Returns:
         max |q.k| / sqrt(D) over all pairs; the sum of the entropies of all queries and heads; how many there are.
@@ -58,17 +73,17 @@ def attention_measures(q_BHTD: Tensor, k_BKSD: Tensor, mask: Mask, scale: float)
     largest, entropy = q_BHTD.new_zeros((), dtype=torch.float32), q_BHTD.new_zeros((), dtype=torch.float64)
     rows = max(1, _CHUNK // (H * T * S))
     group = H // k_BKSD.shape[1]
+    seen = _visible(mask, B, T, S, q_BHTD.device)
     for start in range(0, B, rows):
         k_bHSD = k_BKSD[start : start + rows].float().repeat_interleave(group, dim=1)
         products_bHTS = q_BHTD[start : start + rows].float() @ k_bHSD.transpose(-1, -2)
         largest = torch.maximum(largest, products_bHTS.abs().max() * D**-0.5)
         logits_bHTS = products_bHTS * scale
-        if mask.causal:
-            hidden_TS = torch.ones(T, S, dtype=torch.bool, device=logits_bHTS.device).triu(1)
-            logits_bHTS = logits_bHTS.masked_fill(hidden_TS, -torch.inf)
-        elif mask.seen_BQS is not None:
-            seen = mask.seen_BQS if len(mask.seen_BQS) == 1 else mask.seen_BQS[start : start + rows]
-            logits_bHTS = logits_bHTS.masked_fill(~seen[:, None], -torch.inf)
+        if softcap is not None:
+            logits_bHTS = softcap * torch.tanh(logits_bHTS / softcap)
+        if seen is not None:
+            mine = seen if len(seen) == 1 else seen[start : start + rows]
+            logits_bHTS = logits_bHTS.masked_fill(~mine[:, None], -torch.inf)
         weights_bHTS = logits_bHTS.softmax(-1)
         entropy = entropy + torch.special.entr(weights_bHTS).sum(dtype=torch.float64)
     return largest, entropy, B * H * T
@@ -121,8 +136,8 @@ class _Look:
     def _attention_hook(self, layer: int) -> Any:
         def hook(core: nn.Module, inputs: tuple[Any, ...]) -> None:
             q_BHTD, k_BKSD, _, mask = inputs
-            scale = cast(AttentionCore, core).scale
-            largest, entropy, count = attention_measures(q_BHTD.detach(), k_BKSD.detach(), mask, scale)
+            own = cast(AttentionCore, core)
+            largest, entropy, count = attention_measures(q_BHTD.detach(), k_BKSD.detach(), mask, own.scale, own.softcap)
             self.logs[f"probe/attention_logit_max/{layer}"] = Max(largest)
             self.logs[f"probe/attention_entropy/{layer}"] = Mean(entropy, torch.tensor(count, device=entropy.device))
 

@@ -20,7 +20,10 @@ from resilin.recipes.results import Results, paper_line, read_results, results_f
 
 def list_table(folder: Path) -> Table:
     """All recipes of a folder."""
-    table = Table("recipe", "paper", "presets", "last result (cpu)", title=f"Recipes in {folder}")
+    table = Table(title=f"Recipes in {folder}")
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("paper", "presets", "last result (cpu)"):
+        table.add_column(heading)
     for slug in slugs(folder):
         recipe = load_recipe(folder / slug)
         results = read_results(results_file(folder / slug, "cpu"))
