@@ -1,8 +1,9 @@
 """The analysis of the recipe `one-epoch`: test losses by arm, speed-ups, the best model size, the power law.
 
-Grids it reads: `epochs` (the four arms at equal steps), `sizes` (axis `size`, equal 6 P T), `law` (a constant
-learning rate). A recipe may leave any of them out; without `law`, the law is read off the one-epoch arm of `epochs`,
-whose learning rate should be constant until 75 % of the run.
+Grids it reads: `epochs` (the four arms at equal steps), `sizes` (axis `size`, equal 6 P T), `gap` (one epoch with a
+held-out text as hard as the training text) and `law` (a constant learning rate). A recipe may leave any of them out:
+without `gap` or `law` their figures are read off the one-epoch arm of `epochs`, whose learning rate should be constant
+until 75 % of the run.
 """
 
 from __future__ import annotations
@@ -100,12 +101,11 @@ def _epochs(study: Study) -> _Part:
         for arm, trials in by_arm.items()
         if arm.startswith("repeated")
     ]
+    of_gap = {"one_epoch": _finished(study.select("gap", "one_epoch")) or by_arm["one_epoch"]}
+    of_gap |= {"repeated": by_arm["repeated"]} if "repeated" in by_arm else {}
     gaps = {
-        arm: Row.over_seeds(
-            f"test minus training loss, {TITLES[arm]}", [gap(t.record) for t in by_arm[arm]], "nat/token"
-        )
-        for arm in ("one_epoch", "repeated")
-        if arm in by_arm
+        arm: Row.over_seeds(f"test minus training loss, {TITLES[arm]}", [gap(t.record) for t in trials], "nat/token")
+        for arm, trials in of_gap.items()
     }
     present = [arm for arm in ORDER if arm in by_arm]
     claims = [_below(a, b, final) for a, b in itertools.pairwise(present)]
