@@ -31,9 +31,7 @@ def grads_of(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, inputs)
 
 
-def by_definition(
-    hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor | None, t: CrossEntropyTerms
-) -> Tensor:
+def by_definition(hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor | None, t: CrossEntropyTerms) -> Tensor:
     logits = hidden @ head.T
     if t.softcap is not None:
         logits = t.softcap * torch.tanh(logits / t.softcap)
@@ -129,9 +127,7 @@ def test_descending_the_z_loss_pulls_log_z_to_zero_along_the_constant_direction(
     shift = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
     logits = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for _ in range(400):
-        sums = whole_cross_entropy(
-            logits + shift, torch.zeros(3, dtype=torch.int64), None, CrossEntropyTerms(0, 0.05)
-        )
+        sums = whole_cross_entropy(logits + shift, torch.zeros(3, dtype=torch.int64), None, CrossEntropyTerms(0, 0.05))
         shift = (shift - grads_of(sums.loss, shift)[0]).detach().requires_grad_()
     assert abs(float(sums.log_z)) < 1e-6  # cross-entropy itself does not feel the constant
 

@@ -91,3 +91,17 @@ def test_frozen_parameters_have_no_state_and_do_not_move() -> None:
     steps(model, optimizer, 0, 2)
     assert "up.weight" not in optimizer.state_dict()["parameters"]
     assert torch.equal(before, model.up.weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: type(k).__name__)
+def test_on_a_gpu_moments_live_there_and_a_state_from_the_cpu_loads(kind: ScheduledSettings) -> None:
+    saved = kind.build(net(), 10).state_dict()
+    model = net().cuda()
+    optimizer = kind.build(model, 10)
+    optimizer.load_state_dict(saved)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(0)
+    assert all(t.is_cuda for m in optimizer.state_dict()["parameters"].values() for t in m.values())
