@@ -13,7 +13,7 @@ from resilin.recipes.one_epoch import analyse
 from resilin.recipes.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "one-epoch"
-SETTINGS = {"train": {"batch_size": 16}, "source": {"sequence_length": 32}}
+SETTINGS = {"train": {"batch_size": 16}, "source": {"sequence_length": 32, "unique_tokens": 20 * 512}}
 
 
 def record(
@@ -115,6 +115,13 @@ def test_a_test_loss_above_the_training_loss_is_a_gap() -> None:
 @pytest.mark.parametrize("losses", [[1.6, 1.7, 1.8, 2.1], [2.1, 1.9, 1.8, 1.7], [1.7, 1.7, 1.7, 1.7]])
 def test_a_best_size_at_either_end_is_no_valley(losses: list[float]) -> None:
     assert not claim(findings(*sizes(losses)), "a middle T/P is best").holds
+
+
+def test_over_fitting_is_declared_for_the_runs_that_repeat_their_data() -> None:
+    found = {row.name: row for row in findings(*epochs(PAPER)).rows}
+    declared = found["over-fitting declared after, repeated"]
+    assert declared.value is not None
+    assert 20 < declared.value < 200
 
 
 def test_a_law_that_bends_after_the_fit_is_caught() -> None:

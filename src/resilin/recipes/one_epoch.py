@@ -14,10 +14,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resilin.planner.monitor import Monitor
 from resilin.planner.power_law import PowerLaw, fit_power_law, log_uniform, middle
 from resilin.planner.rho import Pilot, fit_rho
 from resilin.planner.speedup import Trace, speedup
 from resilin.recipes.findings import Claim, Findings, Line, Plot, Row, RunRecord, Study, Table, Trial
+from resilin.run.events import Evaluated, StepDone
 
 ORDER = ("one_epoch", "one_epoch_dropout", "repeated_dropout", "repeated")
 TITLES = {
@@ -48,6 +50,22 @@ def online(record: RunRecord, first: float, last: float) -> float:
 def gap(record: RunRecord) -> float:
     """Held-out loss at the end minus training loss over the last twentieth."""
     return trace(record).final - online(record, 0.95, 1.0)
+
+
+def declared_at(record: RunRecord) -> float | None:
+    """The step at which the monitor declares over-fitting of repeated data, or None."""
+    settings = record.settings
+    unique = settings["source"].get("unique_tokens")
+    batch = settings["train"]["batch_size"] * settings["source"]["sequence_length"]
+    losses = {step: loss for step, loss in record.series["loss"] if loss is not None}
+    held_out = {e.step: e.metrics["loss"] for e in record.evaluations}
+    monitor = Monitor(max(losses), steps_per_epoch=unique / batch if unique else None)
+    for step in range(1, max(losses) + 1):
+        if step in losses:
+            monitor(StepDone(step=step, loss=losses[step], lr=0.0, grad_norm=0.0, units=batch, seconds=0.0))
+        if held_out.get(step) is not None:
+            monitor(Evaluated(step=step, name="validation", metrics={"loss": float(held_out[step] or math.nan)}))
+    return None if monitor.over_fitting is None else float(monitor.over_fitting.step)
 
 
 def _finished(trials: Sequence[Trial]) -> list[Trial]:
@@ -124,7 +142,14 @@ def _epochs(study: Study) -> _Part:
         y_label="test loss (nat/token)",
         lines=tuple(_mean_line(TITLES[arm], [trace(t.record) for t in by_arm[arm]]) for arm in present),
     )
-    return _Part((*final.values(), *best, *gaps.values(), *speedups), tuple(claims), (), (plot,))
+    declared = [
+        Row.over_seeds(
+            f"over-fitting declared after, {TITLES[arm]}", [declared_at(t.record) for t in by_arm[arm]], "steps"
+        )
+        for arm in ("repeated_dropout", "repeated")
+        if arm in by_arm
+    ]
+    return _Part((*final.values(), *best, *gaps.values(), *speedups, *declared), tuple(claims), (), (plot,))
 
 
 def _speedups(ours: Sequence[Trial], theirs: Sequence[Trial]) -> list[float]:
