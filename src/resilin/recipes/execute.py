@@ -16,6 +16,7 @@ from resilin.config.errors import UserError
 from resilin.models.decoder import Decoder
 from resilin.models.flops import parameter_counts
 from resilin.recipes.cells import NOT_HASHED
+from resilin.recipes.code_digest import code_digest
 from resilin.recipes.findings import Evaluation, Metrics, RunRecord
 from resilin.run.events import Event, RunStarted, StepDone
 from resilin.run.folder import RunFolder
@@ -69,9 +70,7 @@ def read_record(job: Job) -> RunRecord | None:
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as error:
-        raise SettingsError(
-            f"{job.record_file}: not valid JSON ({error}); remove the folder to train again"
-        ) from None
+        raise SettingsError(f"{job.record_file}: not valid JSON ({error}); remove the folder to train again") from None
     if tuple(tree.pop("kept", ())) != job.series:
         return None
     record = parse_settings(RunRecord, tree, str(job.record_file))
@@ -137,6 +136,7 @@ def record_of(job: Job, run: Run, data_digest: str) -> RunRecord:
         non_embedding=parameter_counts(model.settings).non_embedding if isinstance(model, Decoder) else total,
         wall_seconds=round(seconds, 2),
         data_digest=data_digest,
+        code=code_digest(),
         settings=job.settings.model_dump(mode="json"),
     )
 

@@ -38,6 +38,8 @@ class RunRecord(Settings):
     non_embedding: int = 0
     wall_seconds: float = 0.0
     data_digest: str = ""
+    code: str = ""
+    """Of the package's source that made it (`resilin.recipes.code_digest`)."""
     settings: dict[str, Any] = Field(default={})
 
     @property

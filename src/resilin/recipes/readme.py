@@ -84,6 +84,7 @@ def section(results: Results, picture: str = "") -> str:
         f"{'' if results.threads == 1 else 's'}, on {machine.gpu or machine.cpu} ({machine.cores} cores); "
         + ", ".join(f"{name} {number}" for name, number in results.versions.items())
         + (f"; commit `{results.commit}`" if results.commit else "")
+        + (f"; the runs were made by {len(results.code)} states of the code" if len(results.code) > 1 else "")
         + "."
     )
     return "\n\n".join(parts)

@@ -71,9 +71,7 @@ def print_results(results: Results, folder: Path, console: Console) -> None:
         with_paper = any(row.paper for row in findings.rows)
         rows = Table("figure", "measured", "seeds", *(["paper"] if with_paper else []), title=results.title)
         for row in findings.rows:
-            rows.add_row(
-                escape(row.name), measured(row), str(row.count), *([escape(row.paper)] if with_paper else [])
-            )
+            rows.add_row(escape(row.name), measured(row), str(row.count), *([escape(row.paper)] if with_paper else []))
         console.print(rows)
     for table in findings.tables:
         shown = Table(*table.columns, title=table.title, caption=table.note or None)

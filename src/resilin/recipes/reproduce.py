@@ -14,6 +14,7 @@ from resilin.config import SettingsError
 from resilin.config.settings import closest
 from resilin.data.settings import SourceContext
 from resilin.recipes.cells import Cell, cells, hashed
+from resilin.recipes.code_digest import code_digest
 from resilin.recipes.execute import Job, forget, read_record
 from resilin.recipes.findings import Findings, RunRecord, Study, Trial
 from resilin.recipes.picture import draw
@@ -184,6 +185,11 @@ def train_cells(
     records = {name: record for name, job in jobs.items() if (record := read_record(job)) is not None}
     missing = [job for name, job in jobs.items() if name not in records]
     console.print(f"[bold]{recipe.title}[/bold]: {len(jobs)} runs, {len(records)} read back, {len(missing)} to train")
+    older = sum(record.code != code_digest() for record in records.values())
+    if older:
+        console.print(
+            f"{older} of the runs read back were made by other code of the same version; --fresh makes all anew"
+        )
     if missing:
         trained = train_all(missing, min(processes, len(missing)), threads, folder / "workers.log", console)
         if trained is None:
@@ -226,6 +232,7 @@ def reproduce(request: Request, console: Console) -> Results | None:
         seeds=study.seeds(),
         commit=commit(request.folder.resolve()),
         versions=versions(),
+        code=tuple(sorted({r.code for r in trained.records.values()})),
         machine=machine(),
         processes=processes,
         threads=preset.threads,

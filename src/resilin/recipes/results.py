@@ -63,6 +63,8 @@ class Results(Settings):
     commit: str
     """Of the checkout; "+changes" where files differed from it; empty outside a checkout."""
     versions: dict[str, str]
+    code: tuple[str, ...] = ()
+    """Digests of the package's source that the runs were made by: more than one where it changed in between."""
     machine: Machine
     processes: int
     threads: int
@@ -143,9 +145,7 @@ def without_non_finite(value: Any) -> Any:
     return value
 
 
-def summaries(
-    cells: Sequence[Cell], hashes: Sequence[str], records: Mapping[str, RunRecord]
-) -> tuple[RunSummary, ...]:
+def summaries(cells: Sequence[Cell], hashes: Sequence[str], records: Mapping[str, RunRecord]) -> tuple[RunSummary, ...]:
     """One line for each cell."""
     found = []
     for cell, name in zip(cells, hashes, strict=True):
