@@ -107,8 +107,9 @@ class Decoder(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) after the final norm -> (..., V) float32 logits, soft-capped where the settings say so."""
-        logits = project(hidden, self.head_weight).float()
+        """(..., D) after the final norm -> (..., V) logits, float32 at least, soft-capped where the settings say so."""
+        logits = project(hidden, self.head_weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.settings.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -139,7 +140,9 @@ class Decoder(nn.Module):
             length = int(positions.max()) + 1 if depends_on_length(self.settings) else T
         turn = rotation(self.settings, positions, length)
         windows = {self.settings.window_of(layer) for layer in range(self.settings.layers)}
-        make_mask = flex_mask if self.settings.attention_backend == "flex" else training_mask
+        # torch has no backward pass of flex attention on CPUs: there the same mask goes to another backend.
+        flex = self.settings.attention_backend == "flex" and not (device.type == "cpu" and torch.is_grad_enabled())
+        make_mask = flex_mask if flex else training_mask
         masks = {window: make_mask(documents_BT, T, window, device) for window in windows}
         x_BTD = self.embed(tokens_BT)
         x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)

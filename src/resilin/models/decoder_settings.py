@@ -122,7 +122,8 @@ class DecoderSettings(ModelSettings):
     zero_query_init: bool = False
     """muP: query projections start at zero."""
     attention_backend: Literal["sdpa", "flex", "eager"] = "sdpa"
-    """torch's scaled_dot_product_attention; flex attention (made for torch.compile); or plain matrix products."""
+    """torch's scaled_dot_product_attention; flex attention (training with it needs a GPU; a CPU takes another way to
+    the same numbers); or plain matrix products."""
     recompute: Literal["none", "block", "selective"] = "none"
     """Activation checkpointing: whole blocks, or everything but matrix products and attention, is computed again
     in the backward pass."""

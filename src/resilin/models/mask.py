@@ -1,14 +1,18 @@
 """Which keys a query may see: those before it, in its own document, inside its window.
 
-Shapes: B batch (1 where rows agree), Q queries, S keys.
+Shapes: B batch (1 where rows agree), Q queries, S keys, T tokens.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Mask(NamedTuple):
@@ -17,12 +21,12 @@ class Mask(NamedTuple):
     Attributes:
         causal: the plain triangle over equally many queries and keys; then `seen_BQS` is None.
         seen_BQS: bool, True where query q sees key s; None with `causal` False: every query sees every key.
-        block: the same for flex attention, where that is the backend.
+        block: the same for flex attention; None where another backend is to be used.
     """
 
     causal: bool
     seen_BQS: Tensor | None = None
-    block: Any = None
+    block: BlockMask | None = None
 
 
 def training_mask(documents_BT: Tensor | None, tokens: int, window: int | None, device: torch.device) -> Mask:
@@ -35,13 +39,29 @@ def training_mask(documents_BT: Tensor | None, tokens: int, window: int | None, 
         return Mask(causal=True)
     place = torch.arange(tokens, device=device)
     seen = place[:, None] >= place
-    if not wide:
-        assert window is not None
+    if window is not None and not wide:
         seen &= place[:, None] - place < window
     seen_BQS = seen[None]
     if documents_BT is not None:
         seen_BQS = seen_BQS & (documents_BT[:, :, None] == documents_BT[:, None, :])
     return Mask(causal=False, seen_BQS=seen_BQS)
+
+
+def flex_mask(documents_BT: Tensor | None, tokens: int, window: int | None, device: torch.device) -> Mask:
+    """The same mask as blocks for flex attention, which skips blocks that nobody sees."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        visible = query >= key
+        if window is not None:
+            visible = visible & (query - key < window)
+        if documents_BT is not None:
+            visible = visible & (documents_BT[batch, query] == documents_BT[batch, key])
+        return visible
+
+    rule: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = seen
+    batch = None if documents_BT is None else documents_BT.shape[0]
+    return Mask(causal=False, block=create_block_mask(rule, batch, None, tokens, tokens, device=str(device)))
 
 
 def cached_mask(slots_BT: Tensor, reach: int, ragged: bool, window: int | None) -> Mask:

@@ -18,12 +18,13 @@ def route(logits_NE: Tensor, moe: MoESettings) -> tuple[Tensor, Tensor]:
     """The chosen experts and their weights.
 
     Returns:
-        (N, k) float32 weights, largest first, and (N, k) expert numbers.
+        (N, k) weights in float32 or better, largest first, and (N, k) expert numbers.
     """
+    logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
     if moe.routing == "topk_softmax":
-        chosen_logits, chosen_Nk = logits_NE.float().topk(moe.experts_per_token, dim=-1)
+        chosen_logits, chosen_Nk = logits_NE.topk(moe.experts_per_token, dim=-1)
         return chosen_logits.softmax(-1), chosen_Nk
-    weights_Nk, chosen_Nk = logits_NE.float().softmax(-1).topk(moe.experts_per_token, dim=-1)
+    weights_Nk, chosen_Nk = logits_NE.softmax(-1).topk(moe.experts_per_token, dim=-1)
     if moe.normalise_weights:
         weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True)
     return weights_Nk, chosen_Nk

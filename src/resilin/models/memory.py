@@ -1,0 +1,119 @@
+"""How much memory training a decoder takes, estimated from its settings alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.flops import parameter_counts
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes, by what they hold.
+
+    Attributes:
+        weights: parameters.
+        gradients: one per parameter.
+        moments: the optimizer's state.
+        activations: what the forward pass of one micro-batch keeps for the backward pass, and the logits of one chunk.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them: the peak of a step, but for temporaries and the allocator's losses."""
+        return self.weights + self.gradients + self.moments + self.activations
+
+
+def _attention_kept(s: DecoderSettings) -> int:
+    query, key = s.heads * s.head_width, s.key_heads * s.head_width
+    # norm input and output; queries, keys, values; mixed values and their log-sum-exp
+    kept = 2 * s.hidden_size + query + 2 * key + query + s.heads
+    if s.qk_norm != "none":
+        kept += query + key
+    return kept
+
+
+def _mlp_kept(s: DecoderSettings, layer: int) -> int:
+    kept = 2 * s.hidden_size
+    branches = 4 if s.gated else 2
+    if s.moe is None or not s.is_moe_layer(layer):
+        return kept + branches * s.feed_forward_size
+    moe = s.moe
+    kept += moe.experts + moe.shared_size * branches
+    return kept + moe.experts_per_token * (2 * s.hidden_size + branches * moe.expert_size)
+
+
+def _block_kept(s: DecoderSettings, layer: int) -> int:
+    """Values a token leaves in one block when nothing is recomputed."""
+    masks = 2 * 2 * s.hidden_size if s.dropout else 0
+    return _attention_kept(s) + _mlp_kept(s, layer) + masks
+
+
+def _selective_kept(s: DecoderSettings, layer: int) -> int:
+    """Values a token leaves in one block when only matrix products and attention are kept."""
+    query, key = s.heads * s.head_width, s.key_heads * s.head_width
+    kept = s.hidden_size + 2 * query + 2 * key + s.heads + s.hidden_size
+    branches = 2 if s.gated else 1
+    if s.moe is None or not s.is_moe_layer(layer):
+        return kept + branches * s.feed_forward_size + s.hidden_size
+    moe = s.moe
+    kept += moe.experts + branches * moe.shared_size + s.hidden_size
+    return kept + moe.experts_per_token * (branches * moe.expert_size + 2 * s.hidden_size)
+
+
+def activation_bytes(
+    settings: DecoderSettings, batch: int, sequence_length: int, *, value_bytes: int = 4, logit_rows: int = 1024
+) -> int:
+    """What one micro-batch keeps between its forward and its backward pass.
+
+    Args:
+        settings: of the decoder; `recompute` decides.
+        batch: rows of the micro-batch.
+        sequence_length: tokens of a row.
+        value_bytes: of one activation (4 in float32, 2 in bfloat16).
+        logit_rows: tokens whose logits (and their gradient) the loss holds at once.
+    """
+    tokens, layers = batch * sequence_length, range(settings.layers)
+    full = [_block_kept(settings, layer) for layer in layers]
+    if settings.recompute == "none":
+        kept = sum(full)
+    elif settings.recompute == "block":
+        # While a block is recomputed, all of its own values are there.
+        kept = settings.layers * settings.hidden_size + max(full)
+    else:
+        kept = sum(_selective_kept(settings, layer) for layer in layers) + max(full)
+    ends = 3 * settings.hidden_size  # embedded tokens, input and output of the final norm
+    logits = 2 * min(tokens, logit_rows) * settings.vocab_size * 4
+    return tokens * (kept + ends) * value_bytes + logits
+
+
+def memory_estimate(
+    settings: DecoderSettings,
+    batch: int,
+    sequence_length: int,
+    *,
+    weight_bytes: int = 4,
+    moments_per_parameter: int = 2,
+    value_bytes: int = 4,
+    logit_rows: int = 1024,
+) -> MemoryEstimate:
+    """The memory of one training step on one device.
+
+    Args:
+        settings: of the decoder, with its vocabulary size set.
+        batch: rows of one micro-batch.
+        sequence_length: tokens of a row.
+        weight_bytes: of a parameter and of its gradient.
+        moments_per_parameter: float32 numbers the optimizer keeps for each (AdamW 2, Muon 1).
+        value_bytes: of one activation.
+        logit_rows: tokens whose logits the loss holds at once.
+    """
+    count = parameter_counts(settings).total
+    activations = activation_bytes(settings, batch, sequence_length, value_bytes=value_bytes, logit_rows=logit_rows)
+    return MemoryEstimate(count * weight_bytes, count * weight_bytes, count * moments_per_parameter * 4, activations)
