@@ -156,6 +156,23 @@ def test_inputs_that_lead_nowhere_or_twice_to_one_file_are_refused(tmp_path: Pat
         find_inputs([tmp_path, tmp_path / "a.txt"])
 
 
+def test_compressed_files_and_json_arrays_are_not_read_as_text(tmp_path: Path) -> None:
+    for name, message in (("a.txt.gz", "is compressed; unpack it first"), ("a.json", "set format=jsonl")):
+        (tmp_path / name).write_text('{"text": "x"}')
+        with pytest.raises(DataError, match=message):
+            find_inputs([tmp_path / name])
+    assert texts(read(find_inputs([tmp_path / "a.json"], format="jsonl"))) == ["x"]
+
+
+@pytest.mark.parametrize("target", [1, 100])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, target: int) -> None:
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + b"one\ntwo")
+    (tmp_path / "b.jsonl").write_bytes(mark + b'{"text": "three"}\r\n{"text": "four"}\r\n')
+    assert texts(read(find_inputs([tmp_path]), target=target)) == ["one\ntwo", "three", "four"]
+    assert texts(read(find_inputs([tmp_path / "a.txt"]), target=target, separator="\n")) == ["one", "two"]
+
+
 ROWS = [{"text": f"document {i}", "n": i} for i in range(25)]
 
 

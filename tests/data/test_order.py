@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilin.data.errors import DataError
-from resilin.data.order import BatchSizes, SampleOrder
+from resilin.data.order import BatchSizes, SampleOrder, _order
 
 SIZES = st.builds(
     lambda first, changes: BatchSizes(first, tuple(sorted(dict(changes).items()))),
@@ -75,6 +75,15 @@ def test_unique_rows_are_the_same_few_in_every_epoch_and_nested(unique: int, see
     assert len(epochs[0]) == unique
     smaller = SampleOrder(50, seed, BatchSizes(unique), unique_rows=max(1, unique - 1))
     assert set(smaller.row_of(0, range(unique)).tolist()) <= set(epochs[0])
+
+
+def test_orders_too_long_for_a_table_are_computed_to_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = SampleOrder(1000, 7, BatchSizes(300), unique_rows=500)
+    tabulated = [order.row_of(step, range(300)).tolist() for step in range(4)]
+    monkeypatch.setattr("resilin.data.order._TABULATED", 0)
+    _order.cache_clear()
+    assert [order.row_of(step, range(300)).tolist() for step in range(4)] == tabulated
+    _order.cache_clear()
 
 
 def test_a_source_that_ends_gives_a_short_last_step_then_none() -> None:

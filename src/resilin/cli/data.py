@@ -81,8 +81,12 @@ def tokenize(
     )
     found = find_inputs(inputs, format=format, split=split)
     began = time.perf_counter()
-    with tokenize_progress("tokenising") as progress:
-        shards, report = tokenize_files(found, output, loaded, options, workers=workers, progress=progress)
+    try:
+        with tokenize_progress("tokenising") as progress:
+            shards, report = tokenize_files(found, output, loaded, options, workers=workers, progress=progress)
+    except KeyboardInterrupt:
+        typer.secho(f"{output}: stopped; the same command goes on from here", fg=typer.colors.YELLOW, err=True)
+        raise
     seconds = time.perf_counter() - began
     size = found.bytes / 1e6
     how = "as they were" if report.reused else f"{size:,.1f} MB in {seconds:.1f} s ({size / seconds:.1f} MB/s)"

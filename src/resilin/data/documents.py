@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import mmap
 from collections.abc import Iterator
@@ -80,13 +81,16 @@ def _cut(file: InputFile, at: int, separator: bytes | None) -> int:
     return file.bytes
 
 
-def _read(file: InputFile, start: int, stop: int) -> bytes:
+def _read(file: InputFile, start: int, stop: int) -> tuple[bytes, int]:
+    """The bytes [start, stop) and the byte they begin at: behind a byte order mark, which is no text."""
     with file.path.open("rb") as stream:
         stream.seek(start)
         raw = stream.read(stop - start)
     if len(raw) != stop - start:
         raise DataError(f"{file.path}, byte {start + len(raw)}: the file has become shorter while it was read")
-    return raw
+    if start == 0 and raw.startswith(codecs.BOM_UTF8):
+        return raw[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
+    return raw, start
 
 
 def _line_number(path: Path, byte: int) -> int:
@@ -114,7 +118,7 @@ def _decode(file: InputFile, raw: bytes, offset: int) -> str | Problem:
 def _whole_text(file: InputFile, piece: Piece) -> Iterator[Found]:
     """A file that is one document, or part of it; with flaws, its good lines."""
     start, stop = _cut(file, piece.start, None), _cut(file, piece.stop, None)
-    raw = _read(file, start, stop)
+    raw, start = _read(file, start, stop)
     begins, ends = piece.start == 0, piece.stop == file.bytes
     text = _decode(file, raw, start)
     if isinstance(text, Problem):
@@ -138,8 +142,8 @@ def _separated(file: InputFile, piece: Piece, separator: bytes) -> Iterator[Foun
     start, stop = _cut(file, piece.start, separator), _cut(file, piece.stop, separator)
     if start == stop:
         return
-    offset = start
-    raws = _read(file, start, stop).split(separator)
+    whole, offset = _read(file, start, stop)
+    raws = whole.split(separator)
     if not raws[-1]:
         raws.pop()
     for raw in raws:
@@ -155,8 +159,8 @@ def _separated(file: InputFile, piece: Piece, separator: bytes) -> Iterator[Foun
 
 def _json_lines(file: InputFile, piece: Piece, key: str) -> Iterator[Found]:
     start, stop = _cut(file, piece.start, b"\n"), _cut(file, piece.stop, b"\n")
-    offset = start
-    raws = _read(file, start, stop).split(b"\n") if stop > start else []
+    whole, offset = _read(file, start, stop)
+    raws = whole.split(b"\n") if whole else []
     if raws and not raws[-1]:
         raws.pop()
     for raw in raws:

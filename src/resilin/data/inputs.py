@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ _ENDINGS: dict[str, Format] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-_SAMPLED = 64 << 20
+_SAMPLED = 16 << 20
 _BLOCK = 1 << 20
 
 
@@ -46,17 +47,22 @@ class InputFile:
     bytes: int
 
     def fingerprint(self) -> str:
-        """A hash by which a changed file is told: of all bytes, or above 64 MiB of 64 blocks, size and time."""
-        digest = hashlib.blake2b(f"{self.name}:{self.format}:{self.bytes}:".encode(), digest_size=16)
-        with self.path.open("rb") as stream:
-            if self.bytes <= _SAMPLED:
-                digest.update(stream.read())
-            else:
-                digest.update(str(self.path.stat().st_mtime_ns).encode())
-                for block in range(64):
-                    stream.seek(block * (self.bytes - _BLOCK) // 63)
-                    digest.update(stream.read(_BLOCK))
-        return digest.hexdigest()
+        """A hash by which a changed file is told: of all bytes, or above 16 MiB of 16 blocks, size and time."""
+        return _fingerprint(self, self.path.stat().st_mtime_ns)
+
+
+@cache
+def _fingerprint(file: InputFile, modified: int) -> str:
+    digest = hashlib.blake2b(f"{file.name}:{file.format}:{file.bytes}:".encode(), digest_size=16)
+    with file.path.open("rb") as stream:
+        if file.bytes <= _SAMPLED:
+            digest.update(stream.read())
+        else:
+            digest.update(str(modified).encode())
+            for block in range(16):
+                stream.seek(block * (file.bytes - _BLOCK) // 15)
+                digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +83,16 @@ class Inputs:
         return sum(file.bytes for file in self.files)
 
 
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z", ".whl")
+
+
 def _file(path: Path, name: str, wanted: Format | None) -> InputFile:
-    return InputFile(path, name, wanted or _ENDINGS.get(path.suffix.lower(), "text"), path.stat().st_size)
+    ending = path.suffix.lower()
+    if wanted is None and ending in _PACKED:
+        raise DataError(f"{path}: is compressed; unpack it first (archives of texts with `resilin data unpack`)")
+    if wanted is None and ending == ".json":
+        raise DataError(f"{path}: if it holds one JSON object a line, set format=jsonl; a JSON array must become that")
+    return InputFile(path, name, wanted or _ENDINGS.get(ending, "text"), path.stat().st_size)
 
 
 def _saved_data_set(folder: Path, split: str) -> list[Path] | None:
