@@ -237,3 +237,17 @@ def test_regularisers_are_switched_off_unless_the_user_insists(run_file: Path) -
     assert sum("as insisted on" in note for note in notes) == 2
     plain = load_settings(RunSettings, run_file, ["model.dropout=0", "optimizer.weight_decay=0"])
     assert without_regularisers(plain) == ((), ())
+
+
+def test_copied_documents_are_found_in_the_settings_source_and_common_phrases_are_not(
+    tmp_path: Path, run_file: Path
+) -> None:
+    rng = np.random.default_rng(1)
+    once = [rng.integers(1, 300, 2000) for _ in range(10)]
+    phrase = np.arange(1, 41)
+    common = [np.concatenate([phrase, rng.integers(1, 300, 400)]) for _ in range(50)]
+    for name, documents, expected in (("copies", [*once, *once], 0.5), ("phrases", common, 0.0)):
+        shards = write_documents(tmp_path / name, documents, 300)
+        overrides = (f"source.path={shards.folder}", "source.sequence_length=16")
+        answer = answer_request(PlanRequest(file=run_file, overrides=overrides, tokens=6400), False, quiet)
+        assert answer.plan.data.duplicate_rate == pytest.approx(expected, abs=0.07)

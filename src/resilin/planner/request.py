@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from resilin.config import Settings, UserError, load_settings
+from resilin.data.shards import TokenShards
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.planner.advice import short_number
 from resilin.planner.budget import Budget, FlopBudget, TimeBudget, TokenBudget
@@ -102,8 +103,16 @@ def _basis(request: PlanRequest) -> _Basis:
     rows = getattr(order, "epoch_length", None)
     available = None if rows is None or length is None else float(rows * length)
     shards = getattr(getattr(source, "stream", None), "shards", None)
-    repeated = duplicate_rate(shards).rate if shards is not None and request.duplicate_rate is None else 0.0
+    repeated = 0.0
+    if shards is not None and request.duplicate_rate is None:
+        repeated = duplicate_rate(shards, passage=_passage(shards)).rate
     return _Basis(run, model, length, available, repeated)
+
+
+def _passage(shards: TokenShards) -> int:
+    """Tokens of about 200 bytes, a power of two: shorter passages recur because they are common, not copied."""
+    bytes_per_token = max(1.0, sum(shard.text_bytes for shard in shards.shards) / max(1, shards.token_count))
+    return int(2 ** math.ceil(math.log2(max(1.0, 200 / bytes_per_token))))
 
 
 def _rho_number(text: str) -> float | Literal["auto"]:
