@@ -44,7 +44,6 @@ def a_fast_disk() -> Iterator[None]:
     """Thousands of saves: what is tested is the order of the calls; nobody cuts the power."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)
-        patch.setattr(os, "fdatasync", os.fstat)
         yield
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.errors import CheckpointError, DamagedError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.inspect import verify
 from resilin.checkpoint.read import load_checkpoint, verify_checkpoint
@@ -231,6 +233,25 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(
     (folder.step_path(3) / "model.safetensors").unlink()
     folder.save(3, state(3))
     assert same_bits(folder.load(3), state(3))
+
+
+def test_a_damaged_checkpoint_names_the_others_there_are(folder: CheckpointFolder, saved: Path, state: Make) -> None:
+    folder.save(3, state(3))
+    file = saved / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"checksum of tensor .*other steps here: 3 \(move .*step-00000005 away to"):
+        folder.load(5)
+
+
+def test_an_unreadable_disk_is_named(folder: CheckpointFolder, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(DamagedError, match=r"safetensors: cannot be read at byte \d+: Input/output error"):
+        folder.load(5)
 
 
 def test_an_absent_step_names_those_there_are(folder: CheckpointFolder, state: Make) -> None:

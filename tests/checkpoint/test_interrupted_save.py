@@ -22,7 +22,7 @@ Make = Callable[[int], dict[str, Any]]
 Same = Callable[[Any, Any], bool]
 
 
-CALLS = ("open", "write", "fsync", "fdatasync", "rename", "mkdir", "unlink", "rmdir")
+CALLS = ("open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir")
 
 
 class Fault:

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
-from resilin.checkpoint.tensor_file import DTYPES, TensorFile, TensorRecord
+from resilin.checkpoint.tensor_read import TensorFile
+from resilin.checkpoint.tensor_record import DTYPES, TensorRecord
 from resilin.checkpoint.tree import put_together, take_apart
 
 

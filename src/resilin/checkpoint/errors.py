@@ -1,4 +1,4 @@
-"""The error of everything that can go wrong with a checkpoint."""
+"""What can go wrong with a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,3 +7,7 @@ from resilin.config import UserError
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written or read; its text names the file, the tensor and what is still good."""
+
+
+class DamagedError(CheckpointError):
+    """Files that are missing, or not what was written."""

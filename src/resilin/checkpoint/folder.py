@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from resilin.checkpoint.atomic import rename
-from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.errors import CheckpointError, DamagedError
 from resilin.checkpoint.index import INDEX_NAME
 from resilin.checkpoint.lock import lock_folder, unlock_folder
 from resilin.checkpoint.read import load_checkpoint, quick_check
 from resilin.checkpoint.store import SavedCheckpoint
-from resilin.checkpoint.tensor_file import check_tensor
+from resilin.checkpoint.tensor_write import check_tensor
 from resilin.checkpoint.tree import TakenApart, take_apart
 from resilin.checkpoint.write import write_checkpoint
 from resilin.nouns import State
@@ -144,7 +144,12 @@ class CheckpointFolder:
         if not path.exists():
             have = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(f"{self.path}: there is no checkpoint of step {step}; steps here: {have}")
-        return load_checkpoint(path, device, parts=parts, mapped=mapped, verify=verify)
+        try:
+            return load_checkpoint(path, device, parts=parts, mapped=mapped, verify=verify)
+        except DamagedError as error:
+            others = [str(other) for other in self.steps() if other != step]
+            hint = f"; checkpoints of other steps here: {', '.join(others)} (move {path} away to go on from the newest)"
+            raise DamagedError(f"{error}{hint if others else ''}") from None
 
     def save(self, step: int, tree: Mapping[str, Any]) -> SavedCheckpoint:
         """Write a tree and, once it is safe, remove what need not be kept.

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from resilin.checkpoint.errors import CheckpointError
-from resilin.checkpoint.tensor_file import DTYPES, FileRecord, TensorRecord, checksum_text
+from resilin.checkpoint.errors import CheckpointError, DamagedError
+from resilin.checkpoint.tensor_record import DTYPES, FileRecord, TensorRecord, checksum_text
 from resilin.checkpoint.tree import Json
 
 INDEX_NAME = "index.json"
@@ -69,9 +69,7 @@ def index_text(index: Index) -> bytes:
 
 def _file_name(name: str, path: Path) -> str:
     if name in ("", ".", "..") or any(letter in name for letter in "/\\\0"):
-        raise CheckpointError(
-            f"{path}: names the file {name!r}, which is not a plain name inside the checkpoint's folder"
-        )
+        raise DamagedError(f"{path}: names the file {name!r}, which is not a plain name inside the checkpoint's folder")
     return name
 
 
@@ -79,23 +77,24 @@ def read_index(folder: Path) -> Index:
     """The index of the checkpoint in `folder`.
 
     Raises:
-        CheckpointError: when it is missing, damaged, of a newer version, or names files outside the folder.
+        DamagedError: when it is missing, damaged, or names files outside the folder.
+        CheckpointError: when it is of a newer version.
     """
     path = folder / INDEX_NAME
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
+        raise DamagedError(
             f"{folder}: has no {INDEX_NAME}: not a checkpoint, or one that was never completed"
         ) from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise DamagedError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         whole = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON ({error}); the file is damaged") from None
+        raise DamagedError(f"{path}: is not valid JSON ({error}); the file is damaged") from None
     if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
-        raise CheckpointError(f"{path}: is not the index of a Resilin checkpoint (format {_FORMAT!r})")
+        raise DamagedError(f"{path}: is not the index of a Resilin checkpoint (format {_FORMAT!r})")
     if whole.get("version") != _VERSION:
         raise CheckpointError(
             f"{path}: has version {whole.get('version')!r}, and this Resilin reads version {_VERSION}; "
@@ -103,9 +102,9 @@ def read_index(folder: Path) -> Index:
         )
     content = whole.get("content")
     if checksum_text(zlib.crc32(_dump(content).encode())) != whole.get("checksum"):
-        raise CheckpointError(f"{path}: its checksum is wrong; the file is damaged")
+        raise DamagedError(f"{path}: its checksum is wrong; the file is damaged")
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: has no content")
+        raise DamagedError(f"{path}: has no content")
     try:
         files = {_file_name(name, path): FileRecord(**entry) for name, entry in content["files"].items()}
         tensors = {
@@ -114,12 +113,12 @@ def read_index(folder: Path) -> Index:
         }
         for name, record in tensors.items():
             if record.file not in files or record.dtype not in DTYPES:
-                raise CheckpointError(
+                raise DamagedError(
                     f"{path}: tensor {name!r} is {record.dtype} in file {record.file!r}; "
                     "the one or the other is unknown here"
                 )
         return Index(content["step"], files, tensors, content["tree"])
-    except CheckpointError:
+    except DamagedError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path}: lacks what an index must have ({error!r})") from None
+        raise DamagedError(f"{path}: lacks what an index must have ({error!r})") from None

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.errors import CheckpointError, DamagedError
 from resilin.checkpoint.index import INDEX_NAME, Index, read_index
-from resilin.checkpoint.tensor_file import TensorFile
+from resilin.checkpoint.tensor_read import TensorFile
 from resilin.checkpoint.tree import put_together
 from resilin.nouns import State
 
@@ -31,9 +31,9 @@ def quick_check(folder: Path) -> Index:
         try:
             size = (folder / name).stat().st_size
         except OSError as error:
-            raise CheckpointError(f"{folder / name}: the file is missing ({error.strerror})") from None
+            raise DamagedError(f"{folder / name}: the file is missing ({error.strerror})") from None
         if size != record.bytes:
-            raise CheckpointError(
+            raise DamagedError(
                 f"{folder / name}: has {size} bytes, but {record.bytes} were written; the file was cut or changed"
             )
     return index
@@ -41,7 +41,7 @@ def quick_check(folder: Path) -> Index:
 
 def _select(index: Index, folder: Path, parts: Collection[str] | None) -> dict[str, Any]:
     if not isinstance(index.tree, dict):
-        raise CheckpointError(f"{folder / INDEX_NAME}: its tree is not a dict")
+        raise DamagedError(f"{folder / INDEX_NAME}: its tree is not a dict")
     if parts is None:
         return index.tree
     chosen = {}
@@ -102,7 +102,7 @@ def load_checkpoint(
 
     def note(name: str) -> None:
         if name not in index.tensors:
-            raise CheckpointError(f"{folder / INDEX_NAME}: its tree names tensor {name!r}, which it does not list")
+            raise DamagedError(f"{folder / INDEX_NAME}: its tree names tensor {name!r}, which it does not list")
         names[name] = None
 
     put_together(tree, note)
@@ -133,7 +133,5 @@ def verify_checkpoint(folder: Path) -> Index:
         for name, file in files.items():
             unlisted = set(file.entries) - {r.name for r in index.tensors.values() if r.file == name}
             if unlisted:
-                raise CheckpointError(
-                    f"{folder / name}: holds tensor {min(unlisted)!r}, which the index does not list"
-                )
+                raise DamagedError(f"{folder / name}: holds tensor {min(unlisted)!r}, which the index does not list")
     return index

@@ -80,9 +80,7 @@ def _leaf(value: Any, where: str) -> Json:
         return str.__str__(value)  # plain text also of an enum's member
     if isinstance(value, int):
         if value.bit_length() > _LARGEST_INT_BITS:
-            raise CheckpointError(
-                f"state {where!r}: an integer of {value.bit_length()} bits is too long; use a tensor"
-            )
+            raise CheckpointError(f"state {where!r}: an integer of {value.bit_length()} bits is too long; use a tensor")
         return int(value)
     if isinstance(value, float):
         if math.isfinite(value):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from resilin.checkpoint.atomic import new_file, sync_folder, write_all
 from resilin.checkpoint.index import INDEX_NAME, Index, index_text
-from resilin.checkpoint.tensor_file import FileRecord, TensorRecord, write_tensor_file
+from resilin.checkpoint.tensor_record import FileRecord, TensorRecord
+from resilin.checkpoint.tensor_write import write_tensor_file
 from resilin.checkpoint.tree import TakenApart
 
 
