@@ -73,7 +73,7 @@ def test_skipping_prints_what_was_left_out(tmp_path: Path) -> None:
     arguments = ("tokenize", tmp_path / "a.jsonl", "-o", tmp_path / "out", "-t", "bytes")
     with pytest.raises(DataError, match="line 2"):
         run(*arguments)
-    shown = run(*arguments[:3], tmp_path / "out2", *arguments[4:], "--on-error", "skip")
+    shown = run(*arguments, "--on-error", "skip")
     assert "skipped 1: 1 x broken JSON" in shown
     assert "a.jsonl, line 2, byte 17: not valid JSON" in shown
 

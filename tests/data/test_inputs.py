@@ -98,7 +98,7 @@ def problem_of(path: Path, content: bytes, **kw: Any) -> Problem:
         (b'{"text": "a"}\n{"text": "b"\n', "broken JSON", "line 2, byte 14", "Expecting ',' delimiter at column 13"),
         (b'{"text": "a"}\n\n[1, 2]\n', "no object", "line 3, byte 15", "key 'text', not [1, 2]"),
         (b'{"text": "a"}\n{"txt": 1}\n', "missing key", "line 2, byte 14", "no key 'text'; its keys are: txt"),
-        (b'{"text": 3}\n', "wrong type", "line 1, byte 0", "text should be text, not 3"),
+        (b'{"text": 3}\n', "wrong type", "line 1, byte 0", "'text' should hold text, not 3"),
         (b'{"text": null}\n', "wrong type", "line 1, byte 0", "not null"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', "invalid UTF-8", "line 2, byte 24", "0xff: invalid start byte"),
         (b'{"text": "\\ud800"}\n', "invalid UTF-8", "line 1, byte 0", "half a surrogate pair"),

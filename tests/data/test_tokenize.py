@@ -205,6 +205,17 @@ def test_flaws_are_skipped_counted_and_recorded(tmp_path: Path, bpe: Tokenizer) 
     assert again.skipped == report.skipped
 
 
+def test_after_a_stop_the_same_folder_goes_on_with_skipping_but_not_the_other_way(
+    tmp_path: Path, bpe: Tokenizer
+) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(FLAWED)
+    with pytest.raises(DataError, match="line 2"):
+        run(tmp_path / "bad.jsonl", tmp_path / "out", bpe)
+    run(tmp_path / "bad.jsonl", tmp_path / "out", bpe, options=TokenizeOptions(on_error="skip"))
+    with pytest.raises(DataError, match=r"flawed documents left out \(skipped 4.*on_error=skip"):
+        run(tmp_path / "bad.jsonl", tmp_path / "out", bpe)
+
+
 def test_an_empty_file_is_an_error_or_counted(tmp_path: Path, bpe: Tokenizer) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "a.txt").write_text("")

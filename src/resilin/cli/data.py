@@ -44,7 +44,7 @@ def tokenize(
     ] = "text",
     key: Annotated[
         str | None,
-        typer.Option(help="Where the document stands in a JSONL line or a table [text|messages|input_ids]."),
+        typer.Option(help="Where the document stands in a JSONL line or a table (text, messages, input_ids)."),
     ] = None,
     separator: Separator = None,
     format: FormatOption = None,

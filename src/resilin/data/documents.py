@@ -223,7 +223,7 @@ def as_text(document: Document, key: str) -> tuple[str, int] | Problem | Blank:
     """The text of a document and its length in bytes, or what is wrong with it."""
     text = document.value
     if not isinstance(text, str):
-        return Problem("wrong type", document.where, f"{key} should be text, not {_shown(text)}")
+        return Problem("wrong type", document.where, f"{key!r} should hold text, not {_shown(text)}")
     if not text and document.begins and document.ends:
         return Blank()
     if text.isascii():
@@ -231,4 +231,4 @@ def as_text(document: Document, key: str) -> tuple[str, int] | Problem | Blank:
     try:
         return text, len(text.encode())
     except UnicodeEncodeError as error:
-        return Problem("invalid UTF-8", document.where, f"{key} holds half a surrogate pair at {error.start}")
+        return Problem("invalid UTF-8", document.where, f"{key!r} holds half a surrogate pair at {error.start}")

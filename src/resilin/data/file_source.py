@@ -6,6 +6,7 @@ The files are tokenised once, into a cache folder named by their contents, and r
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,11 @@ class FileSourceSettings(PackedSettings):
         """The files of some paths as token shards, from the cache where they are there."""
         options = self.options()
         inputs = find_inputs(paths, format=self.format, split=self.split)
-        parts = [tokenizer.digest, repr(options), *(file.fingerprint() for file in inputs.files)]
+        parts = [
+            tokenizer.digest,
+            json.dumps(options.contents(), sort_keys=True),
+            *(file.fingerprint() for file in inputs.files),
+        ]
         name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
         with tokenize_progress("tokenising") as progress:
             shards, report = tokenize_files(

@@ -65,6 +65,10 @@ class TokenizeOptions:
     train_on: TrainOn = "assistant"
     on_error: OnError = "stop"
 
+    def contents(self) -> dict[str, Any]:
+        """The options that decide what is written; `on_error` only decides whether it may go on."""
+        return {name: value for name, value in asdict(self).items() if name != "on_error"}
+
 
 @dataclass(slots=True)
 class Report:
@@ -253,10 +257,15 @@ def tokenize_files(
     plan = _plan_digest(inputs, tokenizer, options, chunks)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):
-        finished = _claim(folder, plan)
-        if finished is not None:
-            return finished
-        return _tokenize(inputs, folder, tokenizer, options, chunks, plan, workers, progress)
+        shards, report = _claim(folder, plan) or _tokenize(
+            inputs, folder, tokenizer, options, chunks, plan, workers, progress
+        )
+    if report.skipped and options.on_error == "stop":
+        raise DataError(
+            f"{folder}: was written with flawed documents left out ({report.summary()}): accept that with "
+            "on_error=skip, or mend the files"
+        )
+    return shards, report
 
 
 @contextmanager
@@ -325,7 +334,7 @@ def _run(job: _Job, missing: list[int], workers: int | None, size: int) -> Itera
 
 
 def _plan_digest(inputs: Inputs, tokenizer: Tokenizer, options: TokenizeOptions, chunks: list[Chunk]) -> str:
-    settings = json.dumps(asdict(options), sort_keys=True)
+    settings = json.dumps(options.contents(), sort_keys=True)
     parts = ["resilin tokenize 1", tokenizer.digest, settings, json.dumps([[asdict(p) for p in c] for c in chunks])]
     parts += [file.fingerprint() for file in inputs.files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -379,7 +388,7 @@ def _finish(
         raise DataError(f"the inputs hold no text at all{left}; nothing was written")
     record = {
         "plan": plan,
-        "options": asdict(options),
+        "options": options.contents(),
         "sources": [{"name": file.name, "format": file.format, "bytes": file.bytes} for file in inputs.files],
         "skipped": dict(sorted(report.skipped.items())),
         "skipped_examples": report.examples,
