@@ -34,8 +34,6 @@ def opened_from(
     """The model these options name."""
     import torch
 
-    from resilin.run.device import set_threads
     from resilin.run.open_model import open_model
 
-    set_threads(0)
     return open_model(path, step=step, tokenizer=tokenizer, dtype=getattr(torch, dtype), device=device)

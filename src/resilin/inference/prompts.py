@@ -8,6 +8,8 @@ from resilin.inference.generate import PromptError
 
 def begin_tokens(tokenizer: Tokenizer) -> list[int]:
     """What the tokenizer itself puts before a text: its begin token (Llama), or nothing."""
+    if tokenizer.config.get("add_bos_token") is True and tokenizer.bos_id is not None:
+        return [tokenizer.bos_id]
     added = list(tokenizer.inner.encode("", add_special_tokens=True).ids)
     return added if added and added == [tokenizer.bos_id] else []
 

@@ -123,7 +123,21 @@ def _end_ids(file: Path) -> frozenset[int]:
     return frozenset(named if isinstance(named, list) else [] if named is None else [named])
 
 
-def _open(path: Path, step: int | None) -> OpenedModel:
+def _gguf_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer inside a GGUF file, with its special tokens and chat template."""
+    from resilin.models.gguf_tokenizer import load_gguf_tokenizer
+
+    stored = load_gguf_tokenizer(path)
+    names = {"bos_token": stored.bos_id, "eos_token": stored.eos_id, "pad_token": stored.pad_id}
+    config: dict[str, object] = {
+        key: stored.tokenizer.id_to_token(index) for key, index in names.items() if index is not None
+    }
+    if stored.chat_template is not None:
+        config["chat_template"] = stored.chat_template
+    return Tokenizer(stored.tokenizer.to_str(), {**config, "add_bos_token": stored.add_bos})
+
+
+def _open(path: Path, step: int | None, own_tokenizer: bool) -> OpenedModel:
     if not path.exists():
         raise _missing(path)
     if path.is_dir() and path.name.startswith("step-") and (path / CHECKPOINT_INDEX).is_file():
@@ -143,8 +157,7 @@ def _open(path: Path, step: int | None) -> OpenedModel:
     if path.is_file() and path.suffix == ".gguf":
         from resilin.models.gguf import load_gguf
 
-        model, own = load_gguf(path)
-        return OpenedModel(model, own, str(path))
+        return OpenedModel(load_gguf(path), _gguf_tokenizer(path) if own_tokenizer else None, str(path))
     if path.is_dir() and (path / "config.json").is_file():
         from resilin.models.huggingface import load_pretrained
 
@@ -174,7 +187,7 @@ def open_model(
         UserError: what was looked for and not found, or why it cannot be read.
     """
     try:
-        opened = _open(path, step)
+        opened = _open(path, step, own_tokenizer=tokenizer is None)
     except (CheckpointError, ModelFolderError) as error:
         raise OpenModelError(str(error)) from None
     words = Tokenizer.load(tokenizer) if tokenizer is not None else opened.tokenizer
