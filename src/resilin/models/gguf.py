@@ -146,7 +146,9 @@ def _dequantised(file: GGUFFile, place: TensorPlace) -> Tensor:
         values = raw.view(np.float16).astype(np.float32)
     else:
         values = quants.dequantize(raw, kind)
-    return torch.from_numpy(np.array(values, dtype=np.float32).reshape(place.shape))
+    if not values.flags.writeable:  # still the mapped file
+        values = values.copy()
+    return torch.from_numpy(values.reshape(place.shape))
 
 
 def _undo_interleaving(weight: Tensor, heads: int) -> Tensor:
