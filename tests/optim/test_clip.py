@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from resilin.optim.clip import clip_factor, global_norm, part_norms
+from resilin.optim.clip import clip_factor, global_norm
 
 
 @settings(deadline=None, max_examples=30)
@@ -46,15 +46,3 @@ def test_clipping_never_raises_the_norm_and_never_leaves_it_above_the_limit(norm
 def test_a_negative_limit_is_refused() -> None:
     with pytest.raises(ValueError, match="-1"):
         clip_factor(1.0, -1.0)
-
-
-def test_norms_of_parts_add_up_to_the_whole() -> None:
-    model = nn.ModuleDict(
-        {"embed": nn.Embedding(4, 3), "blocks": nn.ModuleList(nn.Sequential(nn.Linear(3, 3)) for _ in range(2))}
-    )
-    named = [(name, torch.randn_like(p)) for name, p in model.named_parameters()]
-    parts = part_norms(named)
-    assert list(parts) == ["embed.weight", "blocks.0", "blocks.1"]
-    assert sum(v**2 for v in parts.values()) == pytest.approx(float(global_norm([g for _, g in named])) ** 2)
-    assert list(part_norms(named, depth=1)) == ["embed", "blocks"]
-    assert part_norms([]) == {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,15 +26,3 @@ def clip_factor(norm: float, max_norm: float) -> float:
     if max_norm < 0:
         raise ValueError(f"max_norm is {max_norm}; it should be positive, or 0 for no clipping")
     return max_norm / norm if 0 < max_norm < norm else 1.0
-
-
-def part_norms(named_grads: Iterable[tuple[str, Tensor]], depth: int = 2) -> dict[str, float]:
-    """The gradient norm of each part of a model: a part is the first `depth` words of a parameter's dotted name.
-
-    `blocks.3` with depth 2; the squares of all parts add up to that of the global norm.
-    """
-    parts: dict[str, list[Tensor]] = {}
-    for name, grad in named_grads:
-        parts.setdefault(".".join(name.split(".")[:depth]), []).append(grad)
-    norms = [global_norm(grads) for grads in parts.values()]
-    return dict(zip(parts, torch.stack(norms).tolist(), strict=True)) if norms else {}

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from resilin.keys import Keys
 from resilin.nouns import Batch, Log, Loss, Objective
+from resilin.optim.clip import clip_factor, global_norm
 from resilin.parallel.canonical import GradientSum, tree_sum
 
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -46,12 +47,6 @@ def merge_logs(losses: list[Loss]) -> dict[str, float]:
         for name, log in loss.logs.items():
             merged[name] = merged[name].merge(log) if name in merged else log  # type: ignore[arg-type]
     return {name: log.value() for name, log in merged.items()}
-
-
-def global_norm(grads: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, from per-tensor norms added in float64 in parameter order."""
-    norms = torch._foreach_norm([g.to_dense() if g.is_sparse else g for g in grads])
-    return torch.stack([n.double() for n in norms]).square().sum().sqrt()
 
 
 def gradient_of_step(
@@ -93,10 +88,7 @@ def gradient_of_step(
             "lengths, or use a larger batch"
         )
     norm = norm_value / units_value
-    scale = 1.0 / units_value
-    if clip_norm and norm > clip_norm:
-        scale *= clip_norm / norm
-    torch._foreach_mul_(grads, scale)
+    torch._foreach_mul_(grads, clip_factor(norm, clip_norm) / units_value)
     return StepGradient(total_value / units_value, units_value, norm, merge_logs(losses))
 
 
