@@ -183,9 +183,7 @@ def contender_plain(args: argparse.Namespace) -> None:
         chosen = table[[(step * batch + slot) % len(table) for slot in range(batch)]].to(args.device)
         context = torch.autocast(args.device, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
         with context:
-            loss = called(
-                input_ids=chosen[:, :-1], labels=chosen[:, 1:], shift_labels=chosen[:, 1:].contiguous()
-            ).loss
+            loss = called(input_ids=chosen[:, :-1], labels=chosen[:, 1:], shift_labels=chosen[:, 1:].contiguous()).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -234,19 +232,32 @@ def start(name: str, size: str, dtype: str, args: argparse.Namespace) -> subproc
     command += ["--compile"] if args.compile else []
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["OMP_NUM_THREADS"] = str(args.threads)
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, stderr=subprocess.DEVNULL
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        stderr=log_of(name).open("w"),
     )
+    return process
 
 
-def turn(process: subprocess.Popen[str], word: str) -> dict[str, float]:
+def log_of(name: str) -> Path:
+    """Where a contender's own output goes."""
+    import tempfile
+
+    return Path(tempfile.gettempdir()) / f"resilin-benchmark-{os.getpid()}-{name}.log"
+
+
+def turn(name: str, process: subprocess.Popen[str], word: str) -> dict[str, float]:
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(word + "\n")
     process.stdin.flush()
     line = process.stdout.readline()
     if not line:
-        raise RuntimeError(f"a contender ended early, exit code {process.wait()}: {process.args}")
+        raise RuntimeError(f"{name} ended early, exit code {process.wait()}:\n{log_of(name).read_text()[-3000:]}")
     found: dict[str, float] = json.loads(line)
     return found
 
@@ -271,7 +282,7 @@ def measure(size: str, dtype: str, args: argparse.Namespace) -> Iterator[Any]:
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     for index in range(args.rounds + 1):
         for name, process in processes.items():
-            seconds = turn(process, "go")["seconds"]
+            seconds = turn(name, process, "go")["seconds"]
             if index:  # the first round warms up
                 speeds[name].append(tokens / seconds)
         peaks.append(measure_peak(args.device, kind, budget=1.0).flops)
@@ -279,7 +290,7 @@ def measure(size: str, dtype: str, args: argparse.Namespace) -> Iterator[Any]:
             f"{size} {dtype} round {index}: " + ", ".join(f"{n} {s[-1]:.0f}" for n, s in speeds.items() if s),
             flush=True,
         )
-    memory = {name: turn(process, "stop")["memory"] for name, process in processes.items()}
+    memory = {name: turn(name, process, "stop")["memory"] for name, process in processes.items()}
     ours, label = speeds["ours"], f"{size} {dtype}{' compiled' if args.compile else ''}"
     target = {"fp32": 1.1, "bf16": 1.4}[dtype]
     yield Row.from_turns(label, "tokens/s", ours, speeds["trainer"], CONTENDERS["trainer"], target=target)
