@@ -79,9 +79,9 @@ def section(results: Results, picture: str = "") -> str:
     distinct = {run.hash for run in results.runs}
     parts.append(
         f"Made by `{results.command}`: {len(distinct)} runs, seeds {', '.join(map(str, results.seeds))}, "
-        f"{results.training_seconds / 60:.1f} minutes of training in {results.processes} process"
-        f"{'es' if results.processes > 1 else ''} of {results.threads or 'all'} thread"
-        f"{'' if results.threads == 1 else 's'}, on {machine.gpu or machine.cpu} ({machine.cores} cores); "
+        f"which took {results.training_seconds / 60:.0f} minutes one by one (with whatever else the machine did), each on "
+        f"{results.threads or 'all'} thread{'' if results.threads == 1 else 's'} of {machine.gpu or machine.cpu} "
+        f"({machine.cores} cores); "
         + ", ".join(f"{name} {number}" for name, number in results.versions.items())
         + (f"; commit `{results.commit}`" if results.commit else "")
         + (f"; the runs were made by {len(results.code)} states of the code" if len(results.code) > 1 else "")
