@@ -101,6 +101,13 @@ def test_a_claim_that_the_runs_do_not_show_is_said_not_to_hold(
     assert not claim(findings(*epochs({**PAPER, **changed})), broken).holds
 
 
+@pytest.mark.parametrize(("best", "holds"), [(2.4, True), (2.0, False)])
+def test_more_epochs_give_a_greater_speed_up_only_where_they_do(best: float, holds: bool) -> None:
+    more = [Trial("more_epochs", "repeated_more_dropout", {}, s, record(400, 3.0, best)) for s in (0, 1, 2)]
+    found = findings(*epochs(PAPER), *more)
+    assert claim(found, "the more epochs, the greater the speed-up").holds == holds
+
+
 def test_a_difference_within_the_spread_of_seeds_is_no_difference() -> None:
     assert not claim(
         findings(*epochs({**PAPER, "one_epoch_dropout": (1.6801, None)})), "one_epoch < one_epoch_dropout"
