@@ -10,7 +10,8 @@ import pytest
 from resilin.data.describe import describe, describe_text, is_data_set
 from resilin.data.duplicates import duplicate_rate, passage_hashes
 from resilin.data.inputs import find_inputs
-from resilin.data.tokenize import TokenizeOptions, tokenize_files
+from resilin.data.tokenize import tokenize_files
+from resilin.data.tokenize_options import TokenizeOptions
 from resilin.data.tokenizer import Tokenizer
 from resilin.data.write_shards import write_documents
 

@@ -70,7 +70,7 @@ def test_the_second_build_tokenises_and_learns_nothing(tmp_path: Path, monkeypat
     def refuse(*_: object) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("resilin.data.tokenize._Worker", refuse)
+    monkeypatch.setattr("resilin.data.tokenize.Worker", refuse)
     monkeypatch.setattr("resilin.data.tokenizer_settings.train_bpe", refuse)
     again = chosen.build(SourceContext(0, "train", 4))
     assert again.digest == first.digest
@@ -139,7 +139,7 @@ def test_a_given_tokenizer_is_used_as_it_is(tmp_path: Path, bpe: Any) -> None:
 
 def test_a_tokenizer_learns_from_pieces_of_all_files(tmp_path: Path) -> None:
     from resilin.data.inputs import find_inputs
-    from resilin.data.tokenize import TokenizeOptions
+    from resilin.data.tokenize_options import TokenizeOptions
     from resilin.data.tokenizer_settings import training_texts
 
     folder = write_text(tmp_path)

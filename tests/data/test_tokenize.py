@@ -20,7 +20,9 @@ from resilin.data import tokenize as module
 from resilin.data.errors import DataError
 from resilin.data.inputs import find_inputs
 from resilin.data.shards import TokenShards
-from resilin.data.tokenize import TokenizeOptions, tokenize_files
+from resilin.data.tokenize import tokenize_files
+from resilin.data.tokenize_options import TokenizeOptions
+from resilin.data.tokenize_worker import Worker
 from resilin.data.tokenizer import Tokenizer
 
 WORDS = [
@@ -100,7 +102,7 @@ def test_an_interrupted_run_goes_on_and_writes_the_same_bytes(
     corpus: Path, tmp_path: Path, bpe: Tokenizer, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(corpus, tmp_path / "whole", bpe)
-    work, done = module._Worker.chunk, []
+    work, done = Worker.chunk, []
 
     def stop_in_the_middle(self: Any, number: int) -> int:
         if len(done) == after:
@@ -109,13 +111,13 @@ def test_an_interrupted_run_goes_on_and_writes_the_same_bytes(
         done.append(number)
         return work(self, number)
 
-    monkeypatch.setattr(module._Worker, "chunk", stop_in_the_middle)
+    monkeypatch.setattr(Worker, "chunk", stop_in_the_middle)
     with pytest.raises(KeyboardInterrupt):
         run(corpus, tmp_path / "cut", bpe)
     with pytest.raises(DataError, match="tokenising has not finished: run the same command again"):
         TokenShards(tmp_path / "cut")
     redone = []
-    monkeypatch.setattr(module._Worker, "chunk", lambda self, number: redone.append(number) or work(self, number))
+    monkeypatch.setattr(Worker, "chunk", lambda self, number: redone.append(number) or work(self, number))
     run(corpus, tmp_path / "cut", bpe)
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
     assert not set(done) & set(redone)
@@ -128,10 +130,11 @@ def test_a_killed_process_and_its_workers_leave_a_folder_that_goes_on(
     target = tmp_path / "killed"
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom resilin.data import tokenize\n"
+        "from resilin.data.tokenize_options import TokenizeOptions\n"
         "from resilin.data.inputs import find_inputs\nfrom resilin.data.tokenizer import Tokenizer\n"
         "if __name__ == '__main__':\n"
         "    a, b, c = map(Path, sys.argv[1:])\n"
-        "    tokenize.tokenize_files(find_inputs([a]), b, Tokenizer.load(c), tokenize.TokenizeOptions(), workers=2,\n"
+        "    tokenize.tokenize_files(find_inputs([a]), b, Tokenizer.load(c), TokenizeOptions(), workers=2,\n"
         "        chunk_bytes=8000, progress=lambda done, total: time.sleep(0.05))\n"
     )
     (tmp_path / "job.py").write_text(script)
@@ -251,7 +254,7 @@ def test_documents_cannot_forge_the_end_of_a_text(tmp_path: Path, bpe: Tokenizer
 def test_a_worker_that_dies_is_told_and_what_is_done_is_kept(
     corpus: Path, tmp_path: Path, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_work", os._exit)
+    monkeypatch.setattr(module, "work_on", os._exit)
     with pytest.raises(DataError, match="a tokenising process died"):
         run(corpus, tmp_path / "out", bpe, workers=2)
 

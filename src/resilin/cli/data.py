@@ -64,7 +64,8 @@ def tokenize(
 
     from resilin.data.inputs import find_inputs
     from resilin.data.progress import tokenize_progress
-    from resilin.data.tokenize import TokenizeOptions, tokenize_files
+    from resilin.data.tokenize import tokenize_files
+    from resilin.data.tokenize_options import TokenizeOptions
     from resilin.data.tokenizer import Tokenizer
     from resilin.data.train_tokenizer import byte_tokenizer
 
@@ -112,7 +113,7 @@ def train_tokenizer(
 ) -> None:
     """Learn a tokenizer from text; `transformers.AutoTokenizer` opens the folder too."""
     from resilin.data.inputs import find_inputs
-    from resilin.data.tokenize import TokenizeOptions
+    from resilin.data.tokenize_options import TokenizeOptions
     from resilin.data.tokenizer_settings import training_texts
     from resilin.data.train_tokenizer import byte_tokenizer, character_tokenizer, train_bpe
 

@@ -8,7 +8,7 @@ from resilin.data.chat import TrainOn
 from resilin.data.errors import DataError
 from resilin.data.file_source import FileSourceSettings
 from resilin.data.rows import Packing
-from resilin.data.tokenize import TokenizeOptions
+from resilin.data.tokenize_options import TokenizeOptions
 from resilin.data.tokenizer import Tokenizer
 
 

@@ -19,7 +19,8 @@ from resilin.data.packed import PackedSettings, PackedSource
 from resilin.data.progress import tokenize_progress
 from resilin.data.settings import SourceContext
 from resilin.data.shards import TokenShards
-from resilin.data.tokenize import OnError, TokenizeOptions, tokenize_files
+from resilin.data.tokenize import tokenize_files
+from resilin.data.tokenize_options import OnError, TokenizeOptions
 from resilin.data.tokenizer import Tokenizer
 from resilin.data.tokenizer_settings import TokenizerSettings
 

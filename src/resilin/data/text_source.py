@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from resilin.data.file_source import FileSourceSettings
-from resilin.data.tokenize import TokenizeOptions
+from resilin.data.tokenize_options import TokenizeOptions
 
 
 class TextSource(FileSourceSettings):

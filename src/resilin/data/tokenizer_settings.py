@@ -16,7 +16,7 @@ from resilin.data.documents import Document, as_text, read_piece
 from resilin.data.errors import Problem
 from resilin.data.inputs import Inputs, plan_chunks
 from resilin.data.permutation import Permutation
-from resilin.data.tokenize import TokenizeOptions
+from resilin.data.tokenize_options import TokenizeOptions
 from resilin.data.tokenizer import Tokenizer
 from resilin.data.train_tokenizer import byte_tokenizer, character_tokenizer, train_bpe
 from resilin.keys import hash64
