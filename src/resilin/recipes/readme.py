@@ -80,8 +80,8 @@ def section(results: Results, picture: str = "") -> str:
     parts.append(
         f"Made by `{results.command}`: {len(distinct)} runs, seeds {', '.join(map(str, results.seeds))}, "
         f"which took {results.training_seconds / 60:.0f} minutes one by one (with whatever else the machine did), "
-        f"each on {results.threads or 'all'} thread{'' if results.threads == 1 else 's'} of {machine.gpu or machine.cpu} "
-        f"({machine.cores} cores); "
+        f"each on {results.threads or 'all'} thread{'' if results.threads == 1 else 's'} of "
+        f"{machine.gpu or machine.cpu} ({machine.cores} cores); "
         + ", ".join(f"{name} {number}" for name, number in results.versions.items())
         + (f"; commit `{results.commit}`" if results.commit else "")
         + (f"; the runs were made by {len(results.code)} states of the code" if len(results.code) > 1 else "")
