@@ -73,7 +73,7 @@ def windows(tokens: Sequence[int], window: int, stride: int) -> Iterator[Passage
         passages of at most `window + 1` tokens (the last one is foretold, not read).
     """
     if not 1 <= stride <= window:
-        raise ValueError(f"stride is {stride}: expected 1 to {window}, the window")
+        raise TextError(f"stride is {stride}: expected 1 to {window}, the window")
     scored_to = 1
     while scored_to < len(tokens):
         end = min(len(tokens), window + 1 if scored_to == 1 else scored_to + stride)
@@ -108,7 +108,7 @@ def text_score(
     """
     window = model.settings.max_positions if window is None else window
     if not 1 <= window <= model.settings.max_positions:
-        raise ValueError(f"window is {window}: expected 1 to {model.settings.max_positions}, the model's positions")
+        raise TextError(f"window is {window}: expected 1 to {model.settings.max_positions}, the model's positions")
     stride = max(1, window // 2) if stride is None else stride
     tokens, counted = tokenizer.encode(text, parse_special=False), len(text.encode())
     prefix = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id

@@ -116,9 +116,7 @@ class Decoding:
         self._tokens_R = tokens_R
         self._drawn += 1
         tokens, logprobs, draws = tokens_R.tolist(), logprobs_R.tolist(), draws_R.tolist()
-        return [
-            NewToken(self._cached[line], tokens[line], logprobs[line], draws[line]) for line in self._live_lines()
-        ]
+        return [NewToken(self._cached[line], tokens[line], logprobs[line], draws[line]) for line in self._live_lines()]
 
     def drop(self, rows: Sequence[int]) -> None:
         """These rows are done: nothing more is drawn for them, and soon nothing computed."""
