@@ -269,3 +269,24 @@ def test_a_full_disk_is_told_by_file(
     with pytest.raises(DataError, match="could not be written: No space left on device"):
         run(corpus, tmp_path / "out", bpe)
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_folder_or_file_that_cannot_be_used_is_named(corpus: Path, tmp_path: Path, bpe: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"0\.txt/out: cannot be made"):
+        run(corpus, corpus / "0.txt" / "out", bpe)
+    inputs = find_inputs([corpus])
+    (corpus / "1.txt").unlink()
+    with pytest.raises(DataError, match=r"1\.txt: cannot be read: No such file"):
+        tokenize_files(inputs, tmp_path / "out", bpe, TokenizeOptions())
+
+
+def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from resilin.data import progress
+
+    clock = iter([0.0, 10.0, 40.0, 50.0, 75.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.tokenize_progress("tokenising") as tell:
+        for done in (0, 80, 90, 150):
+            tell(done * 10**6, 200 * 10**6)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown == ["tokenising: 80 of 200 MB, 2.0 MB/s", "tokenising: 150 of 200 MB, 2.0 MB/s"]

@@ -48,7 +48,10 @@ class InputFile:
 
     def fingerprint(self) -> str:
         """A hash by which a changed file is told: of all bytes, or above 16 MiB of 16 blocks, size and time."""
-        return _fingerprint(self, self.path.stat().st_mtime_ns)
+        try:
+            return _fingerprint(self, self.path.stat().st_mtime_ns)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from None
 
 
 @cache

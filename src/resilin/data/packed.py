@@ -150,6 +150,9 @@ class PackedSource:
             low, high = (low, middle) if self.order.slots(middle) == 0 else (middle + 1, high)
         return low
 
+    def __bool__(self) -> bool:
+        return True  # a source without end has no length to be true by
+
     def slots(self, step: int) -> int:
         """Slots of a step; 0 after the end."""
         return self.order.slots(step)

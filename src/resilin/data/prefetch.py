@@ -52,6 +52,9 @@ class PrefetchSource:
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]
 
+    def __bool__(self) -> bool:
+        return True
+
     def slots(self, step: int) -> int:
         """Slots of a step, as the source behind says."""
         return self.source.slots(step)

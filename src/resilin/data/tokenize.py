@@ -65,7 +65,10 @@ def tokenize_files(
     can_cut = options.kind == "text" and word_cuts(tokenizer) is not None
     chunks = plan_chunks(inputs, can_cut=can_cut, target=chunk_bytes)
     plan = _plan_digest(inputs, tokenizer, options, chunks)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made: {error.strerror}") from None
     with _alone_in(folder):
         shards, report = _claim(folder, plan) or _tokenize(
             inputs, folder, tokenizer, options, chunks, plan, workers, progress
