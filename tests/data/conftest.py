@@ -8,16 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from resilin.data.shards import TokenShards
 from resilin.data.tokenizer import Tokenizer
 from resilin.data.train_tokenizer import byte_tokenizer, train_bpe
 from resilin.data.write_shards import write_documents
-
-# Files are written inside properties: how long one example takes says nothing on a shared machine.
-settings.register_profile("files", deadline=None, max_examples=50)
-settings.load_profile("files")
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilin.data.chat import CHATML, encode_chat
@@ -17,6 +17,8 @@ from resilin.data.packed import PackedSource
 from resilin.data.settings import SourceContext
 from resilin.data.tokenizer import Tokenizer
 from resilin.data.train_tokenizer import byte_tokenizer, train_bpe
+
+quick = settings(deadline=None, max_examples=50)
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -70,6 +72,7 @@ def test_the_mask_is_what_the_assistant_wrote_and_its_end_of_turn(name: str, tem
     assert everything.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
 
 
+@quick
 @given(contents=st.lists(st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=12), min_size=1, max_size=4))
 def test_any_contents_are_found_again_under_the_mask(contents: list[str]) -> None:
     messages = [

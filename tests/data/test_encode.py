@@ -89,7 +89,7 @@ def encodable(text: str) -> bool:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(text=TEXT.filter(encodable))
 @example(text=".\n\n x")
 @example(text="a.\r b\n\nc")

@@ -16,7 +16,7 @@ from resilin.data.documents import Blank, Document, as_text, read_piece
 from resilin.data.errors import DataError, Problem
 from resilin.data.inputs import Inputs, find_inputs, plan_chunks
 
-shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r"), min_size=1, max_size=12)
 
 

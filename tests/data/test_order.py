@@ -6,11 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilin.data.errors import DataError
 from resilin.data.order import BatchSizes, SampleOrder, _order
+
+quick = settings(deadline=None, max_examples=50)
 
 SIZES = st.builds(
     lambda first, changes: BatchSizes(first, tuple(sorted(dict(changes).items()))),
@@ -19,11 +21,13 @@ SIZES = st.builds(
 )
 
 
+@quick
 @given(sizes=SIZES, step=st.integers(0, 30))
 def test_slots_before_a_step_are_the_sum_of_all_earlier_steps(sizes: BatchSizes, step: int) -> None:
     assert sizes.before(step) == sum(sizes.at(earlier) for earlier in range(step))
 
 
+@quick
 @given(
     rows=st.integers(1, 60),
     seed=st.integers(0, 2**40),
@@ -67,6 +71,7 @@ def test_another_seed_reads_in_another_order() -> None:
     assert orders[0] != orders[1]
 
 
+@quick
 @given(unique=st.integers(1, 50), seed=st.integers(0, 9))
 def test_unique_rows_are_the_same_few_in_every_epoch_and_nested(unique: int, seed: int) -> None:
     order = SampleOrder(50, seed, BatchSizes(unique), unique_rows=unique)

@@ -21,7 +21,7 @@ from resilin.nouns import Batch, Source
 
 Make = Callable[..., TokenShards]
 LENGTHS = st.lists(st.integers(1, 40), min_size=2, max_size=25)
-shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 NONE_HELD = {"fraction": 0.0}
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilin.data.permutation import Permutation
 
+quick = settings(deadline=None, max_examples=50)
 
+
+@quick
 @given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_any_key_permutes_any_domain(n: int, key: int) -> None:
     values = Permutation(n, key)(np.arange(n))
     assert np.array_equal(np.sort(values), np.arange(n))
 
 
+@quick
 @given(n=st.integers(1, 2**62), key=st.integers(0, 2**64 - 1), data=st.data())
 def test_the_inverse_takes_any_element_of_any_domain_back(n: int, key: int, data: st.DataObject) -> None:
     position = np.asarray([data.draw(st.integers(0, n - 1))])

@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilin.data.errors import DataError
 from resilin.data.tokenizer import Tokenizer
 from resilin.data.train_tokenizer import SPECIAL, byte_tokenizer, character_tokenizer, train_bpe
 
+quick = settings(deadline=None, max_examples=50)
+
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 BPE = train_bpe(["the quick brown fox", "quer über den Deich", "  two  spaces\n\n"] * 4, 300)
 BYTES = byte_tokenizer()
 
 
+@quick
 @given(text=TEXT)
 @pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
 def test_any_text_comes_back_from_its_ids(tokenizer: Tokenizer, text: str) -> None:
@@ -26,6 +29,7 @@ def test_any_text_comes_back_from_its_ids(tokenizer: Tokenizer, text: str) -> No
     assert all(0 <= token < tokenizer.vocab_size for token in ids)
 
 
+@quick
 @given(text=TEXT)
 @pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
 def test_byte_lengths_add_up_to_the_bytes_of_any_text(tokenizer: Tokenizer, text: str) -> None:
@@ -37,11 +41,13 @@ def test_special_tokens_stand_for_no_bytes() -> None:
     assert BPE.byte_lengths[: len(SPECIAL)].tolist() == [0] * len(SPECIAL)
 
 
+@quick
 @given(text=TEXT)
 def test_a_byte_tokenizer_numbers_bytes_from_four(text: str) -> None:
     assert BYTES.encode(text, parse_special=False) == [byte + 4 for byte in text.encode()]
 
 
+@quick
 @given(text=TEXT)
 @pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
 def test_streamed_pieces_join_to_the_text_and_never_show_half_a_character(tokenizer: Tokenizer, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilin.data.errors import DataError
@@ -20,6 +20,8 @@ from resilin.data.prefetch import Prefetch, PrefetchSource
 from resilin.data.settings import SourceContext
 from resilin.data.shards import TokenShards
 from resilin.nouns import Batch, Source
+
+quick = settings(deadline=None, max_examples=50)
 
 Make = Callable[..., TokenShards]
 
@@ -51,6 +53,7 @@ class Watched:
         self.source.load_state_dict(state)
 
 
+@quick
 @given(
     requests=st.lists(
         st.tuples(st.integers(0, 9), st.lists(st.integers(0, 3), max_size=4, unique=True)), min_size=1, max_size=20
@@ -109,6 +112,7 @@ def test_a_failure_in_the_background_reaches_the_reader(shared_shards: TokenShar
         source.fetch(0, [1])
 
 
+@quick
 @given(weights=st.lists(st.integers(1, 12), min_size=1, max_size=5))
 def test_any_prefix_of_a_cycle_is_close_to_its_proportions_and_a_cycle_exact(weights: list[int]) -> None:
     size = sum(weights)
