@@ -327,6 +327,49 @@ def test_settings_are_frozen_and_survive_writing():
         settings_.layers = 3
 
 
+def test_autocast_works_forward_and_backward_and_stays_near_float32():
+    model, text = build(qk_norm="rms", moe=MoESettings(experts=4, expert_size=16)), tokens(2, 8)
+    want = logits(model, text)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = logits(model, text)
+        got.square().sum().backward()
+    assert got.dtype == torch.float32
+    assert (got - want).abs().max() < 0.1 * want.abs().max()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32, name
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_per_sample_through_vmap_are_those_of_each_sample_alone():
+    model, text = build(qk_norm="rms"), tokens(3, 6)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters, row):
+        return torch.func.functional_call(model, parameters, (row[None],)).hidden_BTD.square().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, text)
+    for row in range(3):
+        model.zero_grad()
+        model(text[row : row + 1]).hidden_BTD.square().sum().backward()
+        for name in ("embed.weight", "blocks.0.attention_norm.weight", "blocks.1.mlp.gate.weight", "norm.weight"):
+            torch.testing.assert_close(together[name][row], model.get_parameter(name).grad, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_flex_attention_trains_on_a_gpu_as_plain_products_do():
+    text = tokens(2, 256).cuda()
+    documents = torch.arange(256, device="cuda")[None].expand(2, 256) // 100
+    found = []
+    for backend in ("flex", "eager"):
+        model = build(hidden_size=128, attention_backend=backend, attention_softcap=5.0, sliding_window=64).cuda()
+        model(text, documents_BT=documents).hidden_BTD.square().mean().backward()
+        found.append([p.grad for name, p in model.named_parameters() if name != "head.weight"])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-2)
+
+
 @pytest.mark.parametrize(
     "backend",
     ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1200)])],

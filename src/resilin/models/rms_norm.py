@@ -40,10 +40,11 @@ class _RMSNormOnCPU(torch.autograd.Function):
             return *(next(parts) if needed else None for needed in ctx.needs_input_grad[:2]), None
         grad_x = grad_weight = None
         product_ND = (grad * x).reshape(-1, x.shape[-1])
+        # `mv`, unlike `@`, stays in float32 when the backward pass is run under autocast.
         if ctx.needs_input_grad[1]:
-            grad_weight = product_ND.t() @ rsqrt.reshape(-1)
+            grad_weight = torch.mv(product_ND.t(), rsqrt.reshape(-1))
         if ctx.needs_input_grad[0]:
-            inner = (product_ND @ weight_D).view(rsqrt.shape)
+            inner = torch.mv(product_ND, weight_D).view(rsqrt.shape)
             pull = inner * rsqrt**3 / -x.shape[-1]
             grad_x = (grad * weight_D).mul_(rsqrt).addcmul_(x, pull)
         return grad_x, grad_weight, None
