@@ -258,12 +258,16 @@ def _sizes(study: Study) -> _Part:
         ),
     )
     measured = [
-        Row.over_seeds("best T/P, parabola through the sizes", _rhos(sizes, study), "tokens/parameter", "about 5"),
         Row.over_seeds(
-            f"speed-up of T/P = {best.ratio:.3g} over {low.ratio:.3g}", _gain(best, low), "x in FLOPs", "1x to 2.7x"
-        ),
-        Row.over_seeds(f"speed-up of T/P = {best.ratio:.3g} over {high.ratio:.3g}", _gain(best, high), "x in FLOPs"),
+            f"speed-up of T/P = {best.ratio:.3g} over {other.ratio:.3g}", _gain(best, other), "x in FLOPs", paper
+        )
+        for other, paper in ((low, "1x to 2.7x"), (high, ""))
+        if other is not best
     ]
+    rhos = _rhos(sizes, study)
+    if any(rho is not None for rho in rhos):
+        measured.append(Row.over_seeds("best T/P, parabola through the sizes", rhos, "tokens/parameter", "about 5"))
+    notes = () if 0 < place < len(sizes) - 1 else (_edge(best, place == 0),)
     table = Table(
         title="Equal FLOPs (6 P T), P without embeddings",
         columns=("layers and width", "P", "T", "T/P", "test loss", "spread over seeds"),
@@ -285,7 +289,12 @@ def _sizes(study: Study) -> _Part:
         x_log=True,
         lines=(line,),
     )
-    return _Part(tuple(measured), (claim,), (table,), (plot,))
+    return _Part(tuple(measured), (claim,), (table,), (plot,), notes)
+
+
+def _edge(best: _Size, lowest: bool) -> str:
+    side, where = ("largest", "below") if lowest else ("smallest", "above")
+    return f"Of the sizes tried the {side} is best: if there is a valley, it lies at or {where} T/P = {best.ratio:.3g}."
 
 
 def _rhos(sizes: Sequence[_Size], study: Study) -> list[float | None]:
