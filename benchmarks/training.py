@@ -232,7 +232,7 @@ def start(name: str, size: str, dtype: str, args: argparse.Namespace) -> subproc
     command += ["--compile"] if args.compile else []
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["OMP_NUM_THREADS"] = str(args.threads)
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -240,7 +240,6 @@ def start(name: str, size: str, dtype: str, args: argparse.Namespace) -> subproc
         env=environment,
         stderr=log_of(name).open("w"),
     )
-    return process
 
 
 def log_of(name: str) -> Path:

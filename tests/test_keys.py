@@ -73,9 +73,7 @@ def test_any_split_into_micro_batches_draws_the_same_words(
 
 
 @given(st.permutations(range(8)), SHAPES)
-def test_a_slot_draws_the_same_words_wherever_it_stands_in_the_batch(
-    order: list[int], shape: tuple[int, ...]
-) -> None:
+def test_a_slot_draws_the_same_words_wherever_it_stands_in_the_batch(order: list[int], shape: tuple[int, ...]) -> None:
     assert torch.equal(keys_of(order).bits(shape), keys_of(list(range(8))).bits(shape)[order])
 
 

@@ -71,7 +71,7 @@ class Done:
 
 
 def run_command(workplace: Path, arguments: tuple[str, ...]) -> Done:
-    """`resilin ARGUMENTS` through its real entry point, in this process: starting Python would take most of the time."""
+    """`resilin ARGUMENTS` through its real entry point, in this process: starting Python takes most of the time."""
     from resilin.cli.main import main
 
     out, err, code = io.StringIO(), io.StringIO(), 0

@@ -127,7 +127,9 @@ def final_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def interrupt_after(folder: Path, step: int, workplace: Path, environment: dict[str, str], *extra: str) -> int:
     """Start a run, press Ctrl-C once it has taken `step` steps, and give back its exit code."""
     command = [sys.executable, "-m", "resilin", "train", "run.toml", "--folder", str(folder), *extra]
-    process = subprocess.Popen(command, cwd=workplace, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=workplace, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     events, deadline = folder / "events.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         text = events.read_text() if events.exists() else ""

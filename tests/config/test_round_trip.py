@@ -144,8 +144,7 @@ def test_a_file_with_overrides_gives_the_overridden_values_and_keeps_the_rest(tm
 @given(INT | FLOAT | st.booleans())
 def test_an_override_written_as_toml_gives_that_value(value: float | bool) -> None:
     assert (
-        parse_value(tomllib.loads(tree_to_toml({"v": value})).__repr__() and tree_to_toml({"v": value})[4:-1])
-        == value
+        parse_value(tomllib.loads(tree_to_toml({"v": value})).__repr__() and tree_to_toml({"v": value})[4:-1]) == value
     )
 
 

@@ -72,9 +72,7 @@ def test_a_long_text_is_scored_as_by_sliding_windows_in_transformers(
     assert got.nats == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_tokenizer_without_begin_or_end_leaves_the_first_token_and_its_bytes_out(
-    twins, tokenizer: Tokenizer
-) -> None:
+def test_a_tokenizer_without_begin_or_end_leaves_the_first_token_and_its_bytes_out(twins, tokenizer: Tokenizer) -> None:
     bare = Tokenizer(tokenizer.inner.to_str())
     bare.eos_id = None
     text = "The quick brown fox"

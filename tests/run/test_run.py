@@ -186,9 +186,7 @@ def test_parts_hear_of_every_step_and_may_grow_the_batch(tiny_run: Any, counting
 def test_no_file_of_the_loop_names_a_method() -> None:
     import resilin.run
 
-    methods = (
-        "matformer lora doremi muon adamw tulu dpo grpo ewc distill moe multigrid dataflex llama nested sparsity"
-    )
+    methods = "matformer lora doremi muon adamw tulu dpo grpo ewc distill moe multigrid dataflex llama nested sparsity"
     folder = Path(resilin.run.__path__[0])
     found = [
         (path.name, word)

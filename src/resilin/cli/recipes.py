@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help="Published methods, each with its claim, its runs and what was measured.", no_args_is_help=True
-)
+app = typer.Typer(help="Published methods, each with its claim, its runs and what was measured.", no_args_is_help=True)
 
 Recipes = Annotated[
     Path | None, typer.Option("--recipes", help="The folder of recipes. Default: the nearest recipes/ from here up.")

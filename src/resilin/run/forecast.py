@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.flops import parameter_counts, train_flops_per_token
-from resilin.models.memory import training_memory
+from resilin.models.memory import memory_estimate
 from resilin.run.build import build_sources
 from resilin.run.settings import RunSettings
 
@@ -47,7 +47,8 @@ def _decoder_facts(model: DecoderSettings, settings: RunSettings, length: int) -
     per_token = train_flops_per_token(model, length)
     tokens = settings.train.steps * settings.train.batch_size * length
     micro = settings.train.micro_batch_size or settings.train.batch_size
-    memory = training_memory(model, micro, length, bf16=settings.precision.compute == "bf16")
+    value_bytes = 2 if settings.precision.compute == "bf16" else 4
+    memory = memory_estimate(model, micro, length, value_bytes=value_bytes)
     size = [
         ("parameters", f"{counts.total:,}"),
         ("without embeddings", f"{counts.non_embedding:,}"),
@@ -63,7 +64,7 @@ def _decoder_facts(model: DecoderSettings, settings: RunSettings, length: int) -
         ("whole run", f"{_count(per_token * tokens)}FLOP over {tokens:,} tokens"),
         ("tokens per parameter", f"{tokens / counts.non_embedding:.2f} (without embeddings)"),
     ]
-    parts = [(name, _bytes(value)) for name, value in memory.parts().items()]
+    parts = [(item.name, _bytes(getattr(memory, item.name))) for item in fields(memory)]
     return {"model": size, "work": work, "memory (estimate)": [*parts, ("together", _bytes(memory.total))]}
 
 

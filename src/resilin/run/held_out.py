@@ -24,9 +24,7 @@ def held_out_source(folder: RunFolder) -> Source:
     context = SourceContext(settings.seed, "validation", settings.train.batch_size)
     source: Source = settings.source.build(context)
     if not hasattr(source, "__len__"):
-        raise HeldOutError(
-            f"{folder.path}: its source has no fixed validation split; name --text, --data or --choices"
-        )
+        raise HeldOutError(f"{folder.path}: its source has no fixed validation split; name --text, --data or --choices")
     return source
 
 

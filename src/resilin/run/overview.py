@@ -39,9 +39,7 @@ def overview(path: Path) -> Facts:
     places = [("settings", str(folder.settings_file)), ("events", str(folder.events_file))]
     places += [("checkpoints", f"{folder.checkpoints} (steps {', '.join(map(str, saved)) or 'none'})")]
     places += [
-        (name, str(at))
-        for name, at in (("curves", folder.tensorboard), ("tokenizer", folder.tokenizer))
-        if at.exists()
+        (name, str(at)) for name, at in (("curves", folder.tensorboard), ("tokenizer", folder.tokenizer)) if at.exists()
     ]
     places += [("export", str(at.parent)) for at in sorted(path.glob("*/config.json"))]
     return {"progress": progress, "what lies where": places, "try next": next_steps(path, bool(saved))}

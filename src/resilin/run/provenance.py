@@ -49,13 +49,11 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree this package lies in, with "+changes" where files differ from it; None elsewhere."""
+    """The commit of the source tree this package lies in, "+changes" where files differ from it; None elsewhere."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", ":/src")

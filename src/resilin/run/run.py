@@ -255,9 +255,7 @@ class Run:
         self.objective.load_state_dict(state["objective"])
         progress = state["run"]
         if progress["seed"] != self.seed:
-            raise ValueError(
-                f"the checkpoint was trained with seed {progress['seed']}, this run has seed {self.seed}"
-            )
+            raise ValueError(f"the checkpoint was trained with seed {progress['seed']}, this run has seed {self.seed}")
         self.step, self.skipped, self.samples = progress["step"], progress["skipped"], progress["samples"]
 
     def save(self) -> Path:
