@@ -53,7 +53,7 @@ def folder_texts(folder: Path) -> list[str]:
     ]
 
 
-def ours(documents: Path, tokenizer_folder: Path, work: Path, cores: int) -> int:
+def ours(documents: Path, tokenizer_folder: Path, work: Path) -> int:
     """Tokens written by Resilin; packing into rows costs nothing, for rows are views of the shards."""
     from resilin.data.inputs import find_inputs
     from resilin.data.tokenize import tokenize_files
@@ -61,7 +61,7 @@ def ours(documents: Path, tokenizer_folder: Path, work: Path, cores: int) -> int
     from resilin.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(tokenizer_folder)
-    shards, _ = tokenize_files(find_inputs([documents]), work / "shards", tokenizer, TokenizeOptions(), workers=cores)
+    shards, _ = tokenize_files(find_inputs([documents]), work / "shards", tokenizer, TokenizeOptions())
     return shards.token_count
 
 
@@ -118,7 +118,7 @@ def measure(name: str, texts: list[str], vocabulary: int, rounds: int, cores: in
     data = datasets.load_from_disk(str(work / "data"))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     contenders: dict[str, Callable[[Path], int]] = {
-        "ours": lambda turn: ours(documents, work / "tokenizer", turn, cores),
+        "ours": lambda turn: ours(documents, work / "tokenizer", turn),
         f"datasets.map, {cores} processes": lambda turn: peer(data, work / "tokenizer", turn, cores),
         "datasets.map, tokenizer threads": lambda turn: peer(data, work / "tokenizer", turn, None),
     }
@@ -153,7 +153,6 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a folder of .txt files to measure on as well (prose, say)")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path, default=HERE / "results")
     asked = parser.parse_args()
 
@@ -162,15 +161,16 @@ def main() -> None:
     from resilin.bench.results import Report
 
     datasets.disable_progress_bars()
-    os.environ["RAYON_NUM_THREADS"] = str(asked.cores)
+    cores = len(os.sched_getaffinity(0))  # of this process: `taskset -c 0,1` restricts all contenders alike
+    os.environ["RAYON_NUM_THREADS"] = str(cores)
     sources = {"Python source": standard_library(asked.megabytes)}
     if asked.text is not None:
         sources["prose"] = folder_texts(asked.text)
     rows = []
     for name, texts in sources.items():
         with tempfile.TemporaryDirectory() as work:
-            rows += measure(name, texts, asked.vocabulary, asked.rounds, asked.cores, Path(work))
-    settings = {"vocabulary": asked.vocabulary, "rounds": asked.rounds, "cores": asked.cores, "row": LENGTH}
+            rows += measure(name, texts, asked.vocabulary, asked.rounds, cores, Path(work))
+    settings = {"vocabulary": asked.vocabulary, "rounds": asked.rounds, "cores": cores, "row": LENGTH}
     print(Report.of("tokenizing", settings, rows).write(asked.output))
 
 
