@@ -38,9 +38,12 @@ def test_transformers_opens_an_export_as_the_same_model(
     tmp_path: Path, model: Decoder, tokenizer: Tokenizer, dtype: torch.dtype
 ) -> None:
     transformers = pytest.importorskip("transformers")
+    (tmp_path / "plain").write_text("")
     export_model(model, tokenizer, tmp_path / "hf", dtype=dtype)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    modes = {file.stat().st_mode for file in (tmp_path / "hf").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
     ids = words("To be, or not — to be")["input_ids"]
     assert ids == tokenizer.encode("To be, or not — to be")
     rounded = Decoder(model.settings)

@@ -42,7 +42,8 @@ def export(
     table.add_column(overflow="fold")
     table.add_column(justify="right")
     for file in files:
-        table.add_row(str(file), f"{file.stat().st_size / 1e6:,.2f} MB")
+        size = file.stat().st_size
+        table.add_row(str(file), f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB")
     console = Console()
     console.print(table)
     console.print("Read back and compared: the same weights and logits.")

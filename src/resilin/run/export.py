@@ -62,6 +62,10 @@ def _put_in_place(staged: Path, output: Path) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     for old in (*output.glob("model*.safetensors"), *output.glob("model*.safetensors.index.json")):
         old.unlink()
+    # The library that writes safetensors makes them readable by their owner only; the others follow the umask.
+    mode = (staged / "config.json").stat().st_mode
+    for file in staged.iterdir():
+        file.chmod(mode)
     return [Path(shutil.move(file, output / file.name)) for file in sorted(staged.iterdir())]
 
 
