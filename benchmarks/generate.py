@@ -59,12 +59,10 @@ def contenders(folder: Path, new_tokens: int) -> tuple[Callable[[int], Any], Cal
     import torch
     from transformers import AutoModelForCausalLM
 
-    from resilin.inference.arrange import arrange_for_decoding
     from resilin.inference.generate import StopRule, generate
     from resilin.run.open_model import open_model
 
     opened = open_model(folder, device="cpu")
-    arrange_for_decoding(opened.model)
     tokenizer = opened.needed_tokenizer()
     ids = [tokenizer.encode(text) for text in PROMPTS]
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

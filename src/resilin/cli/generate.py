@@ -188,7 +188,6 @@ def generate(
     cat a.txt | resilin generate my-model --stop "\\n\\n" --json    for scripts
     """
     from resilin.config import parse_settings
-    from resilin.inference.arrange import arrange_for_decoding
     from resilin.inference.generate import StopRule
     from resilin.inference.generate import generate as answers_to
     from resilin.inference.prompts import prompt_tokens
@@ -208,7 +207,6 @@ def generate(
     talking = chat and not as_json and samples == 1
     texts = (prompt or []) if talking and not prompt_file else _prompts(prompt, prompt_file)
     opened = opened_from(model, step=step, tokenizer=tokenizer, dtype=dtype, device=device)
-    arrange_for_decoding(opened.model)
     words = opened.needed_tokenizer()
     strings = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in stop or ())
     if chat and words.chat_template is None:
