@@ -11,11 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from resilin.config import UserError
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-class ModelFolderError(ValueError):
+class ModelFolderError(UserError):
     """A model folder or file that cannot be read or written; the text says what and why."""
 
 
