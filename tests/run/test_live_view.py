@@ -151,11 +151,16 @@ def test_a_narrow_terminal_cuts_lines_and_redraws_as_many_as_it_drew() -> None:
 
 
 def test_closing_twice_or_before_the_start_does_no_harm() -> None:
-    view = LiveView(Console(file=io.StringIO(), force_terminal=True), animated=True)
+    screen = io.StringIO()
+    view = LiveView(Console(file=screen, force_terminal=True), animated=True)
     view.close()
+    assert screen.getvalue() == ""
     with view:
         view(START)
+    shown = screen.getvalue()
+    assert shown
     view.close()
+    assert screen.getvalue() == shown
 
 
 SCRIPT = """

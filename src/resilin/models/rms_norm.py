@@ -1,7 +1,7 @@
 """Root-mean-square norm with a gradient in closed form.
 
 torch's own kernel is taken on CUDA and under torch.compile. Its CPU version is a chain of small operations whose
-forward and backward pass over (2048, 256) cost 4.1 ms on one core; this one costs 1.1 ms.
+forward and backward passes go over memory many more times than this one.
 Shapes: ... any leading dimensions, D the width normed over, N rows.
 """
 
