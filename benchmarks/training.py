@@ -118,11 +118,14 @@ def contender_ours(args: argparse.Namespace) -> None:
     from resilin.optim.adamw import AdamW
     from resilin.precision.autocast import choose_precision
     from resilin.precision.settings import PrecisionSettings
+    from resilin.run.allocator import keep_freed_memory
     from resilin.run.events import Event, StepDone
     from resilin.run.run import Pace, Run
 
     hidden, layers, mlp, heads, kv_heads, vocabulary, batch, length = SIZES[args.size]
     table = rows(args.size)
+    if args.device == "cpu":
+        keep_freed_memory()  # as `build_run` does
 
     class Table:
         vocab_size, sequence_length = vocabulary, length

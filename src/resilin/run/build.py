@@ -16,6 +16,7 @@ from resilin.models.flops import train_flops_per_token
 from resilin.models.settings import ModelContext
 from resilin.nouns import Source
 from resilin.precision.autocast import choose_precision
+from resilin.run.allocator import keep_freed_memory
 from resilin.run.device import choose_device, device_in_words, set_threads
 from resilin.run.events import Listener, RunStarted
 from resilin.run.folder import RunFolder
@@ -74,6 +75,8 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     """
     device = choose_device(settings.train.device)
     set_threads(settings.train.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     sources = build_sources(settings)
     model = settings.model.build(ModelContext(settings.seed, getattr(sources.source, "vocab_size", None))).to(device)
     precision = choose_precision(settings.precision, device)
