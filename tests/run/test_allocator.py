@@ -9,20 +9,21 @@ import sys
 import pytest
 
 SCRIPT = """
-import resource
+import ctypes, resource
 from resilin.run.allocator import keep_freed_memory
 obeyed = keep_freed_memory() if {keep} else None
-import torch
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 def step():
-    [torch.ones(1 << 20) for _ in range(64)]  # 64 tensors of 4 MiB, freed together as a step frees its activations
-for _ in range(10):
-    step()
-before = faults()
-for _ in range(10):
-    step()
-print(faults() - before, obeyed)
+    blocks = [libc.malloc(16 << 20) for _ in range(12)]
+    for block in blocks:
+        ctypes.memset(block, 1, 16 << 20)
+    for block in blocks:
+        libc.free(block)
+step(), step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step(), step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, obeyed)
 """
 
 

@@ -23,8 +23,9 @@ from pydantic import Field
 from torch import nn
 
 from resilin.config import component
-from resilin.nouns import AfterStep, BeforeStep, Optimizer, State, StepView
+from resilin.nouns import Optimizer
 from resilin.optim.settings import OptimizerSettings
+from resilin.transforms import OptimizerTransform
 
 
 def before_clipping(gradient_rms: float, gradient_norm: float, clip_norm: float) -> float:
@@ -38,11 +39,11 @@ def before_clipping(gradient_rms: float, gradient_norm: float, clip_norm: float)
     return gradient_rms * max(1.0, gradient_norm / clip_norm) if clip_norm > 0 else gradient_rms
 
 
-class ProbedOptimizer:
+class ProbedOptimizer(OptimizerTransform):
     """An optimizer that also says how large the gradients are, on every n-th step."""
 
     def __init__(self, inner: Optimizer, watched: Mapping[str, nn.Parameter], every: int):
-        self.inner = inner
+        super().__init__(inner)
         self.watched = dict(watched)
         self.every = every
 
@@ -59,28 +60,6 @@ class ProbedOptimizer:
             for (name, gradient), norm in zip(seen.items(), norms, strict=True)
         }
         return {**self.inner.step(step), **rms}
-
-    def zero_grad(self) -> None:
-        """The inner optimizer's."""
-        self.inner.zero_grad()
-
-    def before_step(self, view: StepView) -> None:
-        """Passed on to the inner optimizer."""
-        if isinstance(self.inner, BeforeStep):
-            self.inner.before_step(view)
-
-    def after_step(self, view: StepView) -> None:
-        """Passed on to the inner optimizer."""
-        if isinstance(self.inner, AfterStep):
-            self.inner.after_step(view)
-
-    def state_dict(self) -> State:
-        """The inner optimizer's."""
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: State) -> None:
-        """The inner optimizer's."""
-        self.inner.load_state_dict(state)
 
 
 class Probed(OptimizerSettings):

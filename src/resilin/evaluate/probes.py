@@ -33,8 +33,9 @@ from resilin.keys import Keys
 from resilin.models.attention_core import AttentionCore
 from resilin.models.decoder import Block, Decoder, DecoderOutput
 from resilin.models.mask import Mask
-from resilin.nouns import AfterStep, Batch, BeforeStep, Log, Loss, Max, Mean, Objective, State, StepView
-from resilin.objective.settings import ObjectiveSettings
+from resilin.nouns import Batch, Log, Loss, Max, Mean, Objective
+from resilin.objective.settings import ObjectiveContext, ObjectiveSettings
+from resilin.transforms import ObjectiveTransform
 
 _CHUNK = 1 << 22
 """Logits held at once, so that looking needs little memory beside the model."""
@@ -156,11 +157,11 @@ class _Look:
         self.logs |= logit_measures(self.model, output.hidden_BTD.detach(), self.valid_BT)
 
 
-class ProbedObjective:
+class ProbedObjective(ObjectiveTransform):
     """An objective that also says what happens inside the model, on every n-th step."""
 
     def __init__(self, inner: Objective, every: int):
-        self.inner = inner
+        super().__init__(inner)
         self.every = every
 
     def __call__(self, model: nn.Module, batch: Batch, keys: Keys | None) -> Loss:
@@ -175,24 +176,6 @@ class ProbedObjective:
             loss = self.inner(model, batch, keys)
         return Loss(loss.sum, loss.units, {**loss.logs, **look.logs})
 
-    def before_step(self, view: StepView) -> None:
-        """Passed on to the inner objective."""
-        if isinstance(self.inner, BeforeStep):
-            self.inner.before_step(view)
-
-    def after_step(self, view: StepView) -> None:
-        """Passed on to the inner objective."""
-        if isinstance(self.inner, AfterStep):
-            self.inner.after_step(view)
-
-    def state_dict(self) -> State:
-        """The inner objective's."""
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: State) -> None:
-        """The inner objective's."""
-        self.inner.load_state_dict(state)
-
 
 class Probed(ObjectiveSettings):
     """Measure attention logits, entropies, block outputs and output logits while training on an objective."""
@@ -204,6 +187,6 @@ class Probed(ObjectiveSettings):
     )
     """What is trained on."""
 
-    def build(self) -> ProbedObjective:
+    def build(self, context: ObjectiveContext | None = None) -> ProbedObjective:
         """The objective with hooks on every n-th step."""
-        return ProbedObjective(self.objective.build(), self.every)
+        return ProbedObjective(self.objective.build(context), self.every)

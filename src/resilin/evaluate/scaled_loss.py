@@ -9,29 +9,22 @@ from torch import nn
 
 from resilin.config import component
 from resilin.keys import Keys
-from resilin.nouns import Batch, Loss, Objective, State
-from resilin.objective.settings import ObjectiveSettings
+from resilin.nouns import Batch, Loss, Objective
+from resilin.objective.settings import ObjectiveContext, ObjectiveSettings
+from resilin.transforms import ObjectiveTransform
 
 
-class ScaledObjective:
+class ScaledObjective(ObjectiveTransform):
     """An objective whose loss, and so its gradient, is multiplied by a factor; its logs are as they were."""
 
     def __init__(self, inner: Objective, factor: float):
-        self.inner = inner
+        super().__init__(inner)
         self.factor = factor
 
     def __call__(self, model: nn.Module, batch: Batch, keys: Keys | None) -> Loss:
         """The inner loss times the factor."""
         loss = self.inner(model, batch, keys)
         return Loss(loss.sum * self.factor, loss.units, loss.logs)
-
-    def state_dict(self) -> State:
-        """The inner objective's."""
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: State) -> None:
-        """The inner objective's."""
-        self.inner.load_state_dict(state)
 
 
 class Scaled(ObjectiveSettings):
@@ -44,6 +37,6 @@ class Scaled(ObjectiveSettings):
     )
     """What is multiplied."""
 
-    def build(self) -> ScaledObjective:
+    def build(self, context: ObjectiveContext | None = None) -> ScaledObjective:
         """The objective times the factor."""
-        return ScaledObjective(self.objective.build(), self.factor)
+        return ScaledObjective(self.objective.build(context), self.factor)

@@ -19,7 +19,7 @@ from resilin.objective.cross_entropy import (
     whole_cross_entropy,
 )
 from resilin.objective.router_loss import micro_batch_load_balance, router_z, sequence_load_balance
-from resilin.objective.settings import ObjectiveSettings
+from resilin.objective.settings import ObjectiveContext, ObjectiveSettings
 
 IGNORE = -100
 """The label of positions that are not predicted."""
@@ -43,7 +43,7 @@ class NextToken(ObjectiveSettings):
     router_z_loss: float = Field(default=0.001, ge=0)
     """Mixtures of experts: weight of the mean squared logsumexp of the router's logits."""
 
-    def build(self) -> NextTokenLoss:
+    def build(self, context: ObjectiveContext | None = None) -> NextTokenLoss:
         """The loss."""
         return NextTokenLoss(self)
 

@@ -33,7 +33,7 @@ def step_seconds(settings: RunSettings, sequence_length: int, vocab_size: int) -
     device = choose_device(settings.train.device)
     set_threads(settings.train.threads)
     model = settings.model.build(ModelContext(settings.seed, vocab_size)).to(device).train()
-    objective = settings.objective.build()
+    objective = settings.objective.build(None)
     optimizer = settings.optimizer.build(model, 10 * (WARM_STEPS + TIMED_STEPS))
     autocast = choose_precision(settings.precision, device).autocast
     size = settings.train.batch_size

@@ -15,6 +15,7 @@ from resilin.models.decoder import Decoder
 from resilin.models.flops import train_flops_per_token
 from resilin.models.settings import ModelContext
 from resilin.nouns import Source
+from resilin.objective.settings import ObjectiveContext
 from resilin.precision.autocast import choose_precision
 from resilin.run.allocator import keep_freed_memory
 from resilin.run.device import choose_device, device_in_words, set_threads
@@ -59,6 +60,18 @@ def pace_of(settings: RunSettings) -> Pace:
     )
 
 
+def objective_context(
+    settings: RunSettings, source: Source, device: torch.device, folder: RunFolder | None = None
+) -> ObjectiveContext:
+    """What the objective of these settings may ask of its run."""
+
+    def initial_model() -> nn.Module:
+        context = ModelContext(settings.seed, getattr(source, "vocab_size", None))
+        return settings.model.build(context).to(device).eval().requires_grad_(False)
+
+    return ObjectiveContext(settings.seed, device, source, initial_model, folder.path if folder is not None else None)
+
+
 def flops_per_unit(model: nn.Module, source: Source) -> float | None:
     """Forward and backward FLOPs of one token, where model and source are such that this is known."""
     length = getattr(source, "sequence_length", None)
@@ -80,6 +93,7 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     sources = build_sources(settings)
     model = settings.model.build(ModelContext(settings.seed, getattr(sources.source, "vocab_size", None))).to(device)
     precision = choose_precision(settings.precision, device)
+    context = objective_context(settings, sources.source, device, folder)
     optimizer = settings.optimizer.build(model, settings.train.steps)
     compiled: nn.Module | None = None
     if settings.precision.compile:
@@ -102,7 +116,7 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     return Run(
         source=sources.source,
         model=model,
-        objective=settings.objective.build(),
+        objective=settings.objective.build(context),
         optimizer=optimizer,
         pace=pace_of(settings),
         seed=settings.seed,

@@ -1,0 +1,132 @@
+"""What a transform of a noun passes on to the noun it wraps.
+
+A method changes one thing about a noun and leaves the rest as it is: it subclasses one of these and overrides that one
+thing. Hooks reach what is wrapped; state is saved for both; anything else asked of a source or an optimizer (its
+vocabulary, its tokenizer, its parts) is answered by what is wrapped.
+
+A transform without state of its own is invisible in a checkpoint: it can be added, or left out, when a run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from resilin.keys import Keys
+from resilin.nouns import Batch, Loss, Objective, Optimizer, Source, State, StepView
+
+_OWN, _INNER = "transform", "inner"
+
+
+class _Transform:
+    """Hooks and state of a transform. Override `own_state` and `load_own_state` where there is some."""
+
+    inner: Any
+
+    def before_step(self, view: StepView) -> None:
+        """Passed on; an override calls `super().before_step(view)` first."""
+        if hasattr(self.inner, "before_step"):
+            self.inner.before_step(view)
+
+    def after_step(self, view: StepView) -> None:
+        """Passed on; an override calls `super().after_step(view)` first."""
+        if hasattr(self.inner, "after_step"):
+            self.inner.after_step(view)
+
+    def own_state(self) -> State:
+        """What this transform itself must save; {} for nothing."""
+        return {}
+
+    def load_own_state(self, state: State) -> None:
+        """Take back what `own_state` gave."""
+        raise NotImplementedError(f"{type(self).__name__} has own_state but no load_own_state")
+
+    def state_dict(self) -> State:
+        """The state of what is wrapped and, where this transform has some, its own."""
+        own: State = self.own_state()
+        inner: State = self.inner.state_dict()
+        return {_OWN: {"name": type(self).__name__, "state": own}, _INNER: inner} if own else inner
+
+    def load_state_dict(self, state: State) -> None:
+        """Take both back.
+
+        Raises:
+            ValueError: this transform has state, and the checkpoint none of it; or the reverse.
+        """
+        saved, mine = state.get(_OWN) if set(state) == {_OWN, _INNER} else None, type(self).__name__
+        if saved is not None and saved["name"] == mine:
+            self.load_own_state(saved["state"])
+            self.inner.load_state_dict(state[_INNER])
+        elif self.own_state():
+            raise ValueError(
+                f"the checkpoint holds no state for {mine}: it was saved without it; resume with the settings the run "
+                "was started with"
+            )
+        elif saved is not None and not isinstance(self.inner, _Transform):
+            raise ValueError(
+                f"the checkpoint holds the state of {saved['name']}, which this run does not use: resume with the "
+                "settings the run was started with"
+            )
+        else:
+            self.inner.load_state_dict(state)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "inner":  # copying and unpickling ask before `inner` is there
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+class SourceTransform(_Transform):
+    """A source made of a source."""
+
+    inner: Source
+
+    def __init__(self, inner: Source) -> None:
+        self.inner = inner
+
+    def slots(self, step: int) -> int:
+        """How many slots step `step` has."""
+        return self.inner.slots(step)
+
+    def fetch(self, step: int, slots: Sequence[int]) -> Batch:
+        """The samples of these slots."""
+        return self.inner.fetch(step, slots)
+
+    def __len__(self) -> int:
+        """Batches of a validation source."""
+        return len(self.inner)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return True  # an endless source has no length to be false by
+
+
+class ObjectiveTransform(_Transform):
+    """An objective made of an objective."""
+
+    inner: Objective
+
+    def __init__(self, inner: Objective) -> None:
+        self.inner = inner
+
+    def __call__(self, model: nn.Module, batch: Batch, keys: Keys | None) -> Loss:
+        """The loss of what is wrapped."""
+        return self.inner(model, batch, keys)
+
+
+class OptimizerTransform(_Transform):
+    """An optimizer made of an optimizer."""
+
+    inner: Optimizer
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+
+    def step(self, step: int) -> Mapping[str, float]:
+        """The update of what is wrapped."""
+        return self.inner.step(step)
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        self.inner.zero_grad()
