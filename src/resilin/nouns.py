@@ -8,7 +8,8 @@ The model is a plain `torch.nn.Module`. A method is a transform of one noun; the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -168,7 +169,11 @@ class Optimizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """What a part that listens to the run may see and, between steps, change."""
+    """What a part that listens to the run may see and, between steps, change.
+
+    Attributes:
+        autocast: enters the format the step computes in: a part that calls the model by itself should do so inside.
+    """
 
     step: int
     source: Source
@@ -177,6 +182,7 @@ class StepView:
     optimizer: Optimizer
     keys: Keys
     logs: Mapping[str, float] = field(default_factory=dict)
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @runtime_checkable

@@ -196,3 +196,16 @@ def test_no_file_of_the_loop_names_a_method() -> None:
         if re.search(rf"\b{word}\b", path.read_text().lower())
     ]
     assert found == []
+
+
+def test_a_part_that_calls_the_model_itself_can_do_so_in_the_format_of_the_step(tiny_run: Any, counting: Any) -> None:
+    formats = []
+
+    class Caller(counting):  # type: ignore[misc]
+        def before_step(self, view: Any) -> None:
+            with view.autocast():
+                formats.append(torch.is_autocast_enabled("cpu"))
+
+    tiny_run(source=Caller(), autocast=lambda: torch.autocast("cpu", torch.bfloat16), pace={"steps": 1}).train()
+    tiny_run(source=Caller(), pace={"steps": 1}).train()
+    assert formats == [True, False]

@@ -25,6 +25,7 @@ class ObjectiveContext:
         initial_model: makes the run's model once more as it was before the first step, on the device, in evaluation
             mode and without gradients: a reference or a teacher that a resumed run gets back without having saved it.
         folder: of the run, for caches; None where nothing is kept.
+        steps: of the whole run, where that is known.
     """
 
     seed: int
@@ -32,6 +33,7 @@ class ObjectiveContext:
     source: Source
     initial_model: Callable[[], nn.Module]
     folder: Path | None = None
+    steps: int | None = None
 
 
 class ObjectiveSettings(Settings, ABC):

@@ -69,7 +69,8 @@ def objective_context(
         context = ModelContext(settings.seed, getattr(source, "vocab_size", None))
         return settings.model.build(context).to(device).eval().requires_grad_(False)
 
-    return ObjectiveContext(settings.seed, device, source, initial_model, folder.path if folder is not None else None)
+    path = folder.path if folder is not None else None
+    return ObjectiveContext(settings.seed, device, source, initial_model, path, settings.train.steps)
 
 
 def flops_per_unit(model: nn.Module, source: Source) -> float | None:

@@ -292,7 +292,9 @@ class Run:
 
     def _view(self) -> StepView:
         keys = Keys.of_step(self.seed, self.step)
-        return StepView(self.step, self.source, self.model, self.objective, self.optimizer, keys)
+        return StepView(
+            self.step, self.source, self.model, self.objective, self.optimizer, keys, autocast=self.autocast
+        )
 
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:
