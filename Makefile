@@ -52,6 +52,7 @@ check: $(READY) ## Lint, types, layering
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy examples/my_methods
 	@$(BIN)/lint-imports --no-cache
 
 format: $(READY) ## Format the code

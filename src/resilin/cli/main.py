@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import typer
 
@@ -71,6 +72,9 @@ def _root(
 
 def main() -> None:
     """Run the command line; what a user can mend is told without a traceback, with exit code 2."""
+    # A user's own methods are found in the folder the command is given in, as `python -m` finds modules; last, so that
+    # no file there can hide an installed package.
+    sys.path.append(str(Path.cwd()))
     try:
         app()
     except UserError as error:

@@ -36,7 +36,7 @@ def _load_class(use: object, base: type[Settings]) -> type[Settings]:
     except ImportError as error:
         raise PydanticCustomError(
             "use_module",
-            "module {module} cannot be imported ({reason}); is its folder on PYTHONPATH?",
+            "module {module} cannot be imported ({reason}); run the command in its folder, or put that on PYTHONPATH",
             {"module": repr(module_name), "reason": str(error)},
         ) from None
     except Exception as error:  # the user's own module may raise anything while it is imported

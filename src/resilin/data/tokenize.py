@@ -33,7 +33,7 @@ from resilin.data.tokenizer import Tokenizer
 from resilin.data.write_shards import write_atomically, write_index
 
 PLAN_FILE = "plan.json"
-_WORTH_A_PROCESS = 8 << 20  # below this much text, starting workers takes longer than the work
+_WORTH_A_PROCESS = 4 << 20  # below this much text, starting workers takes longer than the work
 
 
 def tokenize_files(
