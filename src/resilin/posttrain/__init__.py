@@ -1,0 +1,1 @@
+"""After pretraining: preferences, reward models, and reinforcement learning with verifiable rewards."""
