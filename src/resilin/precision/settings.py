@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from resilin.config import Settings
+from resilin.precision.compiled import CompileMode
 
 
 class PrecisionSettings(Settings):
@@ -14,7 +15,7 @@ class PrecisionSettings(Settings):
     """fp32; bf16 (autocast over the float32 masters); auto: bf16 where it is measured to be clearly faster."""
     tf32: bool = False
     """On CUDA, let fp32 products round their inputs to TF32: faster, with 10 bits of fraction instead of 23."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    compile: bool | Literal["blocks"] = False
+    """torch.compile: the whole model, or its repeated blocks one by one (one compilation serves all of them)."""
+    compile_mode: CompileMode = "default"
     """The mode of torch.compile."""

@@ -17,6 +17,7 @@ from resilin.models.settings import ModelContext
 from resilin.nouns import Source
 from resilin.objective.settings import ObjectiveContext
 from resilin.precision.autocast import choose_precision
+from resilin.precision.compiled import compile_model
 from resilin.run.allocator import keep_freed_memory
 from resilin.run.device import choose_device, device_in_words, set_threads
 from resilin.run.events import Listener, RunStarted
@@ -33,10 +34,10 @@ class Sources:
     validation: dict[str, Source]
 
 
-def build_sources(settings: RunSettings, *, validation: bool = True) -> Sources:
+def build_sources(settings: RunSettings, *, validation: bool = True, folder: RunFolder | None = None) -> Sources:
     """The training data of these settings and, where the run evaluates, the held-out data."""
-    train = settings.train
-    source = settings.source.build(SourceContext(settings.seed, "train", train.batch_size))
+    train, path = settings.train, folder.path if folder is not None else None
+    source = settings.source.build(SourceContext(settings.seed, "train", train.batch_size, path))
     held_out: dict[str, Source] = {}
     if validation and (settings.evaluation.every or settings.evaluation.at_start):
         held_out["validation"] = settings.source.build(SourceContext(settings.seed, "validation", train.batch_size))
@@ -91,14 +92,12 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     set_threads(settings.train.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    sources = build_sources(settings)
+    sources = build_sources(settings, folder=folder)
     model = settings.model.build(ModelContext(settings.seed, getattr(sources.source, "vocab_size", None))).to(device)
     precision = choose_precision(settings.precision, device)
     context = objective_context(settings, sources.source, device, folder)
     optimizer = settings.optimizer.build(model, settings.train.steps)
-    compiled: nn.Module | None = None
-    if settings.precision.compile:
-        compiled = torch.compile(model, mode=settings.precision.compile_mode)  # type: ignore[assignment]
+    compiled = compile_model(model, settings.precision.compile, settings.precision.compile_mode)
     store = None
     if folder is not None:
         keep = settings.checkpoint
