@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from resilin.data.chat import TrainOn
-from resilin.data.errors import DataError
+from resilin.data.chat_templates import find_template
 from resilin.data.file_source import FileSourceSettings
 from resilin.data.rows import Packing
 from resilin.data.tokenize_options import TokenizeOptions
@@ -24,7 +24,7 @@ class ChatSource(FileSourceSettings):
     train_on: TrainOn = "assistant"
     """Learn what the assistant wrote, only its last turn, or every token."""
     chat_template: Path | None = None
-    """A Jinja file instead of the tokenizer's own template."""
+    """`tulu`, `chatml` or a Jinja file, instead of the tokenizer's own template."""
 
     def options(self) -> TokenizeOptions:
         """How the conversations become tokens."""
@@ -37,7 +37,4 @@ class ChatSource(FileSourceSettings):
         made = super().made_tokenizer()
         if self.chat_template is None:
             return made
-        if not self.chat_template.is_file():
-            raise DataError(f"{self.chat_template}: no such chat template file")
-        template = self.chat_template.read_text(encoding="utf-8")
-        return Tokenizer(made.json, {**made.config, "chat_template": template})
+        return Tokenizer(made.json, {**made.config, "chat_template": find_template(str(self.chat_template))})

@@ -80,6 +80,30 @@ def column(file: InputFile, key: str, start: int, stop: int) -> Iterator[tuple[i
         raise DataError(f"{file.path}, after row {row}: not a readable {file.format} file: {error}") from None
 
 
+def table_rows(file: InputFile) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number, columns) of a whole file.
+
+    Raises:
+        DataError: naming a damaged file.
+    """
+    pa = _pyarrow()
+    row = 0
+    try:
+        if file.format == "parquet":
+            with pa.parquet.ParquetFile(file.path) as parquet:
+                for batch in parquet.iter_batches():
+                    for value in batch.to_pylist():
+                        yield row, value
+                        row += 1
+            return
+        for batch in _arrow_batches(file):
+            for value in batch.to_pylist():
+                yield row, value
+                row += 1
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file.path}, after row {row}: not a readable {file.format} file: {error}") from None
+
+
 def _check(file: InputFile, key: str, names: list[str]) -> None:
     if key not in names:
         raise DataError(f"{file.path}: no column {key!r}; its columns are: {', '.join(names)}")
