@@ -78,6 +78,19 @@ def parts_of(name: str) -> list[Part] | None:
     return None
 
 
+def stored_module(name: str) -> str | None:
+    """What the module of a decoder is called in a Hugging Face model: `blocks.0.attention.q` is
+    `model.layers.0.self_attn.q_proj`; None for a module that has no counterpart.
+    """
+    whole = {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for theirs, ours in _PLAIN.items()}
+    if name in whole:
+        return whole[name]
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    if match is None or match[2] not in _OUT_OF_LAYER:
+        return None
+    return f"model.layers.{match[1]}.{_OUT_OF_LAYER[match[2]]}"
+
+
 def stored_tensors(model: Decoder, family: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model under the name that `family` stores it by; experts one by one, as published."""
     plain = {ours: theirs for theirs, ours in _PLAIN.items()}

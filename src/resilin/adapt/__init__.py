@@ -1,0 +1,1 @@
+"""Adapters: a frozen model with small trainable additions, merged, switched and exchanged with PEFT."""
