@@ -172,7 +172,11 @@ class StepView:
     """What a part that listens to the run may see and, between steps, change.
 
     Attributes:
+        step: steps committed so far.
+        logs: after a step, what it logs.
         autocast: enters the format the step computes in: a part that calls the model by itself should do so inside.
+        steps: of the whole run; None where that is not known.
+        notes: what parts add to the step's logs.
     """
 
     step: int
@@ -183,6 +187,12 @@ class StepView:
     keys: Keys
     logs: Mapping[str, float] = field(default_factory=dict)
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    steps: int | None = None
+    notes: dict[str, float] = field(default_factory=dict)
+
+    def note(self, name: str, value: float) -> None:
+        """After a step: add a quantity to what that step logs."""
+        self.notes[name] = value
 
 
 @runtime_checkable

@@ -149,6 +149,7 @@ class Run:
         for part in self._parts():
             if hasattr(part, "after_step"):
                 part.after_step(view)
+        logs |= view.notes
         self.metrics["loss"] = gradient.loss
         if self.step % self.pace.log_every == 0 or self.step == self.pace.steps:
             self._tell(self._step_event(gradient, logs, float(applied["lr"]), time.perf_counter() - began))
@@ -293,7 +294,14 @@ class Run:
     def _view(self) -> StepView:
         keys = Keys.of_step(self.seed, self.step)
         return StepView(
-            self.step, self.source, self.model, self.objective, self.optimizer, keys, autocast=self.autocast
+            self.step,
+            self.source,
+            self.model,
+            self.objective,
+            self.optimizer,
+            keys,
+            autocast=self.autocast,
+            steps=self.pace.steps,
         )
 
     def _tell(self, event: Event) -> None:
