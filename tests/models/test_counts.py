@@ -31,11 +31,12 @@ MIXTURES = st.one_of(
     head_size=st.sampled_from([None, 6]),
     gated=st.booleans(),
     qk_norm=st.sampled_from(["none", "rms", "layer", "transplant"]),
+    over=st.sampled_from(["head", "width"]),
     biases=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     tie=st.booleans(),
     moe=MIXTURES,
 )
-def test_parameter_counts_are_those_of_the_module(layers, kv_heads, head_size, gated, qk_norm, biases, tie, moe):
+def test_parameter_counts_are_those_of_the_module(layers, kv_heads, head_size, gated, qk_norm, over, biases, tie, moe):
     chosen = DecoderSettings(
         vocab_size=37,
         hidden_size=16,
@@ -45,6 +46,7 @@ def test_parameter_counts_are_those_of_the_module(layers, kv_heads, head_size, g
         head_size=head_size,
         gated=gated,
         qk_norm=qk_norm,
+        qk_norm_over=over if qk_norm != "none" else "head",
         qkv_bias=biases[0],
         out_bias=biases[1],
         mlp_bias=biases[2] and moe is None,

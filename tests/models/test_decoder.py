@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -20,6 +21,7 @@ SMALL = {"vocab_size": 61, "hidden_size": 32, "layers": 2, "heads": 4, "kv_heads
 VARIANTS = {
     "plain": {},
     "norms, biases, window": {"qk_norm": "rms", "qkv_bias": True, "sliding_window": 4, "window_layers": (1,)},
+    "norms over the width": {"qk_norm": "layer", "qk_norm_over": "width"},
     "softcap": {"attention_softcap": 3.0, "attention_backend": "eager", "logit_softcap": 2.0},
     "layer norm, gelu, tied": {"norm": "layer", "gated": False, "activation": "gelu", "tie_embeddings": True},
     "experts": {"moe": MoESettings(experts=4, expert_size=16, shared_size=8, dense_layers=(0,))},
@@ -227,13 +229,47 @@ def test_normed_heads_bound_attention_logits_by_sqrt_head_size_times_the_scales(
 
 
 @torch.no_grad()
+def test_queries_and_keys_normed_over_the_width_are_layer_norms_of_whole_rows_and_heads_keep_their_proportions():
+    model = build(layers=1, qk_norm="layer", qk_norm_over="width", kv_heads=2)
+    attention, seen = model.blocks[0].attention, {}
+    attention.q_norm.weight.uniform_(0.5, 2.0)
+    attention.q.register_forward_hook(lambda module, args, out: seen.update(projected=out))
+    attention.core.register_forward_pre_hook(lambda module, args: seen.update(q_BHTD=args[0], k_BHTD=args[1]))
+    model(tokens(2, 1))  # position 0 is not rotated
+    x = seen["projected"].double()
+    centred = x - x.mean(-1, keepdim=True)
+    want = attention.q_norm.weight * centred / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    got = seen["q_BHTD"].transpose(1, 2).reshape(2, 1, 32)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    # All keys of a token together have a mean square of 1, single heads do not.
+    assert seen["k_BHTD"].shape == (2, 2, 1, 8)
+    squares_BH = seen["k_BHTD"].square().mean((-1, -2))
+    torch.testing.assert_close(squares_BH.mean(-1), torch.ones(2), atol=1e-3, rtol=0)
+    assert (squares_BH - 1).abs().max() > 0.02
+
+
+@torch.no_grad()
+def test_over_the_width_a_transplant_gives_all_heads_of_a_token_together_the_root_mean_square_sqrt_kappa():
+    model, seen = build(layers=1, qk_norm="transplant", qk_norm_kappa=9.0, qk_norm_over="width"), {}
+    model.blocks[0].attention.core.register_forward_pre_hook(lambda module, args: seen.update(q_BHTD=args[0]))
+    model(tokens(2, 5))
+    rms_BT = seen["q_BHTD"].square().mean((1, 3)).sqrt()
+    torch.testing.assert_close(rms_BT, torch.full_like(rms_BT, 3.0), rtol=1e-3, atol=0)
+
+
+def test_a_width_to_norm_over_without_a_norm_is_refused():
+    with pytest.raises(ValidationError, match="set qk_norm as well"):
+        DecoderSettings(qk_norm_over="width")
+
+
+@torch.no_grad()
 def test_with_normed_heads_a_thousandfold_query_matrix_changes_nothing():
-    for kind, tolerance in (("rms", 1e-4), ("layer", 1e-4)):
-        model, text = build(qk_norm=kind, norm_eps=1e-9), tokens(2, 9)
+    for kind, over in itertools.product(("rms", "layer"), ("head", "width")):
+        model, text = build(qk_norm=kind, qk_norm_over=over, norm_eps=1e-9), tokens(2, 9)
         before = logits(model, text)
         for block in model.blocks:
             block.attention.q.weight.mul_(1000.0)
-        torch.testing.assert_close(logits(model, text), before, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(logits(model, text), before, atol=1e-4, rtol=1e-4)
 
 
 def test_the_base_model_of_the_small_scale_proxies_can_be_expressed():

@@ -211,6 +211,7 @@ def test_configs_of_transformers_4_and_5_mean_the_same():
         ({"gated": False, "norm": "layer"}, ["gated = false", 'norm = "layer"']),
         ({"logit_softcap": 30.0}, ["logit_softcap = 30.0"]),
         ({"qk_norm": "layer"}, ['qk_norm = "layer"']),
+        ({"qk_norm": "rms", "qk_norm_over": "width"}, ['qk_norm_over = "width"']),
         ({"attention_scale": 0.25}, ["attention_scale = 0.25"]),
         ({"qk_norm": "rms", "mlp_bias": True}, ["qwen3: not with mlp_bias = true", 'llama: not with qk_norm = "rms"']),
         ({"moe": MoESettings(shared_size=8)}, ["moe.shared_size = 8", "qwen2_moe: not with moe.shared_gate = false"]),

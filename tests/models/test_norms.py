@@ -81,6 +81,11 @@ def test_a_transplant_gives_every_head_the_root_mean_square_sqrt_kappa():
 
 def test_head_norms_share_one_scale_among_all_heads():
     for kind in ("rms", "layer"):
-        norm = head_norm(DecoderSettings(hidden_size=64, heads=4, qk_norm=kind), None)
+        norm = head_norm(DecoderSettings(hidden_size=64, heads=4, qk_norm=kind), 4, None)
         assert [tuple(p.shape) for p in norm.parameters()] == [(16,)]
-    assert head_norm(DecoderSettings(), None) is None
+    assert head_norm(DecoderSettings(), 4, None) is None
+
+
+def test_norms_over_the_width_have_a_scale_for_every_value_of_the_queries_and_of_the_fewer_keys():
+    settings = DecoderSettings(hidden_size=64, heads=4, kv_heads=2, qk_norm="layer", qk_norm_over="width")
+    assert [tuple(head_norm(settings, heads, None).weight.shape) for heads in (4, 2)] == [(64,), (32,)]

@@ -13,10 +13,11 @@ from resilin.models.flops import parameter_counts
 from resilin.recipes.cells import Cell, cells
 from resilin.recipes.findings import Evaluation, Findings, RunRecord, Study, Trial
 from resilin.recipes.recipe import load_recipe
-from resilin.recipes.small_scale_proxies import analyse
+from resilin.recipes.small_scale_proxies import analyse, attention
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "small-scale-proxies"
 L0 = 5.5
+BIGRAM = 2.2
 BOWL = {"none": 0.10, "qk_norm": 0.06, "standard": 0.06, "coupled_decay": 0.12}
 
 
@@ -32,6 +33,8 @@ def planted(cell: Cell) -> RunRecord:
     loss = 2.0 + bowl * distance**2 + 0.001 * cell.seed
     if cell.arm.startswith("mup"):
         loss += 0.01
+    if cell.arm == "qk_norm_width":
+        loss += 0.02
     if cell.arm == "transplant":
         loss += 0.1 * math.log10(model.qk_norm_kappa)
     if cell.arm == "tiny_loss" or cell.grid == "eps_high_lr":
@@ -65,6 +68,14 @@ def study(plant: Callable[[Cell], RunRecord] = planted, preset: str = "cpu") -> 
     return Study("small-scale-proxies", preset, trials, recipe)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def counted():
+    """A bigram model of a known loss; the planted runs have no data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "bigram_loss", lambda record: BIGRAM)
+        yield
+
+
 def verdicts(findings: Findings) -> dict[str, bool]:
     return {claim.name: claim.holds for claim in findings.claims}
 
@@ -77,18 +88,21 @@ def found() -> Findings:
 def test_every_planted_effect_is_found(found):
     said = verdicts(found)
     assert [name for name, holds in said.items() if not holds] == []
-    assert len(said) >= 18
+    assert len(said) >= 20
     assert len(said) == len(found.claims)  # names tell claims apart
 
 
 OPPOSITES = {"none": "qk_norm", "qk_norm": "none", "coupled_decay": "standard", "no_decay": "no_decay_no_z_loss",
-             "no_decay_no_z_loss": "no_decay"}  # fmt: skip
+             "no_decay_no_z_loss": "no_decay",
+             "qk_norm_width": "standard"}  # fmt: skip
 
 
 def swapped(cell: Cell) -> RunRecord:
     """The runs of an arm under the name of its opposite."""
     arm = OPPOSITES.get(cell.arm, cell.arm)
     record = planted(replace(cell, arm=arm))
+    if cell.grid == "qk_norm_over":
+        return planted(replace(cell, arm="standard" if cell.arm == "qk_norm_width" else "qk_norm_width"))
     if cell.grid == "decay":
         return planted(replace(cell, arm="standard" if cell.arm == "coupled_decay" else "coupled_decay"))
     return record
@@ -101,6 +115,7 @@ def test_no_effect_is_found_where_arms_are_swapped():
         "qk-norm trains at the top rate",
         "independent decay lowers sensitivity",
         "z-loss holds output logits",
+        "qk-norm over the width is worse",
     ):
         assert said[name] is False, name
 
@@ -145,6 +160,26 @@ def test_a_diverged_run_counts_as_untrained():
     name = "LR sensitivity, without qk-norm"
     losses = [planted(t) for t in cells(load_recipe(FOLDER), "cpu") if t.arm == "none" and t.axes.get("lr") == 0.3]
     assert rows[name] - before[name] == pytest.approx((L0 - losses[0].final["nll"]) / 7, abs=2e-3)
+
+
+@pytest.mark.parametrize(("loss", "holds"), [(1.9, False), (2.2, True), (2.5, False)])
+def test_transplanted_logits_are_held_against_the_bigram_model(monkeypatch, loss, holds):
+    # planted: 2.0 at kappa 1 and 2.4 at 1e4
+    monkeypatch.setattr(attention, "bigram_loss", lambda record: loss)
+    findings = analyse(study())
+    assert verdicts(findings)["large logits are worse than a bigram model"] is holds
+    assert next(row.value for row in findings.rows if "bigram" in row.name) == loss
+
+
+def test_width_and_depth_are_compared_over_the_rates_that_both_have():
+    def bad_between(cell: Cell) -> RunRecord:
+        record = planted(cell)
+        last = record.evaluations[-1]
+        if cell.grid == "width" and cell.axes["lr"] in (3e-3, 3e-2):  # rates that depth is not tried at
+            last = last.model_copy(update={"metrics": {"nll": 5.0}})
+        return record.model_copy(update={"evaluations": (record.evaluations[0], last)})
+
+    assert verdicts(analyse(study(bad_between)))["depth raises sensitivity faster"]
 
 
 def test_the_planted_power_law_is_extrapolated_to_its_crossing(found):

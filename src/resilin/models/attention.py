@@ -29,20 +29,28 @@ class Attention(nn.Module):
         self.k = Linear(width, self.key_heads * self.head_size, bias=bias, device=device)
         self.v = Linear(width, self.key_heads * self.head_size, bias=bias, device=device)
         self.o = Linear(self.heads * self.head_size, width, bias=settings.out_bias, device=device)
-        self.q_norm = head_norm(settings, device)
-        self.k_norm = head_norm(settings, device)
+        self.q_norm = head_norm(settings, self.heads, device)
+        self.k_norm = head_norm(settings, self.key_heads, device)
+        self.norm_over_width = settings.qk_norm_over == "width"
         self.core = AttentionCore(settings)
+
+    def _heads(self, x_BTW: Tensor, count: int, norm: nn.Module | None) -> Tensor:
+        """(B, T, count * D) -> (B, T, count, D), normed over each head or over all of them."""
+        if norm is not None and self.norm_over_width:
+            x_BTW = norm(x_BTW)
+        x_BTHD = x_BTW.view(*x_BTW.shape[:2], count, self.head_size)
+        if norm is not None and not self.norm_over_width:
+            x_BTHD = norm(x_BTHD)
+        return x_BTHD
 
     def forward(
         self, x_BTD: Tensor, turn: Rotation, mask: Mask, cache: KVCache | None = None, slots_BT: Tensor | None = None
     ) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden); with a cache, new keys and values are stored at `slots_BT` first."""
         B, T, _ = x_BTD.shape
-        q_BTHD = self.q(x_BTD).view(B, T, self.heads, self.head_size)
-        k_BTKD = self.k(x_BTD).view(B, T, self.key_heads, self.head_size)
+        q_BTHD = self._heads(self.q(x_BTD), self.heads, self.q_norm)
+        k_BTKD = self._heads(self.k(x_BTD), self.key_heads, self.k_norm)
         v_BTKD = self.v(x_BTD).view(B, T, self.key_heads, self.head_size)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
         q_BTHD, k_BTKD = rotate(q_BTHD, turn), rotate(k_BTKD, turn)
         if cache is None:
             k_BKSD, v_BKSD = k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)

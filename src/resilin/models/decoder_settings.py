@@ -80,8 +80,10 @@ class DecoderSettings(ModelSettings):
     norm_eps: PositiveFloat = 1e-5
     """Added to the mean square (variance) inside the norms."""
     qk_norm: Literal["none", "rms", "layer", "transplant"] = "none"
-    """Norm of every query and key head before rotation, with one scale of head_size shared by the heads.
+    """Norm of queries and keys before rotation; over each head it has one scale of head_size shared by the heads.
     `transplant`: sqrt(kappa) * x / RMS(x), without a scale (Wortsman et al., 2023)."""
+    qk_norm_over: Literal["head", "width"] = "head"
+    """What `qk_norm` is taken over: each head, or all heads of a token at once with a scale for every value."""
     qk_norm_kappa: PositiveFloat = 1.0
     """The kappa of `transplant`."""
     qkv_bias: bool = False
@@ -170,6 +172,8 @@ class DecoderSettings(ModelSettings):
             raise ValueError(f"heads ({self.heads}) is not divisible by kv_heads ({self.kv_heads}): use {options}")
         if self.attention_softcap is not None and self.attention_backend == "sdpa":
             raise ValueError("attention_softcap cannot be computed by attention_backend 'sdpa': use 'flex' or 'eager'")
+        if self.qk_norm_over == "width" and self.qk_norm == "none":
+            raise ValueError("qk_norm_over = 'width' says how queries and keys are normed: set qk_norm as well")
         if self.window_layers is not None and self.sliding_window is None:
             raise ValueError("window_layers names layers of a window: set sliding_window to its size")
         named = {

@@ -35,7 +35,9 @@ def _attention_matrices(settings: DecoderSettings) -> int:
 def _attention_vectors(settings: DecoderSettings) -> int:
     query, key = settings.heads * settings.head_width, settings.key_heads * settings.head_width
     count = (query + 2 * key) * settings.qkv_bias + settings.hidden_size * settings.out_bias
-    return count + 2 * settings.head_width * (settings.qk_norm in ("rms", "layer"))
+    if settings.qk_norm in ("rms", "layer"):
+        count += query + key if settings.qk_norm_over == "width" else 2 * settings.head_width
+    return count
 
 
 def _mlp_matrices(settings: DecoderSettings, size: int) -> int:

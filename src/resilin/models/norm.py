@@ -60,11 +60,16 @@ def stream_norm(settings: DecoderSettings, device: torch.device | str | None) ->
     return kind(settings.hidden_size, settings.norm_eps, device)
 
 
-def head_norm(settings: DecoderSettings, device: torch.device | str | None) -> nn.Module | None:
-    """The norm of query (or key) heads, one scale for all heads; None where the settings ask for none."""
+def head_norm(settings: DecoderSettings, heads: int, device: torch.device | str | None) -> nn.Module | None:
+    """The norm of queries (or keys) of that many heads; None where the settings ask for none.
+
+    Over each head, with one scale of head_size for all of them; or over all heads at once (`qk_norm_over = "width"`),
+    with a scale of heads * head_size.
+    """
     if settings.qk_norm == "none":
         return None
     if settings.qk_norm == "transplant":
         return Transplant(settings.qk_norm_kappa, settings.norm_eps)
     kind = RMSNorm if settings.qk_norm == "rms" else LayerNorm
-    return kind(settings.head_width, settings.norm_eps, device)
+    size = settings.head_width * (heads if settings.qk_norm_over == "width" else 1)
+    return kind(size, settings.norm_eps, device)

@@ -18,6 +18,7 @@ LABELS = {
     "none": "without qk-norm",
     "qk_norm": "qk-norm",
     "standard": "qk-norm and z-loss",
+    "qk_norm_width": "qk-norm over the width and z-loss",
     "coupled_decay": "coupled decay 0.1",
     "no_decay": "no decay",
     "no_decay_no_z_loss": "no decay, no z-loss",

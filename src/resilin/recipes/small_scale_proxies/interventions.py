@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from resilin.evaluate.stability import best_lr, lr_sensitivity_over_sets
+from resilin.evaluate.stability import best_lr, capped, lr_sensitivity_over_sets
 from resilin.recipes.findings import Claim, Findings, Line, Plot, Row, Study, Table
 from resilin.recipes.recipe import Value
 from resilin.recipes.small_scale_proxies.curves import Sweep, in_every_seed, label, one, paired, sweeps
@@ -14,8 +14,8 @@ from resilin.recipes.small_scale_proxies.sensitivity import curve_table
 
 
 def intervention_findings(study: Study) -> Findings:
-    """Decay, warm-up, muParam, width and depth."""
-    parts = [_decay(study), _warmup(study), _mup(study), _shape(study)]
+    """What qk-norm is taken over, decay, warm-up, muParam, width and depth."""
+    parts = [_norm_over(study), _decay(study), _warmup(study), _mup(study), _shape(study)]
     return Findings(
         rows=tuple(r for p in parts for r in p.rows),
         claims=tuple(c for p in parts for c in p.claims),
@@ -26,6 +26,34 @@ def intervention_findings(study: Study) -> Findings:
 
 def _table(title: str, found: Sequence[Sweep], names: Sequence[str], note: str = "") -> Table:
     return curve_table(title, list(found), list(names), note)
+
+
+def _norm_over(study: Study) -> Findings:
+    """Whether a norm over all heads at once is slightly worse than one over each."""
+    found = sweeps(study, "qk_norm_over")
+    head, width = one(found, "standard"), one(found, "qk_norm_width")
+    if head is None or width is None:
+        return Findings()
+    names = ["over each head", "over the width"]
+    rows = tuple(
+        Row.over_seeds(f"LR sensitivity, qk-norm {name}", list(s.sensitivity().values()), "nat/token")
+        for name, s in zip(names, (head, width), strict=True)
+    )
+    claim = in_every_seed(
+        "qk-norm over the width is worse",
+        "the final loss, averaged over learning rates, is higher with qk-norm over the width than over each head",
+        paired(_average(width), _average(head)),
+        "nat/token",
+    )
+    return Findings(rows=rows, claims=(claim,), tables=(_table("What qk-norm is taken over", [head, width], names),))
+
+
+def _average(sweep: Sweep) -> dict[int, float]:
+    """By seed, the mean final loss over learning rates."""
+    return {
+        seed: statistics.fmean(capped(loss, sweep.initial[seed]) for loss in curve.values())
+        for seed, curve in sweep.losses.items()
+    }
 
 
 def coupled_sensitivity(sweep: Sweep) -> dict[int, float]:
@@ -147,11 +175,12 @@ def _shape(study: Study) -> Findings:
     wide = [s for s in width if any(abs(s.parameters / d.parameters - 1) < 0.05 for d in depth[1:])]
     deep = [d for d in depth[1:] if any(abs(s.parameters / d.parameters - 1) < 0.05 for s in width)]
     if wide and deep:
+        rates = [lr for lr in deep[-1].rates if lr in wide[-1].rates]
         claims.append(
             in_every_seed(
                 "depth raises sensitivity faster",
                 "at equal parameters, the deeper model has a higher LR sensitivity than the wider one",
-                paired(deep[-1].sensitivity(), wide[-1].sensitivity()),
+                paired(deep[-1].sensitivity(rates), wide[-1].sensitivity(rates)),
             )
         )
     lines = tuple(
