@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from resilin.config import Settings
@@ -21,11 +22,13 @@ class SourceContext:
         seed: the run's seed; it keys the order of the samples, never the validation split.
         split: "train" for the endless or repeated stream; "validation" for the fixed held-out batches.
         batch_size: slots of a step.
+        folder: of the run, for what a source writes down; None where nothing is kept.
     """
 
     seed: int = 0
     split: Split = "train"
     batch_size: int = 1
+    folder: Path | None = None
 
 
 class SourceSettings(Settings):
