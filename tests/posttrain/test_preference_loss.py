@@ -29,7 +29,7 @@ class Fixed:
 
     def __init__(self, *batches: Batch) -> None:
         self.batches = batches
-        self.pairs = sum(len(b) for b in batches)
+        self.mine = range(sum(len(b) for b in batches))
 
     def slots(self, step: int) -> int:
         return len(self.batches[step % len(self.batches)])

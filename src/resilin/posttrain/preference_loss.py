@@ -75,7 +75,7 @@ class Preference(ObjectiveSettings):
         if self.reference != "cached":
             return PreferenceLoss(self, live)
         path = self.reference_cache or (run.folder / "reference.safetensors" if run.folder is not None else None)
-        data = str(getattr(run.source, "digest", ""))
+        data = str(getattr(run.source, "data_digest", getattr(run.source, "digest", "")))
         shared = self.reference_cache is not None
         return PreferenceLoss(self, CachedReference(live, path, data, identify=shared), run.steps)
 
@@ -199,9 +199,9 @@ class PreferenceLoss:
 
     @staticmethod
     def _once_around(source: Any, steps: int) -> bool:
-        """Whether so many steps have read all the pairs of the source, where it says how many it has."""
-        pairs = getattr(source, "pairs", None)
-        return isinstance(pairs, int) and steps * source.slots(0) >= pairs
+        """Whether so many steps have read all the pairs of the source, where it says which ones it has."""
+        mine = getattr(source, "mine", None)
+        return mine is not None and steps * source.slots(0) >= len(mine)
 
     def state_dict(self) -> State:
         """Nothing: the cache is a file that can be made again."""

@@ -48,7 +48,7 @@ class LiveReference:
     """
 
     def __init__(self, make: Callable[[], nn.Module], *, off_adapters: bool = False) -> None:
-        self._make, self._off_adapters = make, off_adapters
+        self.make, self._off_adapters = make, off_adapters
         self.model: nn.Module | None = None
 
     @torch.no_grad()
@@ -65,7 +65,8 @@ class LiveReference:
             finally:
                 policy.train(training)
         if self.model is None:
-            self.model = self._make()
+            made = self.make()
+            self.model = getattr(made, "policy", made)  # of a policy and its value model only the policy is held
         return frozen_logprobs(self.model, tokens_RT, labels_RT, temperature)
 
     @torch.no_grad()
@@ -94,8 +95,8 @@ class CachedReference:
         self.live = live
         model = ""
         if identify:
-            made = live._make()
-            model, live.model = weights_digest(made), made
+            live.model = live.make()
+            model = weights_digest(live.model)
         self.cache = ReferenceCache(path, data, model)
         if len(self.cache):
             live.release()

@@ -1,0 +1,157 @@
+"""What GRPO and PPO have in common: a policy that learns from its own answers, and how it is evaluated.
+
+Shapes: R answers of a rollout, B of a micro-batch, T positions, N answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from resilin.keys import Keys
+from resilin.nouns import Batch, Log, Loss, Mean, State, StepView
+from resilin.objective.next_token import IGNORE
+from resilin.objective.settings import ObjectiveContext, ObjectiveSettings, needed
+from resilin.posttrain.policy_loss import PolicyTerms
+from resilin.posttrain.reference import LiveReference
+from resilin.posttrain.rollout import decoder_of
+from resilin.posttrain.sequences import frozen_logprobs, spread
+
+
+class PolicySettings(ObjectiveSettings):
+    """Settings of every loss over rollouts."""
+
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    """The ratio of new to old probability may fall to 1 - clip_low before its gradient stops."""
+    clip_high: float = Field(default=0.2, ge=0)
+    """It may rise to 1 + clip_high."""
+    beta: float = Field(default=0.05, ge=0)
+    """Strength of the pull to the reference; 0: there is none, and no reference model."""
+    reference: Literal["live", "adapters_off"] = "live"
+    """live: the initial model stays in memory; adapters_off: the model itself without its adapters."""
+    old_logprobs: Literal["auto", "sampled", "recomputed"] = "auto"
+    """Where the probabilities before the updates come from: the draws, or another pass. auto: the draws, except in a
+    narrow format or with filtered draws, whose numbers differ from those of training."""
+    chunk: int | None = Field(default=None, ge=0)
+    """Tokens whose logits exist at once; left out: chosen; 0: all."""
+
+
+def rollouts_of(source: Any, what: str) -> Any:
+    """The source, if it writes rollouts.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not hasattr(source, "steps_of_rollout"):
+        raise ValueError(
+            f"{what} learns from the model's own answers, and the source is a {type(source).__name__}: set source.use "
+            "= 'resilin.posttrain.rollouts:Rollouts'"
+        )
+    return source
+
+
+class PolicyObjective:
+    """The common part; a subclass gives `advantages` and `learn`."""
+
+    name = "the policy loss"
+    needs_old = False
+    """Whether the probabilities of the draws are used beside the ratio."""
+
+    def __init__(self, settings: PolicySettings, context: ObjectiveContext | None, terms: PolicyTerms) -> None:
+        run = needed(context, self.name)
+        self.common, self.terms = settings, terms
+        self.source = rollouts_of(run.source, self.name)
+        self.temperature: float = self.source.settings.temperature
+        self.once: bool = self.source.steps_of_rollout == 1
+        """Whether the model that wrote an answer is the one that learns from it."""
+        self.reference: LiveReference | None = None
+        if settings.beta:
+            self.reference = LiveReference(run.initial_model, off_adapters=settings.reference == "adapters_off")
+
+    # -- before a step ------------------------------------------------------------------------------------------
+
+    def before_step(self, view: StepView) -> None:
+        """Complete a new rollout: what the reference and the policy say of it, and the advantages."""
+        source = rollouts_of(view.source, self.name)
+        if source.rollout is None or not source.fresh:
+            return
+        training = view.model.training
+        view.model.eval()
+        with torch.no_grad(), view.autocast():
+            self._complete(view.model, source.rollout)
+        view.model.train(training)
+
+    def _complete(self, model: nn.Module, rollout: dict[str, Tensor]) -> None:
+        policy = decoder_of(model)
+        device = policy.embed.weight.device
+        tokens_RT, labels_RT = rollout["tokens"].to(device), rollout["labels"].to(device)
+        narrow = torch.is_autocast_enabled(device.type) or policy.embed.weight.dtype.itemsize < 4
+        asked = self.common.old_logprobs
+        again = asked == "recomputed" or (asked == "auto" and (narrow or self.source.settings.filtered))
+        if again and (self.needs_old or not self.once):
+            logp_N = frozen_logprobs(policy, tokens_RT, labels_RT, self.temperature)
+            rollout["old_logprobs"] = spread(logp_N, labels_RT).cpu()
+        if self.reference is not None:
+            logp_N = self.reference.token_logprobs(model, tokens_RT, labels_RT, self.temperature)
+            rollout["reference_logprobs"] = spread(logp_N, labels_RT).cpu()
+        self.advantages(model, rollout)
+
+    def advantages(self, model: nn.Module, rollout: dict[str, Tensor]) -> None:
+        """Add what the loss needs to a new rollout."""
+        raise NotImplementedError
+
+    # -- the loss -----------------------------------------------------------------------------------------------
+
+    def __call__(self, model: nn.Module, batch: Batch, keys: Keys | None) -> Loss:
+        """The loss of answers; of held-out prompts, how often greedy answers to them are wrong."""
+        if batch.get("prompt_tokens") is not None:
+            return self.evaluate(model, batch)
+        return self.learn(model, batch)
+
+    def learn(self, model: nn.Module, batch: Batch) -> Loss:
+        """The loss of a micro-batch of answers."""
+        raise NotImplementedError
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Loss:
+        """One minus the verifiers' number, summed over prompts, with the logs `verified`, `stopped` and `length`."""
+        answers, right = self.source.answer_held_out(model, batch)
+        device = batch["prompt_tokens"].device
+        count = torch.tensor(float(len(answers)), dtype=torch.float64, device=device)
+        values = {
+            "verified": right,
+            "stopped": [float(answer.stopped) for answer in answers],
+            "length": [float(len(answer.tokens)) for answer in answers],
+        }
+        sums = {name: torch.tensor(sum(v), dtype=torch.float64, device=device) for name, v in values.items()}
+        return Loss(count - sums["verified"], count, {name: Mean(value, count) for name, value in sums.items()})
+
+    def old_logprobs(self, batch: Batch, valid_BT: Tensor) -> Tensor | None:
+        """(N,) of the tokens when they were drawn; None where the model is still the same."""
+        return None if self.once else batch["old_logprobs"][valid_BT]
+
+    def reference_logprobs(self, batch: Batch, valid_BT: Tensor) -> Tensor | None:
+        """(N,) under the reference, where there is one."""
+        return batch["reference_logprobs"][valid_BT] if self.reference is not None else None
+
+    @staticmethod
+    def rollout_logs(batch: Batch) -> dict[str, Log]:
+        """`score`, `verified`, `stopped` and `length` per answer."""
+        names = {"scores": "score", "verified": "verified", "stopped": "stopped", "lengths": "length"}
+        count = torch.tensor(float(len(batch)), dtype=torch.float64)
+        return {name: Mean(batch[field].double().sum(), count) for field, name in names.items()}
+
+    def state_dict(self) -> State:
+        """Nothing: the reference is the initial model, the rollout belongs to the source."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Nothing to take back."""
+
+
+def valid_of(batch: Batch | Mapping[str, Tensor]) -> Tensor:
+    """(B, T) bool: where an answer's token follows."""
+    return batch["labels"] != IGNORE
