@@ -10,7 +10,9 @@ Shapes: O outputs, I inputs, r rank or block size.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from resilin.adapt import tiles
 from resilin.adapt.fused import bat_col_linear, lora_linear, miss_linear
-from resilin.adapt.settings import AdapterSettings
+from resilin.adapt.settings import TILED, AdapterSettings
 from resilin.keys import Keys, dropout
 
 
@@ -303,20 +305,24 @@ METHODS: dict[str, type[Adapter]] = {
 }
 
 
-def sizes_fit(settings: AdapterSettings, inputs: int, outputs: int) -> str | None:
-    """What is wrong with these sizes for this method, with the nearest sizes that are right; None: nothing."""
-    r, problems = settings.rank, []
-    if settings.method in ("bat_col", "bat_row", "bat_ab") and (inputs % r or outputs % r):
-        fitting = [d for d in range(1, min(inputs, outputs) + 1) if inputs % d == 0 == outputs % d]
-        problems.append(f"rank {r} should divide both sides: the nearest that do are {_near(r, fitting)}")
-    mini = settings.mini_rank
-    if mini is not None and outputs % mini:
-        fitting = [d for d in range(1, outputs + 1) if outputs % d == 0]
-        problems.append(f"mini_rank {mini} should divide the outputs: the nearest that do are {_near(mini, fitting)}")
-    return "; ".join(problems) or None
+def misfit(settings: AdapterSettings, maps: Mapping[str, tuple[int, int]]) -> str | None:
+    """What does not fit this method, with the nearest sizes that fit all maps; None: nothing.
 
-
-def _near(value: int, fitting: list[int]) -> str:
-    below = [d for d in fitting if d < value][-1:]
-    above = [d for d in fitting if d > value][:1]
-    return " and ".join(map(str, below + above))
+    Args:
+        settings: of the adapter.
+        maps: outputs and inputs of every map, by name.
+    """
+    sides = {path: (shape if settings.method in TILED else ()) for path, shape in maps.items()}
+    outputs = {path: (shape[:1] if settings.mini_rank is not None else ()) for path, shape in maps.items()}
+    for name, size, lengths in (("rank", settings.rank, sides), ("mini_rank", settings.mini_rank, outputs)):
+        for path, needed in lengths.items():
+            if size is not None and any(length % size for length in needed):
+                common = math.gcd(*(length for each in lengths.values() for length in each))
+                fitting = [d for d in range(1, common + 1) if common % d == 0]
+                near = [d for d in fitting if d < size][-1:] + [d for d in fitting if d > size][:1]
+                what = "both sides" if name == "rank" else "the outputs"
+                return (
+                    f"{path} is {maps[path][0]} x {maps[path][1]} (outputs x inputs), and {name} {size} should divide "
+                    f"{what}: the nearest that fit all {len(maps)} maps: {' and '.join(map(str, near))}"
+                )
+    return None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from resilin.adapt.adapter import sizes_fit
+from resilin.adapt.adapter import misfit
 from resilin.adapt.settings import AdapterSettings
 from resilin.config.errors import UserError
 from resilin.models.decoder import Decoder
@@ -55,7 +55,7 @@ def _last(name: str) -> str:
 
 def nearest(patterns: str | tuple[str, ...], names: Iterable[str]) -> str:
     """For people: names like those that were asked for."""
-    known = sorted({_last(name) for name in names})
+    known = sorted({_last(name) for name in names if name and not _last(name).isdigit() and ".adapters" not in name})
     asked = [patterns] if isinstance(patterns, str) else list(patterns)
     near: list[str] = []
     for pattern in asked:
@@ -113,16 +113,15 @@ def targeted(model: nn.Module, settings: AdapterSettings, name: str) -> dict[str
         asked = settings.targets if settings.layers is None else f"{settings.targets} in layers {settings.layers}"
         all_names = [other for path in linears for other in names[path]]
         raise AdapterError(f"{where}: {asked} matches no linear map; {nearest(settings.targets, all_names)}")
+    problem = misfit(settings, {path: (m.out_features, m.in_features) for path, m in found.items()})
+    if problem:
+        raise AdapterError(f"{where}: {problem}")
     for path, linear in found.items():
-        _check(where, path, linear, settings)
+        _check_weight(where, path, linear, settings)
     return found
 
 
-def _check(where: str, path: str, linear: nn.Linear, settings: AdapterSettings) -> None:
-    outputs, inputs = linear.out_features, linear.in_features
-    problem = sizes_fit(settings, inputs, outputs)
-    if problem:
-        raise AdapterError(f"{where}: {path} is {outputs} x {inputs} (outputs x inputs): {problem}")
+def _check_weight(where: str, path: str, linear: nn.Linear, settings: AdapterSettings) -> None:
     if is_quantised(linear) and settings.method in ("bat_col", "dora"):
         raise AdapterError(
             f"{where}: {path} has a quantised weight ({linear.weight.dtype}), and {settings.method} computes with the "

@@ -22,7 +22,7 @@ import torch
 
 from resilin.checkpoint.atomic import rename
 from resilin.checkpoint.errors import CheckpointError, DamagedError
-from resilin.checkpoint.index import INDEX_NAME
+from resilin.checkpoint.index import INDEX_NAME, read_index
 from resilin.checkpoint.lock import lock_folder, unlock_folder
 from resilin.checkpoint.read import load_checkpoint, quick_check
 from resilin.checkpoint.store import SavedCheckpoint
@@ -151,6 +151,12 @@ class CheckpointFolder:
             hint = f"; checkpoints of other steps here: {', '.join(others)} (move {path} away to go on from the newest)"
             raise DamagedError(f"{error}{hint if others else ''}") from None
 
+    def parts_of(self, step: int, *wanted: str) -> list[str]:
+        """Which of these top-level keys the checkpoint of a step holds; none where there is no such checkpoint."""
+        path = self.step_path(step)
+        tree = read_index(path).tree if path.exists() else None
+        return [part for part in wanted if isinstance(tree, dict) and part in tree]
+
     def save(self, step: int, tree: Mapping[str, Any]) -> SavedCheckpoint:
         """Write a tree and, once it is safe, remove what need not be kept.
 
@@ -177,7 +183,8 @@ class CheckpointFolder:
         try:
             self._clean()
             temporary.mkdir()
-            size = write_checkpoint(temporary, step, apart)
+            before = [self.step_path(other) for other in self._names() if other != step]
+            size = write_checkpoint(temporary, step, apart, before[-1] if before else None)
             self._commit(temporary, step)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)

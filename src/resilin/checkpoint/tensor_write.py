@@ -46,7 +46,8 @@ def _shape_in_file(tensor: Tensor) -> list[int]:
     return [*shape[:-1], shape[-1] * 2] if DTYPE_NAMES[tensor.dtype] == "F4" else shape
 
 
-def _host_bytes(tensor: Tensor) -> memoryview:
+def host_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's elements as the file holds them."""
     # Copies only what is not already contiguous in host memory.
     plain = tensor.detach().resolve_conj().resolve_neg()
     if plain.element_size() == 1:
@@ -55,7 +56,8 @@ def _host_bytes(tensor: Tensor) -> memoryview:
     return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
+def tensor_header(tensors: Mapping[str, Tensor]) -> bytes:
+    """What a file of these tensors, in this order, begins with."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
@@ -69,6 +71,11 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-(8 + len(raw)) % 64)  # the data begins at a multiple of 64 bytes
     return len(raw).to_bytes(8, "little") + raw
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Large elements first, so that each tensor's data is aligned to its elements without gaps."""
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
 
 
 def write_tensor_file(
@@ -87,9 +94,8 @@ def write_tensor_file(
     Raises:
         OSError: whatever the system says; the unfinished file is left behind.
     """
-    # Large elements first, so that each tensor's data is aligned to its elements without gaps.
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    header = _header(ordered)
+    ordered = in_order(tensors)
+    header = tensor_header(ordered)
     sums: dict[str, int | Future[int]] = {}
     syncs: list[Future[None]] = []
     unsynced = total = 0
@@ -98,7 +104,7 @@ def write_tensor_file(
             write_all(handle, header)
             total = len(header)
             for name, tensor in ordered.items():
-                data = _host_bytes(tensor)
+                data = host_bytes(tensor)
                 sums[name] = pool.submit(zlib.crc32, data) if len(data) > _THREAD_BYTES else zlib.crc32(data)
                 for start in range(0, len(data), _WRITE_BYTES):
                     piece = data[start : start + _WRITE_BYTES]

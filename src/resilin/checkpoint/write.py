@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from resilin.checkpoint.atomic import new_file, sync_folder, write_all
-from resilin.checkpoint.index import INDEX_NAME, Index, index_text
+from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.index import INDEX_NAME, Index, index_text, read_index
+from resilin.checkpoint.link import link_unchanged
 from resilin.checkpoint.tensor_record import FileRecord, TensorRecord
 from resilin.checkpoint.tensor_write import write_tensor_file
 from resilin.checkpoint.tree import TakenApart
@@ -32,26 +34,39 @@ def _files(apart: TakenApart) -> dict[str, dict[str, str]]:
     return files
 
 
-def write_checkpoint(folder: Path, step: int, apart: TakenApart) -> int:
+def _index_of(folder: Path | None) -> Index | None:
+    try:
+        return None if folder is None else read_index(folder)
+    except CheckpointError:
+        return None
+
+
+def write_checkpoint(folder: Path, step: int, apart: TakenApart, earlier: Path | None = None) -> int:
     """Write tensor files and then the index into an empty folder, all of it on disk when this returns.
+
+    A file that would be byte for byte one of the earlier checkpoint is linked to it instead: what a run does not
+    change (a frozen base) is on the disk once.
 
     Args:
         folder: exists and is empty.
         step: steps committed.
         apart: the tree; its tensors have passed `check_tensor`.
+        earlier: folder of a whole checkpoint on the same disk.
 
     Returns:
-        Bytes written.
+        Bytes of all files, linked ones too.
 
     Raises:
         OSError: whatever the system says; what was written until then is left behind.
     """
     files: dict[str, FileRecord] = {}
     records: dict[str, TensorRecord] = {}
+    before = _index_of(earlier)
     with ThreadPoolExecutor(2) as pool:
         for file, members in _files(apart).items():
             tensors = {inner: apart.tensors[name] for inner, name in members.items()}
-            files[file], written = write_tensor_file(folder / file, tensors, pool)
+            linked = None if earlier is None else link_unchanged(earlier / file, before, folder / file, tensors)
+            files[file], written = linked or write_tensor_file(folder / file, tensors, pool)
             records.update({members[inner]: record for inner, record in written.items()})
     ordered = {name: records[name] for name in apart.tensors}
     raw = index_text(Index(step, files, ordered, apart.json))

@@ -15,11 +15,14 @@ from resilin.config.settings import closest
 from resilin.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.plain import make_plain
 from resilin.models.settings import ModelContext
 from resilin.models.weight_files import ModelFolderError, read_json
 from resilin.nouns import State
 from resilin.run.device import choose_device
 from resilin.run.folder import RunFolder
+from resilin.run.frozen import joined
+from resilin.run.settings import RunSettings
 
 CHECKPOINT_INDEX = "index.json"
 
@@ -84,14 +87,14 @@ _FORMS = """\
   a file ending in .gguf                 weights and tokenizer in one file"""
 
 
-def _decoder(settings: object, state: State, run: Path) -> Decoder:
+def _decoder(run_settings: RunSettings, state: State, run: Path) -> Decoder:
     """A decoder of these settings with the weights of a checkpoint, without drawing initial ones first."""
-    embedding = state.get("embed.weight")
+    settings, embedding = run_settings.model, state.get("embed.weight")
     vocabulary = None if embedding is None else int(embedding.shape[0])
     if type(settings) is DecoderSettings and vocabulary is not None:
         model = Decoder(settings.model_copy(update={"vocab_size": vocabulary}), seed=None, device="meta")
     else:
-        built = settings.build(ModelContext(0, vocabulary))  # type: ignore[attr-defined]
+        built = settings.build(ModelContext(run_settings.seed, vocabulary))
         if not isinstance(built, Decoder):
             raise OpenModelError(
                 f"{run}: its model is a {type(built).__name__}; text can be generated and scored only with a Decoder"
@@ -104,7 +107,7 @@ def _decoder(settings: object, state: State, run: Path) -> Decoder:
     return model
 
 
-def _open_run(path: Path, step: int | None) -> tuple[Decoder, Tokenizer | None, int]:
+def _open_run(path: Path, step: int | None, plain: bool) -> tuple[Decoder, Tokenizer | None, int]:
     folder = RunFolder(path)
     settings = folder.settings()
     store = CheckpointFolder(folder.checkpoints)
@@ -112,9 +115,14 @@ def _open_run(path: Path, step: int | None) -> tuple[Decoder, Tokenizer | None, 
         step = store.latest()
     if step is None:
         raise OpenModelError(f"{path}: the run has no checkpoint yet (looked in {folder.checkpoints})")
-    state = store.load(step, parts=["model"])["model"]
+    state = joined(store.load(step, parts=["model", *store.parts_of(step, "frozen")]))
     tokenizer = Tokenizer.load(folder.tokenizer) if (folder.tokenizer / TOKENIZER_FILE).is_file() else None
-    return _decoder(settings.model, state, path), tokenizer, step
+    model = _decoder(settings, state, path)
+    if plain:
+        made = make_plain(model)
+        assert isinstance(made, Decoder)
+        model = made
+    return model, tokenizer, step
 
 
 def _end_ids(file: Path) -> frozenset[int]:
@@ -137,7 +145,7 @@ def _gguf_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(stored.tokenizer.to_str(), {**config, "add_bos_token": stored.add_bos})
 
 
-def _open(path: Path, step: int | None, own_tokenizer: bool) -> OpenedModel:
+def _open(path: Path, step: int | None, own_tokenizer: bool, plain: bool) -> OpenedModel:
     if not path.exists():
         raise _missing(path)
     if path.is_dir() and path.name.startswith("step-") and (path / CHECKPOINT_INDEX).is_file():
@@ -150,7 +158,7 @@ def _open(path: Path, step: int | None, own_tokenizer: bool) -> OpenedModel:
             raise OpenModelError(f"{path} is step {found}, yet --step asks for {step}: give the run's folder instead")
         path, step = run, found
     if RunFolder(path).holds_run():
-        model, tokenizer, step = _open_run(path, step)
+        model, tokenizer, step = _open_run(path, step, plain)
         return OpenedModel(model, tokenizer, f"{path}, step {step}", run=RunFolder(path), step=step)
     if step is not None:
         raise OpenModelError(f"{path}: --step chooses among the checkpoints of a run, and this is none")
@@ -173,6 +181,7 @@ def open_model(
     tokenizer: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    plain: bool = True,
 ) -> OpenedModel:
     """The model at a path.
 
@@ -182,12 +191,14 @@ def open_model(
         tokenizer: a tokenizer.json, or a folder with one, in place of the one stored with the model.
         dtype: of the parameters in memory.
         device: "auto": the GPU where there is one.
+        plain: give the ordinary model that a run's method amounts to (`resilin.models.plain`); False: as it was
+            trained.
 
     Raises:
         UserError: what was looked for and not found, or why it cannot be read.
     """
     try:
-        opened = _open(path, step, own_tokenizer=tokenizer is None)
+        opened = _open(path, step, own_tokenizer=tokenizer is None, plain=plain)
     except (CheckpointError, ModelFolderError) as error:
         raise OpenModelError(str(error)) from None
     words = Tokenizer.load(tokenizer) if tokenizer is not None else opened.tokenizer

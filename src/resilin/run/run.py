@@ -26,6 +26,7 @@ from resilin.run.events import (
     Saved,
     StepDone,
 )
+from resilin.run.frozen import joined, split_frozen
 from resilin.run.interrupts import Interrupts
 from resilin.run.step import Autocast, StepGradient, gradient_of_step, merge_logs, non_finite_slots
 
@@ -153,10 +154,14 @@ class Run:
         self.metrics["loss"] = gradient.loss
         if self.step % self.pace.log_every == 0 or self.step == self.pace.steps:
             self._tell(self._step_event(gradient, logs, float(applied["lr"]), time.perf_counter() - began))
-        last = self.step == self.pace.steps
-        if self._due(self.pace.evaluate_every) or (last and self.pace.evaluate_every):
+        last, milestone = self.step == self.pace.steps, self._milestone()
+        if self._due(self.pace.evaluate_every) or ((last or milestone) and self.pace.evaluate_every):
+            # Only here: what this changes (batch norm's averages) is then a function of the step, resumed or not.
+            for part in self._parts():
+                if hasattr(part, "before_evaluation"):
+                    part.before_evaluation(self._view())
             self.evaluate()
-        if self._due(self.pace.save_every) and not last:
+        if (self._due(self.pace.save_every) or (milestone and self.pace.save_every)) and not last:
             self.save()
 
     def _step_event(self, gradient: StepGradient, logs: dict[str, float], lr: float, seconds: float) -> StepDone:
@@ -173,6 +178,11 @@ class Run:
             seconds=seconds,
             mfu=mfu,
         )
+
+    def _milestone(self) -> bool:
+        """Whether a noun asks for an evaluation and a checkpoint after this step."""
+        nouns = (self.source, self.objective, self.optimizer)
+        return any(hasattr(noun, "milestone") and noun.milestone(self.step) for noun in nouns)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -240,8 +250,10 @@ class Run:
 
     def state_dict(self) -> State:
         """Everything needed to go on as if never stopped."""
+        model, frozen = split_frozen(self.model)
         return {
-            "model": self.model.state_dict(),
+            "model": model,
+            **({"frozen": frozen} if frozen else {}),
             "optimizer": self.optimizer.state_dict(),
             "source": self.source.state_dict(),
             "objective": self.objective.state_dict(),
@@ -250,7 +262,7 @@ class Run:
 
     def load_state_dict(self, state: State) -> None:
         """Take back what `state_dict` gave; data position and schedule follow from the step."""
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(joined(state))
         self.optimizer.load_state_dict(state["optimizer"])
         self.source.load_state_dict(state["source"])
         self.objective.load_state_dict(state["objective"])
