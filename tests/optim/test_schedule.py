@@ -10,9 +10,18 @@ from hypothesis import strategies as st
 
 from resilin.config import SettingsError, parse_settings
 from resilin.optim.adamw import AdamW
-from resilin.optim.schedule import Constant, Cosine, InverseSqrt, Linear, Schedule, WarmupStableDecay, count_steps
+from resilin.optim.schedule import (
+    Constant,
+    Cosine,
+    CosineThenLinear,
+    InverseSqrt,
+    Linear,
+    Schedule,
+    WarmupStableDecay,
+    count_steps,
+)
 
-ALL = [Constant, Cosine, Linear, InverseSqrt, WarmupStableDecay]
+ALL = [Constant, Cosine, CosineThenLinear, Linear, InverseSqrt, WarmupStableDecay]
 DECAYING = [Cosine, Linear, WarmupStableDecay]
 
 
@@ -107,6 +116,19 @@ def test_a_decay_longer_than_what_warm_up_leaves_starts_right_after_it() -> None
     schedule = WarmupStableDecay(warmup=50, decay=80, decay_shape="linear")
     assert schedule.factor(49, 100) == 1.0
     assert schedule.factor(75, 100) == pytest.approx(0.5)
+
+
+def test_a_cosine_can_end_in_a_line_to_zero_as_in_the_command_for_gpt2() -> None:
+    schedule, peak = CosineThenLinear(warmup=2000, min_lr=2e-5, cooldown=2000), 2e-4
+    rates = {step: peak * schedule.factor(step, 40_000, peak) for step in (1999, 20_000, 38_000, 39_000, 40_000)}
+    assert rates[1999] == pytest.approx(2e-4)
+    assert rates[20_000] == pytest.approx((2e-4 + 2e-5) / 2)
+    assert rates[38_000] == pytest.approx(2e-5)
+    assert rates[39_000] == pytest.approx(1e-5)
+    assert rates[40_000] == pytest.approx(0.0)
+    assert values(CosineThenLinear(warmup=3, min_ratio=0.1, cooldown=0), 50) == values(
+        Cosine(warmup=3, min_ratio=0.1), 50
+    )
 
 
 @pytest.mark.parametrize(

@@ -141,3 +141,26 @@ class WarmupStableDecay(Schedule):
             case "sqrt":
                 rest = 1 - math.sqrt(progress)
         return floor + (1 - floor) * rest
+
+
+class CosineThenLinear(Schedule):
+    """Half a cosine down to the minimum, then a straight line to 0 over the last steps (GPT-2 runs of AST, 2024)."""
+
+    cooldown: Steps = 0.05
+    """Steps of the line to 0 at the end, or their fraction of the run; the cosine ends where it begins."""
+
+    def factor(self, step: int, total: int, peak: float = 1.0) -> float:
+        """Warm-up, the cosine to the minimum at `total - cooldown`, the line to 0 at `total`."""
+        warmup = count_steps(self.warmup, total)
+        if step < warmup:
+            return (step + 1) / warmup
+        cooldown = min(count_steps(self.cooldown, total), total - warmup)
+        start, floor = total - cooldown, self.floor(peak)
+        if step < start or cooldown <= 0:
+            return self.shape(min(step, start) - warmup, max(start - warmup, 1), warmup, floor)
+        top = floor if start > warmup else 1.0  # no room for a cosine: the line starts at the peak
+        return top * (1 - (min(step, total) - start) / cooldown)
+
+    def shape(self, step: int, steps: int, warmup: int, floor: float) -> float:
+        """Floor + (1 - floor) * (1 + cos(pi * progress)) / 2."""
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
