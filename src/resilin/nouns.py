@@ -204,6 +204,22 @@ class BeforeStep(Protocol):
 
 
 @runtime_checkable
+class BeforeEvaluation(Protocol):
+    """Optional on any noun, transform or sub-module: called when the run is about to evaluate after a step."""
+
+    def before_evaluation(self, view: StepView) -> None:
+        """Measure again the statistics that the evaluated model needs, ... as a function of the view only."""
+
+
+@runtime_checkable
+class Milestones(Protocol):
+    """Optional on any noun or transform: moments at which a run that evaluates, or saves, does so besides its own."""
+
+    def milestone(self, step: int) -> bool:
+        """Whether to evaluate and save after `step` steps: the end of a phase, say."""
+
+
+@runtime_checkable
 class AfterStep(Protocol):
     """Optional on any noun, transform or sub-module: called after each committed step, with its logs."""
 

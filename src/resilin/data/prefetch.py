@@ -31,8 +31,9 @@ class Prefetch(SourceSettings):
 class PrefetchSource:
     """Answers from batches fetched ahead; any other request goes straight to the source behind.
 
-    It expects each step to ask for the slots that the step before asked for, in any number of parts: a worker's
-    share of the batch. A guess that proves wrong costs time, never another batch.
+    It expects each step to ask for its whole batch, where the step before did, or else for the slots that the step
+    before asked for, in any number of parts: a worker's share of the batch. A guess that proves wrong costs time, never
+    another batch.
     """
 
     def __init__(self, source: Source, ahead: int, pin_memory: bool = False) -> None:
@@ -75,9 +76,12 @@ class PrefetchSource:
         if future is None:
             future = self._pool.submit(self._get, step, wanted)
         highest = max(wanted, default=-1)
+        whole = len(wanted) == self.source.slots(step)
         for later in range(step + 1, step + 1 + self.ahead):
-            if (later, wanted) not in self._waiting and highest < self.source.slots(later):
-                self._waiting[later, wanted] = self._pool.submit(self._get, later, wanted)
+            # Whoever takes a whole batch takes whole batches, whatever their sizes.
+            guess = tuple(range(self.source.slots(later))) if whole else wanted
+            if guess and (later, guess) not in self._waiting and (whole or highest < self.source.slots(later)):
+                self._waiting[later, guess] = self._pool.submit(self._get, later, guess)
         return future.result()
 
     def state_dict(self) -> State:

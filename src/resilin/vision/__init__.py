@@ -1,0 +1,1 @@
+"""Images and video: sources, models and the classification objective."""

@@ -1,0 +1,216 @@
+"""A source of labelled samples on a grid: shuffled, split, augmented by key, the same for everyone who asks."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from resilin.config import Settings
+from resilin.data.errors import DataError
+from resilin.data.order import BatchSizes, SampleOrder
+from resilin.data.permutation import Permutation
+from resilin.data.settings import SourceContext, SourceSettings
+from resilin.keys import Keys, hash64
+from resilin.nouns import Batch, State
+from resilin.vision.augment import DRAWS
+from resilin.vision.grid import Grid
+
+
+class Split(Settings):
+    """The validation split. It does not depend on the run's seed, and takes the same part of every class."""
+
+    fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Part of each class that is held out; 0: none."""
+    by: Literal["random", "tail"] = "random"
+    """random: drawn at random; tail: the last ones of each class in the order of the files (the latest, where files
+    are cut from one recording)."""
+    seed: int = 0
+    """Which are drawn."""
+
+
+class Samples(Protocol):
+    """Data that can be shown on any grid."""
+
+    labels_N: NDArray[np.int64]
+    classes: tuple[str, ...]
+    digest: str
+
+    def view(self, index: int, grid: Grid, full: Grid, u: list[float] | None) -> Tensor:
+        """Sample `index` as float32, channels first.
+
+        Args:
+            index: which sample.
+            grid: the shape wanted.
+            full: the shape that settings are about.
+            u: `DRAWS` uniform numbers; None: the fixed view of validation.
+        """
+
+
+class LabelledSettings(SourceSettings):
+    """What every source of labelled samples has in common."""
+
+    shuffle: bool = True
+    """A new random order each epoch."""
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    """Passes over the data, after which the source ends; left out, it goes on for ever."""
+    held_out: Split = Split()
+    """The validation split."""
+    augment: bool = True
+    """Draw random views for training; False: the fixed views of validation."""
+
+    def source(
+        self, samples: Samples, grid: Grid, context: SourceContext, *, split_known: bool = False, repeats: int = 1
+    ) -> LabelledSource:
+        """The source of one split.
+
+        Args:
+            samples: of both splits, or of one.
+            grid: their shape.
+            context: what the run says.
+            split_known: the samples hold only this split.
+            repeats: views of each thing; neighbours, which stay on one side of the split.
+        """
+        training = context.split == "train"
+        things_N = samples.labels_N[::repeats]
+        rows_N = np.arange(len(things_N)) if split_known else split_rows(things_N, self.held_out, training=training)
+        rows_N = (rows_N[:, None] * repeats + np.arange(repeats)).reshape(-1)
+        if not len(rows_N):
+            raise DataError(
+                f"the {context.split} split has no sample: "
+                + ("lower" if training else "raise")
+                + f" held_out.fraction ({self.held_out.fraction:g}), or give more data"
+            )
+        order = SampleOrder(
+            rows=len(rows_N),
+            seed=context.seed if training else hash64("validation order", self.held_out.seed),
+            batch_sizes=BatchSizes(context.batch_size),
+            # A validation split in the order of the files would show one class after another.
+            shuffle=self.shuffle or not training,
+            epochs=self.epochs if training else 1,
+        )
+        own = self.model_dump(mode="json", exclude={"on_error", "cache", "epochs"})
+        digest = hashlib.sha256(json.dumps([samples.digest, context.split, own], sort_keys=True).encode()).hexdigest()
+        return LabelledSource(samples, rows_N, order, grid, context.seed, training and self.augment, digest)
+
+
+def split_rows(labels_N: NDArray[np.int64], split: Split, *, training: bool) -> NDArray[np.int64]:
+    """The samples of one split, in increasing order.
+
+    Raises:
+        DataError: for a class that has too few samples to hold one out and keep one.
+    """
+    if not split.fraction:
+        return np.arange(len(labels_N)) if training else np.empty(0, np.int64)
+    kept = []
+    for label in np.unique(labels_N):
+        members = np.flatnonzero(labels_N == label)
+        held = max(1, round(len(members) * split.fraction))
+        if held >= len(members):
+            raise DataError(
+                f"class {label} has {len(members)} sample{'s' if len(members) != 1 else ''}: none is left to train on "
+                "once some are held out; give it more, or set held_out.fraction = 0"
+            )
+        if split.by == "random":
+            chosen = Permutation(len(members), hash64("held out", split.seed, int(label)))(np.arange(held))
+        else:
+            chosen = np.arange(len(members) - held, len(members))
+        out = np.zeros(len(members), bool)
+        out[chosen] = True
+        kept.append(members[~out] if training else members[out])
+    return np.sort(np.concatenate(kept)) if kept else np.empty(0, np.int64)
+
+
+class LabelledSource:
+    """See `resilin.nouns.Source`. Batches hold `inputs` (B, C, ...) float32 and `labels` (B,) int64.
+
+    Attributes:
+        grid: the shape of the samples it gives.
+        full: the shape its settings are about; `grid` differs where somebody asked for another.
+        classes: their names, by label.
+        digest: changes with anything that changes what a slot holds, except seed and batch size.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        rows_N: NDArray[np.int64],
+        order: SampleOrder,
+        grid: Grid,
+        seed: int,
+        random: bool,
+        digest: str,
+    ) -> None:
+        self.samples, self.rows_N, self.order = samples, rows_N, order
+        self.grid = self.full = grid
+        self.seed, self.random, self.digest = seed, random, digest
+        self.classes = samples.classes
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples of one pass."""
+        return self.order.epoch_length
+
+    def resampled(self, grid: Grid) -> LabelledSource:
+        """The same samples in the same slots, on another grid."""
+        if grid == self.grid:
+            return self
+        other = copy.copy(self)
+        other.grid = grid
+        return other
+
+    def __len__(self) -> int:
+        """Batches before the source ends."""
+        if self.order.total is None:
+            raise TypeError("a source without `epochs` never ends and has no length")
+        return -(-self.order.total // self.order.batch_sizes.first)
+
+    def __bool__(self) -> bool:
+        return True  # a source without end has no length to be true by
+
+    def slots(self, step: int) -> int:
+        """Slots of a step; 0 after the end."""
+        return self.order.slots(step)
+
+    def fetch(self, step: int, slots: Sequence[int]) -> Batch:
+        """The samples of these slots.
+
+        Raises:
+            DataError: for slots the step does not have, or a file that can no longer be read.
+        """
+        rows = self.rows_N[self.order.row_of(step, slots)]
+        slots_B = torch.tensor(list(slots), dtype=torch.int64)
+        draws: list[list[float]] | None = None
+        if self.random:
+            draws = Keys(self.seed, step, slots_B).fold("view").uniform((DRAWS,)).tolist()
+        views = [
+            self.samples.view(row, self.grid, self.full, draws[b] if draws is not None else None)
+            for b, row in enumerate(rows.tolist())
+        ]
+        labels_B = torch.from_numpy(self.samples.labels_N[rows])
+        return Batch(slots_B, {"inputs": torch.stack(views), "labels": labels_B})
+
+    def state_dict(self) -> State:
+        """Nothing to continue from but the step; what is here guards against resuming on other data."""
+        return {"digest": self.digest, "seed": self.seed, "batch_size": self.order.batch_sizes.first}
+
+    def load_state_dict(self, state: State) -> None:
+        """Refuse the state of other data, another seed or another batch size: slots would hold other samples."""
+        for name, mine in self.state_dict().items():
+            if state.get(name) != mine:
+                raise DataError(
+                    f"the checkpoint's {name} was {_short(state.get(name))}, now it is {_short(mine)}: resume with the "
+                    "data and the source settings of its settings.toml"
+                )
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 12 else repr(value)
