@@ -17,7 +17,9 @@ from resilin.sparsity.patterns import n_of_m_mask, share_of_row_mask
     groups=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-def test_each_group_keeps_exactly_n_and_they_are_the_largest(n: int, extra: int, rows: int, groups: int, seed: int) -> None:  # fmt: skip
+def test_each_group_keeps_exactly_n_and_they_are_the_largest(
+    n: int, extra: int, rows: int, groups: int, seed: int
+) -> None:
     m = n + extra
     scores = torch.rand(rows, groups * m, generator=torch.Generator().manual_seed(seed))
     mask = n_of_m_mask(scores, n, m).view(rows, groups, m)

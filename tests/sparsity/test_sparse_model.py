@@ -41,8 +41,8 @@ def batch() -> Batch:
 def test_all_block_layers_and_nothing_else_are_masked_and_names_stay(sparse_model: Any) -> None:
     model, dense = sparse_model(), sparse_model(update_every=0)
     names = {name for name, _ in sparse_layers(model)}
-    assert names == {f"blocks.{i}.{n}" for i in (0, 1) for n in
-                     ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down")}  # fmt: skip
+    of_block = ["attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down"]
+    assert names == {f"blocks.{layer}.{name}" for layer in (0, 1) for name in of_block}
     assert isinstance(model, Decoder)
     assert not isinstance(model.head, SparseLinear)
     plain = parse_settings(Sparse, {"model": model.settings.model_dump()}, "x").model.build(ModelContext(0, None))

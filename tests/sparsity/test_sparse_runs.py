@@ -79,8 +79,12 @@ def test_flip_rates_are_shares_of_changed_bits(sparse_run: Any) -> None:
 
 @pytest.mark.parametrize(
     "sparse",
-    [{"update_every": 2}, {"update_every": 2, "metric": "wanda"}, {"slorb": {"k": 8, "train_pooling": True}, "update_every": 3}],
-)  # fmt: skip
+    [
+        {"update_every": 2},
+        {"update_every": 2, "metric": "wanda"},
+        {"update_every": 3, "slorb": {"k": 8, "train_pooling": True}},
+    ],
+)
 def test_resuming_gives_the_same_bits(sparse_run: Any, tmp_path: Path, sparse: dict[str, Any]) -> None:
     whole = sparse_run(steps=7, sparse=sparse)
     whole.train()

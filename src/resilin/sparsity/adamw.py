@@ -120,7 +120,7 @@ class SparseAdamWPart(AdamWPart):
         self.strength = 0.0
 
     def update(self, factor: float, *, record: bool) -> Mapping[str, Tensor]:
-        """The kernel of torch while nothing decays; otherwise matrix by matrix, which keeps temporaries to one matrix."""
+        """The kernel of torch while nothing decays; else matrix by matrix, so that temporaries are one matrix."""
         if self.strength == 0 and self.second_moment == "gradient" and self.decay_masked:
             return super().update(factor, record=record)
         deltas: dict[str, Tensor] = {}

@@ -53,7 +53,7 @@ def masked_weights(model: nn.Module) -> dict[int, SparseLinear]:
 
 
 def decay_of(layer: SparseLinear, strength: float) -> Tensor:
-    """The decay lambda * (1 - m) * W (D, C): positive where a masked weight is positive, so that subtracting it shrinks it."""
+    """The decay lambda * (1 - m) * W (D, C): of the sign of the masked weight, so that subtracting it shrinks it."""
     return torch.where(layer.mask, 0.0, layer.weight.detach()).mul_(strength)
 
 
