@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from resilin.config import component
 from resilin.data.errors import DataError
 from resilin.data.order import BatchSizes
+from resilin.data.pool import pool_of, pool_size, read_parts
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.nouns import Batch, Source, State
 
@@ -119,6 +120,22 @@ def _joined_digest(sources: Sequence[Source], *more: object) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def joined(parts: Sequence[tuple[NDArray[np.int64], Batch]], slots_B: NDArray[np.int64]) -> Batch:
+    """One batch of several, whose samples go to the given places.
+
+    Raises:
+        DataError: the batches have different fields.
+    """
+    names = {tuple(sorted(part.fields)) for _, part in parts}
+    if len(names) > 1:
+        raise DataError(f"the sources of a mix give different fields: {sorted(names)}; set them up alike")
+    order = torch.from_numpy(np.argsort(np.concatenate([places for places, _ in parts]))) if parts else None
+    fields = {
+        name: torch.cat([part[name] for _, part in parts])[order] for name in (parts[0][1].fields if parts else ())
+    }
+    return Batch(torch.from_numpy(np.asarray(slots_B, np.int64)), fields)
+
+
 class MixSource:
     """The mix: slot by slot, its samples come from the source whose turn it is."""
 
@@ -165,12 +182,17 @@ class MixSource:
                 mine = np.flatnonzero((chosen_B == number) & (steps_B == inner_step))
                 places.append(mine)
                 parts.append(source.fetch(inner_step, inner_B[mine].tolist()))
-        names = {tuple(sorted(part.fields)) for part in parts}
-        if len(names) > 1:
-            raise DataError(f"the sources of a mix give different fields: {sorted(names)}; set them up alike")
-        order = torch.from_numpy(np.argsort(np.concatenate(places)))
-        fields = {name: torch.cat([part[name] for part in parts])[order] for name in (parts[0].fields if parts else ())}
-        return Batch(torch.from_numpy(slots_B), fields)
+        return joined(list(zip(places, parts, strict=True)), slots_B)
+
+    @property
+    def pool_parts(self) -> tuple[int, ...]:
+        """Samples of each source: see `resilin.data.pool.Pool`."""
+        return tuple(pool_size(pool_of(source, "a mix read by number")) for source in self.sources)
+
+    def read(self, samples: Sequence[int]) -> Batch:
+        """Samples by number, the sources' samples laid end to end."""
+        pools = [pool_of(source, "a mix read by number") for source in self.sources]
+        return joined(read_parts(pools, samples), np.arange(len(samples)))
 
     def state_dict(self) -> State:
         """The states of all sources."""
@@ -220,6 +242,16 @@ class ChainSource:
         """The samples of these slots."""
         source, inner = self._at(step)
         return source.fetch(inner, slots)
+
+    @property
+    def pool_parts(self) -> tuple[int, ...]:
+        """Samples of each source: see `resilin.data.pool.Pool`."""
+        return tuple(pool_size(pool_of(source, "a mix read by number")) for source in self.sources)
+
+    def read(self, samples: Sequence[int]) -> Batch:
+        """Samples by number, the sources' samples laid end to end."""
+        pools = [pool_of(source, "a mix read by number") for source in self.sources]
+        return joined(read_parts(pools, samples), np.arange(len(samples)))
 
     def state_dict(self) -> State:
         """The states of all sources."""

@@ -120,6 +120,10 @@ class SampleOrder:
                 mine = epochs == epoch
                 order = _order(self.epoch_length, hash64(self.seed, "epoch", epoch))
                 places[mine] = order(places[mine])
-        if self.epoch_length < self.rows:
-            places = _order(self.rows, hash64(self.seed, "unique rows"))(places)
-        return places
+        return self.row_of_sample(places)
+
+    def row_of_sample(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row of each sample of the pool, numbered from 0 to `epoch_length` - 1."""
+        if self.epoch_length == self.rows:
+            return samples
+        return _order(self.rows, hash64(self.seed, "unique rows"))(samples)

@@ -13,11 +13,14 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from resilin.data.errors import DataError
 from resilin.data.order import BatchSizes, SampleOrder
+from resilin.data.ordered import OrderedSource
+from resilin.data.pool import check_samples
 from resilin.data.rows import LongDocuments, Packing, Rows, make_rows
 from resilin.data.settings import SourceContext, SourceSettings, Split
 from resilin.data.shards import TokenShards
@@ -25,7 +28,7 @@ from resilin.data.split import HeldOut, split_stream
 from resilin.data.stream import TokenStream
 from resilin.data.tokenizer import Tokenizer
 from resilin.keys import hash64
-from resilin.nouns import Batch, State
+from resilin.nouns import Batch
 
 IGNORED = -100
 
@@ -106,7 +109,7 @@ class Shards(PackedSettings):
         return self.packed(TokenShards(self.path), context)
 
 
-class PackedSource:
+class PackedSource(OrderedSource):
     """Rows of a token stream, by slot: see `resilin.nouns.Source`.
 
     Attributes:
@@ -130,32 +133,14 @@ class PackedSource:
     ) -> None:
         self.stream = stream
         self.rows = rows
-        self.order = order
         self.sequence_length = sequence_length
         self.separate_documents = separate_documents
         shards = stream.shards
         self.vocab_size: int = shards.vocab_size
         self.tokenizer: Tokenizer | None = shards.tokenizer
-        self.digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+        super().__init__(order, hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest())
         pad = self.tokenizer.pad_id if self.tokenizer is not None else None
         self._pad = pad if pad is not None else 0
-
-    def __len__(self) -> int:
-        """Batches before the source ends; of the validation split, of the whole split."""
-        if self.order.total is None:
-            raise TypeError("a source without `epochs` never ends and has no length")
-        low, high = 0, self.order.total
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.order.slots(middle) == 0 else (middle + 1, high)
-        return low
-
-    def __bool__(self) -> bool:
-        return True  # a source without end has no length to be true by
-
-    def slots(self, step: int) -> int:
-        """Slots of a step; 0 after the end."""
-        return self.order.slots(step)
 
     def fetch(self, step: int, slots: Sequence[int]) -> Batch:
         """The samples of these slots.
@@ -163,8 +148,25 @@ class PackedSource:
         Raises:
             DataError: for slots the step does not have, or token ids outside the vocabulary (a damaged shard).
         """
+        return self._batch(self.order.row_of(step, slots), slots, f"step {step}, slot")
+
+    @property
+    def pool_parts(self) -> tuple[int, ...]:
+        """The samples of this split (of its drawn subset, with `unique_tokens`): see `resilin.data.pool.Pool`."""
+        return (self.order.epoch_length,)
+
+    def read(self, samples: Sequence[int]) -> Batch:
+        """Samples by number.
+
+        Raises:
+            DataError: for numbers outside the pool, or token ids outside the vocabulary.
+        """
+        numbers = check_samples(samples, self.order.epoch_length)
+        return self._batch(self.order.row_of_sample(numbers), range(len(numbers)), "place")
+
+    def _batch(self, rows_B: NDArray[np.int64], slots: Sequence[int], where: str) -> Batch:
         T = self.sequence_length
-        starts_B, stops_B = self.rows.bounds(self.order.row_of(step, slots))
+        starts_B, stops_B = self.rows.bounds(rows_B)
         count = len(starts_B)
         read = np.full((count, T + 1), self._pad, dtype=self.stream.shards.dtype)
         bounds = list(zip(starts_B.tolist(), stops_B.tolist(), strict=True))
@@ -174,7 +176,7 @@ class PackedSource:
             b, t = np.argwhere(read >= self.vocab_size)[0].tolist()
             raise DataError(
                 f"{self.stream.place(bounds[b][0] + t)}: token id {int(read[b, t])} is not below the vocabulary size "
-                f"{self.vocab_size} (step {step}, slot {slots[b]}): verify the shards"
+                f"{self.vocab_size} ({where} {slots[b]}): verify the shards"
             )
         wide = torch.from_numpy(read.astype(np.int64))
         tokens_BT, labels_BT = wide[:, :-1].contiguous(), wide[:, 1:].clone()
@@ -210,26 +212,3 @@ class PackedSource:
             "positions": torch.from_numpy(places - begun),
             "documents": torch.from_numpy(numbers.astype(np.int32)),
         }
-
-    def state_dict(self) -> State:
-        """Nothing to continue from but the step; what is here only guards against resuming on other data."""
-        sizes = self.order.batch_sizes
-        return {
-            "digest": self.digest,
-            "seed": self.order.seed,
-            "batch_size": sizes.first,
-            "batch_changes": [list(change) for change in sizes.changes],
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Refuse the state of other data, another seed or another batch size: slots would read other samples."""
-        mine = self.state_dict()
-        if state.get("digest") != mine["digest"]:
-            raise DataError(
-                f"the checkpoint was made on other data or another packing (digest {str(state.get('digest'))[:12]}, "
-                f"here {self.digest[:12]}): resume with the source settings of its settings.toml"
-            )
-        for key in ("seed", "batch_size"):
-            if state.get(key) != mine[key]:
-                hint = "; to change it from a step on, set source.batch_changes" if key == "batch_size" else ""
-                raise DataError(f"the checkpoint's {key} was {state.get(key)!r}, now it is {mine[key]!r}{hint}")

@@ -1,0 +1,246 @@
+"""Train on samples that a selector chooses anew, again and again, by looking at the model.
+
+Source: DataFlex (arXiv:2603.26164), the schedule `dynamic_select`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from resilin.config import component
+from resilin.data.errors import DataError
+from resilin.data.pool import Pool, part_of, pool_of, pool_size
+from resilin.data.settings import SourceContext, SourceSettings
+from resilin.keys import Keys
+from resilin.nouns import Batch, Source, State, StepView
+from resilin.steer.draws import permutation
+from resilin.steer.fingerprint import fingerprint
+from resilin.steer.flex import FlexSchedule, Window
+from resilin.steer.look import Look
+from resilin.steer.selector import Selection, Selector, checked
+from resilin.steer.stored import Decisions
+from resilin.steer.subset import Subset
+from resilin.transforms import SourceTransform
+
+Steps = Annotated[int, Field(ge=1)]
+
+
+class Selected(SourceSettings):
+    """The samples of another source, chosen while the model trains."""
+
+    source: Annotated[SourceSettings, component("resilin.data.text_source:TextSource")]
+    """The pool to choose from; its samples must be addressable by number."""
+    selector: Annotated[Selector, component("resilin.steer.uniform:Random")] = Field(
+        default_factory=dict, validate_default=True
+    )
+    """Who chooses."""
+    target: Annotated[SourceSettings, component("resilin.data.text_source:TextSource")] | None = None
+    """What the run should become good at, for selectors that compare with it (its training split is read); left out:
+    the validation split of `source`."""
+    target_samples: Annotated[int, Field(ge=0)] = 0
+    """Compare with so many of the target's samples, drawn once; 0: with all."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps on uniformly drawn samples before the first selection (of each flex epoch)."""
+    update_steps: Steps = 10
+    """Steps on one selection."""
+    update_times: Annotated[int, Field(ge=-1)] = -1
+    """Selections of a flex epoch, after which it starts again with a warm-up; -1: as many as make one flex epoch as
+    long as a pass over the pool."""
+    look_batch: Steps = 32
+    """Samples computed at once while a selector looks at the pool."""
+
+    def build(self, context: SourceContext) -> Source:
+        """For training the selected samples; for validation the source's own validation batches."""
+        inner = self.source.build(context)
+        if context.split == "validation":
+            return inner
+        pool = pool_of(inner, "selection")
+        schedule = self._schedule(pool_size(pool), context.batch_size)
+        return SelectedSource(inner, self, context, schedule, lambda: self._target(context))
+
+    def _schedule(self, size: int, batch_size: int) -> FlexSchedule:
+        window = batch_size * self.update_steps
+        if window > size:
+            raise DataError(
+                f"a window needs batch_size x update_steps = {batch_size} x {self.update_steps} = {window} different "
+                f"samples and the pool has {size}: lower source.update_steps to at most {size // batch_size}"
+            )
+        times = self.update_times
+        if times == -1:
+            times = max(1, -(-(size // batch_size - self.warmup_steps) // self.update_steps))
+        if not self.warmup_steps and not times:
+            raise DataError("source.warmup_steps and source.update_times are both 0: there is nothing to train on")
+        return FlexSchedule(self.warmup_steps, self.update_steps, times)
+
+    def _target(self, context: SourceContext) -> Pool:
+        if self.target is not None:
+            found = self.target.build(dataclasses.replace(context, split="train", folder=None))
+        else:
+            found = self.source.build(dataclasses.replace(context, split="validation", folder=None))
+        pool = pool_of(found, "the target of a selection")
+        size = pool_size(pool)
+        if not size:
+            raise DataError("the target of the selection has no samples: name other data in source.target")
+        if 0 < self.target_samples < size:
+            keys = Keys.of_step(context.seed, 0).fold("steer").fold("target")
+            return Subset(pool, permutation(keys, size)[: self.target_samples].numpy())
+        return pool
+
+
+class SelectedSource(SourceTransform):
+    """The steps of a flex schedule on chosen samples.
+
+    A batch has the fields of the pool's samples, `samples` (B,), their numbers, and, where the pool has several
+    parts, `domains` (B,), the part of each.
+    """
+
+    def __init__(
+        self,
+        inner: Source,
+        settings: Selected,
+        context: SourceContext,
+        schedule: FlexSchedule,
+        find_target: Callable[[], Pool],
+    ) -> None:
+        super().__init__(inner)
+        self.settings, self.schedule = settings, schedule
+        self.pool = pool_of(inner, "selection")
+        self.batch_size, self.seed = context.batch_size, context.seed
+        self.decisions = Decisions(context.folder, "selections")
+        self._make_target = find_target
+        self._target: Pool | None = None
+        self._start = -1
+        self._chosen = torch.zeros(0, dtype=torch.int64)
+        self._memory: State = {}
+        self._cache: dict[str, object] = {}
+
+    @property
+    def digest(self) -> str:
+        """Changes with the data, the target and everything that decides about them."""
+        own = self.settings.model_dump(mode="json", exclude={"source", "look_batch"})
+        return fingerprint(str(getattr(self.inner, "digest", "")), own)
+
+    def _find_target(self) -> Pool:
+        if self._target is None:
+            self._target = self._make_target()
+        return self._target
+
+    # -- deciding -----------------------------------------------------------------------------------------------
+
+    def before_step(self, view: StepView) -> None:
+        """Choose the samples of the window that starts with this step."""
+        super().before_step(view)
+        window = self.schedule.window(view.step)
+        if window.start == self._start:
+            return
+        began = time.perf_counter()
+        count = self.batch_size * window.steps
+        if window.update == 0 and self._start == -1:
+            self._memory = {}
+        look = Look(
+            view=dataclasses.replace(view, step=window.start),
+            pool=self.pool,
+            find_target=self._find_target,
+            count=count,
+            update=window.update,
+            updates=self.schedule.update_times,
+            seed=self.seed,
+            batch_size=self.settings.look_batch,
+            memory=dict(self._memory),
+            cache=self._cache,
+        )
+        chosen, metrics, found = self._decide(look, window)
+        self._chosen, self._start, self._memory = chosen, window.start, look.memory
+        self.decisions.log(
+            step=window.start,
+            epoch=window.epoch,
+            update=window.update,
+            selector=type(self.settings.selector).__name__,
+            samples=count,
+            parts=self._counts(chosen),
+            metrics=metrics,
+            from_cache=found,
+            seconds=round(time.perf_counter() - began, 3),
+        )
+
+    def _decide(self, look: Look, window: Window) -> tuple[Tensor, dict[str, float], bool]:
+        selector = self.settings.selector
+        who = f"selector {type(selector).__name__}"
+        size = look.size
+        if window.update == 0:
+            return checked(selector.warm_up(look), size, look.count, who, repeats=True), {}, False
+        view = look.view
+        key = fingerprint(
+            self.digest, self.seed, self.batch_size, window.start, window.update, look.memory,
+            view.model.state_dict(), view.optimizer.state_dict(),
+        )  # fmt: skip
+        stored = self.decisions.find(window.start, key)
+        if stored is not None:
+            look.memory.clear()
+            look.memory.update(stored["memory"])
+            return checked(stored["indices"], size, look.count, who), dict(stored["metrics"]), True
+        made = selector.select(look)
+        made = made if isinstance(made, Selection) else Selection(made)
+        chosen = checked(made.samples, size, look.count, who)
+        decision = {"indices": chosen, "metrics": dict(made.metrics), "memory": look.memory}
+        self.decisions.keep(window.start, key, decision)
+        return chosen, dict(made.metrics), False
+
+    def _counts(self, chosen: Tensor) -> list[int]:
+        parts = part_of(self.pool, chosen.numpy())
+        return [int(count) for count in np.bincount(parts, minlength=len(self.pool.pool_parts))]
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def slots(self, step: int) -> int:
+        """The batch size: selection goes on for ever."""
+        return self.batch_size
+
+    def fetch(self, step: int, slots: Sequence[int]) -> Batch:
+        """The samples of these slots.
+
+        Raises:
+            DataError: the step lies in another window than the last decided one.
+        """
+        window = self.schedule.window(step)
+        if window.start != self._start:
+            raise DataError(
+                f"step {step}: its samples are not chosen yet (a selector decides just before step {window.start}, by "
+                "looking at the model): steered data are read step by step, in a run"
+            )
+        slots_B = torch.as_tensor(list(slots), dtype=torch.int64)
+        order = permutation(Keys.of_step(self.seed, window.start).fold("steer").fold("order"), len(self._chosen))
+        samples_B = self._chosen[order[(step - window.start) * self.batch_size + slots_B]]
+        read = self.pool.read(samples_B.tolist())
+        more = {"samples": samples_B}
+        if len(self.pool.pool_parts) > 1:
+            more["domains"] = torch.from_numpy(part_of(self.pool, samples_B.numpy()).astype(np.int64))
+        return Batch(slots_B, {**read.fields, **more})
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def own_state(self) -> State:
+        """The window's samples and what the selector remembers."""
+        return {"digest": self.digest, "start": self._start, "chosen": self._chosen, "memory": self._memory}
+
+    def load_own_state(self, state: State) -> None:
+        """Go on in the middle of a window.
+
+        Raises:
+            DataError: the state is of other data or of another selector.
+        """
+        if state["digest"] != self.digest:
+            raise DataError(
+                "the checkpoint was made with another selector, schedule or target: resume with the source settings "
+                "of its settings.toml"
+            )
+        self._start, self._chosen, self._memory = state["start"], state["chosen"], state["memory"]
+        self._cache.clear()
