@@ -11,6 +11,7 @@ Shapes: N tokens, C tokens of a chunk, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -111,19 +112,48 @@ def chunked_cross_entropy(
         terms: of the loss.
         rows: tokens per chunk; None: chosen by `chunk_rows`.
     """
-    rows = rows or chunk_rows(len(head_VD), head_VD.device.type)
-    sums = _ChunkedCrossEntropy.apply(hidden_ND, head_VD, labels_N, weights_N, terms, rows, torch.is_grad_enabled())
-    loss, others = sums
+
+    def score(logits_CV: Tensor, part: slice, exact: bool) -> tuple[Tensor, Tensor]:
+        weights_C = None if weights_N is None else weights_N[part].to(logits_CV.dtype)
+        return chunk_of_logits(logits_CV, labels_N[part], weights_C, terms, exact)
+
+    loss, others = chunked_head_loss(hidden_ND, head_VD, score, sums=5, rows=rows)
     nll, hits, log_z, squared = others.unbind()
     return TokenSums(loss, nll, hits, log_z, terms.z_loss * squared)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+Score = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor]]
+"""(logits_CV of a chunk in float32 or better, which tokens, whether the products gave all of that precision) ->
+(sums over the chunk, float64, the loss first; the loss's gradient by the logits). The logits may be overwritten."""
+
+
+def chunked_head_loss(
+    hidden_ND: Tensor, head_VD: Tensor, score: Score, *, sums: int, rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """A loss that is a sum over tokens of a function of their logits = hidden @ head^T, a chunk of logits at a time.
+
+    Args:
+        hidden_ND: last hidden states.
+        head_VD: output matrix.
+        score: called once for each chunk.
+        sums: how many sums `score` gives.
+        rows: tokens per chunk; None: chosen by `chunk_rows`.
+
+    Returns:
+        The loss, float64 with a graph, differentiable once; and the other sums.
+    """
+    rows = rows or chunk_rows(len(head_VD), head_VD.device.type)
+    loss, others = _ChunkedHeadLoss.apply(hidden_ND, head_VD, score, sums, rows, torch.is_grad_enabled())
+    return loss, others
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The format of the head's products: autocast's where it is on, else that of the hidden states."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _chunk_of_logits(
+def chunk_of_logits(
     logits_CV: Tensor, labels_C: Tensor, weights_C: Tensor | None, terms: CrossEntropyTerms, exact: bool
 ) -> tuple[Tensor, Tensor]:
     """The sums (loss, nll, hits, log Z, squared log Z) of a chunk; turns its logits into their gradient in place.
@@ -169,27 +199,26 @@ def _chunk_of_logits(
     return per_token.double().sum(-1), logits_CV
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """(hidden, head, ...) -> (loss, the other four sums); the gradients are made in `forward`."""
+class _ChunkedHeadLoss(torch.autograd.Function):
+    """(hidden, head, ...) -> (loss, the other sums); the gradients are made in `forward`."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden_ND: Tensor,
         head_VD: Tensor,
-        labels_N: Tensor,
-        weights_N: Tensor | None,
-        terms: CrossEntropyTerms,
+        score: Score,
+        count: int,
         rows: int,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor]:
         """One pass over the chunks."""
-        dtype, (N, D), V = _compute_dtype(hidden_ND), hidden_ND.shape, len(head_VD)
+        dtype, (N, D), V = compute_dtype(hidden_ND), hidden_ND.shape, len(head_VD)
         wide = torch.promote_types(dtype, torch.float32)
         for_hidden, for_head = (differentiate and need for need in ctx.needs_input_grad[:2])
         hidden_grad_ND = torch.empty_like(hidden_ND) if for_hidden else None
         head_grad_VD = torch.zeros(V, D, dtype=wide, device=head_VD.device) if for_head else None
-        sums = torch.zeros(5, dtype=torch.float64, device=hidden_ND.device)
+        sums = torch.zeros(count, dtype=torch.float64, device=hidden_ND.device)
         pieces = max(1, -(-N // rows))
         rows = -(-N // pieces)  # even chunks: a last chunk of a few rows would cost nearly a whole one
         buffer_CV = torch.empty(rows, V, dtype=wide, device=hidden_ND.device)
@@ -203,8 +232,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     torch.mm(x_CD, w_VD.t(), out=logits_CV)
                 else:
                     logits_CV.copy_(torch.mm(x_CD, w_VD.t()))
-                weights_C = None if weights_N is None else weights_N[part].to(wide)
-                chunk_sums, grad_CV = _chunk_of_logits(logits_CV, labels_N[part], weights_C, terms, dtype == wide)
+                chunk_sums, grad_CV = score(logits_CV, part, dtype == wide)
                 sums += chunk_sums
                 if for_hidden or for_head:
                     grad_CV = grad_CV.to(dtype)
@@ -234,4 +262,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # In place, and handed over: a copy of the head's gradient would be the largest tensor of the backward pass.
         grads = tuple(None if grad is None else grad.mul_(loss_grad) for grad in ctx.grads)
         ctx.grads = None
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None)

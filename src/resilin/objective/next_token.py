@@ -48,6 +48,27 @@ class NextToken(ObjectiveSettings):
         return NextTokenLoss(self)
 
 
+def states_of(output: Any) -> Tensor:
+    """What a model gave for each token: its last hidden state (B, T, D), or logits (B, T, V) themselves."""
+    states: Tensor = output if isinstance(output, Tensor) else output.hidden_BTD
+    return states
+
+
+def softcap_of(model: Any) -> float | None:
+    """The soft-cap of a model's output logits, or None."""
+    cap: float | None = getattr(getattr(model, "settings", None), "logit_softcap", None)
+    return cap
+
+
+def valid_tokens(fields: tuple[Tensor | None, ...], valid_BT: Tensor) -> tuple[Tensor | None, ...]:
+    """The rows (N, ...) of (B, T, ...) tensors that are valid; masked positions cost nothing from there on."""
+    index_N = valid_BT.flatten().nonzero()[:, 0]
+    flat = [None if field is None else field.flatten(0, 1) for field in fields]
+    if len(index_N) == valid_BT.numel():
+        return tuple(flat)
+    return tuple(None if field is None else field.index_select(0, index_N) for field in flat)
+
+
 class NextTokenLoss:
     """The loss summed over valid tokens: those whose label is not -100 (and whose weight is not 0).
 
@@ -65,12 +86,16 @@ class NextTokenLoss:
 
     def __call__(self, model: nn.Module, batch: Batch, keys: Keys | None) -> Loss:
         """The loss sum, its units, and the logs `nll`, `accuracy`, `log_z`, `z_loss` and those of routers."""
-        labels_BT, weights_BT = batch["labels"], batch.get("weights")
         output = model(batch["tokens"], batch.get("positions"), batch.get("documents"), keys=keys)
+        return self.loss_of(model, output, batch)
+
+    def loss_of(self, model: nn.Module, output: Any, batch: Batch) -> Loss:
+        """The loss of an output that the model has given for this batch."""
+        labels_BT, weights_BT = batch["labels"], batch.get("weights")
         valid_BT = labels_BT != IGNORE
         if weights_BT is not None:
             valid_BT = valid_BT & (weights_BT != 0)
-        sums = self._sums(model, output, labels_BT, weights_BT, valid_BT)
+        sums, further = self._sums(model, output, batch, valid_BT)
         tokens = valid_BT.sum()
         units_B = (valid_BT if weights_BT is None else weights_BT * valid_BT).double().sum(1)
         logs: dict[str, Log] = {
@@ -80,30 +105,26 @@ class NextTokenLoss:
         }
         if self.settings.z_loss:
             logs["z_loss"] = Mean(sums.z_loss, tokens)
+        logs |= {name: Mean(value, tokens) for name, value in further.items()}
         loss = sums.loss
         routers = getattr(output, "router_logits", ())
         if routers:
             loss = loss + self._router_losses(model, routers, batch.get("documents"), units_B, logs)
         return Loss(loss, units_B.sum(), logs)
 
-    def _sums(
-        self, model: Any, output: Any, labels_BT: Tensor, weights_BT: Tensor | None, valid_BT: Tensor
-    ) -> TokenSums:
+    def _sums(self, model: Any, output: Any, batch: Batch, valid_BT: Tensor) -> tuple[TokenSums, dict[str, Tensor]]:
+        """The sums over valid tokens, and those of further logged quantities by name."""
         terms = CrossEntropyTerms(self.settings.label_smoothing, self.settings.z_loss)
-        states = output if isinstance(output, Tensor) else output.hidden_BTD
-        states, labels_N = states.flatten(0, 1), labels_BT.flatten()
-        weights_N = None if weights_BT is None else weights_BT.flatten()
-        index_N = valid_BT.flatten().nonzero()[:, 0]
-        if len(index_N) < len(labels_N):  # masked positions cost nothing from here on
-            states, labels_N = states.index_select(0, index_N), labels_N[index_N]
-            weights_N = None if weights_N is None else weights_N[index_N]
+        states, labels_N, weights_N = valid_tokens((states_of(output), batch["labels"], batch.get("weights")), valid_BT)
+        assert states is not None
+        assert labels_N is not None
         if isinstance(output, Tensor):
-            return whole_cross_entropy(states, labels_N, weights_N, terms)
+            return whole_cross_entropy(states, labels_N, weights_N, terms), {}
         if self.settings.chunk == 0:
-            return whole_cross_entropy(model.logits(states), labels_N, weights_N, terms)
-        softcap = getattr(getattr(model, "settings", None), "logit_softcap", None)
-        terms = CrossEntropyTerms(terms.smoothing, terms.z_loss, softcap)
-        return chunked_cross_entropy(states, model.head_weight, labels_N, weights_N, terms, self.settings.chunk)
+            return whole_cross_entropy(model.logits(states), labels_N, weights_N, terms), {}
+        terms = CrossEntropyTerms(terms.smoothing, terms.z_loss, softcap_of(model))
+        chunk = self.settings.chunk
+        return chunked_cross_entropy(states, model.head_weight, labels_N, weights_N, terms, chunk), {}
 
     def _router_losses(
         self,
