@@ -169,7 +169,7 @@ def test_scores_rewards_and_penalties(tree: Any, tiny: Any) -> None:
     expected = torch.where(fields["stopped"], 10.0 * fields["verified"], torch.tensor(-10.0).double())
     assert torch.equal(fields["scores"], expected)
     assert fields["prompts"].view(-1, 4).unique(dim=1).shape == (2, 1)
-    free = settings_of(tree, non_stop_penalty=None, verification_reward=2.0).build(SourceContext(0, "train", 8))
+    free = settings_of(tree, non_stop_penalty="verifier", verification_reward=2.0).build(SourceContext(0, "train", 8))
     free.before_step(view_of(model, free, 0))
     assert torch.equal(free.rollout["scores"], 2.0 * free.rollout["verified"])
 
@@ -183,7 +183,7 @@ def scripted(source: RolloutSource, scores: Sequence[float]) -> None:
 def test_equal_groups_are_dropped_or_replaced(tree: Any, tiny: Any) -> None:
     model = None
     for kind, rounds in (("keep", 4), ("drop", 4), ("resample", 4), ("resample", 1)):
-        settings = settings_of(tree, equal_groups=kind, resample_rounds=rounds, non_stop_penalty=None)
+        settings = settings_of(tree, equal_groups=kind, resample_rounds=rounds, non_stop_penalty="verifier")
         source = settings.build(SourceContext(0, "train", 8))
         model = model or tiny(0, torch.float32, vocab_size=source.vocab_size)
         equal, mixed = [1.0] * 4, [1.0, 0.0, 0.0, 1.0]
@@ -199,7 +199,7 @@ def test_equal_groups_are_dropped_or_replaced(tree: Any, tiny: Any) -> None:
             assert unequal == [False, True]
             assert bool(has_labels[1].all())
             assert bool(has_labels[0].any()) == (kind == "keep")
-    settings = settings_of(tree, equal_groups="drop", non_stop_penalty=None)
+    settings = settings_of(tree, equal_groups="drop", non_stop_penalty="verifier")
     source = settings.build(SourceContext(0, "train", 8))
     scripted(source, [1.0] * 8)
     source.before_step(view_of(model, source, 0))
@@ -233,7 +233,7 @@ def test_micro_batches_change_nothing(tree: Any, tiny: Any, ppo: bool, loss: str
     objective = {} if ppo else {"token_loss": loss}
     from contextlib import nullcontext
 
-    run = run_of(tree, tiny, steps=1, ppo=ppo, objective=objective, updates=2, non_stop_penalty=None)
+    run = run_of(tree, tiny, steps=1, ppo=ppo, objective=objective, updates=2, non_stop_penalty="verifier")
     run.train()  # the policy has moved once, so that ratios and the KL term are not trivial
     batch = run.source.fetch(1, range(8))
     run.model.double()
@@ -310,7 +310,7 @@ def test_validation_answers_greedily_and_reports_the_verifiers(tree: Any, tiny: 
 @pytest.mark.parametrize("ppo", [False, True])
 def test_it_learns_to_be_rewarded(tree: Any, tiny: Any, ppo: bool) -> None:
     run = run_of(
-        tree, tiny, steps=40, batch=32, micro=32, lr=2e-2, ppo=ppo, objective={"beta": 0.0}, non_stop_penalty=None,
+        tree, tiny, steps=40, batch=32, micro=32, lr=2e-2, ppo=ppo, objective={"beta": 0.0}, non_stop_penalty="verifier",
         updates=2,
     )  # fmt: skip
     before = run.evaluate()["validation"]["verified"]

@@ -16,6 +16,7 @@ from resilin.cli.generate import generate
 from resilin.cli.inspect import inspect
 from resilin.cli.plan import plan
 from resilin.cli.reproduce import reproduce
+from resilin.cli.stages import dpo, reward, rl, sft
 from resilin.cli.train import train
 from resilin.config.errors import UserError
 
@@ -45,8 +46,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-TRAINING, USING, METHODS = "Train", "Use a trained model", "Data, plans and published methods"
+TRAINING, POST_TRAINING = "Train", "Train further: conversations, preferences, verifiable rewards"
+USING, METHODS = "Use a trained model", "Data, plans and published methods"
 app.command(rich_help_panel=TRAINING)(train)
+app.command(rich_help_panel=POST_TRAINING)(sft)
+app.command(rich_help_panel=POST_TRAINING)(reward)
+app.command(rich_help_panel=POST_TRAINING)(dpo)
+app.command(rich_help_panel=POST_TRAINING)(rl)
 app.command(rich_help_panel=TRAINING)(inspect)
 app.command(rich_help_panel=USING)(evaluate)
 app.command(rich_help_panel=USING)(generate)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from resilin.cli.arguments import split_settings
+
+if TYPE_CHECKING:
+    from resilin.run.run import Outcome
 
 EXIT_FAILED = 3
 
@@ -46,11 +49,21 @@ def train(
         typer.echo(settings_to_toml(settings), nl=False)
         return
     from resilin.run.start import start_run
-    from resilin.run.summary import summary
 
     path = folder or settings.default_folder()
     _, outcome = start_run(settings, path, resume=resume, accept_changes=accept_changes)
+    finish(path, outcome)
+
+
+def finish(path: Path, outcome: Outcome) -> None:
+    """Say how a run ended, and end the process as it should.
+
+    Raises:
+        typer.Exit: it was interrupted (130), or failed (3).
+    """
     from rich.console import Console
+
+    from resilin.run.summary import summary
 
     Console().print(summary(path, outcome))
     if outcome.reason == "interrupted":

@@ -38,6 +38,10 @@ class ActorCriticModel(nn.Module):
         """The policy's."""
         return self.policy.head_weight
 
+    def plain_form(self) -> nn.Module:
+        """The policy: what writes and is kept."""
+        return self.policy
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The policy's."""
         return self.policy.logits(hidden)

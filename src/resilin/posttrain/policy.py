@@ -20,6 +20,7 @@ from resilin.posttrain.policy_loss import PolicyTerms
 from resilin.posttrain.reference import LiveReference
 from resilin.posttrain.rollout import decoder_of
 from resilin.posttrain.sequences import frozen_logprobs, spread
+from resilin.posttrain.verification import unpack_rows
 
 
 class PolicySettings(ObjectiveSettings):
@@ -117,7 +118,9 @@ class PolicyObjective:
         raise NotImplementedError
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Loss:
-        """One minus the verifiers' number, summed over prompts, with the logs `verified`, `stopped` and `length`."""
+        """One minus the verifiers' number, summed over prompts, with the logs `verified` (also by
+        skill), `stopped` and `length`.
+        """
         answers, right = self.source.answer_held_out(model, batch)
         device = batch["prompt_tokens"].device
         count = torch.tensor(float(len(answers)), dtype=torch.float64, device=device)
@@ -127,7 +130,22 @@ class PolicyObjective:
             "length": [float(len(answer.tokens)) for answer in answers],
         }
         sums = {name: torch.tensor(sum(v), dtype=torch.float64, device=device) for name, v in values.items()}
-        return Loss(count - sums["verified"], count, {name: Mean(value, count) for name, value in sums.items()})
+        logs: dict[str, Log] = {name: Mean(value, count) for name, value in sums.items()}
+        logs |= self._by_skill(batch, right)
+        return Loss(count - sums["verified"], count, logs)
+
+    @staticmethod
+    def _by_skill(batch: Batch, right: list[float]) -> dict[str, Log]:
+        """`verified/<name>` for each value of `dataset` among the rows."""
+        skills: dict[str, list[float]] = {}
+        for row, value in zip(unpack_rows(batch["row_json"]), right, strict=True):
+            name = row.get("dataset", row.get("data_source"))
+            skills.setdefault("+".join(name) if isinstance(name, list) else str(name), []).append(value)
+        device = batch["prompt_tokens"].device
+        return {
+            f"verified/{name}": Mean(*torch.tensor([sum(v), len(v)], dtype=torch.float64, device=device))
+            for name, v in skills.items()
+        }
 
     def old_logprobs(self, batch: Batch, valid_BT: Tensor) -> Tensor | None:
         """(N,) of the tokens when they were drawn; None where the model is still the same."""

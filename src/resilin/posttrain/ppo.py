@@ -35,8 +35,8 @@ class Ppo(PolicySettings):
     """lambda of generalised advantage estimation."""
     whiten: bool = True
     """Give the advantages of a rollout mean 0 and variance 1."""
-    value_clip: float | None = Field(default=0.2, gt=0)
-    """How far a value may move from what it was before its gradient stops; none: anywhere."""
+    value_clip: float = Field(default=0.2, ge=0)
+    """How far a value may move from what it was before its gradient stops; 0: anywhere."""
     value_coefficient: float = Field(default=0.1, ge=0)
     """Weight of the value loss."""
 
@@ -114,7 +114,7 @@ class PpoLoss(PolicyObjective):
         value_N = both.value(batch["tokens"][:, :width])[valid_BT[:, :width]].double()
         old_N, return_N = batch["values"][valid_BT].double(), batch["returns"][valid_BT].double()
         error_N, clipped = (value_N - return_N).square(), torch.zeros((), dtype=torch.float64)
-        if self.settings.value_clip is not None:
+        if self.settings.value_clip:
             near_N = old_N + (value_N - old_N).clamp(-self.settings.value_clip, self.settings.value_clip)
             near_error_N = (near_N - return_N).square()
             clipped = (near_error_N > error_N).double().sum().detach()

@@ -50,8 +50,8 @@ class Rollouts(SourceSettings):
     """Filters of the draws; with one, the objective asks the policy again for what the draws were worth."""
     verification_reward: float = 10.0
     """Score of an answer that is right."""
-    non_stop_penalty: float | None = -10.0
-    """Score of an answer that reached the limit without ending, in place of the verifier's; none: the verifier's."""
+    non_stop_penalty: float | Literal["verifier"] = -10.0
+    """Score of an answer that reached the limit without ending, in place of its reward; `verifier`: its reward."""
     verifiers: VerifierTable = VerifierTable()
     """What checks answers, by the name a row's `dataset` gives."""
     equal_groups: Literal["keep", "drop", "resample"] = "keep"
@@ -229,8 +229,9 @@ class RolloutSource(SourceTransform):
 
     def score(self, answer: Answer, right: float) -> float:
         """The score of an answer: its reward, or the penalty of one that did not end."""
-        if not answer.stopped and self.settings.non_stop_penalty is not None:
-            return self.settings.non_stop_penalty
+        penalty = self.settings.non_stop_penalty
+        if not answer.stopped and penalty != "verifier":
+            return float(penalty)
         return self.settings.verification_reward * right
 
     def _fields(self, groups: Sequence[_Group]) -> Fields:

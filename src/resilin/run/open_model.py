@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
@@ -15,7 +16,7 @@ from resilin.config.settings import closest
 from resilin.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
-from resilin.models.plain import make_plain
+from resilin.models.plain import HasPlainForm, make_plain
 from resilin.models.settings import ModelContext
 from resilin.models.weight_files import ModelFolderError, read_json
 from resilin.nouns import State
@@ -87,19 +88,25 @@ _FORMS = """\
   a file ending in .gguf                 weights and tokenizer in one file"""
 
 
-def _decoder(run_settings: RunSettings, state: State, run: Path) -> Decoder:
-    """A decoder of these settings with the weights of a checkpoint, without drawing initial ones first."""
-    settings, embedding = run_settings.model, state.get("embed.weight")
+def _no_decoder(model: nn.Module, run: Path) -> OpenModelError:
+    return OpenModelError(
+        f"{run}: its model is a {type(model).__name__}; text can be generated and scored only with a Decoder"
+    )
+
+
+def _stored(run_settings: RunSettings, state: State, run: Path) -> nn.Module:
+    """The model of these settings with the weights of a checkpoint; a decoder without drawing initial ones first."""
+    settings = run_settings.model
+    # A model that holds a decoder (a policy beside its value model) holds its embedding under a longer name.
+    embedding = next((t for name, t in state.items() if f".{name}".endswith(".embed.weight")), None)
     vocabulary = None if embedding is None else int(embedding.shape[0])
     if type(settings) is DecoderSettings and vocabulary is not None:
-        model = Decoder(settings.model_copy(update={"vocab_size": vocabulary}), seed=None, device="meta")
+        small = settings.model_copy(update={"vocab_size": vocabulary})
+        model: nn.Module = Decoder(small, seed=None, device="meta")
     else:
-        built = settings.build(ModelContext(run_settings.seed, vocabulary))
-        if not isinstance(built, Decoder):
-            raise OpenModelError(
-                f"{run}: its model is a {type(built).__name__}; text can be generated and scored only with a Decoder"
-            )
-        model = built
+        model = settings.build(ModelContext(run_settings.seed, vocabulary))
+        if not isinstance(model, Decoder | HasPlainForm):
+            raise _no_decoder(model, run)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -117,11 +124,11 @@ def _open_run(path: Path, step: int | None, plain: bool) -> tuple[Decoder, Token
         raise OpenModelError(f"{path}: the run has no checkpoint yet (looked in {folder.checkpoints})")
     state = joined(store.load(step, parts=["model", *store.parts_of(step, "frozen")]))
     tokenizer = Tokenizer.load(folder.tokenizer) if (folder.tokenizer / TOKENIZER_FILE).is_file() else None
-    model = _decoder(settings, state, path)
-    if plain:
-        made = make_plain(model)
-        assert isinstance(made, Decoder)
-        model = made
+    model = _stored(settings, state, path)
+    if plain or not isinstance(model, Decoder):
+        model = make_plain(model)
+    if not isinstance(model, Decoder):
+        raise _no_decoder(model, path)
     return model, tokenizer, step
 
 
