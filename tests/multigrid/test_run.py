@@ -72,6 +72,9 @@ def test_batches_splits_and_rates_follow_one_schedule(grid_tree: Trees, make_run
     done = [event for event in events if isinstance(event, StepDone)]
     assert [event.units for event in done] == [4 * schedule.phase(i).multiplier for i in range(schedule.total)]
     assert done[0].logs["multigrid/multiplier"] == 4
+    assert [(e.logs["multigrid/frames"], e.logs["multigrid/size"]) for e in done] == [
+        (schedule.phase(i).grid.frames, schedule.phase(i).grid.size) for i in range(schedule.total)
+    ]
     assert done[schedule.segments[1].steps[0]].lr == pytest.approx(0.05)
     assert done[-1].lr == pytest.approx(0.05 * 0.01)
     assert run.train().reason == "completed"

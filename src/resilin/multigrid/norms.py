@@ -120,7 +120,8 @@ class PreciseStatistics(nn.Module):
             inputs = _batch(source, view.step, number)
             if inputs is None:
                 break
-            model(inputs.to(device))
+            with view.autocast():
+                model(inputs.to(device))
         for norm, (momentum, group, seen) in zip(norms, kept, strict=True):
             norm.momentum, norm.group = momentum, group
             norm.num_batches_tracked.copy_(seen)

@@ -12,7 +12,7 @@ from resilin.config import SettingsError, component
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.multigrid.pieces import Pieces
 from resilin.multigrid.schedule import GridSchedule, Plan, ScheduleError, default_long_factors
-from resilin.nouns import Batch, Source
+from resilin.nouns import Batch, Source, StepView
 from resilin.transforms import SourceTransform
 from resilin.vision.grid import Grid
 
@@ -70,18 +70,30 @@ class Multigrid(SourceSettings):
                     f"source: {type(inner).__name__} does not say how many samples an epoch has: set steps_per_epoch"
                 )
             per_epoch = samples / context.batch_size
+        return MultigridSource(gridded, self.schedule(gridded.grid, per_epoch), context.batch_size)
+
+    def schedule(self, full: Grid, steps_per_epoch: float) -> GridSchedule:
+        """The grid schedule for samples of a shape.
+
+        Raises:
+            SettingsError: naming what does not fit.
+        """
         plan = Plan(
-            full=gridded.grid,
-            steps_per_epoch=per_epoch,
-            **{
-                name: getattr(self, name)
-                for name in type(self).model_fields
-                if name not in ("source", "steps_per_epoch", "long_factors")
-            },
-            long_factors=self.long_factors or default_long_factors(gridded.grid),
+            full=full,
+            epochs=self.epochs,
+            stages=self.stages,
+            steps_per_epoch=steps_per_epoch,
+            long_cycle=self.long_cycle,
+            short_cycle=self.short_cycle,
+            long_factors=self.long_factors or default_long_factors(full),
+            short_factors=self.short_factors,
+            epoch_factor=self.epoch_factor,
+            finetune_short_cycle=self.finetune_short_cycle,
+            final_shape=self.final_shape,
+            evaluations=self.evaluations,
         )
         try:
-            return MultigridSource(gridded, GridSchedule(plan), context.batch_size)
+            return GridSchedule(plan)
         except ScheduleError as error:
             raise SettingsError(f"source: {error}") from None
 
@@ -160,6 +172,16 @@ class MultigridSource(SourceTransform):
             whole = torch.cat([part[name] for part in parts]) if len(parts) > 1 else parts[0][name]
             fields[name] = whole if order == sorted(order) else whole[back]
         return Batch(torch.tensor(asked, dtype=torch.int64), fields)
+
+    def after_step(self, view: StepView) -> None:
+        """Log the shape of the step."""
+        super().after_step(view)
+        phase = self.grid_schedule.phase(view.step - 1)
+        view.note("multigrid/batch", float(phase.multiplier * self.batch_size))
+        if phase.grid.frames:
+            view.note("multigrid/frames", float(phase.grid.frames))
+        if phase.grid.size:
+            view.note("multigrid/size", float(phase.grid.size))
 
     def milestone(self, step: int) -> bool:
         """Whether to evaluate and save after `step` steps."""

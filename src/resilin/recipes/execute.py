@@ -114,7 +114,7 @@ def record_of(job: Job, run: Run, data_digest: str) -> RunRecord:
     for event in _events(RunFolder(job.folder).events_file):
         match event.get("event"):
             case "step":
-                values = {**event["logs"], **{k: event[k] for k in ("loss", "lr", "grad_norm")}}
+                values = {**event["logs"], **{k: event[k] for k in ("loss", "lr", "grad_norm", "seconds")}}
                 for name, value in values.items():
                     if any(fnmatch.fnmatchcase(name, wanted) for wanted in job.series):
                         series.setdefault(name, {})[event["step"]] = _number(value)

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field
 
 from resilin.data.errors import DataError
 from resilin.data.settings import SourceContext
+from resilin.multigrid.source import Multigrid
+from resilin.recipes.findings import Claim, Findings, Line, Plot, Row, RunRecord, Study
+from resilin.vision.grid import Grid
+from resilin.vision.images import Arrays
 from resilin.vision.labelled import LabelledSource, Split
 from resilin.vision.videos import Videos
 
@@ -72,7 +82,206 @@ class PackagedClips(Videos):
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
         if not self.path.exists() or self.path.read_text(encoding="utf-8") != text:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.path.with_suffix(f".{id(text)}.tmp")
+            aside = self.path.with_suffix(f".{os.getpid()}.tmp")
             aside.write_text(text, encoding="utf-8")
             aside.replace(self.path)
         return super().build(context)
+
+
+class Digits(Arrays):
+    """The 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships (BSD licence)."""
+
+    path: Path = Path(".data/digits.npz")
+    """Where they are written."""
+
+    def build(self, context: SourceContext) -> LabelledSource:
+        """The source of one split; the file is written on first use.
+
+        Raises:
+            DataError: scikit-learn is not installed.
+        """
+        if not self.path.exists():
+            try:
+                from sklearn.datasets import load_digits
+            except ImportError:
+                raise DataError("scikit-learn, which holds the digits, is not installed") from None
+            found = load_digits()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            aside = self.path.with_suffix(f".{os.getpid()}.npz")
+            np.savez(aside, images=(found.images * 15).astype(np.uint8), labels=found.target.astype(np.int64))
+            aside.replace(self.path)
+        return super().build(context)
+
+
+METRIC, POINT = "top1", 0.01
+ARMS = {"plain": "plain", "multigrid": "multigrid", "coarse": "coarse shapes only"}
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Held-out accuracy of one run against what it cost.
+
+    Attributes:
+        cost: samples x T x H x W processed until each evaluation.
+        seconds: wall clock of the training steps until then, fetching included, evaluations left out.
+        accuracy: at each evaluation.
+    """
+
+    cost: tuple[float, ...]
+    seconds: tuple[float, ...]
+    accuracy: tuple[float, ...]
+
+    def to(self, target: float) -> tuple[float, float] | None:
+        """Cost and seconds until `target` was reached for good: from there on no evaluation was below it.
+
+        A single lucky evaluation of a noisy curve does not count. None: the run ends below it.
+        """
+        found = None
+        for place in reversed(range(len(self.accuracy))):
+            if self.accuracy[place] < target:
+                break
+            found = place
+        return None if found is None else (self.cost[found], self.seconds[found])
+
+
+def curve(record: RunRecord) -> Curve:
+    """The curve of a finished run."""
+    settings = record.settings
+    multigrid = Multigrid.model_validate({k: v for k, v in settings["source"].items() if k != "use"})
+    inner, batch = settings["source"]["source"], settings["train"]["batch_size"]
+    full = Grid(inner.get("frames", 0), inner["size"])
+    on = multigrid.long_cycle or multigrid.short_cycle
+    schedule = multigrid.schedule(full, multigrid.steps_per_epoch or 1.0) if on else None
+    spent, costs = [0.0], [0.0]
+    seconds = dict(record.series["seconds"])
+    for step in range(settings["train"]["steps"]):
+        phase = schedule.phase(step) if schedule is not None else None
+        costs.append(costs[-1] + batch * (full.cost if phase is None else phase.multiplier * phase.grid.cost))
+        spent.append(spent[-1] + (seconds.get(step + 1) or 0.0))
+    points = [(e.step, e.metrics[METRIC]) for e in record.evaluations]
+    known = [(step, value) for step, value in points if value is not None]
+    return Curve(
+        tuple(costs[step] for step, _ in known),
+        tuple(spent[step] for step, _ in known),
+        tuple(value for _, value in known),
+    )
+
+
+def _curves(study: Study, grid: str) -> dict[str, dict[int, Curve]]:
+    found: dict[str, dict[int, Curve]] = {}
+    for trial in study.select(grid):
+        if trial.record.status == "finished":
+            found.setdefault(trial.arm.removeprefix("images_"), {})[trial.seed] = curve(trial.record)
+    return found
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def _gains(curves: dict[str, dict[int, Curve]], which: int) -> list[float | None]:
+    """By seed: what plain training spent until its final accuracy less a point, over what multigrid did."""
+    gains: list[float | None] = []
+    for seed, plain in curves["plain"].items():
+        target = plain.accuracy[-1] - POINT
+        ours, theirs = curves["multigrid"][seed].to(target), plain.to(target)
+        gains.append(None if ours is None or theirs is None else theirs[which] / ours[which])
+    return gains
+
+
+def _wholes(curves: dict[str, dict[int, Curve]], which: int) -> list[float]:
+    """By seed: the whole plain run over the whole multigrid run, in cost (0) or seconds (1)."""
+
+    def end(c: Curve) -> float:
+        return (c.cost, c.seconds)[which][-1]
+
+    return [end(plain) / end(curves["multigrid"][seed]) for seed, plain in curves["plain"].items()]
+
+
+def _same_accuracy(curves: dict[str, dict[int, Curve]], what: str) -> Claim:
+    gaps = [curves["multigrid"][s].accuracy[-1] - c.accuracy[-1] for s, c in curves["plain"].items()]
+    return Claim(
+        name=f"as accurate{what}",
+        statement=f"multigrid ends within a point of the plain run's accuracy{what}",
+        holds=statistics.fmean(gaps) >= -POINT,
+        evidence=f"{100 * statistics.fmean(gaps):+.1f} points, standard error {100 * _standard_error(gaps):.1f}, "
+        f"{len(gaps)} seeds",
+    )
+
+
+def _cheaper(curves: dict[str, dict[int, Curve]], which: int) -> Claim:
+    gains, unit = _gains(curves, which), ("processed B x T x H x W", "wall clock of training")[which]
+    known = [gain for gain in gains if gain is not None]
+    return Claim(
+        name=f"half the {('work', 'time')[which]}",
+        statement=f"multigrid reaches the plain run's final accuracy less a point with half the {unit}",
+        holds=len(known) == len(gains) and statistics.fmean(known) >= 2,
+        evidence="ratio "
+        + ", ".join("never reached" if gain is None else f"{gain:.2f}" for gain in gains)
+        + f"; whole runs {statistics.fmean(_wholes(curves, which)):.2f}",
+    )
+
+
+def _coarse_is_worse(curves: dict[str, dict[int, Curve]]) -> Claim:
+    gaps = [curves["multigrid"][s].accuracy[-1] - c.accuracy[-1] for s, c in curves["coarse"].items()]
+    mean, error = statistics.fmean(gaps), _standard_error(gaps)
+    return Claim(
+        name="coarse only is worse",
+        statement="without fine shapes and fine-tuning the accuracy at the default shape is lower",
+        holds=mean > error,
+        evidence=f"{100 * mean:.1f} points below multigrid, standard error {100 * error:.1f}, {len(gaps)} seeds",
+    )
+
+
+def _plot(curves: dict[str, dict[int, Curve]], which: int, title: str) -> Plot:
+    lines = []
+    for arm, by_seed in curves.items():
+        members = list(by_seed.values())
+        axis = [(c.cost, c.seconds)[which] for c in members]
+        count = min(len(c.accuracy) for c in members)
+        scale = 1e9 if which == 0 else 1.0
+        lines.append(
+            Line(
+                label=ARMS[arm],
+                x=tuple(statistics.fmean(x[k] for x in axis) / scale for k in range(count)),
+                y=tuple(statistics.fmean(c.accuracy[k] for c in members) for k in range(count)),
+            )
+        )
+    label = ("processed B x T x H x W (1e9)", "training seconds")[which]
+    return Plot(title=title, x_label=label, y_label="held-out accuracy", lines=tuple(lines))
+
+
+def _part(study: Study, grid: str, what: str) -> Findings:
+    curves = _curves(study, grid)
+    if not {"plain", "multigrid"} <= set(curves) or set(curves["plain"]) != set(curves["multigrid"]):
+        return Findings()
+    rows = [
+        Row.over_seeds(f"top-1 at the end, {ARMS[arm]}{what}", [100 * c.accuracy[-1] for c in by.values()], "%")
+        for arm, by in curves.items()
+    ]
+    for which, (name, scale, unit) in enumerate((("processed", 1e9, "1e9 B T H W"), ("training", 1.0, "s"))):
+        for arm, by in curves.items():
+            ends = [(c.cost, c.seconds)[which][-1] / scale for c in by.values()]
+            rows.append(Row.over_seeds(f"{name}, {ARMS[arm]}{what}", ends, unit))
+    rows += [
+        Row.over_seeds(f"less work, whole runs{what}", _wholes(curves, 0), "x", "" if what else "3.4x by its schedule"),
+        Row.over_seeds(f"less time, whole runs{what}", _wholes(curves, 1), "x", "" if what else "4.5x"),
+        Row.over_seeds(f"less work to plain's accuracy less a point{what}", _gains(curves, 0), "x"),
+        Row.over_seeds(f"less time to plain's accuracy less a point{what}", _gains(curves, 1), "x"),
+    ]
+    claims = [_same_accuracy(curves, what)]
+    if not what:  # images have no frames to leave out, and so less to save
+        claims += [_cheaper(curves, 0), _cheaper(curves, 1)]
+    claims += [_coarse_is_worse(curves)] if "coarse" in curves else []
+    plots = (_plot(curves, 0, f"Accuracy over work{what}"), _plot(curves, 1, f"Accuracy over time{what}"))
+    return Findings(rows=tuple(rows), claims=tuple(claims), plots=plots)
+
+
+def analyse(study: Study) -> Findings:
+    """Accuracy, processed B x T x H x W and wall clock of plain and multigrid training, on clips and on images."""
+    parts = [_part(study, "video", ""), _part(study, "images", ", images")]
+    return Findings(
+        rows=tuple(row for part in parts for row in part.rows),
+        claims=tuple(claim for part in parts for claim in part.claims),
+        plots=tuple(plot for part in parts for plot in part.plots),
+    )
