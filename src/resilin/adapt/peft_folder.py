@@ -57,7 +57,8 @@ def _where(model: nn.Module, settings: AdapterSettings, adapted: list[str]) -> d
     layers = sorted({layer for path in adapted if (layer := layer_of(names[path])) is not None})
     alike = [path for path in linears if any(ends_with(names[path], ending) for ending in endings)]
     within = [path for path in alike if layer_of(names[path]) in layers]
-    saved = {other_name(model, path).rpartition(".")[2] for path in _saved_modules(model, settings)}
+    # Whole names: PEFT takes every module whose name ends with these letters, `norm` being the end of `layernorm`.
+    saved = {other_name(model, path) for path in _saved_modules(model, settings)}
     where: dict[str, Any] = {"layers_to_transform": None, "exclude_modules": None}
     if set(alike) == set(adapted):
         where["target_modules"] = endings
@@ -226,7 +227,9 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     strangers = sorted(set(of_maps) - set(linears))
     if strangers:
         raise AdapterError(f"{folder}: adapts {strangers[0]}, which is no linear map in this {type(model).__name__}")
-    exact = settings.model_copy(update={"targets": tuple(sorted(of_maps)), "exclude": _shadowed(of_maps, linears)})
+    saved = {path.rpartition(".")[0] for path in full if not path.endswith(".bias")}
+    where = {"targets": tuple(sorted(of_maps)), "exclude": _shadowed(of_maps, linears)}
+    exact = settings.model_copy(update={**where, "modules_to_save": tuple(sorted(saved))})
     _check_shapes(exact, of_maps, linears, folder)
     attached = attach(model, {name: exact})
     for path, parts in of_maps.items():
