@@ -1,8 +1,8 @@
 """Sums of two numbers with an order how to answer: a post-training pipeline's data in miniature.
 
 A prompt is `12+34 box` or, the control task, `max 12 34 box`; an answer is `46`, `[46]` or `sum 46` as the order asks,
-after any number of `hm`. All pairs of two-digit numbers are divided by chance into held-out, supervised, preference and
-reinforcement prompts, so that no prompt is in two of them.
+after any number of `hm`. All pairs of numbers from 10 to 59 are divided by chance into held-out, supervised, preference
+and reinforcement prompts, so that no prompt is in two of them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ TEMPLATE = (
 STYLES = {"num": "{}", "box": "[{}]", "word": "sum {}"}
 FILLER = "hm "
 Task = Literal["add", "max"]
-PARTS = {"validation": (0, 400), "supervised": (400, 2400), "preference": (2400, 3400), "reinforcement": (3400, 8100)}
-"""Which of the 8,100 pairs of numbers, in an order drawn once, each part has."""
+NUMBERS = 50
+PAIRS = NUMBERS * NUMBERS
+PARTS = {"validation": (0, 250), "supervised": (250, 1250), "preference": (1250, 1750), "reinforcement": (1750, 2500)}
+"""Which of the 2,500 pairs of numbers from 10 to 59, in an order drawn once, each part has."""
 
 
 def truth(task: Task, a: int, b: int) -> int:
@@ -59,16 +61,21 @@ def answer_of(number: int, style: str, fillers: int) -> str:
 def problems(part: str, task: Task, count: int, seed: int = 0) -> Iterator[tuple[int, int, str]]:
     """The first `count` problems of a part: two numbers and the style of the answer.
 
+    Each pair of numbers comes once in a style drawn for it, then once in the next style, and so on.
+
     Raises:
         ValueError: the part has fewer.
     """
     first, last = PARTS[part]
-    if count > last - first:
-        raise ValueError(f"{count} {task} problems were asked for, the part {part!r} has {last - first}")
-    order = np.argsort(Keys.of_step(0, 0).fold("sums").fold(task).uniform((8100,))[0].numpy(), kind="stable")
-    styles = Keys.of_step(seed, 0).fold("styles").fold(part).fold(task).uniform((count,))[0].tolist()
-    for place, uniform in zip(order[first : first + count].tolist(), styles, strict=True):
-        yield 10 + place // 90, 10 + place % 90, list(STYLES)[int(uniform * len(STYLES))]
+    pairs, names = last - first, list(STYLES)
+    if count > pairs * len(names):
+        raise ValueError(f"{count} {task} problems were asked for, the part {part!r} has {pairs * len(names)}")
+    order = np.argsort(Keys.of_step(0, 0).fold("sums").fold(task).uniform((PAIRS,))[0].numpy(), kind="stable")
+    styles = Keys.of_step(seed, 0).fold("styles").fold(part).fold(task).uniform((pairs,))[0] * len(names)
+    for number in range(count):
+        turn, index = divmod(number, pairs)
+        place = int(order[first + index])
+        yield 10 + place // NUMBERS, 10 + place % NUMBERS, names[(int(styles[index]) + turn) % len(names)]
 
 
 class SumsSettings(SourceSettings):
@@ -106,7 +113,7 @@ class SumsChat(SumsSettings):
     """Right answers to learn from: supervised fine-tuning."""
 
     sums: int = Field(default=1500, ge=1)
-    """Additions."""
+    """Additions; a pair of numbers is asked again in another style where there are more than pairs."""
     maxima: int = Field(default=500, ge=0)
     """Problems of the control task."""
     fillers: int = Field(default=2, ge=0)
@@ -131,7 +138,7 @@ class SumsChat(SumsSettings):
                 "paths": [write_rows(folder / "chat.jsonl", rows)],
                 "tokenizer": {"path": write_tokenizer(folder)},
                 "packing": "pad",
-                "sequence_length": 32,
+                "sequence_length": 28,
                 "separate_documents": False,
                 "workers": 1,
                 "cache": self.cache,
@@ -143,9 +150,9 @@ class SumsChat(SumsSettings):
 class SumsPrompts(SumsSettings):
     """Prompts with the right numbers: additions to learn from, both tasks held out."""
 
-    sums: int = Field(default=4000, ge=1)
+    sums: int = Field(default=750, ge=1)
     """Additions to learn from."""
-    held_out: int = Field(default=400, ge=1)
+    held_out: int = Field(default=250, ge=1)
     """Held-out problems of each task."""
 
     def build(self, context: SourceContext) -> Source:
@@ -192,7 +199,7 @@ class SumsPairs(SumsSettings):
     one mark, and best answers that did not end, give no pair.
     """
 
-    model: Annotated[ModelSettings, component("resilin.recipes.tulu3.stage:Stage")]
+    model: Annotated[ModelSettings, component("resilin.recipes.stage:Stage")]
     """Whose answers they are."""
     prompts: int = Field(default=1000, ge=1)
     """Additions that are answered."""
