@@ -120,9 +120,11 @@ class SentenceEncoder(Embedder):
         """
         try:
             from transformers import AutoModel, AutoTokenizer
+            from transformers.utils import logging
         except ImportError:
             raise EmbeddingError("the sentence encoder needs `pip install transformers`") from None
         folder = str(self.folder())
+        logging.disable_progress_bar()
         words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         encoder = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))  # little padding

@@ -88,6 +88,9 @@ class MixedSource:
         domain_names: in the order of `domains`.
     """
 
+    steered = True
+    """What a step reads is decided just before it, in the run."""
+
     def __init__(self, sources: dict[str, Source], settings: Mixed, context: SourceContext) -> None:
         self.domain_names = tuple(sources)
         self.settings, self.seed, self.batch_size = settings, context.seed, context.batch_size

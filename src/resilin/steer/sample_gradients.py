@@ -3,9 +3,9 @@
 One pass: the samples' losses are summed, and only the gradients of the *outputs* of the modules that hold trainable
 parameters are asked for; a sample's gradient of such a module's parameters follows from its own input and output
 gradient (Goodfellow, "Efficient per-example gradient computations", 2015): an outer product summed over tokens for a
-linear map, a scatter for an embedding, and `torch.func.vmap` of the module's own pull-back for whatever else. So the
-decoder runs through its ordinary kernels, which `vmap(grad(...))` of the whole model cannot (measured on 2 CPU cores:
-it is slower than the loop from width 128 on).
+linear map, a scatter for an embedding, a product for a norm, and `torch.func.vmap` of the module's own pull-back for
+whatever else. So the decoder runs through its ordinary kernels, which `vmap(grad(...))` of the whole model cannot
+(measured on 2 CPU cores: it is slower than the loop from width 128 on).
 
 Shapes: B samples, T tokens, I and O inputs and outputs of a linear map, D hidden size, V vocabulary.
 """
@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
 
+from resilin.models.norm import LayerNorm, RMSNorm
 from resilin.nouns import Batch, Objective
 from resilin.objective.next_token import IGNORE
 from resilin.steer.evaluating import evaluating
@@ -207,12 +207,21 @@ def _of_call(made: _Call, pull_BTO: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         flat = torch.zeros(B * rows, pull_BTO.shape[-1], dtype=pull_BTO.dtype, device=pull_BTO.device)
         place_N = (x.flatten(1) + rows * torch.arange(B, device=x.device)[:, None]).flatten()
         yield module.weight, flat.index_add_(0, place_N, pull_BTO.flatten(0, -2)).view(B, rows, -1)
+    elif isinstance(module, RMSNorm | LayerNorm):
+        shape = module.weight.shape
+        if isinstance(module, RMSNorm):
+            normed = F.rms_norm(x, shape, None, module.eps)
+        else:
+            normed = F.layer_norm(x, shape, None, None, module.eps)
+        yield module.weight, (pull_BTO * normed).flatten(1, -2).sum(1)
     else:
         yield from zip(own.values(), _pulled_back(made, own, pull_BTO), strict=True)
 
 
 def _pulled_back(made: _Call, own: dict[str, nn.Parameter], pull_BTO: Tensor) -> tuple[Tensor, ...]:
     """By the module's own pull-back, vectorised over samples."""
+    from torch.func import functional_call, vjp, vmap  # imports all of torch.compile: seconds
+
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in made.inputs]
     tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.shape[:1] == pull_BTO.shape[:1]]
 

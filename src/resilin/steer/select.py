@@ -102,6 +102,9 @@ class SelectedSource(SourceTransform):
     parts, `domains` (B,), the part of each.
     """
 
+    steered = True
+    """What a step reads is decided just before it, in the run."""
+
     def __init__(
         self,
         inner: Source,

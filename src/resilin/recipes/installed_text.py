@@ -1,0 +1,121 @@
+"""Other text than code that every machine with Resilin has: Python's language reference, and torch's C++ headers."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from resilin.data.errors import DataError
+from resilin.data.packed import PackedSettings, PackedSource
+from resilin.data.settings import SourceContext
+from resilin.data.shards import INDEX_FILE, TokenShards
+from resilin.data.train_tokenizer import SPECIAL, byte_tokenizer
+from resilin.data.write_shards import write_documents
+from resilin.keys import hash64
+
+Texts = Sequence[bytes]
+Kind = Literal["manual", "headers"]
+
+
+def manual() -> list[bytes]:
+    """The topics of `help()`: the language reference as plain English text, in a hashed order.
+
+    Raises:
+        DataError: for a Python that comes without them.
+    """
+    path = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
+    if not path.is_file():
+        raise DataError(f"{path}: this Python comes without its language reference")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "topics":
+            topics: dict[str, str] = ast.literal_eval(node.value)
+            names = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
+            return [topics[name].encode() for name in names]
+    raise DataError(f"{path}: holds no dictionary called topics")
+
+
+def headers() -> list[bytes]:
+    """The C++ headers that torch installs, in a hashed order.
+
+    Raises:
+        DataError: for a torch without headers.
+    """
+    spec = importlib.util.find_spec("torch")
+    folder = Path(spec.origin or "").parent / "include" if spec is not None else Path()
+    files = sorted(
+        folder.rglob("*.h"), key=lambda path: hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest()
+    )
+    if not files:
+        raise DataError(f"{folder}: this torch comes without its C++ headers")
+    return [path.read_bytes() for path in files[:1000]]
+
+
+class InstalledText(PackedSettings):
+    """English or C++ text of the installed Python and torch, one token a byte."""
+
+    kind: Kind = "manual"
+    """The language reference, or torch's headers."""
+    bytes: Annotated[int, Field(gt=0)] = 600_000
+    """How much text to take, whole documents only."""
+    skip: Annotated[int, Field(ge=0)] = 0
+    """Leave out the first documents up to so many bytes: for text that no other source reads."""
+    scrambled: bool = False
+    """Put every byte through one fixed permutation: text as regular as before, whose lessons contradict the plain
+    text's."""
+    cache: Path = Path(".data")
+    """Where the token shards are kept; they are written once."""
+
+    def build(self, context: SourceContext) -> PackedSource:
+        """The source of one split; the shards are made on first use."""
+        return self.packed(self.shards(), context)
+
+    def shards(self) -> TokenShards:
+        """The token shards, written where they are missing."""
+        texts = manual() if self.kind == "manual" else headers()
+        parts = [hashlib.sha256(text).hexdigest() for text in texts]
+        parts += [sys.version, str(self.bytes), str(self.skip), str(self.scrambled)]
+        name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        target = self.cache / f"{self.kind}-{name}"
+        if not (target / INDEX_FILE).exists():
+            self._write(texts, target)
+        return TokenShards(target)
+
+    def _documents(self, texts: Texts) -> Iterator[NDArray[np.int64]]:
+        table = np.arange(256)
+        if self.scrambled:
+            table = np.random.Generator(np.random.Philox(key=hash64("scrambled text"))).permutation(256)
+        taken = passed = 0
+        for raw in texts:
+            if passed < self.skip:
+                passed += len(raw)
+                continue
+            if taken and taken + len(raw) > self.bytes:
+                continue
+            taken += len(raw)
+            yield np.append(table[np.frombuffer(raw, np.uint8)].astype(np.int64) + len(SPECIAL), 0)
+
+    def _write(self, texts: Texts, target: Path) -> None:
+        tokenizer = byte_tokenizer()
+        self.cache.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed: several processes may want the same data at once.
+        aside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=self.cache))
+        documents = cast(Iterable[Sequence[int]], self._documents(texts))
+        write_documents(aside, documents, tokenizer.vocab_size, tokenizer=tokenizer)
+        try:
+            aside.rename(target)
+        except OSError:
+            shutil.rmtree(aside)
+            if not (target / INDEX_FILE).exists():
+                raise
