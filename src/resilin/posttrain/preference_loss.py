@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from resilin.data.pool import Pool
 from resilin.keys import Keys
 from resilin.nouns import Batch, Log, Loss, Mean, State, StepView
 from resilin.objective.next_token import IGNORE
@@ -178,6 +179,9 @@ class PreferenceLoss:
     @torch.no_grad()
     def _prepare(self, view: StepView, reference: CachedReference) -> None:
         device = next(view.model.parameters()).device
+        if getattr(view.source, "steered", False) and isinstance(view.source, Pool):
+            self._prepare_pool(view, reference, device)
+            return
         last = self.steps if self.steps is not None else view.step + 1
         for step in range(view.step, last):
             slots = range(view.source.slots(step))
@@ -189,6 +193,16 @@ class PreferenceLoss:
             self._reference(view.model, tokens_RT.to(device), labels_RT.to(device), batch)
             if len(reference.cache) == known and self._once_around(view.source, step - view.step):
                 break  # the data come round again
+        reference.keep()
+
+    def _prepare_pool(self, view: StepView, reference: CachedReference, device: torch.device) -> None:
+        """All pairs of a source whose steps are decided one by one."""
+        pool: Any = view.source
+        size, count = view.source.slots(view.step) or 1, sum(pool.pool_parts)
+        for start in range(0, count, size):
+            batch = pool.read(range(start, min(start + size, count)))
+            tokens_RT, labels_RT = self._masked(batch)
+            self._reference(view.model, tokens_RT.to(device), labels_RT.to(device), batch)
         reference.keep()
 
     @staticmethod

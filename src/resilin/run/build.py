@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,8 +98,10 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     context = objective_context(settings, sources.source, device, folder)
     optimizer = settings.optimizer.build(model, settings.train.steps)
     compiled = compile_model(model, settings.precision.compile, settings.precision.compile_mode)
-    store = None
-    if folder is not None:
+    store, pace = None, pace_of(settings)
+    if folder is None:
+        pace = replace(pace, save_every=0)
+    else:
         keep = settings.checkpoint
         store = CheckpointFolder(folder.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
     tree: dict[str, Any] = settings.model_dump(mode="json")
@@ -118,7 +120,7 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
         model=model,
         objective=settings.objective.build(context),
         optimizer=optimizer,
-        pace=pace_of(settings),
+        pace=pace,
         seed=settings.seed,
         device=device,
         autocast=precision.autocast,

@@ -1,0 +1,203 @@
+"""Five methods in one run: steered data, a schedule of shapes, adapters, moving masks, preferences. Resumed to the bit.
+
+The run's settings are plain tables; the step loop knows none of the five (tests/run/test_run.py says so).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resilin.data.train_tokenizer import byte_tokenizer
+from resilin.run.build import build_run
+from resilin.run.folder import RunFolder
+from resilin.run.run import Run
+from resilin.run.settings import RunSettings
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _examples_are_importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "my_methods"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> dict[str, Any]:
+    """A preference source's settings: sums, of which the right one is preferred."""
+    rows = [
+        {"prompt": f"{a} + {b} = ", "chosen": str(a + b), "rejected": str(a + b + 1 + a % 3)}
+        for a in range(8)
+        for b in range(10)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    byte_tokenizer().save(tmp_path / "tokenizer")
+    return {
+        "use": "resilin.data.preference_source:PreferenceSource",
+        "paths": [str(tmp_path / "pairs.jsonl")],
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "sequence_length": 24,
+        "pad": "length",
+        "held_out": {"fraction": 0},
+    }
+
+
+# One sparse matrix is trained in full, so that its mask moves under the adapters of the others.
+FULL = "blocks.1.mlp.down"
+ADAPTER = {"method": "miss", "rank": 4, "dropout": 0.1, "exclude": [FULL], "modules_to_save": [FULL]}
+MODEL = {
+    "use": "resilin.adapt.adapted:Adapted",
+    "adapters": {"default": ADAPTER},
+    "model": {
+        "use": "resilin.sparsity.settings:Sparse",
+        "update_every": 2,
+        "model": {"hidden_size": 16, "layers": 2, "heads": 2, "mlp_size": 24},
+    },
+}
+PREFERENCE = {"use": "resilin.posttrain.preference_loss:Preference", "dropout": True}
+
+
+def settings_of(
+    source: dict[str, Any], objective: dict[str, Any], optimizer: dict[str, Any], **train: Any
+) -> RunSettings:
+    return RunSettings.model_validate(
+        {
+            "source": source,
+            "model": MODEL,
+            "objective": objective,
+            "optimizer": optimizer,
+            "train": {"batch_size": 4, "device": "cpu", "threads": 1, **train},
+            "precision": {"compute": "fp32"},
+            "evaluation": {"every": 0},
+            "checkpoint": {"every": 1, "keep_last": 99},
+        }
+    )
+
+
+def steered(pairs: dict[str, Any], **train: Any) -> RunSettings:
+    """Pairs chosen by how badly they are told apart, every other step anew."""
+    source = {
+        "use": "resilin.steer.select:Selected",
+        "source": pairs,
+        "selector": {"use": "resilin.steer.loss_band:LossBand"},
+        "target": pairs,
+        "warmup_steps": 2,
+        "update_steps": 2,
+        "update_times": 2,
+    }
+    return settings_of(source, PREFERENCE, {"lr": 1e-2}, **{"steps": 7, **train})
+
+
+def shaped(pairs: dict[str, Any], **train: Any) -> RunSettings:
+    """Short pairs in large batches first, weighted by their loss."""
+    source = {
+        "use": "resilin.multigrid.source:Multigrid",
+        "epochs": 8,
+        "stages": [4, 6],
+        "steps_per_epoch": 1,
+        "short_cycle": False,
+        "long_factors": [[0.5, 1], [1, 1]],
+        "source": {"use": "my_methods.pair_grid:PairGrid", "length": 24, "source": pairs},
+    }
+    objective = {
+        "use": "resilin.steer.weight:Weighted",
+        "objective": PREFERENCE,
+        "weighter": {"use": "resilin.steer.loss_weights:LossWeights"},
+    }
+    optimizer = {
+        "use": "resilin.multigrid.rate:MultigridRate",
+        "optimizer": {
+            "use": "resilin.optim.adamw:AdamW",
+            "lr": 1e-2,
+            "schedule": {"use": "resilin.optim.stepwise:Stepwise", "boundaries": [4, 6]},
+        },
+    }
+    return settings_of(source, objective, optimizer, **train)
+
+
+def _same(left: Any, right: Any, path: str = "") -> None:
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for key in left:
+            _same(left[key], right[key], f"{path}/{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), path
+        for number, (a, b) in enumerate(zip(left, right, strict=True)):
+            _same(a, b, f"{path}/{number}")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), path
+    else:
+        assert left == right, path
+
+
+def _resumed(settings: RunSettings, folder: Path, step: int) -> Run:
+    """A run that goes on from a checkpoint which another run made on its way."""
+    run = build_run(settings, RunFolder(folder))
+    assert run.checkpoints is not None
+    run.load_state_dict(run.checkpoints.load(step))
+    run.checkpoints.close()
+    run.checkpoints, run.pace = None, replace(run.pace, save_every=0)
+    assert run.step == step
+    assert run.train().reason == "completed"
+    return run
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_selected_pairs_on_an_adapted_sparse_model_resume_to_the_bit(
+    pairs: dict[str, Any], tmp_path: Path, stop: int
+) -> None:
+    whole = build_run(steered(pairs), RunFolder(tmp_path / "whole"))
+    assert whole.train().reason == "completed"
+    assert whole.checkpoints is not None
+    whole.checkpoints.close()
+    _same(whole.state_dict(), _resumed(steered(pairs), tmp_path / "whole", stop).state_dict())
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_all_five_resume_to_the_bit(pairs: dict[str, Any], tmp_path: Path, stop: int) -> None:
+    total = build_run(shaped(pairs, steps=1)).source.grid_schedule.total  # type: ignore[attr-defined]
+    settings = shaped(pairs, steps=total)
+    whole = build_run(settings, RunFolder(tmp_path / "whole"))
+    sizes: list[int] = []
+    fetch = whole.source.fetch
+    whole.source.fetch = lambda step, slots: sizes.append(len(slots)) or fetch(step, slots)  # type: ignore[method-assign,func-returns-value]
+    assert whole.train().reason == "completed"
+    assert len(set(sizes)) > 1, "the batch never changed its shape"
+    assert whole.checkpoints is not None
+    whole.checkpoints.close()
+    _same(whole.state_dict(), _resumed(settings, tmp_path / "whole", stop).state_dict())
+
+
+def test_each_part_does_its_own(pairs: dict[str, Any], tmp_path: Path) -> None:
+    run = build_run(steered(pairs), RunFolder(tmp_path / "run"))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.train()
+    moved = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
+    frozen = {name for name, p in run.model.named_parameters() if not p.requires_grad}
+    assert moved, "nothing was learnt"
+    assert not moved & frozen, "a frozen weight moved"
+    masks = {name: m for name, m in run.model.named_buffers() if name.endswith("mask")}
+    assert masks
+    for name, mask in masks.items():
+        assert (mask.view(mask.shape[0], -1, 4).sum(-1) == 2).all(), name
+    chosen = run.source._chosen  # type: ignore[attr-defined]
+    assert len(chosen) == len(chosen.unique())
+
+
+def test_micro_batches_change_nothing_but_rounding(pairs: dict[str, Any]) -> None:
+    whole, parts = (build_run(steered(pairs, micro_batch_size=size)) for size in (4, 2))
+    for run in (whole, parts):
+        assert run.train().reason == "completed"
+    for (name, left), (_, right) in zip(whole.model.named_parameters(), parts.model.named_parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4, msg=name)
