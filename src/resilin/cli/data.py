@@ -7,9 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
+from resilin.cli import data_rows
+
 app = typer.Typer(
-    help="Prepare text: unpack archives, learn tokenizers, write and check token shards.", no_args_is_help=True
+    help="Prepare data: unpack archives, write token shards, mix, convert, decontaminate and judge rows.",
+    no_args_is_help=True,
 )
+
+for command in (data_rows.mix_rows, data_rows.convert_rows, data_rows.decontaminate, data_rows.judge):
+    app.command()(command)
 
 Inputs = Annotated[
     list[str], typer.Argument(help="Files, folders, 'glob/**/*.jsonl' patterns, or data sets saved by `datasets`.")

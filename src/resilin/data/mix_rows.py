@@ -10,6 +10,7 @@ open-instruct's mixer, whose rows these are, in its order.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from resilin.data.errors import DataError
-from resilin.data.inputs import Format
-from resilin.data.row_files import Row, read_rows
+from resilin.data.inputs import Format, find_inputs
+from resilin.data.row_files import Row, read_rows, write_rows
 
 SOURCE = "source"
 """The column that says which entry a row came from."""
@@ -121,3 +122,21 @@ def mix(
     if not mixed:
         raise DataError(f'the mix of {", ".join(names)} has no rows: raise an amount ("1" is one row, "1.0" all)')
     return mixed
+
+
+def write_mix(
+    entries: Sequence[MixEntry], seed: int, cache: Path, *, format: Format | None = None, split: str = "train"
+) -> Path:
+    """The file in the cache that holds a mix, written where it is not there yet.
+
+    Its name is a hash of the files' contents, the amounts and the seed.
+    """
+    parts = [f"mix {seed} {split}"]
+    for entry in entries:
+        files = find_inputs([entry.name], format=format, split=split).files
+        parts += [f"{Path(entry.name).name} {entry.amount}", *(file.fingerprint() for file in files)]
+    path = cache / f"mix-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}.jsonl"
+    if not path.is_file():
+        rows = mix([(entry.name, entry.amount) for entry in entries], seed, format=format, split=split)
+        write_rows(path, (row.value for row in rows))
+    return path

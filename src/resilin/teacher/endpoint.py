@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+import tomllib
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -18,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from resilin.config import Settings
+from resilin.config import Settings, component
+from resilin.config.errors import explain
 from resilin.teacher.backend import BackendError
 from resilin.teacher.chat import ChatTeacher
 from resilin.teacher.request import Request, Sample, TeacherError
@@ -85,6 +87,30 @@ class EndpointTeacher(TeacherSettings):
     def model_name(self) -> str:
         """The endpoint's name for the model."""
         return self.model
+
+
+def read_teacher(path: Path) -> TeacherSettings:
+    """The teacher a .toml or .json file describes; `use` names another class than `EndpointTeacher`.
+
+    Raises:
+        TeacherError: the file cannot be read.
+        SettingsError: naming every key that is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise TeacherError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise TeacherError(f"{path}: should be TOML, or JSON in a file that ends in .json: {error}") from None
+    try:
+        return _Holder.model_validate({"teacher": tree}).teacher
+    except ValidationError as error:
+        raise explain(error, {"teacher": tree}, str(path)) from None
+
+
+class _Holder(Settings):
+    teacher: Annotated[TeacherSettings, component("resilin.teacher.endpoint:EndpointTeacher")]
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
