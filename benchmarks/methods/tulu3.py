@@ -88,7 +88,8 @@ class Ours:
             "train": train,
         }
         self.run = build_run(RunSettings.model_validate({**common, **tree}))
-        self.units = 0.0
+        self.per_step: float | None = None
+        """Units of a step, where they are not those of the peer."""
 
     def steps(self, count: int) -> float:
         """Seconds of some steps."""
@@ -186,11 +187,15 @@ def sft(folder: Path, options: argparse.Namespace) -> tuple[Ours, Theirs]:
     from trl import SFTConfig, SFTTrainer
 
     source = {
-        "use": "resilin.data.chat_source:ChatSource", "paths": [str(folder / "chats.jsonl")], "packing": "pad",
+        "use": "resilin.data.chat_source:ChatSource", "paths": [str(folder / "chats.jsonl")],
         "tokenizer": {"path": str(folder / "model")}, "sequence_length": LENGTH, "long_documents": "truncate",
-        "separate_documents": False, "workers": 1, "cache": str(folder / "cache"),
+        "workers": 1, "cache": str(folder / "cache"),
     }  # fmt: skip
-    ours = Ours(folder, options, source=source, train={"batch_size": ROWS})
+    # Conversations are packed, which is the default; so many rows hold about as many tokens as ROWS conversations.
+    rows = max(1, round(ROWS * sft_tokens(folder) / (0.85 * LENGTH)))
+    ours = Ours(folder, options, source=source, train={"batch_size": rows})
+    batches = [ours.run.source.fetch(step, range(rows)) for step in range(8)]
+    ours.per_step = sum(float((batch["documents"] >= 0).sum()) for batch in batches) / len(batches)
     config = SFTConfig(
         **arguments(folder, options, per_device_train_batch_size=ROWS),
         max_length=LENGTH, assistant_only_loss=True, packing=False,
@@ -253,13 +258,15 @@ def in_turns(pair: tuple[Ours, Theirs], rounds: int, per_step: float) -> tuple[l
         for side, speeds in zip(pair, found, strict=True):
             seconds = side.steps(BLOCK)
             if turn:
-                speeds.append(BLOCK * per_step / seconds)
+                units = getattr(side, "per_step", None) or per_step
+                speeds.append(BLOCK * units / seconds)
     return found
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """The measured rows."""
     import torch
+
     from resilin.bench.results import Row
 
     torch.set_num_threads(options.threads)
