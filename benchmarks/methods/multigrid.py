@@ -75,7 +75,7 @@ def contender(arm: str, seed: int, device: str, threads: int, shorter: int) -> C
     return Contender(run, max(1, settings.train.steps // shorter))
 
 
-def race(seed: int, device: str, threads: int, shorter: int, evaluations: int = 20) -> dict[str, Contender]:
+def race(seed: int, device: str, threads: int, shorter: int, evaluations: int) -> dict[str, Contender]:
     """Both arms of a seed, in turns."""
     both = {arm: contender(arm, seed, device, threads, shorter) for arm in ("plain", "multigrid")}
     for turn in range(evaluations):
@@ -95,7 +95,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     theirs: list[float] = []
     notes: list[str] = []
     for seed in range(min(options.rounds, 3)):
-        both = race(seed, options.device, options.threads, shorter)
+        both = race(seed, options.device, options.threads, shorter, max(1, 20 // shorter))
         plain, multigrid = both["plain"], both["multigrid"]
         accuracy = plain.points[-1][1] - POINT
         reached = multigrid.seconds_to(accuracy)

@@ -105,6 +105,16 @@ def test_a_resumed_run_gives_the_same_bits(grid_tree: Trees, make_run: Make, tmp
     assert all(same(moments[0][name], moments[1][name]) for name in moments[0])
 
 
+def test_prefetching_around_it_changes_nothing(grid_tree: Trees, make_run: Make) -> None:
+    tree = grid_tree()
+    ahead = {**tree, "source": {"use": "resilin.data.prefetch:Prefetch", "source": tree["source"]}}
+    first, second = make_run(tree), make_run(ahead)
+    for run in (first, second):
+        run.train()
+    assert same(weights(first), weights(second))
+    assert any(m.splits > 1 for m in second.model.modules() if isinstance(m, SubBatchNorm))
+
+
 def test_evaluations_and_checkpoints_come_by_shape(grid_tree: Trees, make_run: Make, tmp_path: Path) -> None:
     tree = grid_tree(evaluations=2)
     tree["checkpoint"] = {"every": 1000, "keep_last": 50}
