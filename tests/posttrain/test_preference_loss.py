@@ -269,3 +269,25 @@ def test_bad_settings_are_refused() -> None:
         Preference().build(None)
     assert replace(Preference().terms).beta == 5.0
     assert Preference(loss="dpo").terms.beta == 0.1
+
+
+def test_the_reference_of_an_adapted_model_is_the_model_without_its_adapters(tiny: Any, pairs: Any) -> None:
+    from resilin.adapt.attach import attach
+    from resilin.adapt.settings import AdapterSettings
+
+    policy, batch = tiny(0), pairs(LENGTHS)
+    attach(policy, {"default": AdapterSettings(method="lora", rank=2)})
+    policy.double()
+    off, live = loss_of(reference="adapters_off"), loss_of(tiny(0))
+    assert float(off(policy, batch, None).sum.detach()) == pytest.approx(len(LENGTHS) * math.log(2), rel=1e-12)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    found, expected = off(policy, batch, None), live(policy, batch, None)
+    assert float(found.sum.detach()) == pytest.approx(float(expected.sum.detach()), rel=1e-12)
+    assert found.logs["rewards/margins"].value() != 0
+    found.sum.backward()
+    assert any(p.grad is not None and p.grad.any() for p in policy.parameters())
+    with pytest.raises(Exception, match="adapter"):
+        off(tiny(1), batch, None)

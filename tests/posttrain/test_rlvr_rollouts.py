@@ -310,8 +310,8 @@ def test_validation_answers_greedily_and_reports_the_verifiers(tree: Any, tiny: 
 @pytest.mark.parametrize("ppo", [False, True])
 def test_it_learns_to_be_rewarded(tree: Any, tiny: Any, ppo: bool) -> None:
     run = run_of(
-        tree, tiny, steps=40, batch=32, micro=32, lr=2e-2, ppo=ppo, objective={"beta": 0.0}, non_stop_penalty="verifier",
-        updates=2,
+        tree, tiny, steps=40, batch=32, micro=32, lr=2e-2, ppo=ppo, objective={"beta": 0.0}, updates=2,
+        non_stop_penalty="verifier",
     )  # fmt: skip
     before = run.evaluate()["validation"]["verified"]
     run.train()
@@ -376,3 +376,15 @@ def test_the_end_of_the_prompts_ends_the_run(tree: Any, tiny: Any) -> None:
     outcome = run.train()
     assert outcome.reason == "completed"
     assert outcome.step == 24 * 4 // 8
+
+
+def test_answers_come_from_the_decoder_inside(tiny: Any) -> None:
+    from resilin.posttrain.actor_critic import ActorCriticModel
+    from resilin.posttrain.reward_model import RewardModel
+    from resilin.posttrain.rollout import decoder_of
+
+    policy = tiny(0, torch.float32)
+    both = ActorCriticModel(policy, RewardModel(tiny(1, torch.float32)))
+    assert decoder_of(policy) is decoder_of(torch.compile(policy)) is decoder_of(both) is policy
+    with pytest.raises(TypeError, match="Linear"):
+        decoder_of(nn.Linear(2, 2))

@@ -16,7 +16,6 @@ from resilin.objective.settings import ObjectiveContext
 from resilin.posttrain.advantage import KLEstimator, equal_groups, group_advantages
 from resilin.posttrain.policy import PolicyObjective, PolicySettings, valid_of
 from resilin.posttrain.policy_loss import PolicyTerms, PolicyTokens, rows_to_tokens
-from resilin.posttrain.rollout import decoder_of
 from resilin.posttrain.sequences import label_states
 
 
@@ -58,7 +57,7 @@ class GrpoLoss(PolicyObjective):
 
     def learn(self, model: nn.Module, batch: Batch) -> Loss:
         """The loss of a micro-batch of answers."""
-        policy, valid_BT = decoder_of(model), valid_of(batch)
+        policy, valid_BT = getattr(model, "policy", model), valid_of(batch)
         states = label_states(policy, batch["tokens"], batch["labels"], None, self.temperature)
         weight_B = torch.ones(len(batch), dtype=torch.float64, device=valid_BT.device)
         counts_B = valid_BT.sum(1)

@@ -6,22 +6,19 @@ Shapes: R rows, T positions.
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from resilin.adapt.switch import without_adapters
 from resilin.objective.next_token import IGNORE
 from resilin.posttrain.reference_cache import ReferenceCache, content_keys
 from resilin.posttrain.sequences import frozen_logprobs, sums_of_rows
 
 ReferenceKind = Literal["cached", "live", "adapters_off"]
-
-WithoutAdapters = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -31,12 +28,6 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def adapters_off(model: nn.Module) -> AbstractContextManager[object]:
-    """The model without its adapters, inside a `with`."""
-    without: WithoutAdapters = importlib.import_module("resilin.adapt").without_adapters
-    return without(model)
 
 
 class LiveReference:
@@ -60,7 +51,7 @@ class LiveReference:
             training = policy.training
             policy.eval()
             try:
-                with adapters_off(policy):
+                with without_adapters(policy):
                     return frozen_logprobs(policy, tokens_RT, labels_RT, temperature)
             finally:
                 policy.train(training)

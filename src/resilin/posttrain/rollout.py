@@ -43,6 +43,7 @@ def decoder_of(model: Any) -> Decoder:
         TypeError: neither is a decoder.
     """
     found = getattr(model, "policy", model)
+    found = getattr(found, "_orig_mod", found)  # of a compiled model the original: decoding has shapes of its own
     if not isinstance(found, Decoder):
         raise TypeError(f"answers are sampled from a Decoder; the run's model is a {type(model).__name__}")
     return found
