@@ -31,7 +31,7 @@ class Tuned(ModelSettings):
     hidden_size: Positive = 64
     layers: Positive = 2
     heads: Positive = 4
-    steps: Positive = 400
+    steps: Positive = 560
     batch_size: Positive = 64
     lr: float = Field(default=6e-3, gt=0)
     device: Literal["cpu", "cuda"] = "cpu"
