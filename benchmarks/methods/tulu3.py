@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PEER = "trl"
 LENGTH, ROWS, PAIRS, PROMPTS, GROUP, ANSWER = 256, 8, 4, 4, 8, 64
 BLOCK = 3
+POOL = 96
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}"
     "{{ message['content'] + eos_token }}{% endgeneration %}{% else %}{{ message['content'] + '\\n' }}{% endif %}"
@@ -65,7 +66,8 @@ def prepare(folder: Path) -> list[tuple[str, str]]:
         user = {"role": "user", "content": ask}
         answers = [{"role": "assistant", "content": text} for text in (said, rows[number - 1][1])]
         lines["chats"].append({"messages": [user, answers[0]]})
-        lines["pairs"].append({"prompt": [user], "chosen": answers[:1], "rejected": answers[1:]})
+        if number < POOL:  # both sides compute the reference of all pairs before they start
+            lines["pairs"].append({"prompt": [user], "chosen": answers[:1], "rejected": answers[1:]})
         lines["prompts"].append({"prompt": [user], "ground_truth": "a", "dataset": "string_f1"})
     for name, made in lines.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in made), encoding="utf-8")
