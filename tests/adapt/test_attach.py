@@ -230,3 +230,26 @@ def test_what_a_map_does_itself_goes_on_below_its_adapters(settings, move, metho
     move(model, 0.1)
     assert not torch.allclose(model(x), before)
     model(x).sum().backward()
+
+
+@pytest.mark.parametrize("method", ["bat_col", "dora"])
+def test_a_map_that_does_more_is_refused_where_the_weight_itself_is_needed(settings, method) -> None:
+    with pytest.raises(AdapterError, match=rf"0 is a Doubling, which does more .*, and {method} computes with"):
+        attach(nn.Sequential(Doubling(8, 8)), {"a": settings(method)})
+
+
+@pytest.mark.parametrize("method", ["miss", "lora", "bat_row", "bat_ab"])
+def test_the_plain_form_of_adapters_on_a_sparse_map_is_one_dense_map(settings, move, method) -> None:
+    from resilin.models.linear import Linear
+    from resilin.models.plain import make_plain
+    from resilin.sparsity.linear import SparseLinear
+
+    torch.manual_seed(4)
+    model = nn.Sequential(SparseLinear(nn.Linear(8, 8), n=2, m=4))
+    attach(model, {"a": settings(method)})
+    move(model, 0.1)
+    x = torch.randn(3, 8)
+    before = model(x)
+    plain = make_plain(model)
+    assert type(plain[0]) is Linear
+    torch.testing.assert_close(plain(x), before, atol=1e-5, rtol=1e-5)

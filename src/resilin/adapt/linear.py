@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from resilin.adapt.adapter import Adapter
 from resilin.adapt.settings import AdapterSettings
-from resilin.adapt.targets import is_quantised
+from resilin.adapt.targets import is_plain_map, is_quantised
 from resilin.keys import Keys
+from resilin.models.plain import HasPlainForm
 
 
 @dataclass
@@ -111,8 +112,7 @@ class AdaptedLinear(_Base):
     @property
     def is_plain(self) -> bool:
         """Whether the map below is `x W^T + b` with a frozen weight, and nothing else."""
-        own: Any = type(self).__mro__[2]
-        return own.forward is nn.Linear.forward and not self.weight.requires_grad
+        return is_plain_map(self) and not self.weight.requires_grad
 
     def base_forward(self, x: Tensor) -> Tensor:
         """The map without adapters."""
@@ -142,9 +142,10 @@ class AdaptedLinear(_Base):
         if not chain:
             return
         weight = self.weight
-        if self._parameters.get("weight") is not weight or is_quantised(self):
+        if self._parameters.get("weight") is not weight or is_quantised(self) or not is_plain_map(self):
             raise ValueError(
-                f"{self.path}: its weight is quantised or computed anew from others: nothing can be merged into it"
+                f"{self.path}: its weight is quantised, computed anew from others, or not all that it computes with: "
+                "nothing can be merged into it"
             )
         changed = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name, strength in chain:
@@ -179,9 +180,19 @@ class AdaptedLinear(_Base):
         self.kept, self.merged_chain = None, []
 
     def plain_form(self) -> nn.Module:
-        """This module as it was before adapters were attached, with the weight they give it."""
-        self.merge_(tuple(name for name, _ in self.chain()), keep=False)
-        return detached(self)
+        """The plain form of what the adapters are on, with the weight they give it."""
+        chain = [(self.adapter(name), strength) for name, strength in self.chain()]
+        path, below = self.path, detached(self)
+        plain = below.plain_form() if isinstance(below, HasPlainForm) else below
+        if not (isinstance(plain, nn.Linear) and is_plain_map(plain)) or is_quantised(plain):
+            raise ValueError(f"{path}: a {type(plain).__name__} has no plain weight to merge adapters into")
+        weight = plain.weight
+        with torch.no_grad():
+            changed = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            for adapter, strength in chain:
+                changed = adapter.changed(changed, strength)
+            weight.copy_(changed)
+        return plain
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.merged_chain:

@@ -1,0 +1,221 @@
+"""Adapters against peft: step time, peak memory and generation at equal rank, on the same model and batch.
+
+The base is one small Llama in a folder that both sides open: ours as a decoder, theirs as a transformers model under
+`peft`. A step is forward, loss, backward and a fused AdamW on the adapter alone. Both sides live in one process and
+take a block of steps each in turn. Peak memory is each side's own: a process that holds nothing but it.
+
+Every pair is measured twice: each side as it comes (our decoder, their transformers model), and the adapters alone,
+both on the very same transformers model, so that the second tells the adapter's part from the model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resilin.bench.results import Row
+
+RANK, BATCH, LENGTH, BLOCK = 32, 8, 256, 3
+SIZES = {"vocab_size": 8192, "hidden_size": 256, "layers": 6, "heads": 8, "mlp_size": 768, "max_positions": 1024}
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+METHODS = {"lora": "peft LoRA", "miss": "peft MiSS", "bat_col": "peft MiSS (bat)", "dora": "peft DoRA"}
+TARGETS = {"lora": 1.0, "miss": 1.0, "bat_col": 1.0, "dora": None}
+
+Step = Callable[[], None]
+
+
+def prepare(folder: Path) -> None:
+    """The base, as a folder that both sides open."""
+    from resilin.models.decoder_settings import DecoderSettings
+    from resilin.models.huggingface import save_pretrained
+    from resilin.models.settings import ModelContext
+
+    save_pretrained(DecoderSettings(**SIZES).build(ModelContext(0, None)), folder)
+
+
+def tokens(device: str) -> Any:
+    import torch
+
+    made = torch.randint(0, SIZES["vocab_size"], (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    return made.to(device)
+
+
+def stepper(model: Any, loss: Callable[[], Any], device: str) -> Step:
+    """A training step of whatever is trainable."""
+    import torch
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def ours(method: str, folder: Path, device: str) -> Step:
+    """Our adapters on our decoder, our loss."""
+    import torch
+
+    from resilin.adapt.attach import attach
+    from resilin.adapt.settings import AdapterSettings
+    from resilin.models.huggingface import load_pretrained
+    from resilin.nouns import Batch
+    from resilin.objective.next_token import NextToken
+    from resilin.run.allocator import keep_freed_memory
+
+    if device == "cpu":
+        keep_freed_memory()  # as a run does
+    model = load_pretrained(folder).to(device)
+    attach(model, {"a": AdapterSettings(method=method, rank=RANK)})
+    rows, objective = tokens(device), NextToken().build()
+    batch = Batch(torch.arange(BATCH), {"tokens": rows[:, :-1], "labels": rows[:, 1:]})
+
+    def loss() -> Any:
+        got = objective(model, batch, None)
+        return got.sum / got.units
+
+    return stepper(model, loss, device)
+
+
+def llama(folder: Path, device: str) -> Any:
+    import torch
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+
+
+def of_transformers(model: Any, device: str) -> Step:
+    rows = tokens(device)
+    return stepper(model, lambda: model(input_ids=rows[:, :-1], labels=rows[:, :-1]).loss, device)
+
+
+def ours_on_llama(method: str, folder: Path, device: str) -> Step:
+    """Our adapters on the transformers model."""
+    from resilin.adapt.attach import attach
+    from resilin.adapt.settings import AdapterSettings
+
+    model = llama(folder, device)
+    attach(model, {"a": AdapterSettings(method=method, rank=RANK, exclude=("lm_head",))})
+    return of_transformers(model, device)
+
+
+def peers(method: str, folder: Path, device: str) -> Step:
+    """Peft's adapters on the transformers model."""
+    import peft
+
+    if method in ("lora", "dora"):
+        config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=NAMES, use_dora=method == "dora")
+    else:
+        variant: Any = "bat" if method == "bat_col" else True
+        config = peft.MissConfig(r=RANK, init_weights=variant, target_modules=NAMES)
+    return of_transformers(peft.get_peft_model(llama(folder, device), config), device)
+
+
+MAKERS: dict[str, Callable[[str, Path, str], Step]] = {"ours": ours, "alone": ours_on_llama, "peft": peers}
+
+
+def timed(step: Step, count: int) -> float:
+    began = time.perf_counter()
+    for _ in range(count):
+        step()
+    return (time.perf_counter() - began) / count
+
+
+def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds a step by contender; the order turns round with each round."""
+    for step in steps.values():
+        timed(step, 2)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds):
+        order = list(steps) if number % 2 == 0 else list(steps)[::-1]
+        for name in order:
+            seconds[name].append(timed(steps[name], BLOCK))
+    return seconds
+
+
+def peak(who: str, method: str, folder: Path, options: argparse.Namespace) -> float:
+    """Bytes at the peak of three steps, in a process of its own: above what the model and its set-up take."""
+    command = [sys.executable, __file__, who, method, str(folder), options.device, str(options.threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _peak_here(who: str, method: str, folder: str, device: str, threads: str) -> None:
+    import torch
+
+    torch.set_num_threads(int(threads))
+    step = MAKERS[who](method, Path(folder), device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        timed(step, 3)
+        print(json.dumps(torch.cuda.max_memory_allocated()))
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's own peak counter starts anew
+    before = _status("VmRSS")
+    timed(step, 3)
+    print(json.dumps(_status("VmHWM") - before))
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """Step time and peak memory of each method, then the methods against each other."""
+    from resilin.bench.results import Row
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(folder)
+        own: dict[str, list[float]] = {}
+        for method, peer in METHODS.items():
+            steps = {who: make(method, folder, options.device) for who, make in MAKERS.items()}
+            seconds = in_turns(steps, options.rounds)
+            own[method] = seconds["ours"]
+            del steps
+            target = TARGETS[method]
+            note = f"rank {RANK}, all linear maps, {BATCH} x {LENGTH} tokens"
+            yield Row.from_turns(
+                f"{method} step, each on its own model", "s", seconds["ours"], seconds["peft"], peer,
+                better="lower", target=target, note=note,
+            )  # fmt: skip
+            yield Row.from_turns(
+                f"{method} step, both on transformers' model", "s", seconds["alone"], seconds["peft"], peer,
+                better="lower", target=target, note=note,
+            )  # fmt: skip
+            memory = {who: [peak(who, method, folder, options) / 2**20 for _ in range(2)] for who in MAKERS}
+            for who, where in (("ours", "each on its own model"), ("alone", "both on transformers' model")):
+                yield Row.from_turns(
+                    f"{method} peak memory of a step, {where}", "MiB", memory[who], memory["peft"], peer,
+                    better="lower", target=target, note="above the model and its set-up",
+                )  # fmt: skip
+        yield Row.from_turns(
+            "miss step against LoRA of the same rank", "s", own["miss"], own["lora"], "our LoRA", better="lower",
+            note="measured in separate turns",
+        )  # fmt: skip
+        yield Row.from_turns(
+            "bat_col step against LoRA of the same rank", "s", own["bat_col"], own["lora"], "our LoRA", better="lower",
+            note="measured in separate turns; peft's benchmark: 1409 s against 942 s",
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    _peak_here(*sys.argv[1:])
