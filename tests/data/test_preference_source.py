@@ -172,6 +172,25 @@ def test_pairs_can_be_mixed_when_padded_to_their_length(tmp_path: Path) -> None:
     assert mixed.fetch(0, range(4))["chosen_tokens"].shape == (4, 12)
 
 
+def test_pairs_are_read_from_a_mix_of_files_and_copies_stay_on_one_side(tmp_path: Path) -> None:
+    byte_tokenizer().save(tmp_path / "tokenizer")
+    names = []
+    for name in ("a", "b"):
+        rows = [{"prompt": f"{name}{n}", "chosen": "c", "rejected": "r"} for n in range(6)]
+        names.append(str(write(tmp_path / f"{name}.jsonl", rows)))
+    settings = {"mixer": [names[0], "3.0", names[1], "2"], "tokenizer": str(tmp_path / "tokenizer"), "epochs": 1}
+    made = PreferenceSource.model_validate({**settings, "held_out": {"fraction": 0.3}})
+    train, held = made.build(SourceContext(0, "train", 4)), made.build(SourceContext(0, "validation", 4))
+    assert train.count == held.count == 20
+    sides = [{source.pairs.prompts[n] for n in source.mine} for source in (train, held)]
+    assert not sides[0] & sides[1]
+    assert len(train.mine) + len(held.mine) == 20
+    assert train.pool_parts == (len(train.mine),)
+    assert train.read([0, 0])["pair"].tolist() == [int(train.mine[0])] * 2
+    with pytest.raises(ValueError, match="either paths or mixer"):
+        PreferenceSource.model_validate({**settings, "paths": names})
+
+
 def test_resuming_on_other_pairs_is_refused(tmp_path: Path) -> None:
     byte_tokenizer().save(tmp_path / "tokenizer")
     path = write(tmp_path / "p.jsonl", FORMS["trl texts"])

@@ -124,6 +124,44 @@ def test_all_that_was_planted_is_removed_and_nothing_else(seed: int) -> None:
     assert shuffled.contamination == found.contamination
 
 
+def docstrings() -> list[str]:
+    """Real text: what the standard library says of itself."""
+    import argparse
+    import datetime
+    import decimal
+    import fractions
+    import inspect
+    import logging
+    import pathlib
+    import statistics
+
+    found: dict[str, None] = {}
+    for module in (argparse, datetime, decimal, fractions, logging, pathlib, statistics):
+        for owner in (module, *(value for value in vars(module).values() if inspect.isclass(value))):
+            for value in vars(owner).values():
+                text = inspect.getdoc(value) if callable(value) else None
+                if text and len(words_of(text)) >= 20:
+                    found[text] = None
+    return list(found)[:160]
+
+
+def test_in_real_text_exactly_what_overlaps_is_removed() -> None:
+    texts = docstrings()
+    assert len(texts) > 100
+    asked, rest = texts[:20], texts[20:]
+    plants = [f"Explain this to me: {text} Thank you." for text in asked]
+    halves = [" ".join(words_of(text)[: len(words_of(text)) * 3 // 4]) for text in asked]
+    values = [chat(text) for text in [*rest, *plants, *halves]]
+    found = decontaminate(as_rows(values), [TestSet("t", tuple((text,) for text in asked))])
+    truth = [
+        max(brute_coverage(question, value["messages"][0]["content"], 8) for question in asked) <= 0.5
+        for value in values
+    ]
+    assert found.keep == truth
+    assert not any(found.keep[len(rest) :])
+    assert sum(found.keep) > 0.8 * len(rest)  # little of what was not planted happens to be the same text
+
+
 def test_small_chunks_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     values, _, tests = planted(0)
     whole = decontaminate(as_rows(values), [tests])

@@ -127,6 +127,8 @@ class LocalTeacher(TeacherSettings):
         model = Pretrained(path=self.path).build(ModelContext(0, None))
         if not isinstance(model, Decoder):
             raise ModelFolderError(f"{self.path}: is no decoder, which alone can write text")
+        if self.tokenizer is None and self.path.is_file():
+            raise ModelFolderError(f"{self.path}: say with tokenizer where its tokenizer.json is")
         tokenizer = Tokenizer.load(self.tokenizer or self.path)
         backend = LocalBackend(model.eval(), tokenizer, batch_rows=self.batch_rows)
         return ChatTeacher(backend, cache=self.cache, max_concurrency=4 * self.batch_rows, tries=1)

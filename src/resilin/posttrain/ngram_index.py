@@ -2,7 +2,7 @@
 
 A document is a sequence of words (lower case, letters and digits only). Each n-gram becomes a 64-bit hash; the hashes
 of all documents are sorted, so a look-up is a binary search, and every hit is compared word by word, so a collision of
-hashes is no hit. About 16 bytes for each word indexed.
+hashes is no hit. About 24 bytes for each word indexed.
 """
 
 from __future__ import annotations
