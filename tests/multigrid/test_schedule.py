@@ -161,6 +161,18 @@ def test_images_and_sequences_have_the_axes_they_have(full: Grid, shapes: list[t
     assert lengths == [whole // 2, round(whole * math.sqrt(0.5)), whole]
 
 
+def test_sizes_are_multiples_of_a_patch_where_that_is_asked_for() -> None:
+    full = Grid(0, 224)
+    plan = Plan(full, 300, (150, 240), 10.0, long_factors=default_long_factors(full), multiple=16)
+    schedule = GridSchedule(plan)
+    sizes = {p.grid.size for s in schedule.segments for p in s.phases}
+    assert sizes == {112, 160, 224}
+    assert {p.multiplier for s in schedule.segments for p in s.phases} == {4, 2, 1}
+    tokens = Grid(100, 0)
+    plan = Plan(tokens, 300, (150, 240), 10.0, long_factors=default_long_factors(tokens), multiple=20)
+    assert {p.grid.frames for s in GridSchedule(plan).segments for p in s.phases} == {20, 40, 80, 100}
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"stages": ()}, "name at least one epoch"),
     ({"stages": (94, 239)}, "end before epochs"),
@@ -169,6 +181,7 @@ def test_images_and_sequences_have_the_axes_they_have(full: Grid, shapes: list[t
     ({"long_factors": ((0.01, 1.0),)}, "leaves nothing"),
     ({"epochs": 8, "stages": (2, 4, 6)}, "gets no epoch"),
     ({"steps_per_epoch": 0.001}, "gets no step"),
+    ({"multiple": 48}, "does not divide the default size"),
     ({"full": Grid()}, "neither frames nor a size"),
 ])  # fmt: skip
 def test_impossible_schedules_are_refused(changes: dict[str, object], message: str) -> None:

@@ -77,6 +77,7 @@ class Plan:
     finetune_short_cycle: bool = True
     final_shape: Literal["default", "cycle"] = "default"
     evaluations: int = 3
+    multiple: int = 1
 
 
 LONG_FACTORS = ((0.25, 0.5**0.5), (0.5, 0.5**0.5), (0.5, 1.0), (1.0, 1.0))
@@ -91,9 +92,15 @@ def default_long_factors(full: Grid) -> tuple[tuple[float, float], ...]:
     return ((0.25, 1.0), (0.5, 1.0), (1.0, 1.0))
 
 
-def scaled(full: Grid, factors: tuple[float, float]) -> Grid:
-    """The default shape by (frames, size) factors, in whole numbers."""
-    return Grid(round(full.frames * factors[0]), round(full.size * factors[1]))
+def whole(exact: float, multiple: int) -> int:
+    """The nearest whole number, or the nearest multiple (at least one of it)."""
+    return round(exact) if multiple == 1 else multiple * max(1, round(exact / multiple))
+
+
+def scaled(full: Grid, factors: tuple[float, float], multiple: int = 1) -> Grid:
+    """The default shape by (frames, size) factors; `multiple` is that of the size, or of the length without one."""
+    frames, size = full.frames * factors[0], full.size * factors[1]
+    return Grid(round(frames), whole(size, multiple)) if full.size else Grid(whole(frames, multiple))
 
 
 def _short_sides(plan: Plan, base: Grid) -> list[tuple[Grid, float]]:
@@ -104,7 +111,8 @@ def _short_sides(plan: Plan, base: Grid) -> list[tuple[Grid, float]]:
     for factor in plan.short_factors:
         # No phase is finer than the long cycle's shape (S / sqrt 2 beside a base that was rounded below it).
         exact = min(factor * full, own)
-        side = max(1, round(exact))
+        side = max(1, min(whole(exact, plan.multiple), own))
+        exact = exact if plan.multiple == 1 else float(side)
         found.append((Grid(base.frames, side) if spatial else Grid(side), exact))
     return found
 
@@ -232,6 +240,11 @@ def _count(phases: Sequence[Phase], start: int, stop: int, *, cost: bool = False
 def _check(plan: Plan) -> None:
     if not plan.full.frames and not plan.full.size:
         raise ScheduleError("the source's samples have neither frames nor a size: there is nothing to make coarser")
+    if (plan.full.size or plan.full.frames) % plan.multiple:
+        raise ScheduleError(
+            f"multiple ({plan.multiple}) does not divide the default {'size' if plan.full.size else 'length'} "
+            f"({plan.full.size or plan.full.frames}), which every schedule ends with"
+        )
     if not plan.stages:
         raise ScheduleError("stages: name at least one epoch at which the learning rate falls (the last shape begins)")
     if list(plan.stages) != sorted(set(plan.stages)) or plan.stages[0] < 1 or plan.stages[-1] >= plan.epochs:
@@ -243,14 +256,14 @@ def _check(plan: Plan) -> None:
     for pair in plan.long_factors:
         if any(not 0 < factor <= 1 for factor in pair):
             raise ScheduleError(f"long_factors: {list(pair)} should lie above 0 and be at most 1")
-        grid = scaled(plan.full, pair)
+        grid = scaled(plan.full, pair, plan.multiple)
         if (plan.full.frames and not grid.frames) or (plan.full.size and not grid.size):
             raise ScheduleError(f"long_factors: {list(pair)} of {plan.full} leaves nothing (it rounds to 0)")
 
 
 def _long(plan: Plan) -> list[Segment]:
     """The long cycle once in every stage but the last, and then the fine-tuning."""
-    bases = [scaled(plan.full, pair) for pair in plan.long_factors or default_long_factors(plan.full)]
+    bases = [scaled(plan.full, pair, plan.multiple) for pair in plan.long_factors or default_long_factors(plan.full)]
     averages = _averages(plan, bases)
     bounds = (0, *plan.stages)
     rows: list[tuple[int, Grid, float]] = []

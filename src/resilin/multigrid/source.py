@@ -49,6 +49,8 @@ class Multigrid(SourceSettings):
     """Keep the short cycle in the last shape, as the authors' code does; False: the default shape alone."""
     final_shape: Literal["default", "cycle"] = "default"
     """What the fine-tuning trains on; cycle: the last of `long_factors`."""
+    multiple: Annotated[int, Field(ge=1)] = 1
+    """Sizes (lengths, where there is no size) are rounded to multiples of this: the patch of a vision transformer."""
     evaluations: Annotated[int, Field(ge=0)] = 3
     """Evaluations and checkpoints in each shape, where the run makes any; 0: one, at its end."""
 
@@ -91,6 +93,7 @@ class Multigrid(SourceSettings):
             finetune_short_cycle=self.finetune_short_cycle,
             final_shape=self.final_shape,
             evaluations=self.evaluations,
+            multiple=self.multiple,
         )
         try:
             return GridSchedule(plan)
