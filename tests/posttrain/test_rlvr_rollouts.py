@@ -388,3 +388,18 @@ def test_answers_come_from_the_decoder_inside(tiny: Any) -> None:
     assert decoder_of(policy) is decoder_of(torch.compile(policy)) is decoder_of(both) is policy
     with pytest.raises(TypeError, match="Linear"):
         decoder_of(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("ppo", [False, True])
+def test_a_micro_batch_of_dropped_answers_has_no_units_and_no_gradient(tree: Any, tiny: Any, ppo: bool) -> None:
+    run = run_of(tree, tiny, steps=1, ppo=ppo, non_stop_penalty="verifier")
+    run.train()
+    run.source.before_step(view_of(run.model, run.source, 1))
+    run.objective.before_step(view_of(run.model, run.source, 1))
+    batch = run.source.fetch(1, range(8)).rows(0, 2)
+    batch.fields["labels"][:] = -100
+    run.model.zero_grad(set_to_none=True)
+    loss = run.objective(run.model, batch, Keys(0, 1, batch.slots_B))
+    loss.sum.backward()
+    assert float(loss.units) == 0
+    assert all(p.grad is None or not p.grad.any() for p in run.model.parameters())

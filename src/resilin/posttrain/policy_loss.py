@@ -81,7 +81,7 @@ class PolicyTerms:
             return (loss_C * tokens.weight_N[at].to(logp_C.dtype)).double().sum()
 
         loss = states.loss(groups, score, chunk)
-        total = torch.stack(sums).sum(0) if sums else torch.zeros(5, dtype=torch.float64)
+        total = torch.stack(sums).sum(0) if sums else torch.zeros(5, dtype=torch.float64, device=states.labels_N.device)
         units = torch.tensor(count, device=total.device)
         names = ("ratio", "clipped", "logp", "kl", "kl_old")
         return loss, {name: Mean(value, units) for name, value in zip(names, total, strict=True)}

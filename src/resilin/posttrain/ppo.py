@@ -111,6 +111,7 @@ class PpoLoss(PolicyObjective):
     def _value_loss(self, both: ActorCriticModel, batch: Batch, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Half the squared error, the larger one of the value and of the value held near what it was."""
         width = int((valid_BT.any(0) * torch.arange(1, valid_BT.shape[1] + 1, device=valid_BT.device)).amax())
+        width = max(width, 1)  # answers that were dropped have no labels
         value_N = both.value(batch["tokens"][:, :width])[valid_BT[:, :width]].double()
         old_N, return_N = batch["values"][valid_BT].double(), batch["returns"][valid_BT].double()
         error_N, clipped = (value_N - return_N).square(), torch.zeros((), dtype=torch.float64)

@@ -9,6 +9,7 @@ Shapes: R answers of a rollout, T positions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -94,8 +95,7 @@ class Rollouts(SourceSettings):
                 f"train.batch_size x minibatches = {answers} answers are not whole groups of samples_per_prompt = "
                 f"{self.samples_per_prompt}: use a multiple"
             )
-        inner = SourceContext(context.seed, context.split, answers // self.samples_per_prompt)
-        prompts = self.prompts.build(inner)
+        prompts = self.prompts.build(replace(context, batch_size=answers // self.samples_per_prompt))
         for row in getattr(prompts, "mine", ()):
             self.verifiers.check(prompts.row(int(row)), f"prompt row {row}")  # type: ignore[attr-defined]
         return RolloutSource(self, prompts, context.seed)
