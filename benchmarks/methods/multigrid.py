@@ -86,11 +86,13 @@ def race(seed: int, device: str, threads: int, shorter: int, evaluations: int) -
     return both
 
 
-def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """The seconds that each needs to the plain run's final accuracy less a point; a round is a seed, three at most."""
+def rows(options: argparse.Namespace, shorter: int = 1) -> Iterator[Row]:
+    """The seconds that each needs to the plain run's final accuracy less a point; a round is a seed, three at most.
+
+    `shorter` divides the length of both, to try it out.
+    """
     from resilin.bench.results import Row
 
-    shorter = getattr(options, "shorter", 1)
     ours: list[float] = []
     theirs: list[float] = []
     notes: list[str] = []
@@ -115,13 +117,3 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         target=TARGET,
         note="; ".join(notes),
     )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--shorter", type=int, default=1, help="divide the length of both runs, to try it out")
-    for row in rows(parser.parse_args()):
-        print(row.model_dump_json(indent=1))
