@@ -140,11 +140,13 @@ def test_a_comparison_that_takes_too_long_is_not_equal_and_the_next_one_works() 
     pytest.importorskip("sympy")
     from resilin.posttrain.verifiers.symbolic import Symbolic
 
-    compare = Symbolic(0.4)
+    compare = Symbolic(60.0)
     try:
         assert compare.equal(r"2\sqrt{3}", r"\sqrt{12}")
+        compare.seconds = 0.4
         assert not compare.equal("9^{9^{9^{9}}}", "4")
         assert compare._process is None
+        compare.seconds = 60.0  # a busy machine may be slow; only the hopeless comparison was to be cut short
         assert compare.equal("x+x", "2x")
         assert not compare.equal("x" * 500, "y")
         assert not compare.equal("9^{9^{9^{9}}}", "4")  # remembered
