@@ -43,7 +43,7 @@ class RowPool:
 
     def read(self, samples: Sequence[int]) -> Batch:
         rows = self.rows_NT[torch.tensor(list(samples), dtype=torch.int64)]
-        return Batch(torch.arange(len(rows)), {"tokens": rows[:, :-1], "labels": rows[:, 1:]})
+        return Batch(torch.arange(len(rows)), {"tokens": rows[:, :-1], "labels": rows[:, 1:].clone()})
 
     def slots(self, step: int) -> int:
         return self.batch_size

@@ -238,3 +238,14 @@ def test_selection_is_a_function_of_the_seed(kit: Any) -> None:
     first, again, other = (walk(kit, selected(kit, seed=seed), 5) for seed in (0, 0, 1))
     assert first == again
     assert first != other
+
+
+def test_a_target_of_another_vocabulary_is_refused(kit: Any) -> None:
+    class Wide(kit.Rows):  # type: ignore[name-defined, misc]
+        def build(self, context: SourceContext) -> Any:
+            rows = super().build(context)
+            rows.vocab_size = 99
+            return rows
+
+    with pytest.raises(DataError, match=r"different tokenizers \(vocabularies of \[16, 99\]\)"):
+        selected(kit, target=Wide())._find_target()

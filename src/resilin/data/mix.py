@@ -99,19 +99,24 @@ class Mix(SourceSettings):
     def build(self, context: SourceContext) -> Source:
         """For training the mix; for validation the parts' batches one part after another."""
         sources = [part.source.build(context) for part in self.parts]
-        _check_same_vocabulary(sources)
+        check_same_vocabulary(sources)
         if context.split == "validation":
             return ChainSource(sources)
         return MixSource(sources, whole_weights([part.weight for part in self.parts]), context.batch_size)
 
 
-def _check_same_vocabulary(sources: Sequence[Source]) -> None:
+def check_same_vocabulary(sources: Sequence[object]) -> None:
+    """Refuse sources that are read together and mean different texts by the same ids.
+
+    Raises:
+        DataError: their tokenizers or vocabularies differ.
+    """
     digests = {tokenizer.digest for source in sources if (tokenizer := getattr(source, "tokenizer", None)) is not None}
     sizes = {size for source in sources if (size := getattr(source, "vocab_size", None)) is not None}
     if len(digests) > 1 or len(sizes) > 1:
         raise DataError(
-            f"the sources of a mix have different tokenizers (vocabularies of {sorted(sizes)}): their token ids mean "
-            "different texts; set source.parts.*.source.tokenizer.path to one tokenizer"
+            f"sources that are used together have different tokenizers (vocabularies of {sorted(sizes)}): their token "
+            "ids mean different texts; set tokenizer.path of each to one tokenizer"
         )
 
 

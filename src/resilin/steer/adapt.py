@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from resilin.config import component
+from resilin.data.mix import check_same_vocabulary
 from resilin.data.pool import pool_of, pool_size
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.keys import Keys
@@ -68,6 +69,7 @@ class Adapt(Weighter):
     def _embed_anchors(self, look: StepLook) -> Tensor:
         if "pool" not in look.cache:
             source = self.anchors.build(SourceContext(look.seed, "train", look.chunk))
+            check_same_vocabulary([look.view.source, source])
             pool = pool_of(source, "anchors")
             size = pool_size(pool)
             keys = Keys.of_step(look.seed, 0).fold("steer").fold("anchors")

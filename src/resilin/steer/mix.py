@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from resilin.config import component
 from resilin.data.errors import DataError
-from resilin.data.mix import MixSource
+from resilin.data.mix import MixSource, check_same_vocabulary
 from resilin.data.pool import pool_of, pool_size
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.keys import Keys
@@ -61,6 +61,7 @@ class Mixed(SourceSettings):
         """For training the mix; for validation the domains' batches in turn."""
         inner = dataclasses.replace(context, folder=None)
         sources = {name: settings.build(inner) for name, settings in self.domains.items()}
+        check_same_vocabulary(list(sources.values()))
         if context.split == "validation":
             return TurnSource(sources)
         return MixedSource(sources, self, context)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from resilin.config import component
 from resilin.data.errors import DataError
+from resilin.data.mix import check_same_vocabulary
 from resilin.data.pool import Pool, part_of, pool_of, pool_size
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.keys import Keys
@@ -64,7 +65,7 @@ class Selected(SourceSettings):
             return inner
         pool = pool_of(inner, "selection")
         schedule = self._schedule(pool_size(pool), context.batch_size)
-        return SelectedSource(inner, self, context, schedule, lambda: self._target(context))
+        return SelectedSource(inner, self, context, schedule, lambda: self._target(context, inner))
 
     def _schedule(self, size: int, batch_size: int) -> FlexSchedule:
         window = batch_size * self.update_steps
@@ -80,11 +81,12 @@ class Selected(SourceSettings):
             raise DataError("source.warmup_steps and source.update_times are both 0: there is nothing to train on")
         return FlexSchedule(self.warmup_steps, self.update_steps, times)
 
-    def _target(self, context: SourceContext) -> Pool:
+    def _target(self, context: SourceContext, inner: Source) -> Pool:
         if self.target is not None:
             found = self.target.build(dataclasses.replace(context, split="train", folder=None))
         else:
             found = self.source.build(dataclasses.replace(context, split="validation", folder=None))
+        check_same_vocabulary([inner, found])
         pool = pool_of(found, "the target of a selection")
         size = pool_size(pool)
         if not size:
@@ -146,8 +148,6 @@ class SelectedSource(SourceTransform):
             return
         began = time.perf_counter()
         count = self.batch_size * window.steps
-        if window.update == 0 and self._start == -1:
-            self._memory = {}
         look = Look(
             view=dataclasses.replace(view, step=window.start),
             pool=self.pool,
