@@ -238,7 +238,7 @@ def test_a_map_that_does_more_is_refused_where_the_weight_itself_is_needed(setti
         attach(nn.Sequential(Doubling(8, 8)), {"a": settings(method)})
 
 
-@pytest.mark.parametrize("method", ["miss", "lora", "bat_row", "bat_ab"])
+@pytest.mark.parametrize("method", ["miss", "lora", "bat_row", "bat_ab", "bat_col", "dora"])
 def test_the_plain_form_of_adapters_on_a_sparse_map_is_one_dense_map(settings, move, method) -> None:
     from resilin.models.linear import Linear
     from resilin.models.plain import make_plain

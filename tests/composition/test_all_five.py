@@ -201,3 +201,17 @@ def test_micro_batches_change_nothing_but_rounding(pairs: dict[str, Any]) -> Non
         assert run.train().reason == "completed"
     for (name, left), (_, right) in zip(whole.model.named_parameters(), parts.model.named_parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("method", ["miss", "mini", "bat_col", "bat_row", "bat_ab", "lora", "rslora", "dora"])
+@pytest.mark.parametrize("slorb", [None, {"k": 4}])
+def test_an_adapter_starts_from_what_the_sparse_layer_computes(method: str, slorb: dict[str, int] | None) -> None:
+    from resilin.adapt.adapted import Adapted
+    from resilin.models.settings import ModelContext
+
+    sparse = {**MODEL["model"], "slorb": slorb}  # type: ignore[dict-item]
+    adapter = {"method": method, "rank": 4, **({"mini_rank": 4} if method == "mini" else {})}
+    adapted = Adapted.model_validate({"model": sparse, "adapters": {"default": adapter}})
+    with_it, without = adapted.build(ModelContext(0, 32)), adapted.model.build(ModelContext(0, 32))
+    tokens = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(with_it(tokens)[0], without(tokens)[0], rtol=1e-5, atol=1e-5)

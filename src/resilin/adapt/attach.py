@@ -109,7 +109,7 @@ def _attach_one(linear: AdaptedLinear, name: str, settings: AdapterSettings, see
     if not weight.is_meta:
         adapter.fill(Keys.of_step(seed, 0).fold("initial adapter").fold(linear.path).fold(name))
         if isinstance(adapter, Dora):
-            adapter.start_from(weight)
+            adapter.start_from(linear.whole_weight())
     linear.adapters[name] = adapter
 
 

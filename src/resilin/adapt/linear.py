@@ -76,7 +76,7 @@ class _Level:
 
     def weight(self) -> Tensor:
         if self.count == 0:
-            return self.map.weight
+            return self.map.whole_weight()
         name, adapter, strength, below = self._adapter()
         if adapter.settings.dropout and self.map.attached.current_keys is not None:
             raise ValueError(
@@ -117,6 +117,12 @@ class AdaptedLinear(_Base):
     def base_forward(self, x: Tensor) -> Tensor:
         """The map without adapters."""
         return super().forward(x)
+
+    def whole_weight(self) -> Tensor:
+        """The matrix that the map without adapters multiplies by."""
+        below = getattr(super(), "whole_weight", None)  # of a map that does more than hold it: a mask, say
+        whole: Tensor = self.weight if below is None else below()
+        return whole
 
     def adapter(self, name: str) -> Adapter:
         """By name."""

@@ -127,7 +127,7 @@ def _check_weight(where: str, path: str, linear: nn.Linear, settings: AdapterSet
             f"{where}: {path} has a quantised weight ({linear.weight.dtype}), and {settings.method} computes with the "
             "weight itself: use miss, mini, lora, rslora, bat_row or bat_ab, which need its products only"
         )
-    if not is_plain_map(linear) and settings.method in ("bat_col", "dora"):
+    if not (is_plain_map(linear) or tells_weight(linear)) and settings.method in ("bat_col", "dora"):
         raise AdapterError(
             f"{where}: {path} is a {type(linear).__name__}, which does more than multiply by its weight, and "
             f"{settings.method} computes with the weight itself: use miss, mini, lora, rslora, bat_row or bat_ab, "
@@ -139,6 +139,12 @@ def is_plain_map(linear: nn.Linear) -> bool:
     """Whether the module computes `x W^T + b` and nothing else, whatever adapters it has."""
     own = next(c for c in type(linear).__mro__ if "forward" in vars(c) and c.__module__ != "resilin.adapt.linear")
     return own is nn.Linear
+
+
+def tells_weight(linear: nn.Linear) -> bool:
+    """Whether the module gives the matrix it multiplies by, as `whole_weight()`, whatever adapters it has."""
+    mro = type(linear).__mro__
+    return any("whole_weight" in vars(c) for c in mro if c.__module__ != "resilin.adapt.linear")
 
 
 def is_quantised(linear: nn.Linear) -> bool:

@@ -120,6 +120,11 @@ class SparseLinear(nn.Linear):
         """W~ (D, C): the masked weight, without the correction; differentiable straight through."""
         return masked(self.weight, self.mask)
 
+    def whole_weight(self) -> Tensor:
+        """The matrix (D, C) that the layer multiplies by, correction and all; for what goes on top of it."""
+        weight, matrices = self.effective_weight(), self.correction_matrices()
+        return weight if matrices is None else weight + matrices[0] @ matrices[1]
+
     def correction_matrices(self) -> tuple[Tensor, Tensor] | None:
         """(S, X) of the correction, X as a matrix also where it is a sum; None without one."""
         if self.boost is None:
@@ -141,9 +146,7 @@ class SparseLinear(nn.Linear):
     @torch.no_grad()
     def plain_form(self) -> nn.Module:
         """An ordinary layer that computes the same: exact zeros where the mask is False; a correction is added in."""
-        weight = self.effective_weight().detach()
-        matrices = self.correction_matrices()
-        return self._plain(weight if matrices is None else weight + matrices[0] @ matrices[1])
+        return self._plain(self.whole_weight().detach())
 
     def sparse_form(self) -> nn.Module:
         """An ordinary layer of the masked weight alone, without the correction."""
