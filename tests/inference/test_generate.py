@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -45,6 +46,8 @@ def test_any_ragged_batch_gives_greedily_what_the_model_without_a_cache_gives(
 def test_a_sampled_row_does_not_depend_on_its_batch(
     tiny: Decoder, prompts: list[list[int]], seed: int, top_k: int
 ) -> None:
+    # In float64: in float32 a batch of another shape rounds otherwise, and a draw at a token's edge falls beside it.
+    tiny = copy.deepcopy(tiny).double()
     sampling = Sampling(seed=seed, top_k=top_k, repetition_penalty=1.2)
     together = generate(tiny, prompts, StopRule(8), sampling=sampling)
     in_small_batches = generate(tiny, prompts, StopRule(8), sampling=sampling, batch_rows=2)
