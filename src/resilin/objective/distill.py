@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from resilin.config import UserError, component
 from resilin.keys import Keys
+from resilin.models.digest import weights_digest
 from resilin.models.original import make_original
 from resilin.models.settings import ModelContext, ModelSettings
 from resilin.nouns import Batch, Loss, Mean
@@ -40,7 +41,7 @@ from resilin.objective.next_token import (
     valid_tokens,
 )
 from resilin.objective.settings import ObjectiveContext, needed
-from resilin.objective.teacher_cache import TeacherCache, weights_digest
+from resilin.objective.teacher_cache import TeacherCache
 
 
 class TeacherError(UserError, ValueError):

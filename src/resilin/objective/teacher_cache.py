@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from resilin.config import UserError
 from resilin.nouns import Batch
@@ -27,15 +27,6 @@ _INPUTS = ("tokens", "positions", "documents")
 
 class TeacherCacheError(UserError):
     """A cache that cannot be read; the text names the file."""
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A hash of all parameters and buffers, by name."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class TeacherCache:

@@ -23,8 +23,8 @@ from typing import Literal
 
 from resilin.data.errors import DataError
 from resilin.data.row_files import Row, read_rows, write_rows
+from resilin.inference.sentence_encoder import Encoder, best_cosines
 from resilin.posttrain.ngram_index import NgramIndex, phrase_fields, score_fields
-from resilin.posttrain.sentence_encoder import Encoder, best_cosines
 
 Method = Literal["ngram", "exact", "embedding"]
 _CHUNK_WORDS = 20_000_000

@@ -5,7 +5,6 @@ Shapes: R rows, T positions.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -14,20 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from resilin.adapt.switch import without_adapters
+from resilin.models.digest import weights_digest
 from resilin.objective.next_token import IGNORE
 from resilin.posttrain.reference_cache import ReferenceCache, content_keys
 from resilin.posttrain.sequences import frozen_logprobs, sums_of_rows
 
 ReferenceKind = Literal["cached", "live", "adapters_off"]
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class LiveReference:

