@@ -10,6 +10,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
+from resilin.models.plain import replace_modules
+
 
 @runtime_checkable
 class HasOriginalForm(Protocol):
@@ -28,8 +30,6 @@ def make_original(model: nn.Module) -> nn.Module:
     Returns:
         The model, or its own original form.
     """
-    for name, module in reversed(list(model.named_modules())):
-        if name and isinstance(module, HasOriginalForm):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, module.original_form())
-    return model.original_form() if isinstance(model, HasOriginalForm) else model
+    return replace_modules(
+        model, lambda module: module.original_form() if isinstance(module, HasOriginalForm) else None
+    )

@@ -6,6 +6,7 @@ needs to know no method.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from torch import nn
@@ -28,8 +29,22 @@ def make_plain(model: nn.Module) -> nn.Module:
     Returns:
         The model, or its own plain form.
     """
+    return replace_modules(model, lambda module: module.plain_form() if isinstance(module, HasPlainForm) else None)
+
+
+def replace_modules(model: nn.Module, form: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """Put another module in the place of each that has one, the innermost first.
+
+    Args:
+        model: changed in place.
+        form: what stands for a module; None: itself.
+
+    Returns:
+        The model, or what stands for it.
+    """
     for name, module in reversed(list(model.named_modules())):
-        if name and isinstance(module, HasPlainForm):
+        other = form(module) if name else None
+        if other is not None:
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, module.plain_form())
-    return model.plain_form() if isinstance(model, HasPlainForm) else model
+            setattr(model.get_submodule(parent), last, other)
+    return form(model) or model

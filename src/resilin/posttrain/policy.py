@@ -5,6 +5,7 @@ Shapes: R answers of a rollout, B of a micro-batch, T positions, N answer tokens
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ def rollouts_of(source: Any, what: str) -> Any:
     return source
 
 
-class PolicyObjective:
+class PolicyObjective(ABC):
     """The common part; a subclass gives `advantages` and `learn`."""
 
     name = "the policy loss"
@@ -101,9 +102,9 @@ class PolicyObjective:
             rollout["reference_logprobs"] = spread(logp_N, labels_RT).cpu()
         self.advantages(model, rollout)
 
+    @abstractmethod
     def advantages(self, model: nn.Module, rollout: dict[str, Tensor]) -> None:
         """Add what the loss needs to a new rollout."""
-        raise NotImplementedError
 
     # -- the loss -----------------------------------------------------------------------------------------------
 
@@ -113,9 +114,9 @@ class PolicyObjective:
             return self.evaluate(model, batch)
         return self.learn(model, batch)
 
+    @abstractmethod
     def learn(self, model: nn.Module, batch: Batch) -> Loss:
         """The loss of a micro-batch of answers."""
-        raise NotImplementedError
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Loss:
         """One minus the verifiers' number, summed over prompts, with the logs `verified` (also by
@@ -166,7 +167,7 @@ class PolicyObjective:
         """Nothing: the reference is the initial model, the rollout belongs to the source."""
         return {}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: State) -> None:  # noqa: B027  # a subclass with state overrides both
         """Nothing to take back."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -41,7 +42,7 @@ class ImageSettings(LabelledSettings):
     """How pixel values are shifted and scaled."""
 
 
-class _Images:
+class _Images(ABC):
     """Shared by the two kinds of stores: from pixels to a view."""
 
     def __init__(
@@ -50,9 +51,9 @@ class _Images:
         self.labels_N, self.classes, self.digest = labels_N, classes, digest
         self.views, self.normal = settings.views, settings.normal
 
+    @abstractmethod
     def pixels(self, index: int) -> Tensor:
         """(1, H, W, C) uint8."""
-        raise NotImplementedError
 
     def view(self, index: int, grid: Grid, full: Grid, u: list[float] | None) -> Tensor:
         """(C, S, S) float32; see `resilin.vision.labelled.Samples`."""
