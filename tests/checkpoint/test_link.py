@@ -79,6 +79,9 @@ def test_an_earlier_file_that_was_damaged_is_not_linked(tmp_path: Path) -> None:
     file.write_bytes(raw)
     folder.save(2, tree(1))
     verify_checkpoint(folder.step_path(2))
+    written = folder.step_path(2) / "frozen.safetensors"
+    assert links(written) == 1
+    assert written.read_bytes() != bytes(raw)
 
 
 def test_a_disk_without_links_gets_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
