@@ -65,11 +65,11 @@ def test_a_name_that_is_taken_or_no_name_is_refused(tree: dict[str, Any]) -> Non
 def test_another_tokenizer_is_refused_before_training(tree: dict[str, Any]) -> None:
     other = {**tree["evaluation"]["held_out"]["other"], "tokenizer": {"kind": "bpe", "vocab_size": 300}}
     wrong = {**tree, "evaluation": {"every": 10, "held_out": {"other": other}}}
-    with pytest.raises(UserError, match="evaluation.held_out.other: its tokenizer is another"):
+    with pytest.raises(UserError, match=r"evaluation\.held_out\.other: its tokenizer is another"):
         build_run(parse_settings(RunSettings, wrong, "x"))
 
 
 def test_data_that_is_all_held_out_cannot_be_trained_on(tree: dict[str, Any]) -> None:
     wrong = {**tree, "source": {**tree["source"], "held_out": {"fraction": 1.0}}}
-    with pytest.raises(DataError, match="train split has 0 tokens; at least 2 are needed; lower held_out.fraction"):
+    with pytest.raises(DataError, match=r"train split has 0 tokens; at least 2 are needed; lower held_out\.fraction"):
         build_run(parse_settings(RunSettings, wrong, "x"))
