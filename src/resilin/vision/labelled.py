@@ -18,6 +18,7 @@ from resilin.config import Settings
 from resilin.data.errors import DataError
 from resilin.data.order import BatchSizes, SampleOrder
 from resilin.data.permutation import Permutation
+from resilin.data.pool import check_samples
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.keys import Keys, hash64
 from resilin.nouns import Batch, State
@@ -186,16 +187,37 @@ class LabelledSource:
         Raises:
             DataError: for slots the step does not have, or a file that can no longer be read.
         """
-        rows = self.rows_N[self.order.row_of(step, slots)]
+        return self._batch(self.rows_N[self.order.row_of(step, slots)], slots, step if self.random else None)
+
+    @property
+    def pool_parts(self) -> tuple[int, ...]:
+        """The samples of this split, as a pool (see `resilin.data.pool.Pool`)."""
+        return (len(self.rows_N),)
+
+    def read(self, samples: Sequence[int]) -> Batch:
+        """Samples of this split by number, in the fixed views of validation.
+
+        Raises:
+            DataError: for numbers outside the pool, or a file that can no longer be read.
+        """
+        return self._batch(self.rows_N[check_samples(samples, len(self.rows_N))], range(len(samples)), None)
+
+    def read_for(self, step: int, slots: Sequence[int], samples: Sequence[int]) -> Batch:
+        """Samples by number as the slots of a step, in the random views of these slots."""
+        rows_B = self.rows_N[check_samples(samples, len(self.rows_N))]
+        return self._batch(rows_B, slots, step if self.random else None)
+
+    def _batch(self, rows_B: NDArray[np.int64], slots: Sequence[int], step: int | None) -> Batch:
+        """Samples as slots, in the random views of a step; None: in fixed views."""
         slots_B = torch.tensor(list(slots), dtype=torch.int64)
         draws: list[list[float]] | None = None
-        if self.random:
+        if step is not None:
             draws = Keys(self.seed, step, slots_B).fold("view").uniform((DRAWS,)).tolist()
         views = [
             self.samples.view(row, self.grid, self.full, draws[b] if draws is not None else None)
-            for b, row in enumerate(rows.tolist())
+            for b, row in enumerate(rows_B.tolist())
         ]
-        labels_B = torch.from_numpy(self.samples.labels_N[rows])
+        labels_B = torch.from_numpy(self.samples.labels_N[rows_B])
         return Batch(slots_B, {"inputs": torch.stack(views), "labels": labels_B})
 
     def state_dict(self) -> State:
