@@ -145,7 +145,7 @@ def test_precise_statistics_are_means_over_batches_of_the_base_shape(grid_tree: 
     first.register_forward_hook(lambda _m, _i, out: outputs.append(out.detach()))
     source: Any = run.source
     for number in range(2):
-        batch = source.base_batch(2, number)
+        batch = source.base_batch(2, number, range(source.base_slots(2, number)))
         assert batch["inputs"].shape == (16, 3, 2, 11, 11)
         twin(batch["inputs"])
     k = norm.splits
