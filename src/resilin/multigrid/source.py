@@ -164,10 +164,11 @@ class MultigridSource(SourceTransform):
         groups: dict[int, list[int]] = {}
         for place, slot in enumerate(asked):
             groups.setdefault((first + slot) // self.batch_size, []).append(place)
-        parts, order = [], []
-        for number, places in groups.items():
-            parts.append(behind.fetch(number, [(first + asked[p]) % self.batch_size for p in places]))
-            order += places
+        order = [place for places in groups.values() for place in places]
+        wanted = [(n, [(first + asked[p]) % self.batch_size for p in places]) for n, places in groups.items()]
+        # The type is asked, for a transform would answer with the method of what it wraps.
+        at_once = getattr(type(behind), "fetch_steps", None)
+        parts = [at_once(behind, wanted)] if at_once else [behind.fetch(number, slots) for number, slots in wanted]
         back = torch.empty(len(order), dtype=torch.int64)
         back[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
         fields = {}
