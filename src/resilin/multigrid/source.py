@@ -13,7 +13,7 @@ from resilin.data.settings import SourceContext, SourceSettings
 from resilin.multigrid.pieces import Pieces
 from resilin.multigrid.schedule import GridSchedule, Plan, ScheduleError, default_long_factors
 from resilin.nouns import Batch, Source, StepView
-from resilin.transforms import SourceTransform
+from resilin.transforms import SourceTransform, read_for
 from resilin.vision.grid import Grid
 
 Factor = Annotated[float, Field(gt=0, le=1)]
@@ -105,8 +105,13 @@ def as_gridded(source: Source) -> Any:
     """A source that can be resampled: itself, or rows of tokens that can be cut.
 
     Raises:
-        SettingsError: it is neither.
+        SettingsError: it is neither, or it chooses the samples of a step by itself.
     """
+    if getattr(source, "steered", False):
+        raise SettingsError(
+            f"source: {type(source).__name__} decides which samples a step has and goes outside; Multigrid decides how "
+            "many, and in what shape, and goes inside: around the source that is chosen from"
+        )
     if hasattr(source, "resampled") and hasattr(source, "grid"):
         return source
     if hasattr(source, "sequence_length"):
@@ -156,6 +161,10 @@ class MultigridSource(SourceTransform):
     def fetch(self, step: int, slots: Sequence[int]) -> Batch:
         """The samples of these slots, in the shape of the step."""
         return self.fetch_on(self.grid_schedule.phase(step).grid, self._first(step), slots)
+
+    def read_for(self, step: int, slots: Sequence[int], samples: Sequence[int]) -> Batch:
+        """Samples by number, in the shape of the step: for who chooses them (see `resilin.data.pool`)."""
+        return read_for(self.gridded.resampled(self.grid_schedule.phase(step).grid), step, slots, samples)
 
     def fetch_on(self, grid: Grid, first: int, slots: Sequence[int]) -> Batch:
         """Samples `first + slot` of the order of the source behind, on a grid."""

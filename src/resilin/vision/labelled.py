@@ -18,6 +18,7 @@ from resilin.config import Settings
 from resilin.data.errors import DataError
 from resilin.data.order import BatchSizes, SampleOrder
 from resilin.data.permutation import Permutation
+from resilin.data.pool import check_samples
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.keys import Keys, hash64
 from resilin.nouns import Batch, State
@@ -208,27 +209,50 @@ class LabelledSource:
         """The samples of some slots of several steps, one step after the other: what `fetch` gives for each, sooner."""
         rows_B = self.rows_N[np.concatenate([self.order.row_of(step, slots) for step, slots in parts])]
         slots_B = torch.tensor([slot for _, slots in parts for slot in slots], dtype=torch.int64)
+        if not self.random:
+            return self._fixed(rows_B, slots_B, self.views)
         steps_B = torch.tensor([step for step, slots in parts for _ in slots], dtype=torch.int64)
-        return self._batch(rows_B, slots_B, steps_B if self.random else None)
+        return self._random(rows_B, slots_B, steps_B)
 
-    def _batch(self, rows_B: NDArray[np.int64], slots_B: Tensor, steps_B: Tensor | None) -> Batch:
-        """Samples as slots, in the random views of these slots and steps; without steps, in fixed views."""
+    @property
+    def pool_parts(self) -> tuple[int, ...]:
+        """The samples of this split, as a pool (see `resilin.data.pool.Pool`)."""
+        return (len(self.rows_N),)
+
+    def read(self, samples: Sequence[int]) -> Batch:
+        """Samples of this split by number, each in the fixed view of its middle.
+
+        Raises:
+            DataError: for numbers outside the pool, or a file that can no longer be read.
+        """
+        return self._fixed(self.rows_N[check_samples(samples, len(self.rows_N))], torch.arange(len(samples)), 1)
+
+    def read_for(self, step: int, slots: Sequence[int], samples: Sequence[int]) -> Batch:
+        """Samples by number as the slots of a step, in the random views of these slots."""
+        rows_B = self.rows_N[check_samples(samples, len(self.rows_N))]
+        slots_B = torch.tensor(list(slots), dtype=torch.int64)
+        if not self.random:
+            return self._fixed(rows_B, slots_B, self.views)
+        return self._random(rows_B, slots_B, torch.full_like(slots_B, step))
+
+    def _random(self, rows_B: NDArray[np.int64], slots_B: Tensor, steps_B: Tensor) -> Batch:
+        """Samples in the random views of these slots of these steps."""
+        # All draws at once: for a few slots the generator costs as much as the views.
+        draws = Keys(self.seed, 0, slots_B, ("view",), steps_B).uniform((DRAWS,)).tolist()
         rows = rows_B.tolist()
-        fields = {"labels": torch.from_numpy(self.samples.labels_N[rows_B])}
+        views = [self.samples.view(row, self.grid, self.full, u) for row, u in zip(rows, draws, strict=True)]
+        labels_B = torch.from_numpy(self.samples.labels_N[rows_B])
+        return Batch(slots_B, {"inputs": self.samples.batch(views), "labels": labels_B})
 
-        def fixed(number: int | None) -> Tensor:
-            return self.samples.batch([self.samples.view(row, self.grid, self.full, None, number) for row in rows])
-
-        if steps_B is not None:
-            # All draws at once: for a few slots the generator costs as much as the views.
-            draws = Keys(self.seed, 0, slots_B, ("view",), steps_B).uniform((DRAWS,)).tolist()
-            views = [self.samples.view(row, self.grid, self.full, u) for row, u in zip(rows, draws, strict=True)]
-            fields["inputs"] = self.samples.batch(views)
-        elif self.views > 1:
-            fields["views"] = torch.stack([fixed(number) for number in range(self.views)], dim=1)
-        else:
-            fields["inputs"] = fixed(None)
-        return Batch(slots_B, fields)
+    def _fixed(self, rows_B: NDArray[np.int64], slots_B: Tensor, views: int) -> Batch:
+        """Samples in their fixed views; a single one is that of the middle."""
+        numbers = range(views) if views > 1 else (None,)
+        shown = [
+            self.samples.batch([self.samples.view(row, self.grid, self.full, None, n) for row in rows_B.tolist()])
+            for n in numbers
+        ]
+        inputs = {"views": torch.stack(shown, dim=1)} if views > 1 else {"inputs": shown[0]}
+        return Batch(slots_B, {**inputs, "labels": torch.from_numpy(self.samples.labels_N[rows_B])})
 
     def state_dict(self) -> State:
         """Nothing to continue from but the step; what is here guards against resuming on other data."""
