@@ -5,8 +5,8 @@ parameters are used through are asked for; a sample's gradient of such a module'
 and output gradient (Goodfellow, "Efficient per-example gradient computations", 2015): an outer product summed over
 tokens for a linear map, a scatter for an embedding, a product for a norm, and `torch.func.vmap` of the module's own
 pull-back for whatever else, such as a linear map with adapters, whose parameters lie in modules that are never called
-themselves. So the decoder runs through its ordinary kernels, which `vmap(grad(...))` of the whole model cannot (measured
-on 2 CPU cores: it is slower than the loop from width 128 on).
+themselves. So the decoder runs through its ordinary kernels, which `vmap(grad(...))` of the whole model cannot
+(measured on 2 CPU cores: it is slower than the loop from width 128 on).
 
 Shapes: B samples, T tokens, I and O inputs and outputs of a linear map, D hidden size, V vocabulary.
 """
