@@ -1,7 +1,8 @@
-"""`resilin data mix-rows | convert-rows | decontaminate | judge`: preparing rows of conversations and preferences."""
+"""`resilin data mix-rows | convert-rows | decontaminate | filter-rows`: preparing rows that are there."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -92,31 +93,34 @@ def decontaminate(
     typer.echo(found.table().rstrip())
 
 
-def judge(
+def filter_rows(
     inputs: Rows,
     output: OutputFile,
-    teacher: Annotated[
-        Path, typer.Option(help="A JSON or TOML file with the teacher: base_url, model, key_variable, limits, cache.")
-    ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print calls and tokens, ask nothing.")] = False,
-    own_model: Annotated[str | None, typer.Option(help="Refuse rows without an answer of this model.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of answers and of the rejected one.")] = 0,
+    min_words: Annotated[int, typer.Option(min=0, help="Of an answer.")] = 1,
+    keep_refusals: Annotated[bool, typer.Option("--keep-refusals", help="Keep answers that refuse.")] = False,
+    keep_self_identification: Annotated[
+        bool, typer.Option("--keep-self-identification", help="Keep answers that call themselves a model.")
+    ] = False,
+    keep_duplicates: Annotated[
+        bool, typer.Option("--keep-duplicates", help="Keep rows that are there before, but for case and white space.")
+    ] = False,
+    dropped: Annotated[Path | None, typer.Option(help="Where to write what is left out, with its `reason`.")] = None,
 ) -> None:
-    """Make preference rows from rows with several `responses`, rated by a teacher. Killed, it goes on where it was."""
+    """Leave out conversations with empty, short or refusing answers, ones that name their maker, and duplicates."""
     from resilin.data.row_files import read_rows, write_rows
-    from resilin.posttrain.judge import TeacherRater, read_candidates
-    from resilin.posttrain.judge import judge as rated
-    from resilin.teacher.endpoint import read_teacher
+    from resilin.posttrain.filters import AnswerFilters, filter_conversations
 
-    settings = read_teacher(teacher)
-    rater = TeacherRater(settings.build(), settings.model_name(), seed=seed)
-    candidates = [read_candidates(row, own_model=own_model) for row in read_rows(inputs)]
-    if dry_run:
-        typer.echo(str(rater.teacher.plan(rater.requests(candidates))))
-        return
-    judged = rated(candidates, rater, seed=seed)
-    write_rows(output, judged.rows)
-    lost = "".join(f", {count:,} {reason}" for reason, count in sorted(judged.dropped.items()))
-    typer.echo(f"{output}: {len(judged.rows):,} pairs of {len(candidates):,} prompts{lost}")
-    for where, reason in judged.failures[:5]:
-        typer.secho(f"  {where}: {reason}", fg=typer.colors.YELLOW, err=True)
+    filters = AnswerFilters(min_words=min_words, refusals=keep_refusals, self_identification=keep_self_identification)
+    kept, left_out = filter_conversations(list(read_rows(inputs)), filters, duplicates=keep_duplicates)
+    write_rows(output, kept)
+    if dropped is not None:
+        write_rows(dropped, left_out)
+    typer.echo(f"{output}: {len(kept):,} rows{by_reason(row['reason'] for row in left_out)}")
+
+
+def by_reason(reasons: Iterable[str]) -> str:
+    """How many were left out, by reason, as the end of a sentence."""
+    from collections import Counter
+
+    counts = sorted(Counter(reasons).items())
+    return "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in counts) if counts else ""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from resilin.checkpoint.folder import CheckpointFolder
+from resilin.config import UserError
 from resilin.data.settings import SourceContext
 from resilin.models.decoder import Decoder
 from resilin.models.flops import train_flops_per_token
@@ -40,8 +41,27 @@ def build_sources(settings: RunSettings, *, validation: bool = True, folder: Run
     source = settings.source.build(SourceContext(settings.seed, "train", train.batch_size, path))
     held_out: dict[str, Source] = {}
     if validation and (settings.evaluation.every or settings.evaluation.at_start):
-        held_out["validation"] = settings.source.build(SourceContext(settings.seed, "validation", train.batch_size))
+        context = SourceContext(settings.seed, "validation", train.batch_size)
+        held_out["validation"] = settings.source.build(context)
+        held_out |= {name: more.build(context) for name, more in settings.evaluation.held_out.items()}
+        _check_tokenizers(source, held_out)
     return Sources(source, held_out)
+
+
+def _check_tokenizers(source: Source, held_out: dict[str, Source]) -> None:
+    """Refuse held-out data whose tokens are others than those the model learns.
+
+    Raises:
+        UserError: naming it.
+    """
+    mine = getattr(getattr(source, "tokenizer", None), "digest", None)
+    for name, other in held_out.items():
+        theirs = getattr(getattr(other, "tokenizer", None), "digest", None)
+        if mine is not None and theirs is not None and mine != theirs:
+            raise UserError(
+                f"evaluation.held_out.{name}: its tokenizer is another than that of [source], so its losses would mean "
+                "nothing: give it the same one"
+            )
 
 
 def pace_of(settings: RunSettings) -> Pace:
@@ -98,6 +118,8 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     context = objective_context(settings, sources.source, device, folder)
     optimizer = settings.optimizer.build(model, settings.train.steps)
     compiled = compile_model(model, settings.precision.compile, settings.precision.compile_mode)
+    objective = settings.objective.build(context)
+    unit = getattr(objective, "unit", "tokens")
     store, pace = None, pace_of(settings)
     if folder is None:
         pace = replace(pace, save_every=0)
@@ -112,13 +134,14 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
         device=f"{device_in_words(device)}, {precision.compute}",
         start_step=0,
         total_steps=settings.train.steps,
-        flops_per_unit=flops_per_unit(model, sources.source),
+        unit=unit,
+        flops_per_unit=flops_per_unit(model, sources.source) if unit == "tokens" else None,
         peak_flops=precision.peak_flops,
     )
     return Run(
         source=sources.source,
         model=model,
-        objective=settings.objective.build(context),
+        objective=objective,
         optimizer=optimizer,
         pace=pace,
         seed=settings.seed,
