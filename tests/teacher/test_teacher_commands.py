@@ -364,6 +364,52 @@ def test_prompts_become_pairs_by_two_commands(server: Server, resilin: Callable[
         assert len(pair.chosen[0]["content"].split()) == 7  # type: ignore[index]
 
 
+def test_a_model_in_this_process_answers_beside_others_and_is_kept_by_its_weights(
+    server: Server, resilin: Callable[..., Done]
+) -> None:
+    import torch
+
+    from resilin.data.train_tokenizer import byte_tokenizer
+    from resilin.models.decoder_settings import DecoderSettings
+    from resilin.models.huggingface import save_pretrained
+    from resilin.models.settings import ModelContext
+
+    torch.set_num_threads(1)
+
+    def save(seed: int) -> None:
+        settings = DecoderSettings(hidden_size=16, layers=1, heads=2, max_positions=96, init_std=0.4)
+        save_pretrained(settings.build(ModelContext(seed, byte_tokenizer().vocab_size)), Path("mine"))
+        byte_tokenizer().save(Path("mine"))
+
+    save(0)
+    write_rows(Path("p.jsonl"), [{"prompt": f"q{n}"} for n in range(3)])
+    server.respond = several
+    own = 'own = "mine"\ncount = 3\nmax_tokens = 5\n[models.mine]\npath = "mine"\ncache = "local.jsonl"\n'
+    use = 'use = "resilin.posttrain.local_teacher:LocalTeacher"\n'
+    Path("pool.toml").write_text(own + use + f'[models.short]\nbase_url = "{server.url}"\nmodel = "short"\n')
+    command = ("respond", "p.jsonl", "-o", "a.jsonl", "--pool", "pool.toml")
+    done = resilin(*command)
+    assert done.code == 0, done.err
+    first = rows("a.jsonl")
+    assert [[one["model"] for one in row["responses"]] for row in first] == [["mine", "mine", "short"]] * 3
+    assert resilin(*command).code == 0
+    assert rows("a.jsonl") == first
+    assert len(list(Path().glob("local-*.jsonl"))) == 1
+    save(1)  # trained further: it answers anew
+    assert resilin(*command).code == 0
+    assert rows("a.jsonl") != first
+    assert len(list(Path().glob("local-*.jsonl"))) == 2
+    assert len(server.asked) == 3
+
+
+def test_more_choices_than_were_asked_for_are_left_alone(server: Server, resilin: Callable[..., Done]) -> None:
+    write_rows(Path("p.jsonl"), [{"prompt": "q"}])
+    server.respond = lambda server, handler, body: send(handler, completion("first", "second", "third"))
+    assert resilin("complete", "p.jsonl", "-o", "o.jsonl", "--teacher", teacher(server)).code == 0
+    assert said("o.jsonl") == ["first"]
+    assert len(rows("cache.jsonl")) == 1
+
+
 def test_a_model_of_the_pool_that_is_down_is_told_and_asked_again_alone(
     server: Server, resilin: Callable[..., Done]
 ) -> None:

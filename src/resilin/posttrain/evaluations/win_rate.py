@@ -95,6 +95,7 @@ class WinRate(Writing):
             "standard_error": None if spread is None else 100 * spread,
             "characters": sum(lengths) / len(lengths),
             "reference_characters": sum(reference) / len(reference),
+            "judgements": len(verdicts),
             "judgements_without_verdict": verdicts.count(None),
             "verdicts_that_follow_the_place": sum(a == b != 0.5 for a, b in zip(worth[::2], worth[1::2], strict=True)),
         }
