@@ -13,8 +13,9 @@ rank = 64
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 from torch import nn
@@ -22,6 +23,7 @@ from torch import nn
 from resilin.adapt.attach import adapter_parameters, attach
 from resilin.adapt.peft_folder import load_adapter
 from resilin.adapt.settings import AdapterSettings
+from resilin.adapt.stored import store_frozen
 from resilin.adapt.switch import use_adapters
 from resilin.adapt.targets import AdapterError
 from resilin.config import component
@@ -44,6 +46,9 @@ class Adapted(ModelSettings):
     """Which to use, in this order; None: all. The others are attached, and stay as they are."""
     frozen: tuple[str, ...] = ()
     """Adapters that are used but not trained."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the frozen matrices are stored in; bfloat16 halves them. Adapters, norms and moments are float32, and
+    `precision.compute` says what is computed in."""
 
     @model_validator(mode="after")
     def _names_exist(self) -> Adapted:
@@ -75,6 +80,8 @@ class Adapted(ModelSettings):
         adapters = self.adapters or ({} if self.load else {"default": AdapterSettings()})
         if adapters:
             attach(model, adapters, seed=context.seed)
+        if self.base_dtype != "float32":
+            store_frozen(model, getattr(torch, self.base_dtype), adapters)
         if self.active is not None:
             use_adapters(model, self.active)
         used = (*self.load, *adapters) if self.active is None else self.active

@@ -126,7 +126,7 @@ def _open_run(path: Path, step: int | None, plain: bool) -> tuple[Decoder, Token
     tokenizer = Tokenizer.load(folder.tokenizer) if (folder.tokenizer / TOKENIZER_FILE).is_file() else None
     model = _stored(settings, state, path)
     if plain or not isinstance(model, Decoder):
-        model = make_plain(model)
+        model = make_plain(model.to(torch.float32))  # a base stored in fewer bytes does not round what is merged
     if not isinstance(model, Decoder):
         raise _no_decoder(model, path)
     return model, tokenizer, step

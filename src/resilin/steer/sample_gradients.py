@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resilin.models.linear import Linear
 from resilin.models.norm import LayerNorm, RMSNorm
 from resilin.nouns import Batch, Objective
 from resilin.objective.next_token import IGNORE
@@ -195,7 +196,7 @@ def _of_call(made: _Call, pull_BTO: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Each own parameter of a module with the samples' gradients that one call gives it."""
     module, own = made.module, _own(made.module)
     x = made.inputs[0].detach()
-    plain = type(module).forward in (nn.Linear.forward, nn.Embedding.forward)
+    plain = type(module).forward in (nn.Linear.forward, Linear.forward, nn.Embedding.forward)
     if plain and isinstance(module, nn.Linear):
         x_BTI, pull = x.flatten(1, -2), pull_BTO.flatten(1, -2)
         if module.weight.requires_grad:
