@@ -9,14 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from resilin.cli.model_options import (
-    DeviceOption,
-    DTypeOption,
-    ModelArgument,
-    StepOption,
-    TokenizerOption,
-    opened_from,
-)
+from resilin.cli.model_options import ModelArgument, ModelOptions
+from resilin.cli.option_groups import with_option_groups
 from resilin.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -143,6 +137,7 @@ def _evaluations(
     return jobs
 
 
+@with_option_groups
 def evaluate(
     model: ModelArgument,
     text: Annotated[
@@ -180,10 +175,8 @@ def evaluate(
     ] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed at a time.", rich_help_panel=HOW)] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no tables.", rich_help_panel=HOW)] = False,
-    step: StepOption = None,
-    tokenizer: TokenizerOption = None,
-    dtype: DTypeOption = "float32",
-    device: DeviceOption = "auto",
+    *,
+    opening: ModelOptions,
 ) -> None:
     """Measure how good a model is: perplexity, bits per byte, multiple-choice accuracy.
 
@@ -204,7 +197,7 @@ def evaluate(
 
     if window is not None and stride is not None and stride > window:
         raise UserError(f"--stride {stride} is more than --window {window}: some tokens would never be scored")
-    opened = opened_from(model, step=step, tokenizer=tokenizer, dtype=dtype, device=device)
+    opened = opening.open(model)
     options = {
         "window": window,
         "stride": stride,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from resilin.cli.model_options import DTypeName, ModelArgument, StepOption, TokenizerOption, opened_from
+from resilin.cli.model_options import DTypeName, ModelArgument, StepOption, TokenizerOption
 
 
 def export(
@@ -34,9 +34,10 @@ def export(
     from rich.table import Table
 
     from resilin.run.export import check_output, export_model
+    from resilin.run.open_model import open_model
 
     check_output(output, force=force)
-    opened = opened_from(model, step=step, tokenizer=tokenizer, dtype="float32", device="cpu")
+    opened = open_model(model, step=step, tokenizer=tokenizer, device="cpu")
     files = export_model(opened.model, opened.tokenizer, output, dtype=getattr(torch, dtype), force=force)
     table = Table(title=f"{opened.description} -> {output}", title_justify="left", show_header=False, box=None)
     table.add_column(overflow="fold")

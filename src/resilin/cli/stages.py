@@ -7,12 +7,14 @@ Every setting can be written in the file or as an override, and wins over the st
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from resilin.cli.arguments import split_settings
+from resilin.cli.arguments import RunArguments
+from resilin.cli.option_groups import with_option_groups
 from resilin.cli.train import finish
 
 _LINEAR = "resilin.optim.schedule:Linear"
@@ -73,43 +75,32 @@ PPO: dict[str, Any] = {
     "train": {"batch_size": 224, "micro_batch_size": 8},
 }
 
-Arguments = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[SETTINGS.toml] [KEY=VALUE]...", help="A settings file and dotted overrides."),
-]
-Folder = Annotated[Path | None, typer.Option(help="Where the run lives. Default: runs/<name>.")]
-Resume = Annotated[bool, typer.Option(help="Continue the run in the folder; start one where there is none.")]
-PrintConfig = Annotated[bool, typer.Option(help="Write the complete resolved settings and stop.")]
-AcceptChanges = Annotated[bool, typer.Option(help="With --resume: go on although settings have changed.")]
-Export = Annotated[bool, typer.Option(help="Write the model at the end as a folder, <run>/model.")]
+
+@dataclass(frozen=True, slots=True)
+class StageArguments(RunArguments):
+    """What every stage is given."""
+
+    export: Annotated[bool, typer.Option(help="Write the model at the end as a folder, <run>/model.")] = True
 
 
-def _stage(
-    defaults: Mapping[str, Any],
-    arguments: list[str] | None,
-    folder: Path | None,
-    resume: bool,
-    print_config: bool,
-    accept_changes: bool,
-    export: bool,
-) -> None:
+def _stage(defaults: Mapping[str, Any], given: StageArguments) -> None:
     from resilin.config import parse_settings, settings_to_toml
     from resilin.config.load import apply_override, merge, read_toml
     from resilin.run.settings import RunSettings
 
-    file, overrides = split_settings(arguments or [])
+    file, overrides = given.split()
     tree = merge(defaults, read_toml(file) if file is not None else {})
     for override in overrides:
         apply_override(tree, override)
     settings = parse_settings(RunSettings, tree, str(file) if file is not None else "command line")
-    if print_config:
+    if given.print_config:
         typer.echo(settings_to_toml(settings), nl=False)
         return
     from resilin.run.start import start_run
 
-    path = folder or settings.default_folder()
-    run, outcome = start_run(settings, path, resume=resume, accept_changes=accept_changes)
-    if export and outcome.reason == "completed":
+    path = given.folder or settings.default_folder()
+    run, outcome = start_run(settings, path, resume=given.resume, accept_changes=given.accept_changes)
+    if given.export and outcome.reason == "completed":
         _export(run.model, path)
     finish(path, outcome)
 
@@ -134,64 +125,42 @@ def _export(model: Any, path: Path) -> None:
     typer.echo(f"the model is in {target}")
 
 
-def sft(
-    arguments: Arguments = None,
-    folder: Folder = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-    accept_changes: AcceptChanges = False,
-    export: Export = True,
-) -> None:
+@with_option_groups
+def sft(given: StageArguments) -> None:
     """Fine-tune on conversations; only what the assistant wrote is learnt, every token counts the same.
 
     \b
     resilin sft examples/sft.toml
     resilin sft source.paths='["chats.jsonl"]' source.tokenizer.path=base model.path=base train.steps=500
     """
-    _stage(SFT, arguments, folder, resume, print_config, accept_changes, export)
+    _stage(SFT, given)
 
 
-def reward(
-    arguments: Arguments = None,
-    folder: Folder = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-    accept_changes: AcceptChanges = False,
-    export: Export = True,
-) -> None:
+@with_option_groups
+def reward(given: StageArguments) -> None:
     """Train a reward model on pairs of answers; PPO's value model can start from it.
 
     \b
     resilin reward source.paths='["pairs.jsonl"]' source.tokenizer=runs/sft/model model.model.path=runs/sft/model
     """
-    _stage(REWARD, arguments, folder, resume, print_config, accept_changes, export)
+    _stage(REWARD, given)
 
 
-def dpo(
-    arguments: Arguments = None,
-    folder: Folder = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-    accept_changes: AcceptChanges = False,
-    export: Export = True,
-) -> None:
+@with_option_groups
+def dpo(given: StageArguments) -> None:
     """Learn from pairs of answers: DPO, length-normalised unless objective.loss says otherwise.
 
     \b
     resilin dpo examples/dpo.toml
     resilin dpo examples/dpo.toml objective.loss=simpo
     """
-    _stage(DPO, arguments, folder, resume, print_config, accept_changes, export)
+    _stage(DPO, given)
 
 
+@with_option_groups
 def rl(
-    arguments: Arguments = None,
+    given: StageArguments,
     algorithm: Annotated[Literal["grpo", "ppo"], typer.Option(help="Groups of answers, or a value model.")] = "grpo",
-    folder: Folder = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-    accept_changes: AcceptChanges = False,
-    export: Export = True,
 ) -> None:
     """Learn from answers that verifiers check.
 
@@ -199,4 +168,4 @@ def rl(
     resilin rl examples/grpo.toml
     resilin rl examples/ppo.toml --algorithm ppo
     """
-    _stage(GRPO if algorithm == "grpo" else PPO, arguments, folder, resume, print_config, accept_changes, export)
+    _stage(GRPO if algorithm == "grpo" else PPO, given)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from resilin.checkpoint.folder import CheckpointFolder
+from resilin.config import UserError
 from resilin.data.settings import SourceContext
 from resilin.models.decoder import Decoder
 from resilin.models.flops import train_flops_per_token
@@ -40,8 +41,27 @@ def build_sources(settings: RunSettings, *, validation: bool = True, folder: Run
     source = settings.source.build(SourceContext(settings.seed, "train", train.batch_size, path))
     held_out: dict[str, Source] = {}
     if validation and (settings.evaluation.every or settings.evaluation.at_start):
-        held_out["validation"] = settings.source.build(SourceContext(settings.seed, "validation", train.batch_size))
+        context = SourceContext(settings.seed, "validation", train.batch_size)
+        held_out["validation"] = settings.source.build(context)
+        held_out |= {name: more.build(context) for name, more in settings.evaluation.held_out.items()}
+        _check_tokenizers(source, held_out)
     return Sources(source, held_out)
+
+
+def _check_tokenizers(source: Source, held_out: dict[str, Source]) -> None:
+    """Refuse held-out data whose tokens are others than those the model learns.
+
+    Raises:
+        UserError: naming it.
+    """
+    mine = getattr(getattr(source, "tokenizer", None), "digest", None)
+    for name, other in held_out.items():
+        theirs = getattr(getattr(other, "tokenizer", None), "digest", None)
+        if mine is not None and theirs is not None and mine != theirs:
+            raise UserError(
+                f"evaluation.held_out.{name}: its tokenizer is another than that of [source], so its losses would mean "
+                "nothing: give it the same one"
+            )
 
 
 def pace_of(settings: RunSettings) -> Pace:

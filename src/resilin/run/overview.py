@@ -27,13 +27,11 @@ def overview(path: Path) -> Facts:
         speed = sorted(step.units_per_second for step in steps)[len(steps) // 2]
         progress.append(("training loss", f"{steps[0].loss:.4f} at first, {steps[-1].loss:.4f} at last"))
         progress.append(("throughput", f"{speed:,.0f} tokens/s (median)"))
-    if evaluations:
-        first, last = evaluations[0], evaluations[-1]
+    for name in dict.fromkeys(event.name for event in evaluations):
+        mine = [event for event in evaluations if event.name == name]
+        first, last = mine[0], mine[-1]
         progress.append(
-            (
-                "validation loss",
-                f"{first.metrics['loss']:.4f} at step {first.step}, {last.metrics['loss']:.4f} at last",
-            )
+            (f"{name} loss", f"{first.metrics['loss']:.4f} at step {first.step}, {last.metrics['loss']:.4f} at last")
         )
     saved = CheckpointFolder(folder.checkpoints).steps()
     places = [("settings", str(folder.settings_file)), ("events", str(folder.events_file))]
