@@ -74,7 +74,18 @@ class Adapted(ModelSettings):
         Raises:
             AdapterError: an adapter fits no map, or a PEFT folder cannot be read.
         """
-        model = self.model.build(context)
+        return self._adapted(self.model.build(context), context)
+
+    def outline(self, context: ModelContext) -> nn.Module | None:
+        """The same on the meta device.
+
+        Raises:
+            AdapterError: as `build`.
+        """
+        inner = self.model.outline(context)
+        return None if inner is None else self._adapted(inner, context)
+
+    def _adapted(self, model: nn.Module, context: ModelContext) -> nn.Module:
         for name, folder in self.load.items():
             load_adapter(model, folder, name)
         adapters = self.adapters or ({} if self.load else {"default": AdapterSettings()})

@@ -118,10 +118,8 @@ class AdaptedLinear(_Base):
         return is_plain_map(self) and not self.weight.requires_grad
 
     def base_forward(self, x: Tensor) -> Tensor:
-        """The map without adapters; a weight stored in a narrower format than x is widened."""
-        if self.weight.dtype != x.dtype and is_plain_map(self):
-            return product(x, self.weight, self.bias)
-        return super().forward(x)
+        """The map without adapters."""
+        return product(x, self.weight, self.bias) if is_plain_map(self) else super().forward(x)
 
     def whole_weight(self) -> Tensor:
         """The matrix that the map without adapters multiplies by."""

@@ -40,11 +40,13 @@ class _Widened(torch.autograd.Function):
 
 
 def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, (..., I) -> (..., O), in autocast's format, else in that of x, whatever the weight's is."""
-    if weight_OI.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+    """`x @ weight.T + bias`, (..., I) -> (..., O); in autocast's format, else in that of x, whatever the weight's."""
+    if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight_OI, bias_O)
     if bias_O is not None:
         bias_O = bias_O.to(x.dtype)
+    if weight_OI.dtype == x.dtype:
+        return F.linear(x, weight_OI, bias_O)
     if torch.compiler.is_compiling():
         return F.linear(x, weight_OI.to(x.dtype), bias_O)
     y: Tensor = _Widened.apply(x, weight_OI, bias_O)

@@ -182,10 +182,10 @@ def _open(path: Path, step: int | None, own_tokenizer: bool, plain: bool) -> Ope
 
 
 def open_model(
-    path: Path,
+    path: Path | str,
     *,
     step: int | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: Path | str | None = None,
     dtype: torch.dtype = torch.float32,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     plain: bool = True,
@@ -204,6 +204,7 @@ def open_model(
     Raises:
         UserError: what was looked for and not found, or why it cannot be read.
     """
+    path = Path(path)
     try:
         opened = _open(path, step, own_tokenizer=tokenizer is None, plain=plain)
     except (CheckpointError, ModelFolderError) as error:
