@@ -30,24 +30,8 @@ def _matrices(modules: Iterable[nn.Module], settings: DecoderSettings) -> Iterat
                     yield parameter.numel() * share, parameter.requires_grad
 
 
-def _stages(block: Block) -> Iterator[list[nn.Module] | None]:
-    """What a block does, one after the other: modules that share an input; None: attention itself."""
-    attention = block.attention
-    yield [block.attention_norm]
-    yield [attention.q, attention.k, attention.v]
-    yield [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
-    yield None
-    yield [attention.o]
-    yield [block.mlp_norm]
-    if block.has_experts:
-        yield [block.moe]
-        return
-    yield [layer for layer in (block.mlp.gate, block.mlp.up) if layer is not None]
-    yield [block.mlp.down]
-
-
-def _trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+def _trained(*modules: nn.Module | None) -> bool:
+    return any(p.requires_grad for module in modules if module is not None for p in module.parameters())
 
 
 def step_flops_per_token(model: Decoder, sequence_length: int) -> float:
@@ -59,16 +43,33 @@ def step_flops_per_token(model: Decoder, sequence_length: int) -> float:
     """
     settings, total = model.settings, 0.0
     flows = _trained(model.embed)
+    """Whether a gradient flows back to what was computed so far."""
+
+    def through(*modules: nn.Module | None) -> None:
+        """Count modules that share an input."""
+        nonlocal total, flows
+        there = [module for module in modules if module is not None]
+        total += sum(2 * count * (1 + trained + flows) for count, trained in _matrices(there, settings))
+        flows = flows or _trained(*there)
+
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        seen = keys_seen(sequence_length, settings.window_of(layer))
-        for modules in _stages(block):
-            if modules is None:
-                total += 4 * settings.heads * settings.head_width * seen * (3 if flows else 1)
-                continue
-            for count, trained in _matrices(modules, settings):
-                total += 2 * count * (1 + trained + flows)
-            flows = flows or any(map(_trained, modules))
-    flows = flows or _trained(model.norm)
+        attention = block.attention
+        through(block.attention_norm)
+        q, k = (flows or _trained(*pair) for pair in ((attention.q, attention.q_norm), (attention.k, attention.k_norm)))
+        v = flows or _trained(attention.v)
+        through(attention.q, attention.k, attention.v)
+        # q.k and the mix of values; backwards the pulls of values, weights, queries and keys, each where it is needed
+        product = 2 * settings.heads * settings.head_width * keys_seen(sequence_length, settings.window_of(layer))
+        total += product * (2 + v + (q or k) + q + k)
+        flows = flows or q or k
+        through(attention.o)
+        through(block.mlp_norm)
+        if block.has_experts:
+            through(block.moe)
+        else:
+            through(block.mlp.gate, block.mlp.up)
+            through(block.mlp.down)
+    through(model.norm)
     head = model.head_weight
     return total + 2 * head.numel() * (1 + head.requires_grad + flows)

@@ -11,7 +11,6 @@ from torch import nn
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.config import UserError
-from resilin.config.errors import UserError
 from resilin.data.settings import SourceContext
 from resilin.models.decoder import Decoder
 from resilin.models.settings import ModelContext
