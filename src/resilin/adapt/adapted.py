@@ -26,7 +26,7 @@ from resilin.adapt.settings import AdapterSettings
 from resilin.adapt.stored import store_frozen
 from resilin.adapt.switch import use_adapters
 from resilin.adapt.targets import AdapterError
-from resilin.config import component
+from resilin.config import UserError, component
 from resilin.models.settings import ModelContext, ModelSettings
 
 
@@ -68,6 +68,23 @@ class Adapted(ModelSettings):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Adapted:
+        """Told before any data are read, where the model's shape can be; the smallest vocabulary does."""
+        try:
+            model = self.model.outline(ModelContext(0, 1))
+        except (UserError, ValueError, OSError):
+            return self  # no model at all, which building it will tell
+        if model is not None and self._new():
+            try:
+                attach(model, self._new())
+            except AdapterError as error:
+                raise PydanticCustomError("adapters", "{text}", {"text": str(error)}) from None
+        return self
+
+    def _new(self) -> dict[str, AdapterSettings]:
+        return self.adapters or ({} if self.load else {"default": AdapterSettings()})
+
     def build(self, context: ModelContext) -> nn.Module:
         """The model with its adapters; it computes the same as without those of `adapters`.
 
@@ -88,7 +105,7 @@ class Adapted(ModelSettings):
     def _adapted(self, model: nn.Module, context: ModelContext) -> nn.Module:
         for name, folder in self.load.items():
             load_adapter(model, folder, name)
-        adapters = self.adapters or ({} if self.load else {"default": AdapterSettings()})
+        adapters = self._new()
         if adapters:
             attach(model, adapters, seed=context.seed)
         if self.base_dtype != "float32":
