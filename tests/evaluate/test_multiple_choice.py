@@ -110,11 +110,10 @@ def test_several_right_choices_share_the_probability_and_any_of_them_is_a_right_
     choices = ("blue", "red", "that there is no answer")
     one, two = (Question("The answer is", choices, 1, also) for also in ((), (2,)))
     got = answer_questions(twins.ours, tokenizer, [one, two])
-    logprobs = torch.tensor(got.answers[0].logprobs, dtype=torch.float64)
-    parts = logprobs.softmax(0)
-    assert got.answers[0].share == pytest.approx(float(parts[1]))
-    assert got.answers[1].share == pytest.approx(float(parts[1] + parts[2]))
-    assert got.mc2 == pytest.approx(float(parts[1] + parts[2] / 2))
+    alone, both = (torch.tensor(answer.logprobs, dtype=torch.float64).softmax(0) for answer in got.answers)
+    assert got.answers[0].share == pytest.approx(float(alone[1]))
+    assert got.answers[1].share == pytest.approx(float(both[1] + both[2]))
+    assert got.mc2 == pytest.approx(float(alone[1] + both[1] + both[2]) / 2)
     assert got.chance == pytest.approx(0.5)
     picked = got.answers[0].picked
     assert got.acc == ((picked == 1) + (picked in (1, 2))) / 2

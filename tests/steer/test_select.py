@@ -147,8 +147,13 @@ def test_a_selection_that_cannot_be_trained_on_is_refused_by_name(kit: Any, kind
 
 
 def test_a_window_larger_than_the_pool_is_refused_when_built(kit: Any) -> None:
-    with pytest.raises(DataError, match=r"4 x 13 = 52 different samples and the pool has 48.*at most 12"):
+    expected = (
+        r"steps 2 to 14 needs 52 different samples \(up to 4 a step\) and the pool has 48: lower .*update_steps to 12"
+    )
+    with pytest.raises(DataError, match=expected):
         selected(kit, update_steps=13)
+    with pytest.raises(DataError, match=r"needs 4 different samples .* and the pool has 3: lower train.batch_size"):
+        selected(kit, update_steps=1, source=kit.Rows(parts=(3,)))
     with pytest.raises(DataError, match=r"both 0"):
         selected(kit, warmup_steps=0, update_times=0)
 

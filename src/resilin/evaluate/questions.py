@@ -81,8 +81,8 @@ def _context(row: Mapping[str, Any], template: str | None) -> str:
     return context
 
 
-def _choices(row: Mapping[str, Any]) -> tuple[list[str], list[str] | list[int] | None]:
-    """The texts, and their labels where the file has some: names, or for each whether it is right (1 or 0)."""
+def _choices(row: Mapping[str, Any]) -> tuple[list[str], list[str] | None]:
+    """The texts, and their labels where the file has some."""
     labels = None
     found = _first(row, CHOICE_FIELDS)
     if found is None and "sol1" in row:
@@ -92,11 +92,11 @@ def _choices(row: Mapping[str, Any]) -> tuple[list[str], list[str] | list[int] |
         raise QuestionError(f"no choices: expected a list in one of the fields {_quoted(CHOICE_FIELDS)}")
     name, texts = found
     if isinstance(texts, dict):
-        texts, labels = texts.get("text", texts.get("choices")), texts.get("label", texts.get("labels"))
+        labels = texts.get("label", texts.get("labels"))
+        texts = texts.get("text", texts.get("choices"))
         if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
             raise QuestionError(f"{name!r} is an object: it should hold 'text' and 'label', lists of equal length")
-        if not all(type(label) is int and label in (0, 1) for label in labels):
-            labels = [str(label) for label in labels]
+        labels = [str(label) for label in labels]
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise QuestionError(f"{name!r} should be a list of non-empty texts")
     if len(texts) < 2:
@@ -104,10 +104,10 @@ def _choices(row: Mapping[str, Any]) -> tuple[list[str], list[str] | list[int] |
     return texts, labels
 
 
-def _golds(row: Mapping[str, Any], texts: list[str], labels: list[str] | list[int] | None) -> list[int]:
+def _golds(row: Mapping[str, Any], texts: list[str], labels: list[str] | None) -> list[int]:
     found = _first(row, GOLD_FIELDS)
-    if found is None and labels and 1 in labels:
-        return [index for index, label in enumerate(labels) if label == 1]
+    if found is None and labels is not None and "1" in labels and {*labels} <= {"0", "1"}:
+        return [index for index, label in enumerate(labels) if label == "1"]
     if found is None:
         raise QuestionError(f"no right answer: expected one of the fields {_quoted(GOLD_FIELDS)}")
     name, gold = found

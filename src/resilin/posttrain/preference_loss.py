@@ -98,6 +98,8 @@ class PreferenceLoss:
     A pair with an answer that has no labelled token (all of it was cut off) is no unit.
     """
 
+    unit = "pairs"
+
     def __init__(
         self, settings: Preference, reference: CachedReference | LiveReference | None, steps: int | None = None
     ) -> None:

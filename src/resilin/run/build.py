@@ -141,6 +141,8 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     context = objective_context(settings, sources.source, device, folder)
     optimizer = settings.optimizer.build(model, settings.train.steps)
     compiled = compile_model(model, settings.precision.compile, settings.precision.compile_mode)
+    objective = settings.objective.build(context)
+    unit = getattr(objective, "unit", "tokens")
     store, pace = None, pace_of(settings)
     if folder is None:
         pace = replace(pace, save_every=0)
@@ -154,13 +156,14 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
         device=f"{device_in_words(device)}, {precision.compute}",
         start_step=0,
         total_steps=settings.train.steps,
-        flops_per_unit=flops_per_unit(model, sources.source),
+        unit=unit,
+        flops_per_unit=flops_per_unit(model, sources.source) if unit == "tokens" else None,
         peak_flops=precision.peak_flops,
     )
     return Run(
         source=sources.source,
         model=model,
-        objective=settings.objective.build(context),
+        objective=objective,
         optimizer=optimizer,
         pace=pace,
         seed=settings.seed,

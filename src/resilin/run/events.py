@@ -43,7 +43,7 @@ class RunStarted(Event):
         device: where it runs, in words ("cpu, 2 threads").
         start_step: steps committed before (0 for a fresh run).
         total_steps: steps after which the run is complete.
-        unit: what throughput counts ("tokens").
+        unit: what throughput counts: the objective's units in the plural ("tokens", "images").
         flops_per_unit: of forward and backward together; None where nobody knows.
         peak_flops: matrix-multiply peak measured at start, FLOP/s; None where it was not measured.
     """

@@ -27,7 +27,8 @@ def overview(path: Path) -> Facts:
     if steps:
         speed = sorted(step.units_per_second for step in steps)[len(steps) // 2]
         progress.append(("training loss", f"{steps[0].loss:.4f} at first, {steps[-1].loss:.4f} at last"))
-        progress.append(("throughput", f"{speed:,.0f} tokens/s (median)"))
+        unit = started.unit if started is not None else "units"
+        progress.append(("throughput", f"{speed:,.0f} {unit}/s (median)"))
     for name in dict.fromkeys(event.name for event in evaluations):
         mine = [event for event in evaluations if event.name == name]
         first, last = mine[0], mine[-1]
