@@ -93,6 +93,7 @@ def test_an_adapter_goes_from_stage_to_stage(place: Path) -> None:
     sft = ["source.paths=['chats.jsonl']", "source.tokenizer.path=base", *data, *COMMON, "optimizer.lr=0.01"]
     out = call("sft", *sft, *adapted())
     assert "the adapter is in runs/sft/adapter" in out
+    assert "resilin generate runs/sft --prompt" in out  # this tokenizer has no form for conversations
     assert "the model is in runs/sft/model" in out
     assert json.loads(Path("runs/sft/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(
         place / "base"
@@ -107,6 +108,9 @@ def test_an_adapter_goes_from_stage_to_stage(place: Path) -> None:
 
     pairs = ["source.paths=['pairs.jsonl']", "source.tokenizer=base", *data, *COMMON, "optimizer.lr=0.01"]
     old = {"adapters.default.method": "", "adapters.default.rank": "", "load.default": "runs/sft/adapter"}
+    path = place / "runs/sft/tokenizer/tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "{{ messages }}"}))
+    assert "resilin generate runs/sft --chat -p '...'" in call("inspect", "runs/sft")
     call("dpo", *pairs, *adapted(**old), "--folder", "runs/further")
     beside = {"load.sft": "runs/sft/adapter", "frozen": "['sft']"}
     call("dpo", *pairs, *adapted(**beside), "objective.reference=adapters_off", "--folder", "runs/beside")

@@ -50,7 +50,7 @@ def next_steps(path: Path, saved: bool) -> list[tuple[str, str]]:
     if not saved:
         return [("train", f"resilin train {path}/settings.toml --folder {path} --resume")]
     return [
-        ("write text", f"resilin generate {path} --prompt '...'"),
+        ("write text", RunFolder(path).writes),
         ("measure", f"resilin evaluate {path} --text FILE"),
         ("open elsewhere", f"resilin export {path} {path}/huggingface"),
         ("see curves", f"tensorboard --logdir {path}"),
