@@ -67,8 +67,9 @@ def _decoder_facts(model: Decoder, settings: RunSettings, steps: int, length: in
         ("per token", f"{_count(per_token)}FLOP (forward and backward)"),
         ("per step", f"{_count(per_token * settings.train.batch_size * length)}FLOP"),
         ("whole run", f"{_count(per_token * tokens)}FLOP over {tokens:,} tokens"),
-        ("tokens per parameter", f"{tokens / counts.non_embedding:.2f} (without embeddings)"),
     ]
+    if trained == total:
+        work.append(("tokens per parameter", f"{tokens / counts.non_embedding:.2f} (without embeddings)"))
     parts = [(item.name, _bytes(getattr(memory, item.name))) for item in fields(memory)]
     return {"model": size, "work": work, "memory (estimate)": [*parts, ("together", _bytes(memory.total))]}
 
