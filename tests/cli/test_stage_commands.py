@@ -14,6 +14,8 @@ from resilin.config import UserError, parse_settings
 from resilin.config.load import merge, read_toml
 from resilin.run.settings import RunSettings
 
+SAID = {"role": "assistant", "content": "5"}
+TALK = [{"role": "user", "content": "2+3"}, SAID]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMON = ["log.live=false", "log.tensorboard=false", "train.device=cpu", "train.threads=1", "precision.compute=fp32"]
 COMMON += ["evaluation.every=0", "train.steps=2", "train.batch_size=4", "train.micro_batch_size=2"]
@@ -67,6 +69,62 @@ def test_four_stages_one_from_the_other(place: Path) -> None:
     for name in ("sft", "dpo", "grpo", "ppo"):
         assert (place / f"runs/{name}/model/config.json").is_file(), name
     assert (place / "runs/reward/model/reward_head.safetensors").is_file()
+
+
+def refused(*arguments: str) -> str:
+    """What a command tells that ends with something the user can mend."""
+    result = CliRunner().invoke(app, [*arguments])
+    assert isinstance(result.exception, UserError), result.output
+    return str(result.exception)
+
+
+def test_a_pair_without_its_rejected_answer_is_told_and_mending_it_is_enough(place: Path) -> None:
+    rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    broken = [{key: value for key, value in row.items() if key != "rejected" or row["n"] != 5} for row in rows]
+    (place / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in broken))
+    command = ["dpo", "model.path=base", "source.paths=['pairs.jsonl']", "source.tokenizer=base"]
+    command += ["source.sequence_length=64", "source.held_out.fraction=0.0", *COMMON]
+    told = refused(*command)
+    assert (
+        "pairs.jsonl, line 6: the rejected answer is missing (column 'rejected'; columns here: chosen, n, prompt)"
+        in told
+    )
+    assert "mend or leave out the row" in told
+    assert not list(place.glob("runs/dpo/checkpoints/step-*"))
+    (place / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    call(*command)
+    assert (place / "runs/dpo/model/config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "loses its text '5'"),
+        ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}{{ messages | length }}", "changes earlier turns"),
+        ("{{ messages[0].nothing.at.all }}", "the chat template fails on this conversation"),
+        ("{% for m in messages %}{{ m.content[:0] }}{% endfor %}", "loses its text '2+3'"),
+        ("{% for %}", "is not valid Jinja"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_template_that_loses_what_was_said_is_told_before_training(
+    place: Path, stage: str, template: str, says: str
+) -> None:
+    (place / "t.jinja").write_text(template)
+    (place / "chats.jsonl").write_text(
+        "\n".join(json.dumps({"messages": [*TALK, {"role": "user", "content": "more"}, SAID]}) for _ in range(4))
+    )
+    settings = ["model.path=base", "source.chat_template=t.jinja", "source.sequence_length=64", *COMMON]
+    if stage == "sft":
+        told = refused("sft", "source.paths=['chats.jsonl']", "source.tokenizer.path=base", *settings)
+        assert "chats.jsonl" in told
+    else:
+        told = refused("dpo", "source.paths=['pairs.jsonl']", "source.tokenizer=base", *settings)
+        assert "pairs.jsonl, line 1" in told or "not valid Jinja" in told
+        if "changes earlier turns" in says:
+            return
+    assert says in told
+    assert not list(place.glob("runs/*/checkpoints/step-*"))
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "ppo"])

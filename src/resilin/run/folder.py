@@ -97,7 +97,7 @@ class RunFolder:
         return load_settings(RunSettings, self.settings_file)
 
     def prepare(self, settings: RunSettings, *, resume: bool, accept_changes: bool = False) -> None:
-        """Make the folder ready for a run with these settings and store them.
+        """Make the folder ready for a run with these settings, which `store` then writes.
 
         Raises:
             RunFolderError: where a run exists already and `resume` is not set, or where the settings would train
@@ -119,4 +119,7 @@ class RunFolder:
                     + "\nUse the same settings, another --folder, or --accept-changes if you mean it."
                 )
         self.path.mkdir(parents=True, exist_ok=True)
+
+    def store(self, settings: RunSettings) -> None:
+        """Write the settings: from now on the folder holds a run."""
         self.settings_file.write_text(settings_to_toml(settings), encoding="utf-8")

@@ -13,6 +13,7 @@ from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.config.errors import UserError
 from resilin.config.settings import closest
+from resilin.data.stored_tokenizer import gguf_tokenizer
 from resilin.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from resilin.models.decoder import Decoder
 from resilin.models.plain import HasPlainForm, make_plain
@@ -137,20 +138,6 @@ def _end_ids(file: Path) -> frozenset[int]:
     return frozenset(named if isinstance(named, list) else [] if named is None else [named])
 
 
-def _gguf_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer inside a GGUF file, with its special tokens and chat template."""
-    from resilin.models.gguf_tokenizer import load_gguf_tokenizer
-
-    stored = load_gguf_tokenizer(path)
-    names = {"bos_token": stored.bos_id, "eos_token": stored.eos_id, "pad_token": stored.pad_id}
-    config: dict[str, object] = {
-        key: stored.tokenizer.id_to_token(index) for key, index in names.items() if index is not None
-    }
-    if stored.chat_template is not None:
-        config["chat_template"] = stored.chat_template
-    return Tokenizer(stored.tokenizer.to_str(), {**config, "add_bos_token": stored.add_bos})
-
-
 def _open(path: Path, step: int | None, own_tokenizer: bool, plain: bool) -> OpenedModel:
     if not path.exists():
         raise _missing(path)
@@ -171,7 +158,7 @@ def _open(path: Path, step: int | None, own_tokenizer: bool, plain: bool) -> Ope
     if path.is_file() and path.suffix == ".gguf":
         from resilin.models.gguf import load_gguf
 
-        return OpenedModel(load_gguf(path), _gguf_tokenizer(path) if own_tokenizer else None, str(path))
+        return OpenedModel(load_gguf(path), gguf_tokenizer(path) if own_tokenizer else None, str(path))
     if path.is_dir() and (path / "config.json").is_file():
         from resilin.models.huggingface import load_pretrained
 

@@ -1,0 +1,361 @@
+"""Training rows for a skill that has no data: a teacher invents tasks for many personas, and solves them.
+
+Asked for a hundred tasks, a model writes variations of a few; asked for one task that a given persona would bring, it
+writes as many as there are personas (Ge et al. 2024, "Scaling synthetic data creation with 1,000,000,000 personas";
+Tülu 3, Lambert et al. 2024, section 4.2). Two rounds: the task, then its answer. What can be checked is: several
+answers vote for the truth of a mathematical task, and a constraint on the form is checked by its program.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from resilin.config import Settings
+from resilin.data.errors import DataError
+from resilin.data.row_files import read_rows
+from resilin.data.row_template import columns_of, fill
+from resilin.keys import hash64
+from resilin.posttrain.constraints import CONSTRAINTS, Constraint
+from resilin.posttrain.filters import AnswerFilters, plain_key
+from resilin.posttrain.verifiers import find_verifier
+from resilin.posttrain.verifiers.ifeval_checks import check_constraint
+from resilin.posttrain.verifiers.verifier import Answer, Verifier
+from resilin.teacher.chat import ChatTeacher
+from resilin.teacher.request import Message, Plan, Reply, Request, message
+
+
+class SynthesisTask(Settings):
+    """One kind of task: how it is asked for, answered and checked."""
+
+    name: str
+    """The rows' `source`."""
+    prompt: str
+    """Asks the teacher for a task: {persona} is put in, and {constraint} where there are some."""
+    starts_with: str = ""
+    """What the task is to begin with, such as "Problem:"; it is taken away, and texts without it are left out."""
+    answer: str = "{task}"
+    """Asks for the answer; {task} is put in. What is learnt from is the task alone."""
+    system: str | None = None
+    """The system message of both rounds."""
+    per_persona: Annotated[int, Field(ge=1)] = 1
+    """Tasks asked for each persona."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Of the tasks."""
+    answer_temperature: Annotated[float, Field(ge=0)] = 0.7
+    """Of the answers."""
+    max_task_tokens: Annotated[int, Field(ge=1)] = 512
+    """Of a task."""
+    max_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Of an answer."""
+    min_task_words: Annotated[int, Field(ge=1)] = 4
+    """A task of fewer words is left out."""
+    verifier: Literal["gsm8k", "math", "strict_math"] | None = None
+    """Rows get this `dataset`, and as `ground_truth` what most answers claim."""
+    votes: Annotated[int, Field(ge=1)] = 1
+    """Answers to each task, which vote for the truth."""
+    agreement: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the votes that the truth needs."""
+    constrained: bool = False
+    """Each task gets a constraint on the form of its answer; rows get `dataset` ifeval and the check as truth."""
+    constraints: Annotated[tuple[Constraint, ...], Field(min_length=1)] = CONSTRAINTS
+    """Which; each task gets one, drawn by persona."""
+    filters: AnswerFilters = AnswerFilters()
+    """Which answers are kept."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> SynthesisTask:
+        asked, solved = columns_of(self.prompt), columns_of(self.answer)
+        if "persona" not in asked:
+            raise ValueError("prompt should hold {persona}: without it every persona brings the same task")
+        wrong = sorted({*asked} - {"persona", "constraint"}) + sorted({*solved} - {"task"})
+        if wrong or "task" not in solved:
+            raise ValueError(f"prompt knows {{persona}} and {{constraint}}, answer needs {{task}}; not: {wrong}")
+        if "constraint" in asked and not self.constrained:
+            raise ValueError("prompt asks for a {constraint}: set constrained = true")
+        if self.constrained and self.verifier is not None:
+            raise ValueError(f"constrained rows are checked by ifeval: leave out verifier = {self.verifier!r}")
+        if self.votes > 1 and self.verifier is None:
+            raise ValueError(f"votes = {self.votes}: answers vote for the truth that a verifier checks: name one")
+        if self.votes > 1 and self.answer_temperature == 0:
+            raise ValueError(f"votes = {self.votes} at answer_temperature 0 would all be one answer: raise it")
+        if self.per_persona > 1 and self.temperature == 0:
+            raise ValueError(f"per_persona = {self.per_persona} at temperature 0 would give one task several times")
+        return self
+
+
+class Synthesis(Settings):
+    """The kinds of task, and the draws."""
+
+    tasks: Annotated[tuple[SynthesisTask, ...], Field(min_length=1)]
+    """Each is asked for every persona."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the constraints that are drawn."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Synthesis:
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks should have different names: {', '.join(names)}")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """A task that is asked for.
+
+    Attributes:
+        task: its kind.
+        persona: for whom.
+        sample: which of several for this persona.
+        constraint: on the form of the answer.
+    """
+
+    task: SynthesisTask
+    persona: str
+    sample: int
+    constraint: Constraint | None
+
+
+@dataclass(slots=True)
+class Synthesised:
+    """Rows, and what gave none.
+
+    Attributes:
+        rows: `messages`, `source`, `persona`; with truth and constraint where there are some.
+        dropped: by reason.
+        failures: (place, reason) of requests without an answer; asking again asks only for these.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Teachers:
+    """Who invents tasks and who solves them, each with the name its endpoint has for the model."""
+
+    asks: ChatTeacher
+    asks_model: str
+    solves: ChatTeacher
+    solves_model: str
+
+
+def read_personas(paths: Sequence[str]) -> list[str]:
+    """Personas from rows with a column `persona`, or from the lines of .txt files; each once, in order.
+
+    Raises:
+        DataError: a row without one, or no persona at all.
+    """
+    found: dict[str, None] = {}
+    for path in paths:
+        if path.endswith(".txt"):
+            try:
+                lines = Path(path).read_text(encoding="utf-8").splitlines()
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+            except UnicodeDecodeError:
+                raise DataError(f"{path}: is not UTF-8") from None
+            found |= dict.fromkeys(line.strip() for line in lines if line.strip())
+            continue
+        for row in read_rows([path]):
+            persona = row.value.get("persona")
+            if not isinstance(persona, str) or not persona.strip():
+                raise row.error(
+                    f"no text in the column persona; columns here: {', '.join(sorted(row.value)) or 'none'}"
+                )
+            found[persona.strip()] = None
+    if not found:
+        raise DataError(f"{', '.join(paths)}: no personas")
+    return list(found)
+
+
+def askings(settings: Synthesis, personas: Sequence[str]) -> list[Asking]:
+    """Every task that is asked for: kind by kind, persona by persona.
+
+    What a persona is asked does not depend on the others: more personas leave what was asked before as it was.
+    """
+    made = []
+    for task in settings.tasks:
+        for persona in personas:
+            for sample in range(task.per_persona):
+                constraint = None
+                if task.constrained:
+                    drawn = hash64(settings.seed, "constraint", task.name, persona, sample)
+                    constraint = task.constraints[drawn % len(task.constraints)]
+                made.append(Asking(task, persona, sample, constraint))
+    return made
+
+
+def task_requests(asked: Sequence[Asking], model: str) -> list[Request]:
+    """The first round. A persona's further tasks differ in their seed alone."""
+    made = []
+    for one in asked:
+        columns = {"persona": one.persona, "constraint": "" if one.constraint is None else one.constraint.text}
+        made.append(
+            Request(
+                _messages(one.task, fill(one.task.prompt, columns)),
+                model,
+                temperature=one.task.temperature,
+                max_tokens=one.task.max_task_tokens,
+                seed=one.sample if one.task.per_persona > 1 else None,
+                tag=f"{one.task.name}: {one.persona[:60]}",
+            )
+        )
+    return made
+
+
+def _messages(task: SynthesisTask, text: str) -> tuple[Message, ...]:
+    asked = message("user", text)
+    return (asked,) if task.system is None else (message("system", task.system), asked)
+
+
+def written_task(one: Asking, reply: Reply) -> tuple[str, str | None]:
+    """The task a reply holds, and why it is left out (None where it is kept)."""
+    text = reply.text.strip()
+    if reply.finish_reasons[0] == "length":
+        return text, "task: cut"
+    start = one.task.starts_with
+    if start:
+        at = text.lower().find(start.lower())
+        if at < 0:
+            return text, f"task: without {start!r}"
+        text = text[at + len(start) :].strip(" \n*")
+    reason = AnswerFilters(min_words=one.task.min_task_words).reason(text)
+    if reason is not None:
+        return text, f"task: {reason}"
+    if one.constraint is not None and one.constraint.text not in text:
+        text = f"{text} {one.constraint.text}"
+    return text, None
+
+
+def answer_request(one: Asking, text: str, model: str) -> Request:
+    """The second round: the answer, or several that vote."""
+    return Request(
+        _messages(one.task, fill(one.task.answer, {"task": text})),
+        model,
+        temperature=one.task.answer_temperature,
+        max_tokens=one.task.max_tokens,
+        n=one.task.votes,
+        tag=f"{one.task.name}: {one.persona[:60]}: answer",
+    )
+
+
+def vote(verifier: Verifier, texts: Sequence[str]) -> tuple[str, list[int]] | None:
+    """The label that most texts claim, and which of them are right by it; None where none claims anything.
+
+    Labels that the verifier takes for equal count together; of equal numbers of votes the label that came first wins.
+    """
+    labels = list(dict.fromkeys(label for text in texts if (label := verifier.claimed(text)) is not None))
+    voters = {}
+    for label in labels:
+        scores = verifier.scores([Answer((), text, label) for text in texts])
+        voters[label] = [number for number, score in enumerate(scores) if score >= 1.0]
+    best = max(labels, key=lambda label: len(voters[label]), default=None)
+    return None if best is None or not voters[best] else (best, voters[best])
+
+
+def made_row(one: Asking, text: str, reply: Reply) -> tuple[dict[str, Any], str | None]:
+    """The row of a task and its answers, and why it is left out (None where it is kept)."""
+    task, chosen = one.task, 0
+    row: dict[str, Any] = {"source": task.name, "persona": one.persona}
+    if task.verifier is not None:
+        found = vote(find_verifier(task.verifier), reply.texts)
+        if found is None:
+            return row, "answer: names no result"
+        truth, right = found
+        share = len(right) / len(reply.texts)
+        if share < task.agreement:
+            return row, "answer: the votes do not agree"
+        kept = [n for n in right if task.filters.reason(reply.texts[n], reply.finish_reasons[n]) is None]
+        chosen = (kept or right)[0]
+        row |= {"ground_truth": truth, "dataset": task.verifier, "agreement": share}
+    said = reply.texts[chosen].strip()
+    reason = task.filters.reason(said, reply.finish_reasons[chosen])
+    if reason is not None:
+        return row, f"answer: {reason}"
+    if one.constraint is not None:
+        check, arguments = check_constraint(one.constraint.check)
+        if not check(said, **arguments):
+            return row, "answer: does not follow the constraint"
+        row |= {
+            "ground_truth": json.dumps(one.constraint.check, ensure_ascii=False),
+            "dataset": "ifeval",
+            "constraint_type": one.constraint.check["func_name"],
+            "constraint": one.constraint.text,
+        }
+    return {"messages": [message("user", text), message("assistant", said)], **row}, None
+
+
+def plan_synthesis(settings: Synthesis, personas: Sequence[str], teachers: Teachers) -> tuple[Plan, Plan]:
+    """What both rounds would cost; tasks that are not known yet are taken to be as long as they may be."""
+    asked = askings(settings, personas)
+    requests = task_requests(asked, teachers.asks_model)
+    first = teachers.asks.plan(requests)
+    known: list[Request] = []
+    unknown = tokens = completion = 0
+    for one, request in zip(asked, requests, strict=True):
+        reply = teachers.asks.known(request)
+        if reply is None:
+            unknown += 1
+            tokens += answer_request(one, "", "").prompt_tokens + one.task.max_task_tokens
+            completion += one.task.max_tokens * one.task.votes
+            continue
+        text, reason = written_task(one, reply)
+        if reason is None:
+            known.append(answer_request(one, text, teachers.solves_model))
+    second = teachers.solves.plan(known)
+    return first, Plan(
+        second.requests + unknown,
+        second.calls + unknown,
+        second.cached,
+        second.prompt_tokens + tokens,
+        second.completion_tokens + completion,
+        (teachers.solves_model,),
+    )
+
+
+def synthesise(settings: Synthesis, personas: Sequence[str], teachers: Teachers) -> Synthesised:
+    """Rows for every kind of task and persona, in that order; equal tasks are kept once.
+
+    Args:
+        settings: the kinds of task.
+        personas: for whom.
+        teachers: who invents and who solves.
+    """
+    found = Synthesised()
+    asked = askings(settings, personas)
+    tasks: list[tuple[Asking, str]] = []
+    seen: set[str] = set()
+    replies = teachers.asks.ask(task_requests(asked, teachers.asks_model))
+    for one, reply in zip(asked, replies, strict=True):
+        if reply.error is not None:
+            found.failures.append((reply.tag, reply.error))
+            continue
+        text, reason = written_task(one, reply)
+        key = plain_key([text])
+        if reason is None and key in seen:
+            reason = "task: a duplicate"
+        if reason is not None:
+            found.dropped[reason] += 1
+            continue
+        seen.add(key)
+        tasks.append((one, text))
+    requests = [answer_request(one, text, teachers.solves_model) for one, text in tasks]
+    for (one, text), reply in zip(tasks, teachers.solves.ask(requests), strict=True):
+        if reply.error is not None:
+            found.failures.append((reply.tag, reply.error))
+            continue
+        row, reason = made_row(one, text, reply)
+        if reason is not None:
+            found.dropped[reason] += 1
+        else:
+            found.rows.append(row)
+    return found
