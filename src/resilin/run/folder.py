@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,13 @@ class RunFolder:
     """The paths inside a run's folder."""
 
     path: Path
+
+    @property
+    def writes(self) -> str:
+        """The command that lets the model write: in a conversation, where its tokenizer has a form for one."""
+        file = self.tokenizer / "tokenizer_config.json"
+        talks = file.is_file() and "chat_template" in json.loads(file.read_text(encoding="utf-8"))
+        return f"resilin generate {self.path} {'--chat -p' if talks else '--prompt'} '...'"
 
     @property
     def settings_file(self) -> Path:
