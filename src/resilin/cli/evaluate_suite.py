@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -42,6 +42,11 @@ class SuiteOptions:
         typer.Option(help="Where the report goes. Default: in the folder, by model and part.", rich_help_panel=PANEL),
     ] = None
     batch_rows: Annotated[int, typer.Option(min=1, help="Answers written side by side.", rich_help_panel=PANEL)] = 32
+
+    def without_suite(self) -> list[str]:
+        """The options that are given, though they mean nothing without a suite."""
+        given = (f for f in fields(self) if f.name != "suite" and getattr(self, f.name) != f.default)
+        return [f"--{f.name.replace('_', '-')}" for f in given]
 
 
 def evaluate_suite(open_it: Callable[[], OpenedModel], given: SuiteOptions, batch_tokens: int, as_json: bool) -> None:
