@@ -199,7 +199,7 @@ def test_an_answer_is_where_the_first_pattern_that_occurs_occurs_last(
 def given_answers(evaluation: WrittenAnswers, texts: list[list[str]]) -> Outcome:
     """The evaluation's score of answers that are given."""
     items, _ = evaluation.read()
-    return evaluation.score(items, [[Written(t, (), "stop_token") for t in mine] for mine in texts], Path())
+    return evaluation.score(items, [[Written(t, (), "stop_token") for t in mine] for mine in texts])
 
 
 def test_unmatched_answers_score_nothing_and_are_counted(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def compared(rows: Path, rule: str, **settings: Any) -> WinRate:
 
 def judged(evaluation: WinRate, texts: list[str]) -> Outcome:
     items, _ = evaluation.read()
-    return evaluation.score(items, [[Written(text, (), "stop_token")] for text in texts], Path())
+    return evaluation.score(items, [[Written(text, (), "stop_token")] for text in texts])
 
 
 def test_each_pair_is_judged_in_both_orders(tmp_path: Path) -> None:

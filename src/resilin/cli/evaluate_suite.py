@@ -58,9 +58,8 @@ def evaluate_suite(open_it: Callable[[], OpenedModel], given: SuiteOptions, batc
     from resilin.config import load_settings
     from resilin.data.write_shards import write_atomically
     from resilin.models.digest import weights_digest
-    from resilin.posttrain.evaluations.evaluation import Progress, Subject
+    from resilin.posttrain.evaluations.evaluation import Progress, Subject, file_name
     from resilin.posttrain.evaluations.run import run_suite
-    from resilin.posttrain.evaluations.writing import file_name
     from resilin.posttrain.suite import Suite, read_report
 
     assert given.suite is not None
