@@ -36,21 +36,34 @@ def mix_rows(
 def convert_rows(
     inputs: Rows,
     output: OutputFile,
-    to: Annotated[Literal["trl", "open-instruct", "verl"], typer.Option(help="Whose form to write.")],
+    to: Annotated[Literal["trl", "open-instruct", "verl", "sharegpt"], typer.Option(help="Whose form to write.")],
     kind: Annotated[
-        Literal["preferences", "prompts"], typer.Option(help="Two answers to compare, or prompts with their truth.")
+        Literal["preferences", "prompts", "conversations"],
+        typer.Option(help="Two answers to compare, prompts with their truth, or answers to learn."),
     ] = "preferences",
 ) -> None:
-    """Write preference rows or prompts in the form of another trainer; any of the known forms is read."""
-    from resilin.data.preference_rows import read_preference, write_preference
-    from resilin.data.prompt_rows import read_prompt, write_prompt
+    """Write rows in the form of another trainer; any of the known forms is read, and further columns are kept.
+
+    \b
+    preferences     trl: prompt, chosen, rejected; open-instruct: whole conversations; verl: answers as text
+    prompts         trl: prompt, ground_truth, dataset; open-instruct: messages; verl: data_source, reward_model
+    conversations   trl: prompt, completion; open-instruct: messages; verl: prompt, response; sharegpt
+    """
+    from resilin.data.conversation_rows import convert_conversation
+    from resilin.data.errors import DataError
+    from resilin.data.preference_rows import convert_preference
+    from resilin.data.prompt_rows import convert_prompt
     from resilin.data.row_files import read_rows, write_rows
 
-    if kind == "preferences":
-        count = write_rows(output, (write_preference(read_preference(row), to) for row in read_rows(inputs)))
+    rows = read_rows(inputs)
+    if kind == "conversations":
+        count = write_rows(output, (convert_conversation(row, to) for row in rows))
+    elif to == "sharegpt":
+        raise DataError(f"{kind} have no form in ShareGPT, which holds conversations: --to trl, open-instruct or verl")
+    elif kind == "preferences":
+        count = write_rows(output, (convert_preference(row, to) for row in rows))
     else:
-        rows = enumerate(read_rows(inputs))
-        count = write_rows(output, (write_prompt(read_prompt(row), to, extra={"index": n}) for n, row in rows))
+        count = write_rows(output, (convert_prompt(row, to, number) for number, row in enumerate(rows)))
     typer.echo(f"{output}: {count:,} rows in the form of {to}")
 
 
@@ -65,6 +78,7 @@ def decontaminate(
     threshold: Annotated[float, typer.Option(help="Scores above it are matches.")] = 0.5,
     key: Annotated[str | None, typer.Option(help="A text column to compare, instead of what users say.")] = None,
     encoder: Annotated[Path | None, typer.Option(help="Folder of a sentence encoder; else all-MiniLM-L6-v2.")] = None,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Write what is left as .parquet, not .jsonl.")] = False,
 ) -> None:
     """Leave out training rows that hold test instances; writes what is left, the matches and a table of shares."""
     from resilin.data.errors import DataError
@@ -88,7 +102,7 @@ def decontaminate(
     if method == "embedding":
         chosen = packaged_encoder() if encoder is None else MeanPooled(encoder)
     found = find(rows, tests, method=method, n=n, threshold=threshold, key=key, encoder=chosen)
-    counts = write_decontaminated(found, rows, tests, output)
+    counts = write_decontaminated(found, rows, tests, output, "parquet" if parquet else "jsonl")
     typer.echo(f"{output}: {counts['kept']:,} of {counts['rows']:,} rows kept, {counts['removed']:,} removed")
     typer.echo(found.table().rstrip())
 

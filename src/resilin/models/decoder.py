@@ -106,6 +106,12 @@ class Decoder(nn.Module):
         """(V, D): the output matrix, the embedding's own where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """The format of the residual stream: that of the norms, whatever format the matrices are stored in."""
+        dtype: torch.dtype = self.norm.weight.dtype  # type: ignore[assignment]
+        return dtype
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) after the final norm -> (..., V) logits, float32 at least, soft-capped where the settings say so."""
         logits = project(hidden, self.head_weight)
@@ -144,7 +150,7 @@ class Decoder(nn.Module):
         flex = self.settings.attention_backend == "flex" and not (device.type == "cpu" and torch.is_grad_enabled())
         make_mask = flex_mask if flex else training_mask
         masks = {window: make_mask(documents_BT, T, window, device) for window in windows}
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT).to(self.stream_dtype)
         x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)
         routers = []
         for layer, block in enumerate(self.blocks):
@@ -170,7 +176,7 @@ class Decoder(nn.Module):
         ragged = cache.ragged or real_BT is not None
         windows = {self.settings.window_of(layer) for layer in range(self.settings.layers)}
         masks = {window: cached_mask(slots_BT, reach, ragged, window) for window in windows}
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT).to(self.stream_dtype)
         routers = []
         for layer, block in enumerate(self.blocks):
             mask = masks[self.settings.window_of(layer)]

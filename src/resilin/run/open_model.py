@@ -16,7 +16,6 @@ from resilin.config.settings import closest
 from resilin.data.stored_tokenizer import gguf_tokenizer
 from resilin.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from resilin.models.decoder import Decoder
-from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.plain import HasPlainForm, make_plain
 from resilin.models.settings import ModelContext
 from resilin.models.weight_files import ModelFolderError, read_json
@@ -95,19 +94,19 @@ def _no_decoder(model: nn.Module, run: Path) -> OpenModelError:
     )
 
 
-def _stored(run_settings: RunSettings, state: State, run: Path) -> nn.Module:
-    """The model of these settings with the weights of a checkpoint; a decoder without drawing initial ones first."""
+def _stored(run_settings: RunSettings, state: State, run: Path, plain: bool) -> nn.Module:
+    """The model of these settings with the weights of a checkpoint; without making or reading initial ones where its
+    outline suffices, as it does for a model that is made plain next.
+    """
     settings = run_settings.model
     # A model that holds a decoder (a policy beside its value model) holds its embedding under a longer name.
     embedding = next((t for name, t in state.items() if f".{name}".endswith(".embed.weight")), None)
     vocabulary = None if embedding is None else int(embedding.shape[0])
-    if type(settings) is DecoderSettings and vocabulary is not None:
-        small = settings.model_copy(update={"vocab_size": vocabulary})
-        model: nn.Module = Decoder(small, seed=None, device="meta")
-    else:
-        model = settings.build(ModelContext(run_settings.seed, vocabulary))
-        if not isinstance(model, Decoder | HasPlainForm):
-            raise _no_decoder(model, run)
+    context = ModelContext(run_settings.seed, vocabulary)
+    outline = settings.outline(context) if plain and vocabulary is not None else None
+    model = settings.build(context) if outline is None else outline
+    if not isinstance(model, Decoder | HasPlainForm):
+        raise _no_decoder(model, run)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -125,9 +124,9 @@ def _open_run(path: Path, step: int | None, plain: bool) -> tuple[Decoder, Token
         raise OpenModelError(f"{path}: the run has no checkpoint yet (looked in {folder.checkpoints})")
     state = joined(store.load(step, parts=["model", *store.parts_of(step, "frozen")]))
     tokenizer = Tokenizer.load(folder.tokenizer) if (folder.tokenizer / TOKENIZER_FILE).is_file() else None
-    model = _stored(settings, state, path)
+    model = _stored(settings, state, path, plain)
     if plain or not isinstance(model, Decoder):
-        model = make_plain(model)
+        model = make_plain(model.to(torch.float32))  # a base stored in fewer bytes does not round what is merged
     if not isinstance(model, Decoder):
         raise _no_decoder(model, path)
     return model, tokenizer, step
@@ -169,10 +168,10 @@ def _open(path: Path, step: int | None, own_tokenizer: bool, plain: bool) -> Ope
 
 
 def open_model(
-    path: Path,
+    path: Path | str,
     *,
     step: int | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: Path | str | None = None,
     dtype: torch.dtype = torch.float32,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     plain: bool = True,
@@ -191,6 +190,7 @@ def open_model(
     Raises:
         UserError: what was looked for and not found, or why it cannot be read.
     """
+    path = Path(path)
     try:
         opened = _open(path, step, own_tokenizer=tokenizer is None, plain=plain)
     except (CheckpointError, ModelFolderError) as error:
