@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -147,8 +147,9 @@ class Decoder(nn.Module):
     def draws(self) -> bool:
         """Whether random numbers are, or may be, drawn while it computes: its own dropout, or a foreign module's."""
         for module in self.modules():
-            foreign = not isinstance(module, Decoder | Block) and _takes_keys(type(module))
-            if foreign or getattr(getattr(module, "settings", None), "dropout", 0.0):
+            kind: Any = type(module)
+            rate: float = getattr(getattr(module, "settings", None), "dropout", 0.0)
+            if rate or (not isinstance(module, Decoder | Block) and _takes_keys(kind)):
                 return True
         return False
 
@@ -204,8 +205,10 @@ class Decoder(nn.Module):
         if documents_BT is None:
             documents_BT = torch.arange(B, device=tokens_BT.device)[:, None].expand(B, T)
         runs_N = runs_of(documents_BT)
-        some = (x.flatten().index_select(0, places_N)[None] for x in (tokens_BT, positions_BT, runs_N))
-        hidden_ND = self._forward_all(*some, keys, None).hidden_BTD[0]
+        tokens, positions, documents = (
+            x.flatten().index_select(0, places_N)[None] for x in (tokens_BT, positions_BT, runs_N)
+        )
+        hidden_ND = self._forward_all(tokens, positions, documents, keys, None).hidden_BTD[0]
         hidden_BTD = hidden_ND.new_zeros(B * T, hidden_ND.shape[1]).index_copy(0, places_N, hidden_ND)
         return DecoderOutput(hidden_BTD.view(B, T, -1))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from resilin.models.spans import Span, spans_of, worth_it
+from resilin.models.spans import Span, spans_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -83,7 +83,7 @@ def training_mask(
 def span_masks(
     documents_BT: Tensor, windows: set[int | None], continues_BT: Tensor | None = None
 ) -> dict[int | None, Mask]:
-    """The masks of those windows that documents do not fill, as spans; none where a dense mask is the quicker way.
+    """The masks of those windows that no document exceeds, as spans, or as the triangle where each row is a document.
 
     Args:
         documents_BT: on the host.
@@ -91,10 +91,12 @@ def span_masks(
         continues_BT: as for `training_mask`.
     """
     spans = spans_of(documents_BT, continues_BT)
-    if spans is None or not worth_it(spans, *documents_BT.shape):
+    if not spans:
         return {}
     longest = max(span.keys for span in spans)
-    return {w: Mask(causal=False, spans=spans) for w in windows if w is None or w >= longest}
+    whole = len(spans) == len(documents_BT)
+    mask = Mask(causal=True) if whole else Mask(causal=False, spans=spans)
+    return {w: mask for w in windows if w is None or w >= longest}
 
 
 def flex_mask(

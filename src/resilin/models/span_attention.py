@@ -2,17 +2,18 @@
 
 Only products between a query and keys it sees (and those of the block on the diagonal) are made; nothing is computed
 between documents. A document that goes on from another meets that one's keys before its own. The attention weights
-are kept for the backward pass; a document too long for that goes through torch's flash kernel instead.
+are kept for the backward pass; a document too long for that goes through torch's flash kernel instead, and documents of
+a few tokens go through their products together, padded.
 
 Shapes: N tokens of all rows, H query heads, K key heads, G = H / K, D head size, L queries of a document, S keys,
-R queries of a block.
+R queries of a block, M tiny documents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from resilin.models.block_attention import BLOCK, LONGEST
 from resilin.models.spans import Span
+
+_TINY = 32  # keys up to which a document's products cost less than the calls that make them
+_FEW = 4  # tiny documents from which on they go together
 
 
 @cache
@@ -151,6 +155,52 @@ def _alone(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, span: Span, scale: float
     return mixed_1HLD[0].transpose(0, 1)
 
 
+class _Table(NamedTuple):
+    """Where the tokens of tiny documents lie, padded to (M, L) queries and (M, S) keys.
+
+    Attributes:
+        query_ML, key_MS: places among the N tokens.
+        bias_MLS: 0 where a query sees a key, else -inf.
+        real: which of the M * L queries are no padding.
+    """
+
+    query_ML: Tensor
+    key_MS: Tensor
+    bias_MLS: Tensor
+    real: Tensor
+
+
+@lru_cache(maxsize=8)  # all layers of a step ask for the same
+def _table(spans: tuple[Span, ...], dtype: torch.dtype) -> _Table:
+    starts, stops = (torch.tensor([getattr(span, name) for span in spans]) for name in ("start", "stop"))
+    first, last = torch.tensor([span.before for span in spans]).unbind(1)
+    sizes, earlier = (stops - starts)[:, None], (last - first)[:, None]
+    place_L, place_S = torch.arange(int(sizes.max())), torch.arange(max(span.keys for span in spans))
+    query_ML = starts[:, None] + place_L.minimum(sizes - 1)
+    own_MS = starts[:, None] + (place_S - earlier).clamp(min=0).minimum(sizes - 1)
+    key_MS = torch.where(place_S < earlier, first[:, None] + place_S, own_MS)
+    sees_ML1 = (earlier + place_L.minimum(sizes - 1))[:, :, None]
+    bias_MLS = torch.zeros(*query_ML.shape, len(place_S), dtype=dtype).masked_fill(place_S > sees_ML1, -torch.inf)
+    return _Table(query_ML, key_MS, bias_MLS, (place_L < sizes).flatten().nonzero()[:, 0])
+
+
+def _together(
+    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, spans: tuple[Span, ...], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Places of tiny documents, and the mixed values there, by operations differentiable any number of times."""
+    table = _table(spans, q_NHD.dtype)
+    (M, L), S = table.query_ML.shape, table.key_MS.shape[1]
+    (_, H, D), K = q_NHD.shape, k_NKD.shape[1]
+    q = q_NHD.index_select(0, table.query_ML.flatten()).view(M, L, K, H // K, D).permute(0, 2, 3, 1, 4)
+    k, v = (
+        x.index_select(0, table.key_MS.flatten()).view(M, S, K, D).transpose(1, 2)[:, :, None] for x in (k_NKD, v_NKD)
+    )
+    logits = (q * scale).reshape(M, K, 1, -1, D) @ k.transpose(-1, -2)
+    weights = (logits.view(M, K, H // K, L, S) + table.bias_MLS[:, None, None]).softmax(-1)
+    mixed = (weights.view(M, K, 1, -1, S) @ v).view(M, K, H // K, L, D).permute(0, 3, 1, 2, 4).reshape(M * L, H, D)
+    return table.query_ML.flatten().index_select(0, table.real), mixed.index_select(0, table.real)
+
+
 def _joined(pieces: Sequence[Tensor], spans: Sequence[Span], like_NHD: Tensor) -> Tensor:
     """Pieces at their places, zeros between them."""
     parts, at = [], 0
@@ -179,18 +229,22 @@ def span_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float,
     """
     B, _, T, _ = q_BHTD.shape
     q_NHD, k_NKD, v_NKD = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTD, k_BKTD, v_BKTD))
-    short = tuple(span for span in spans if span.keys <= LONGEST)
+    tiny = tuple(span for span in spans if span.keys <= _TINY)
+    if len(tiny) < _FEW:
+        tiny = ()
+    short = tuple(span for span in spans if (_TINY if tiny else 0) < span.keys <= LONGEST)
     differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (q_NHD, k_NKD, v_NKD))
-    if differentiate:
-        mixed_NHD: Tensor = _SpanAttention.apply(q_NHD, k_NKD, v_NKD, short, scale)
+    if not short:
+        mixed_NHD = torch.zeros_like(q_NHD)
+    elif differentiate:
+        mixed_NHD = _SpanAttention.apply(q_NHD, k_NKD, v_NKD, short, scale)
     else:
         mixed_NHD = _mix(q_NHD, k_NKD, v_NKD, short, scale)[0]
-    if len(short) < len(spans):
-        pieces = [
-            mixed_NHD[span.start : span.stop]
-            if span.keys <= LONGEST
-            else _alone(q_NHD, k_NKD, v_NKD, span, scale, math=False)
-            for span in spans
-        ]
-        mixed_NHD = _joined(pieces, spans, mixed_NHD)
+    if tiny:
+        places, values = _together(q_NHD, k_NKD, v_NKD, tiny, scale)
+        mixed_NHD = mixed_NHD.index_copy(0, places, values)
+    long = [span for span in spans if span.keys > LONGEST]
+    if long:
+        pieces = [_alone(q_NHD, k_NKD, v_NKD, span, scale, math=False) for span in long]
+        mixed_NHD = mixed_NHD + _joined(pieces, long, mixed_NHD)
     return mixed_NHD.view(B, T, *mixed_NHD.shape[1:]).transpose(1, 2)

@@ -9,14 +9,10 @@ Shapes: B rows, T tokens, N = B * T.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-_PRODUCTS_OF_A_SPAN = 1024
-"""What a stretch costs beyond its products, in products of a dense mask (2 CPU cores, 8 heads of 32)."""
 
 
 class Span(NamedTuple):
@@ -72,12 +68,6 @@ def spans_of(documents_BT: Tensor, continues_BT: Tensor | None = None) -> tuple[
         spans.append(Span(start, stop, found[row, parent] if parent >= 0 else (0, 0)))
         found[row, number] = (start, stop)
     return tuple(spans)
-
-
-def worth_it(spans: Sequence[Span], rows: int, tokens: int) -> bool:
-    """Whether going through the stretches one by one costs less than one dense mask over rows of so many tokens."""
-    products = sum((span.stop - span.start) * span.keys for span in spans)
-    return products + len(spans) * _PRODUCTS_OF_A_SPAN < rows * tokens**2
 
 
 def asked_places(documents_BT: Tensor | None, asked_BT: Tensor) -> Tensor:

@@ -89,5 +89,6 @@ def join_rows(tokens_RT: Tensor, widths: Sequence[int]) -> JoinedRows:
             if widths[row] > common:
                 place_RT[row, common : widths[row]] = torch.arange(at, at + widths[row] - common)
                 lay(row, common, widths[row], parent)
-    parts = (tokens, positions, documents, continues)
-    return JoinedRows(*(torch.cat(x)[None] if x else torch.empty(1, 0, dtype=torch.int64) for x in parts), place_RT)
+    empty = torch.empty(0, dtype=torch.int64)
+    laid = [torch.cat([empty, *pieces])[None] for pieces in (tokens, positions, documents, continues)]
+    return JoinedRows(laid[0], laid[1], laid[2], laid[3], place_RT)
