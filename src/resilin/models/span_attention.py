@@ -91,18 +91,24 @@ class _SpanAttention(torch.autograd.Function):
             found = torch.autograd.grad(_plain(*wanted, spans, scale), wanted, grad_NHD, create_graph=True)
             return (*found, None, None)
         grad_q, grad_k, grad_v = torch.zeros_like(q_NHD), torch.zeros_like(k_NKD), torch.zeros_like(v_NKD)
-        K, weights, nothing = k_NKD.shape[1], iter(kept), q_NHD.new_zeros(())
+        K, at, nothing = k_NKD.shape[1], 0, q_NHD.new_zeros(())
         for span, blocks in _work(spans):
             k_KSD, v_KSD = _seen(k_NKD, span), _seen(v_NKD, span)
-            k_pull, v_pull = torch.zeros_like(k_KSD), torch.zeros_like(v_KSD)
-            for start, stop, seen in blocks:
-                weights_KRS = next(weights)
+            k_pull = v_pull = nothing
+            for number in reversed(range(len(blocks))):  # the last block sees all keys
+                (start, stop, seen), weights_KRS = blocks[number], kept[at + number]
                 q_KRD, own_KRD = _stacked(q_NHD, start, stop, K), _stacked(grad_NHD, start, stop, K)
-                v_pull[:, :seen].baddbmm_(weights_KRS.transpose(1, 2), own_KRD)
                 pull_KRS = torch.bmm(own_KRD, v_KSD[:, :seen].transpose(1, 2))
                 pull_KRS = torch._softmax_backward_data(pull_KRS, weights_KRS, -1, weights_KRS.dtype)
-                k_pull[:, :seen].baddbmm_(pull_KRS.transpose(1, 2), q_KRD, alpha=scale)
                 _put(grad_q, start, stop, torch.baddbmm(nothing, pull_KRS, k_KSD[:, :seen], beta=0, alpha=scale))
+                own_k = torch.baddbmm(nothing, pull_KRS.transpose(1, 2), q_KRD, beta=0, alpha=scale)
+                own_v = torch.bmm(weights_KRS.transpose(1, 2), own_KRD)
+                if number == len(blocks) - 1:
+                    k_pull, v_pull = own_k, own_v
+                else:
+                    k_pull[:, :seen] += own_k
+                    v_pull[:, :seen] += own_v
+            at += len(blocks)
             first, last = span.before
             for grad, pull_KSD in ((grad_k, k_pull), (grad_v, v_pull)):
                 grad[span.start : span.stop] += pull_KSD[:, last - first :].transpose(0, 1)
