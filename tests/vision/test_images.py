@@ -212,3 +212,16 @@ def test_resuming_on_other_data_or_another_seed_is_refused(image_folder: Path, t
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(SettingsError, match="smaller one first"):
         parse_settings(ImageFolder, {"path": "x", "size": 8, "views": {"scale": [9, 8]}}, "test")
+
+
+def test_validation_crops_of_a_tall_picture_go_from_top_to_bottom(tmp_path: Path) -> None:
+    pixels = np.arange(4 * 12 * 8, dtype=np.uint32).reshape(4, 12, 8).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", images=pixels, labels=np.arange(4) % 2)
+    tree = {"path": tmp_path / "x.npz", "size": 8, "held_out": {"fraction": 0.5}, **IDENTITY}
+    held = parse_settings(Arrays, {**tree, "views": {"validation_crops": 3}}, "test").build(VALIDATION)
+    batch = held.fetch(0, range(2))
+    rows = held.rows_N[held.order.row_of(0, range(2))]
+    for b, row in enumerate(rows):
+        for number, top in enumerate((0, 2, 4)):
+            wanted = torch.from_numpy(pixels[row, None, top : top + 8].astype(np.float32)) / 255
+            assert torch.equal(batch["views"][b, number], wanted)

@@ -119,6 +119,12 @@ class Decoder(nn.Module):
         """(V, D): the output matrix, the embedding's own where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """The format of the residual stream: that of the norms, whatever format the matrices are stored in."""
+        dtype: torch.dtype = self.norm.weight.dtype  # type: ignore[assignment]
+        return dtype
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) after the final norm -> (..., V) logits, float32 at least, soft-capped where the settings say so."""
         logits = project(hidden, self.head_weight)
@@ -136,6 +142,7 @@ class Decoder(nn.Module):
         return (
             not torch.compiler.is_compiling()
             and weight.device.type == "cpu"
+            and weight.dtype == self.stream_dtype
             and weight.dtype in (torch.float32, torch.float64)
             and settings.attention_backend == "sdpa"
             and not torch.is_autocast_enabled("cpu")
@@ -244,7 +251,7 @@ class Decoder(nn.Module):
             length = int(positions.max()) + 1 if depends_on_length(self.settings) else T
         turn = rotation(self.settings, positions, length)
         masks = self._masks(documents_BT, positions_BT, continues_BT, tokens_BT)
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT).to(self.stream_dtype)
         x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)
         routers = []
         for layer, block in enumerate(self.blocks):
@@ -270,7 +277,7 @@ class Decoder(nn.Module):
         ragged = cache.ragged or real_BT is not None
         windows = {self.settings.window_of(layer) for layer in range(self.settings.layers)}
         masks = {window: cached_mask(slots_BT, reach, ragged, window) for window in windows}
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT).to(self.stream_dtype)
         routers = []
         for layer, block in enumerate(self.blocks):
             mask = masks[self.settings.window_of(layer)]

@@ -54,6 +54,8 @@ def rewards_at(model: nn.Module, rows_RT: Tensor, last_R: Tensor, keys: Keys | N
 class PairwiseRewardLoss:
     """The loss summed over pairs; an answer's reward is read at the token that ends it. Units are pairs."""
 
+    unit = "pairs"
+
     def __init__(self, settings: PairwiseReward) -> None:
         self.settings = settings
 
