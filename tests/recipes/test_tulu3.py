@@ -8,19 +8,22 @@ import pytest
 from torch import nn
 
 from resilin.config import parse_settings
+from resilin.config.load import merge
 from resilin.data.settings import SourceContext
 from resilin.data.tokenizer import Tokenizer
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.settings import ModelContext, ModelSettings
+from resilin.posttrain.rollout import Answer
 from resilin.posttrain.verifiers.verifier import VerifierError
 from resilin.recipes.cells import cells
 from resilin.recipes.findings import Evaluation, RunRecord, Study, Trial
 from resilin.recipes.recipe import load_recipe
 from resilin.recipes.tulu3 import sums
 from resilin.recipes.tulu3.analysis import analyse, length_at
-from resilin.recipes.tulu3.judge import Beats, contest, judged
-from resilin.recipes.tulu3.sums import PARTS, SumsChat, SumsPrompts, problems
+from resilin.recipes.tulu3.judge import STYLES, Beats, contest, judged
+from resilin.recipes.tulu3.sums import PARTS, SumsChat, SumsPairs, SumsPrompts, problems
 from resilin.run.settings import RunSettings
+from resilin.run.start import start_run
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "tulu3"
 
@@ -41,7 +44,7 @@ def test_no_problem_nor_its_mirror_image_is_in_two_parts() -> None:
     assert len(seen) == sums.PAIRS == 90 * 89 // 2
     assert all(10 <= number < 100 for pair in seen for number in pair)
     with pytest.raises(ValueError, match="validation"):
-        list(problems("validation", "add", 250 * sums.FORMS + 1))
+        list(problems("validation", "add", 500 * sums.FORMS + 1))
 
 
 def test_answers_to_learn_from_are_right_and_learnt_whole(tmp_path: Path) -> None:
@@ -66,9 +69,11 @@ def test_answers_to_learn_from_are_right_and_learnt_whole(tmp_path: Path) -> Non
 class Parrot(ModelSettings):
     """A decoder that was never trained."""
 
+    width: int = 16
+
     def build(self, context: ModelContext) -> nn.Module:
         """The decoder."""
-        return DecoderSettings(hidden_size=16, layers=1, heads=2, vocab_size=64).build(context)
+        return DecoderSettings(hidden_size=self.width, layers=1, heads=2, vocab_size=64).build(context)
 
 
 def test_held_out_prompts_hold_both_tasks_and_training_prompts_one(tmp_path: Path) -> None:
@@ -92,6 +97,47 @@ def test_a_rival_answers_the_held_out_additions_and_only_those(tmp_path: Path) -
         assert Beats()([], rival, row["ground_truth"]) == 0.5, "the rival neither beats itself nor loses to itself"
 
 
+def test_models_of_a_pool_answer_in_turn_and_better_answers_are_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_of: list[int] = []
+
+    def scripted(model: nn.Module, tokenizer: Path, asked: Any, sampling: Any) -> Any:
+        """The wider model is always right, the other one adds one."""
+        wide = next(model.parameters()).shape[1] == 32
+        asked_of.append(len(asked))
+        texts = [STYLES[style].format(a + b + (not wide)) for a, b, style in asked]
+        return [Answer((), [], [], stopped=True) for _ in asked], texts
+
+    monkeypatch.setattr(sums, "answers_of", scripted)
+    pool = SumsPairs(model=Parrot(), stronger=Parrot(width=32), prompts=30, samples=4, cache=tmp_path)
+    rows = pool.sampled(0, tmp_path)
+    assert asked_of == [60, 60]
+    assert len(rows) == 30
+    for row in rows:
+        text = row["prompt"][0]["content"]
+        number = sum(int(part) for part in text.split()[0].split("+"))
+        chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
+        assert judged(chosen, text.split()[-1], number) == 4.0
+        assert str(number + 1) in rejected
+    alone = pool.model_copy(update={"stronger": None})
+    assert alone.sampled(0, tmp_path) == [], "answers with one mark give no pair"
+
+
+def test_supervised_additions_are_different_problems_and_rarely_of_large_numbers() -> None:
+    skewed, even = (sums.common_first("supervised", "add", 400, 0, skew) for skew in (1.5, 0.0))
+    first, last = PARTS["supervised"]
+    everything = set(problems("supervised", "add", (last - first) * sums.FORMS))
+    for found in (skewed, even):
+        assert len(set(found)) == len(found)
+        assert set(found) <= everything
+
+    def large(found: list[tuple[int, int, str]]) -> int:
+        return sum(min(a, b) >= 50 for a, b, _ in found)
+
+    assert large(skewed) * 3 < large(even)
+
+
 def test_a_contest_is_won_by_the_better_mark() -> None:
     row = contest(46, "box", "hm [47]")
     assert Beats()([], "[46]", row) == 1.0
@@ -103,10 +149,10 @@ def test_a_contest_is_won_by_the_better_mark() -> None:
         Beats().check_label(json.dumps({"number": 46, "style": "loud", "rival": ""}))
 
 
-def test_the_judge_likes_right_answers_in_the_right_form_and_long_ones_better() -> None:
+def test_the_judge_likes_right_answers_in_the_right_form_that_are_not_curt() -> None:
     assert judged("[46]", "box", 46) > judged("[46]", "num", 46) > judged("[45]", "num", 46)
-    assert judged("hm hm 46", "num", 46) > judged("hm 46", "num", 46) > judged("46", "num", 46)
-    assert judged("46", "num", 46) > judged("hm hm hm hm 47", "num", 46)
+    assert judged("hm hm 46", "num", 46) == judged("hm 46", "num", 46) > judged("46", "num", 46)
+    assert judged("46", "num", 46) > judged("hm hm hm hm 47", "num", 46) > judged("47", "num", 46)
     assert judged("hm ", "num", 46) < judged("47", "num", 46) + 1
 
 
@@ -122,6 +168,28 @@ def test_every_preset_names_runs_that_can_be_started(preset: str) -> None:
                 part.stage().settings(0)  # the earlier run's own settings, and those of the run before it
     ppo = next(cell for cell in found if cell.arm == "ppo")
     assert type(ppo.settings.objective).__name__ == "Ppo"
+
+
+@pytest.mark.parametrize("arm", ["grpo", "ppo"])
+def test_the_chain_of_stages_runs_and_is_measured(arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {"hidden_size": 32, "layers": 1, "heads": 2, "steps": 80, "lr": 1e-2}
+    patch: Any = {"model": {"tuned": small, "steps": 2}}
+    if arm == "ppo":
+        patch = {"model": {"model": {"tuned": small, "steps": 2}, "value": {"tuned": small, "steps": 2}}}
+    patch["train"] = {"steps": 2, "batch_size": 16, "threads": 1}
+    patch["source"] = {"prompts": {"held_out": 8, "rival": small}}
+    tree = next(c for c in cells(load_recipe(FOLDER), "cpu", seeds=(0,)) if c.arm == arm).asked
+    settings = parse_settings(RunSettings, merge(tree, patch), arm)
+    told: list[Any] = []
+    _, outcome = start_run(settings, tmp_path / "run", extra_listeners=(told.append,))
+    assert outcome.reason == "completed", outcome.message
+    evaluated = [event.metrics for event in told if event.event == "eval"]
+    assert len(evaluated) == 2
+    assert {"verified/add", "verified/max", "verified/win", "length/add"} <= set(evaluated[0])
+    # Fine-tuned, a pool model, preferred; for PPO also a reward model: each once.
+    stages = list((tmp_path / "runs" / "recipes" / "stages").glob("*/model.safetensors"))
+    assert len(stages) == (4 if arm == "ppo" else 3)
 
 
 def test_the_arms_of_a_preset_share_the_model_they_start_from() -> None:

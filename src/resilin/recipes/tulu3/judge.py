@@ -14,18 +14,19 @@ _KEYS = frozenset({"number", "style", "rival"})
 
 
 def judged(text: str, style: str, number: int) -> float:
-    """The mean of marks from 1 to 5: being right (counts twice), following the order, and length.
+    """The mean of marks from 1 to 5: being right (counts twice), following the order, and not being curt.
 
-    Two or more fillers before the answer are the best length: the longer of two answers wins, all else equal.
+    An answer without a filler is curt; more than one filler adds nothing, else most pairs could be told apart by length
+    alone.
     """
     bare = text
     while bare.startswith(FILLER):
         bare = bare[len(FILLER) :]
-    fillers = (len(text) - len(bare)) // len(FILLER)
     digits = "".join(c for c in bare if c.isdigit())
     right = 5.0 if digits == str(number) else 1.0
     form = 5.0 if digits and bare == STYLES[style].format(digits) else 1.0
-    return (2 * right + form + min(1.0 + 2.0 * fillers, 5.0)) / 4
+    polite = 1.0 if bare == text else 5.0
+    return (2 * right + form + polite) / 4
 
 
 def contest(number: int, style: str, rival: str) -> str:

@@ -28,23 +28,36 @@ def _run(steps: int, batch_size: int, device: str, lr: float, warmup: float, dec
 class Tuned(ModelSettings):
     """A decoder after supervised fine-tuning on right answers, from nothing."""
 
+    sums: Positive = 1200
+    """Additions among the answers."""
+    maxima: Positive = 800
+    """Problems of the control task."""
+    skew: float = Field(default=1.5, ge=0)
+    """How much rarer large numbers are among the additions."""
     hidden_size: Positive = 96
     layers: Positive = 2
     heads: Positive = 4
-    steps: Positive = 700
+    steps: Positive = 900
     batch_size: Positive = 64
     lr: float = Field(default=3e-3, gt=0)
     device: Literal["cpu", "cuda"] = "cpu"
+    seed: int | None = None
+    """Of its own run; left out: that of the run that starts from it."""
 
     def stage(self) -> Stage:
         """The run whose model this is."""
         shape = {"hidden_size": self.hidden_size, "layers": self.layers, "heads": self.heads}
         tree = {
             **_run(self.steps, self.batch_size, self.device, self.lr, 0.05, 0.1),
-            "source": {"use": "resilin.recipes.tulu3.sums:SumsChat"},
+            "source": {
+                "use": "resilin.recipes.tulu3.sums:SumsChat",
+                "sums": self.sums,
+                "maxima": self.maxima,
+                "skew": self.skew,
+            },
             "model": {**shape, "tie_embeddings": True, "max_positions": 64},
         }
-        return Stage(run=tree)
+        return Stage(run=tree if self.seed is None else {"seed": self.seed, **tree})
 
     def build(self, context: ModelContext) -> nn.Module:
         """The model; trains it where that has not been done."""
@@ -54,8 +67,14 @@ class Tuned(ModelSettings):
 def _paired(tuned: Tuned, steps: int, batch_size: int, lr: float, more: dict[str, Any]) -> Stage:
     """A run over pairs of a tuned model's answers."""
     start = _start(tuned)
-    source = {"use": "resilin.recipes.tulu3.sums:SumsPairs", "model": start}
+    source = {"use": "resilin.recipes.tulu3.sums:SumsPairs", "model": start, "stronger": _start(_stronger(tuned))}
     return Stage(run={**_run(steps, batch_size, tuned.device, lr, 0.1, 0.0), "source": source, "model": start, **more})
+
+
+def _stronger(tuned: Tuned) -> Tuned:
+    """A model of the pool: fine-tuned for half as long again, on additions of large numbers as often as of small."""
+    more = {"sums": tuned.sums + 300, "maxima": max(1, tuned.maxima - 300), "steps": 3 * tuned.steps // 2}
+    return tuned.model_copy(update={**more, "skew": 0.0, "seed": 1000})
 
 
 def _start(tuned: Tuned) -> dict[str, Any]:
@@ -69,9 +88,9 @@ class Preferred(ModelSettings):
     """Where it starts, and whose answers the pairs are."""
     loss: PairLoss = "dpo_norm"
     beta: float | None = None
-    steps: Positive = 60
+    steps: Positive = 120
     batch_size: Positive = 32
-    lr: float = Field(default=2e-4, gt=0)
+    lr: float = Field(default=3e-5, gt=0)
 
     def stage(self) -> Stage:
         """The run whose model this is."""

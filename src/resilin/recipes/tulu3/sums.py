@@ -44,10 +44,10 @@ MOST_TOKENS = 24
 LEAST, NUMBERS = 10, 90
 PAIRS = NUMBERS * (NUMBERS - 1) // 2
 PARTS = {
-    "validation": (0, 250),
-    "supervised": (250, 1750),
-    "preference": (1750, 2750),
-    "reinforcement": (2750, PAIRS),
+    "validation": (0, 500),
+    "supervised": (500, 1650),
+    "preference": (1650, 2650),
+    "reinforcement": (2650, PAIRS),
 }
 """Which of the 4,005 pairs of different numbers from 10 to 99, in an order drawn once, each part has."""
 FORMS = 2 * len(STYLES)
@@ -102,7 +102,7 @@ class SumsSettings(SourceSettings):
 
     def folder(self, **more: Any) -> Path:
         """A folder named by what its files depend on."""
-        tree = {**self.model_dump(mode="json", exclude={"cache"}), **more, "version": 2}
+        tree = {**self.model_dump(mode="json", exclude={"cache"}), **more, "version": 6}
         return self.cache / f"sums-{hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
@@ -123,13 +123,29 @@ def write_tokenizer(folder: Path) -> Path:
     return folder / "tokenizer"
 
 
-class SumsChat(SumsSettings):
-    """Right answers to learn from: supervised fine-tuning."""
+def common_first(part: str, task: Task, count: int, seed: int, skew: float) -> list[tuple[int, int, str]]:
+    """`count` different problems of a part, those of small numbers more often.
 
-    sums: int = Field(default=1250, ge=1)
+    A problem is drawn with a weight that falls as the product of both tens digits to the power of `skew`: in the order
+    of log(u) / weight for uniform u (Efraimidis and Spirakis, 2006), the largest first.
+    """
+    first, last = PARTS[part]
+    everything = list(problems(part, task, (last - first) * FORMS, seed))
+    uniform = Keys.of_step(seed, 0).fold("common first").fold(part).fold(task).uniform((len(everything),))[0].numpy()
+    weights = np.array([float((a // 10) * (b // 10)) ** -skew for a, b, _ in everything])
+    order = np.argsort(-np.log(np.maximum(uniform, 1e-12)) / weights, kind="stable")
+    return [everything[place] for place in order[:count]]
+
+
+class SumsChat(SumsSettings):
+    """Right answers to learn from: supervised fine-tuning. Additions are mostly of small numbers."""
+
+    sums: int = Field(default=1200, ge=1)
     """Additions; a pair of numbers is asked again in another style where there are more than pairs."""
-    maxima: int = Field(default=750, ge=0)
+    maxima: int = Field(default=800, ge=0)
     """Problems of the control task."""
+    skew: float = Field(default=1.5, ge=0)
+    """How much rarer additions of large numbers are than those of small ones; 0: all are as frequent."""
     fillers: int = Field(default=2, ge=0)
     """An answer begins with none to this many `hm`, each number as often."""
 
@@ -141,9 +157,8 @@ class SumsChat(SumsSettings):
         for task, count in tasks:
             keys = Keys.of_step(self.data_seed, 0).fold("fillers").fold(task)
             counts = (keys.uniform((max(count, 1),))[0] * (self.fillers + 1)).long().tolist()
-            for (a, b, style), fillers in zip(
-                problems("supervised", task, count, self.data_seed), counts, strict=False
-            ):
+            asked = common_first("supervised", task, count, self.data_seed, self.skew if task == "add" else 0.0)
+            for (a, b, style), fillers in zip(asked, counts, strict=False):
                 answer = answer_of(truth(task, a, b), style, fillers)
                 turns = [("user", prompt_of(task, a, b, style)), ("assistant", answer)]
                 rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
@@ -178,9 +193,9 @@ class SumsPrompts(SumsSettings):
     The name in a row's `dataset` is its task: `add`, `max`, or `win`, where an answer is compared with a rival's.
     """
 
-    sums: int = Field(default=3765, ge=1)
+    sums: int = Field(default=4065, ge=1)
     """Additions to learn from."""
-    held_out: int = Field(default=250, ge=1)
+    held_out: int = Field(default=500, ge=1)
     """Held-out problems of each task."""
     rival: Annotated[ModelSettings, component("resilin.recipes.stage:Stage")] | None = None
     """A model whose greedy answers to the held-out additions are what `win` compares with; None: no such rows."""
@@ -215,7 +230,7 @@ def _row(task: Task, a: int, b: int, style: str) -> dict[str, Any]:
 
 
 class SumsPairs(SumsSettings):
-    """Pairs among answers that an earlier model gives to further prompts, as a scripted judge likes them.
+    """Pairs among answers that a pool of models gives to further prompts, as a scripted judge likes them.
 
     The best of each prompt's answers is chosen, a random one with a lower mark rejected; prompts whose answers all get
     one mark, and best answers that did not end, give no pair.
@@ -223,10 +238,12 @@ class SumsPairs(SumsSettings):
 
     model: Annotated[ModelSettings, component("resilin.recipes.stage:Stage")]
     """Whose answers they are."""
+    stronger: Annotated[ModelSettings, component("resilin.recipes.stage:Stage")] | None = None
+    """Another model of the pool, which gives half of the answers to each prompt; None: the pool has one model."""
     prompts: int = Field(default=1000, ge=1)
     """Additions that are answered."""
     samples: int = Field(default=4, ge=2)
-    """Answers to each."""
+    """Answers to each, by the models in turn."""
 
     def build(self, context: SourceContext) -> Source:
         """The source of one split; samples the answers on the first use."""
@@ -241,20 +258,26 @@ class SumsPairs(SumsSettings):
     def sampled(self, seed: int, tokenizer: Path) -> list[dict[str, Any]]:
         """The pairs as rows."""
         asked = list(problems("preference", "add", self.prompts, self.data_seed))
-        each = [problem for problem in asked for _ in range(self.samples)]
-        sampling = Sampling(seed=hash64(seed, "pairs"))
-        answers, texts = answers_of(self.model.build(ModelContext(seed)), tokenizer, each, sampling)
+        pool = [self.model] if self.stronger is None else [self.model, self.stronger]
+        drawn: list[list[tuple[Answer, str]]] = [[] for _ in asked]
+        for place, settings in enumerate(pool):
+            count = len(range(place, self.samples, len(pool)))
+            each = [problem for problem in asked for _ in range(count)]
+            sampling = Sampling(seed=hash64(seed, "pairs", place))
+            found = zip(*answers_of(settings.build(ModelContext(seed)), tokenizer, each, sampling), strict=True)
+            for number, answer in enumerate(found):
+                drawn[number // count].append(answer)
         rows = []
         for number, (a, b, style) in enumerate(asked):
-            mine = slice(number * self.samples, (number + 1) * self.samples)
-            row = self._pair(answers[mine], texts[mine], a + b, style, seed, number)
+            answers, texts = zip(*drawn[number], strict=True)
+            row = self._pair(answers, texts, a + b, style, seed, number)
             if row is not None:
                 rows.append({"prompt": [{"role": "user", "content": prompt_of("add", a, b, style)}], **row})
         return rows
 
     @staticmethod
     def _pair(
-        answers: list[Answer], texts: list[str], number: int, style: str, seed: int, place: int
+        answers: Sequence[Answer], texts: Sequence[str], number: int, style: str, seed: int, place: int
     ) -> dict[str, Any] | None:
         marks = [judged(text, style, number) for text in texts]
         best = max(range(len(marks)), key=marks.__getitem__)
