@@ -231,7 +231,7 @@ def _plot(curves: dict[str, dict[int, Curve]], which: int, title: str) -> Plot:
 
 
 def analyse(study: Study) -> Findings:
-    """Accuracy, processed B x T x H x W and wall clock of plain and multigrid training, and of two arms of less work."""
+    """Accuracy, processed B x T x H x W and wall clock of plain and multigrid training, and two arms with less work."""
     curves = _curves(study)
     if not {"plain", "multigrid"} <= set(curves) or set(curves["plain"]) != set(curves["multigrid"]):
         return Findings()
