@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +20,7 @@ Prompts = list[list[int]]
 
 @pytest.fixture(scope="module")
 def exact(tiny: Decoder) -> Decoder:
-    """In float64: in float32 a batch of another shape rounds otherwise, and a draw at a token's edge falls beside it."""
+    """In float64: in float32 a batch of another shape rounds otherwise, and a draw may fall beside a token's edge."""
     return copy.deepcopy(tiny).double()
 
 

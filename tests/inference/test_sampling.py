@@ -106,7 +106,9 @@ def test_temperature_zero_takes_the_most_probable_token_and_the_lower_id_of_equa
 def test_a_repetition_penalty_changes_a_greedy_choice() -> None:
     logits = torch.tensor([[5.0, 4.0]])
     seen = torch.tensor([[True, False]])
-    tokens, _, _ = choose(logits, Sampling(temperature=0.0, repetition_penalty=2.0), torch.arange(1), torch.tensor([0]), seen)
+    tokens, _, _ = choose(
+        logits, Sampling(temperature=0.0, repetition_penalty=2.0), torch.arange(1), torch.tensor([0]), seen
+    )
     assert tokens.tolist() == [1]
 
 

@@ -23,7 +23,8 @@ from resilin.posttrain.grpo import Grpo
 from resilin.posttrain.policy import PolicyObjective
 from resilin.posttrain.ppo import Ppo
 from resilin.posttrain.rollout import sample_answers
-from resilin.posttrain.rollouts import Rollouts, RolloutSource
+from resilin.posttrain.rollout_source import RolloutSource
+from resilin.posttrain.rollouts import Rollouts
 from resilin.posttrain.verifiers.verifier import Answer, Verifier
 from resilin.run.run import Pace, Run
 from resilin.run.step import gradient_of_step
@@ -177,7 +178,7 @@ def test_scores_rewards_and_penalties(tree: Any, tiny: Any) -> None:
 def scripted(source: RolloutSource, scores: Sequence[float]) -> None:
     """Verifiers that give these numbers, again and again."""
     given = iter(scores)
-    source.verify = lambda answers, rows: [next(given) for _ in answers]  # type: ignore[method-assign]
+    source.rewards.verify = lambda answers, rows: [next(given) for _ in answers]  # type: ignore[method-assign]
 
 
 def test_equal_groups_are_dropped_or_replaced(tree: Any, tiny: Any) -> None:

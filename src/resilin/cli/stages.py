@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from resilin.cli.arguments import split_settings
 from resilin.cli.train import finish
+
+if TYPE_CHECKING:
+    from resilin.run.run import Run
 
 _LINEAR = "resilin.optim.schedule:Linear"
 _ADAM = {"weight_decay": 0.0, "betas": [0.9, 0.999]}
@@ -110,11 +113,11 @@ def _stage(
     path = folder or settings.default_folder()
     run, outcome = start_run(settings, path, resume=resume, accept_changes=accept_changes)
     if export and outcome.reason == "completed":
-        _export(run.model, path)
+        _export(run, path)
     finish(path, outcome)
 
 
-def _export(model: Any, path: Path) -> None:
+def _export(run: Run, path: Path) -> None:
     """The model of a finished run as `<run>/model`; a sentence where its form has no such folder."""
     from resilin.config.errors import UserError
     from resilin.posttrain.reward_model import RewardModel, save_reward_model
@@ -123,8 +126,9 @@ def _export(model: Any, path: Path) -> None:
 
     target = path / "model"
     try:
-        if isinstance(model, RewardModel):
-            save_reward_model(model, target)
+        if isinstance(run.model, RewardModel):
+            save_reward_model(run.model, target)
+            run.source.tokenizer.save(target)  # type: ignore[attr-defined]  # of pairs, which are read with one
         else:
             opened = open_model(path, device="cpu")
             export_model(opened.model, opened.tokenizer, target, force=True)

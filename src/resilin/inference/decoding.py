@@ -81,6 +81,8 @@ class Decoding:
         self._ahead_RN: Tensor | None = None
         """Random numbers of each line, from the step `_ahead_from` on."""
         self._ahead_from = 0
+        self._tokens_R = torch.empty(0, dtype=torch.int64)
+        """The tokens drawn last."""
         if prompts:
             with evaluating(model):
                 self._begin(lines or len(prompts))
