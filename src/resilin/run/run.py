@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from torch import nn
 
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
+from resilin.config.errors import UserError
 from resilin.keys import Keys
 from resilin.nouns import Objective, Optimizer, Source, State, StepView
 from resilin.run.events import (
@@ -113,9 +115,10 @@ class Run:
     def _take_step(self) -> Outcome | None:
         began = time.perf_counter()
         view = self._view()
-        for part in self._parts():
-            if hasattr(part, "before_step"):  # an isinstance check of a protocol costs ten times as much
-                part.before_step(view)
+        with self._kept_on_failure():
+            for part in self._parts():
+                if hasattr(part, "before_step"):  # an isinstance check of a protocol costs ten times as much
+                    part.before_step(view)
         slots = range(self.source.slots(self.step))
         if not slots:
             return self._completed(f"the source ended after {self.step} of {self.pace.steps} steps")
@@ -160,7 +163,8 @@ class Run:
             for part in self._parts():
                 if hasattr(part, "before_evaluation"):
                     part.before_evaluation(self._view())
-            self.evaluate()
+            with self._kept_on_failure():
+                self.evaluate()
         if (self._due(self.pace.save_every) or (milestone and self.pace.save_every)) and not last:
             self.save()
 
@@ -219,6 +223,20 @@ class Run:
             return None
         path = self.save() if self.checkpoints is not None and self.step else None
         return Outcome("failed", self.step, dict(self.metrics), path, message)
+
+    @contextmanager
+    def _kept_on_failure(self) -> Iterator[None]:
+        """Save what is committed where something outside fails (a service a noun asks does not answer).
+
+        A noun whose hook raises leaves its state as it was, so a resume begins with the same step again.
+        """
+        try:
+            yield
+        except UserError as error:
+            self._tell(Failure(step=self.step, kind="outside", message=str(error)))
+            if self.checkpoints is not None and self.step and self.checkpoints.latest() != self.step:
+                self.save()
+            raise
 
     # -- evaluating and saving ----------------------------------------------------------------------------------
 
