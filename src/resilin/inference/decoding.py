@@ -100,12 +100,16 @@ class Decoding:
         self._line_of = {row: line for line, row in enumerate(self._row_of)}
         prompts = [self._prompts[row] for row in self._row_of]
         distinct = list(dict.fromkeys(prompts))
-        capacity = min(self._longest, max(map(len, distinct)) + _FIRST_ROOM)
-        self._cache, self._hidden_RD = self._read(distinct, capacity)
-        if len(distinct) < len(prompts):
+        width = max(map(len, distinct))
+        capacity = min(self._longest, width + _FIRST_ROOM)
+        shared = len(distinct) < len(prompts)
+        self._cache, self._hidden_RD = self._read(distinct, width if shared else capacity)
+        if shared:
             places = {prompt: place for place, prompt in enumerate(distinct)}
-            of_line = torch.tensor([places[prompt] for prompt in prompts], device=self._device)
-            self._cache.keep_rows(of_line)
+            of_line = self._index([places[prompt] for prompt in prompts])
+            read, self._cache = self._cache, KVCache.of(self._model, len(prompts), capacity)
+            self._cache.fill(self._index(range(len(prompts))), read, of_line, width)
+            self._cache.ragged = read.ragged
             self._hidden_RD = self._hidden_RD[of_line]
         self._start_RD = self._hidden_RD.clone() if self._waiting else None
         """What the model said at the end of each line's prompt, for further rows with the same one."""

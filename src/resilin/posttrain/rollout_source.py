@@ -124,7 +124,8 @@ class RolloutSource(SourceTransform):
         if parts > 1:
             keys = Keys.of_step(self.seed, made_at).fold("minibatches").fold(update)
             order = keys.uniform((count,))[0].argsort(stable=True)
-        return order[part * count // parts : (part + 1) * count // parts]
+        # In the order of their prompts: neighbours that begin with the same one are read together.
+        return order[part * count // parts : (part + 1) * count // parts].sort().values
 
     # -- writing ------------------------------------------------------------------------------------------------
 
