@@ -138,7 +138,10 @@ class Source(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """`(model, batch, keys) -> Loss`. State it adds (a teacher, a Fisher diagonal) is saved like any other."""
+    """`(model, batch, keys) -> Loss`. State it adds (a teacher, a Fisher diagonal) is saved like any other.
+
+    Optional: `unit`, what its units are in the plural ("images"; "tokens" where it does not say), for people to read.
+    """
 
     def __call__(self, model: nn.Module, batch: Batch, keys: Keys | None) -> Loss:
         """The loss sum, its units and logs; every random choice is drawn from `keys` (None: evaluation, none)."""

@@ -64,7 +64,7 @@ class PackedSettings(SourceSettings):
         if len(stream) < 2:
             raise DataError(
                 f"{shards.folder}: the {context.split} split has {len(stream)} tokens; at least 2 are needed"
-                + ("; raise held_out.fraction" if context.split == "validation" else "")
+                + f"; {'raise' if context.split == 'validation' else 'lower'} held_out.fraction"
             )
         rows = make_rows(stream, self.sequence_length, self.packing, self.long_documents)
         if not len(rows):

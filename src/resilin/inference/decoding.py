@@ -121,7 +121,8 @@ class Decoding:
         if self._sampling.repetition_penalty != 1.0:
             self._seen_RV = torch.stack([self._seen(prompt) for prompt in prompts])
         weight = self._model.head_weight
-        packs = len(prompts) > 1 and PackedWeight.takes(weight) and not torch.is_autocast_enabled("cpu")
+        plain = self._model.stream_dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        packs = len(prompts) > 1 and plain and PackedWeight.takes(weight)
         self._head = PackedWeight(weight) if packs else None
 
     def _read(self, prompts: Sequence[tuple[int, ...]], capacity: int) -> tuple[KVCache, Tensor]:

@@ -47,15 +47,15 @@ class KVCache:
     @staticmethod
     def of(model: Decoder, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` rows of at most `capacity` tokens, on the model's device."""
-        settings, weight = model.settings, model.embed.weight
+        settings, device = model.settings, model.embed.weight.device
         return KVCache(
             settings.layers,
             batch,
             settings.key_heads,
             capacity,
             settings.head_width,
-            dtype or weight.dtype,
-            weight.device,
+            dtype or model.stream_dtype,
+            device,
         )
 
     @property

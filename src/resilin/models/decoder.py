@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resilin.keys import Keys, dropout
@@ -16,7 +15,7 @@ from resilin.models.attention import Attention
 from resilin.models.cache import KVCache
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.initial import fill_parameters
-from resilin.models.linear import Embedding, Linear, PackedWeight
+from resilin.models.linear import Embedding, Linear, PackedWeight, product
 from resilin.models.mask import Mask, cached_mask, flex_mask, training_mask
 from resilin.models.mlp import MLP
 from resilin.models.moe import MoE
@@ -107,6 +106,12 @@ class Decoder(nn.Module):
         """(V, D): the output matrix, the embedding's own where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """The format of the residual stream: that of the norms, whatever format the matrices are stored in."""
+        dtype: torch.dtype = self.norm.weight.dtype  # type: ignore[assignment]
+        return dtype
+
     def logits(self, hidden: Tensor, head: PackedWeight | None = None) -> Tensor:
         """(..., D) after the final norm -> (..., V) logits, float32 at least, soft-capped where the settings say so.
 
@@ -114,7 +119,7 @@ class Decoder(nn.Module):
             hidden: after the final norm.
             head: the head's weight, packed, where many products follow each other.
         """
-        logits = F.linear(hidden, self.head_weight) if head is None else head(hidden)
+        logits = product(hidden, self.head_weight) if head is None else head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.settings.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -150,7 +155,7 @@ class Decoder(nn.Module):
         flex = self.settings.attention_backend == "flex" and not (device.type == "cpu" and torch.is_grad_enabled())
         make_mask = flex_mask if flex else training_mask
         masks = {window: make_mask(documents_BT, T, window, device) for window in windows}
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT).to(self.stream_dtype)
         x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)
         routers = []
         for layer, block in enumerate(self.blocks):
@@ -176,7 +181,7 @@ class Decoder(nn.Module):
         ragged = cache.ragged or real_BT is not None
         windows = {self.settings.window_of(layer) for layer in range(self.settings.layers)}
         masks = {window: cached_mask(slots_BT, reach, ragged, window) for window in windows}
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT).to(self.stream_dtype)
         routers = []
         for layer, block in enumerate(self.blocks):
             mask = masks[self.settings.window_of(layer)]

@@ -56,6 +56,7 @@ class GrpoLoss(PolicyObjective):
         )
         super().__init__(settings, context, terms)
         self.settings = settings
+        self.unit = "tokens" if settings.token_loss == "dapo" else "answers"
         self.group: int = self.source.settings.samples_per_prompt
         if self.group < 2:
             raise ValueError("GRPO compares answers to one prompt: set source.samples_per_prompt to 2 or more")

@@ -41,6 +41,8 @@ class PairwiseReward(ObjectiveSettings):
 class PairwiseRewardLoss:
     """The loss summed over pairs; an answer's reward is read at the token that ends it. Units are pairs."""
 
+    unit = "pairs"
+
     def __init__(self, settings: PairwiseReward) -> None:
         self.settings = settings
 

@@ -33,9 +33,8 @@ Fields = dict[str, Tensor]
 class HeldOutPrompts(SourceTransform):
     """Prompts whose batches carry their rows (`row_json`, see `resilin.posttrain.verification`)."""
 
-    def fetch(self, step: int, slots: Sequence[int]) -> Batch:
-        """The prompts of these slots."""
-        batch = self.inner.fetch(step, slots)
+    def shown(self, step: int | None, batch: Batch) -> Batch:
+        """The prompts with their rows."""
         rows = [self.inner.row(row) for row in batch["row"].tolist()]  # type: ignore[attr-defined]
         return Batch(batch.slots_B, {**batch.fields, "row_json": pack_rows(rows)})
 
