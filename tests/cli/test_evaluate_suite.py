@@ -87,5 +87,7 @@ def test_what_is_wrong_with_a_suite_is_told_before_the_model_is_opened(resilin: 
     (workplace / "no.json").write_text("{}")
     done = resilin("evaluate", "nowhere", "--suite", "good.toml", "--before", "no.json")
     assert "no.json: is no report of a suite" in done.stderr
-    done = resilin("evaluate", "nowhere", "--suite", "good.toml", "--text", "a.txt")
-    assert "give it alone" in done.stderr
+    done = resilin("evaluate", "nowhere", "--suite", "good.toml", "--text", "a.txt", "--limit", "5")
+    assert "--text, --limit cannot stand beside it" in done.stderr
+    done = resilin("evaluate", "nowhere", "--part", "unseen", "--before", "no.json")
+    assert "--part, --before belong to a suite: add --suite FILE" in done.stderr

@@ -199,7 +199,7 @@ def test_an_answer_is_where_the_first_pattern_that_occurs_occurs_last(
 def given_answers(evaluation: WrittenAnswers, texts: list[list[str]]) -> Outcome:
     """The evaluation's score of answers that are given."""
     items, _ = evaluation.read()
-    return evaluation.score(items, [[Written(t, (), "stop_token") for t in mine] for mine in texts], Path())
+    return evaluation.score(items, [[Written(t, (), "stop_token") for t in mine] for mine in texts])
 
 
 def test_unmatched_answers_score_nothing_and_are_counted(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def compared(rows: Path, rule: str, **settings: Any) -> WinRate:
 
 def judged(evaluation: WinRate, texts: list[str]) -> Outcome:
     items, _ = evaluation.read()
-    return evaluation.score(items, [[Written(text, (), "stop_token")] for text in texts], Path())
+    return evaluation.score(items, [[Written(text, (), "stop_token")] for text in texts])
 
 
 def test_each_pair_is_judged_in_both_orders(tmp_path: Path) -> None:
@@ -495,6 +495,14 @@ def test_a_mean_of_tasks_is_one_line_and_its_parts_are_reported(subject: Subject
     report = run_suite(suite, subject, "dev", tmp_path / "w", watch)
     assert report.scores == {"Both": 50.0}
     assert report.facts["Both"]["tasks"]["r"]["score"] == 100.0
+    assert report.facts["Both"]["standard_error"] is None  # a single row tells of no spread
+    cut = sum(report.facts["Both"]["tasks"][n]["cut_answers"] for n in "rs")
+    assert report.text().count("answers were cut for want of room") == cut
+    for n in "rs":
+        write_rows(tmp_path / f"{n}.jsonl", [{"prompt": f"{n}{k}", "ground_truth": "never"} for k in range(3)])
+    spread = run_suite(suite, subject, "dev", tmp_path / "w", watch)
+    assert spread.facts["Both"]["standard_error"] == 0.0
+    assert "±  0.0" in spread.text()
     whole["of"][1]["name"] = "r"
     with pytest.raises(SettingsError, match="different names"):
         parse_settings(Suite, {"evaluations": [whole]}, "t")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from resilin.config import parse_settings
+from resilin.config import load_settings, parse_settings
 from resilin.config.errors import SettingsError
 from resilin.data.errors import DataError
 from resilin.data.row_files import Row
@@ -84,6 +85,11 @@ def test_a_prompt_without_the_own_models_answer_makes_no_row() -> None:
 def test_pools_that_cannot_be_used_are_told(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         pool(["own", "a"], **settings)
+
+
+def test_the_example_is_a_pool() -> None:
+    example = load_settings(ModelPool, Path(__file__).parents[2] / "examples" / "pool.toml")
+    assert (example.own, list(example.models)) == ("mine", ["mine", "small", "big"])
 
 
 # ---------------------------------------------------------------- completions and filters

@@ -15,15 +15,14 @@ from resilin.data.errors import DataError
 from resilin.data.row_files import Row, write_rows
 from resilin.posttrain.constraints import CONSTRAINTS, Constraint
 from resilin.posttrain.synthesis import (
-    Synthesis,
     Synthesised,
     Teachers,
     askings,
     plan_synthesis,
-    read_personas,
     synthesise,
     vote,
 )
+from resilin.posttrain.synthesis_settings import Synthesis, read_personas
 from resilin.posttrain.verifiers import VerifierTable, find_verifier
 from resilin.posttrain.verifiers.ifeval_checks import CHECKS
 from resilin.teacher.chat import ChatTeacher, ScriptedTeacher

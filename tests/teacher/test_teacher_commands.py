@@ -24,6 +24,7 @@ import pytest
 from resilin.cli.main import main
 from resilin.data.preference_rows import read_preference
 from resilin.data.row_files import read_rows, write_rows
+from resilin.posttrain.evaluations import answers
 
 from .conftest import Server, completion, send
 
@@ -39,14 +40,15 @@ class Done:
 
 @pytest.fixture
 def resilin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    """`resilin data ARGUMENTS` through its real entry point, in a folder of its own."""
+    """`resilin ARGUMENTS` through its real entry point, in a folder of its own; without a command it is `data`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: object) -> Done:
         out, err, code = io.StringIO(), io.StringIO(), 0
-        monkeypatch.setattr(sys, "argv", ["resilin", "data", *map(str, arguments)])
+        command = [] if arguments[0] == "evaluate" else ["data"]
+        monkeypatch.setattr(sys, "argv", ["resilin", *command, *map(str, arguments)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 main()
@@ -100,6 +102,21 @@ def drip(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.02)
+
+
+def save_tiny(seed: int) -> None:
+    """A tiny random model as the folder `mine`."""
+    import torch
+
+    from resilin.data.train_tokenizer import byte_tokenizer
+    from resilin.models.decoder_settings import DecoderSettings
+    from resilin.models.huggingface import save_pretrained
+    from resilin.models.settings import ModelContext
+
+    torch.set_num_threads(1)
+    settings = DecoderSettings(hidden_size=16, layers=1, heads=2, max_positions=96, init_std=0.4)
+    save_pretrained(settings.build(ModelContext(seed, byte_tokenizer().vocab_size)), Path("mine"))
+    byte_tokenizer().save(Path("mine"))
 
 
 MISBEHAVIOUR: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {
@@ -364,6 +381,38 @@ def test_prompts_become_pairs_by_two_commands(server: Server, resilin: Callable[
         assert len(pair.chosen[0]["content"].split()) == 7  # type: ignore[index]
 
 
+def test_a_model_in_this_process_answers_beside_others_and_is_kept_by_its_weights(
+    server: Server, resilin: Callable[..., Done]
+) -> None:
+    save_tiny(0)
+    write_rows(Path("p.jsonl"), [{"prompt": f"q{n}"} for n in range(3)])
+    server.respond = several
+    own = 'own = "mine"\ncount = 3\nmax_tokens = 5\n[models.mine]\npath = "mine"\ncache = "local.jsonl"\n'
+    use = 'use = "resilin.posttrain.local_teacher:LocalTeacher"\n'
+    Path("pool.toml").write_text(own + use + f'[models.short]\nbase_url = "{server.url}"\nmodel = "short"\n')
+    command = ("respond", "p.jsonl", "-o", "a.jsonl", "--pool", "pool.toml")
+    done = resilin(*command)
+    assert done.code == 0, done.err
+    first = rows("a.jsonl")
+    assert [[one["model"] for one in row["responses"]] for row in first] == [["mine", "mine", "short"]] * 3
+    assert resilin(*command).code == 0
+    assert rows("a.jsonl") == first
+    assert len(list(Path().glob("local-*.jsonl"))) == 1
+    save_tiny(1)  # trained further: it answers anew
+    assert resilin(*command).code == 0
+    assert rows("a.jsonl") != first
+    assert len(list(Path().glob("local-*.jsonl"))) == 2
+    assert len(server.asked) == 3
+
+
+def test_more_choices_than_were_asked_for_are_left_alone(server: Server, resilin: Callable[..., Done]) -> None:
+    write_rows(Path("p.jsonl"), [{"prompt": "q"}])
+    server.respond = lambda server, handler, body: send(handler, completion("first", "second", "third"))
+    assert resilin("complete", "p.jsonl", "-o", "o.jsonl", "--teacher", teacher(server)).code == 0
+    assert said("o.jsonl") == ["first"]
+    assert len(rows("cache.jsonl")) == 1
+
+
 def test_a_model_of_the_pool_that_is_down_is_told_and_asked_again_alone(
     server: Server, resilin: Callable[..., Done]
 ) -> None:
@@ -443,3 +492,71 @@ def test_settings_that_are_wrong_are_told_by_file_and_key(server: Server, resili
     Path("p.txt").write_text("a nurse\n")
     done = resilin("synthesize", "tasks.toml", "--personas", "p.txt", "-o", "o.jsonl", "--teacher", teacher(server))
     assert "prompt should hold {persona}" in done.err
+
+
+# ---------------------------------------------------------------- a suite with a judge
+
+
+SUITE = """
+[[evaluations]]
+name = "wins"
+skill = "chat"
+use = "resilin.posttrain.evaluations.win_rate:WinRate"
+rows = ["rows.jsonl"]
+prompt = "{q}"
+chat = false
+max_new_tokens = 5
+teacher = TEACHER
+
+[[evaluations]]
+name = "refuses"
+skill = "safety"
+rows = ["rows.jsonl"]
+prompt = "{q}"
+truth = "should"
+chat = false
+max_new_tokens = 5
+verifier = { use = "resilin.posttrain.verifiers.refusal:Refusal", teacher = TEACHER }
+"""
+
+
+def test_a_suite_whose_judge_dies_goes_on_with_the_judgements_alone(
+    server: Server, resilin: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(0)
+    write_rows(Path("rows.jsonl"), [{"q": f"q{n}", "output": "a reference", "should": "comply"} for n in range(4)])
+    given = {"base_url": server.url, "model": "judge", "tries": 1, "first_wait": 0.01, "cache": "judge.jsonl"}
+    table = "{ " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in given.items()) + " }"
+    Path("suite.toml").write_text(SUITE.replace("TEACHER", table))
+    alive = [5]
+
+    def judge(server: Server, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        if len(server.asked) > alive[0]:
+            send(handler, b"<html>gone</html>", 500)
+        elif "## Answer 2" in asked(body):
+            reference_first = "## Answer 1\na reference" in asked(body)
+            send(handler, completion(f"Better: {2 if reference_first else 1}"))
+        else:
+            send(handler, completion("Verdict: complied"))
+
+    written: list[int] = []
+    real = answers.generate
+
+    def counted(model: Any, prompts: Any, *rest: Any, **more: Any) -> Any:
+        written.append(len(prompts))
+        return real(model, prompts, *rest, **more)
+
+    monkeypatch.setattr(answers, "generate", counted)
+    server.respond = judge
+    command = ("evaluate", "mine", "--suite", "suite.toml", "--device", "cpu")
+    done = resilin(*command)
+    assert done.code == 2
+    assert re.search(r"wins: 3 of 8 judgements are missing: status 500 .*run the same command again", done.err)
+    assert "Traceback" not in done.err
+    alive[0], before = 10**6, len(server.asked)
+    done = resilin(*command)
+    assert done.code == 0, done.err
+    assert len(server.asked) == before + 3 + 4
+    assert sum(written) == 4 + 4  # the answers that were compared were not written again
+    (report,) = (json.loads(path.read_text()) for path in Path("suite").glob("*-dev.json"))
+    assert report["scores"] == {"wins": 100.0, "refuses": 100.0}

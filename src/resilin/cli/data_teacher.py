@@ -149,7 +149,8 @@ def synthesize(
     resilin data synthesize examples/persona-tasks.toml --personas personas.txt --teacher big.toml -o rows.jsonl
     """
     from resilin.config import load_settings
-    from resilin.posttrain.synthesis import Synthesis, Teachers, plan_synthesis, read_personas, synthesise
+    from resilin.posttrain.synthesis import Teachers, plan_synthesis, synthesise
+    from resilin.posttrain.synthesis_settings import Synthesis, read_personas
     from resilin.teacher.endpoint import read_teacher
 
     settings = load_settings(Synthesis, tasks)

@@ -201,13 +201,19 @@ def evaluate(
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
+    others: dict[str, object] = {"--text": text, "--data": data, "--choices": choices, "--limit": limit}
+    others |= {"--window": window, "--stride": stride, "--template": template, "--begin-token": begin_token}
+    others["--split"] = split != "all"
     if whole.suite is not None:
-        if text or data or choices:
+        if foreign := [name for name, value in others.items() if value]:
             raise UserError(
-                "--suite names everything that is evaluated: give it alone, without --text, --data, --choices"
+                f"--suite names everything that is evaluated, and how: {', '.join(foreign)} cannot stand beside it; "
+                "the lines of the suite's file have settings of their own"
             )
         evaluate_suite(lambda: opening.open(model), whole, batch_tokens, as_json)
         return
+    if lost := whole.without_suite():
+        raise UserError(f"{', '.join(lost)} belong to a suite: add --suite FILE")
     if window is not None and stride is not None and stride > window:
         raise UserError(f"--stride {stride} is more than --window {window}: some tokens would never be scored")
     opened = opening.open(model)

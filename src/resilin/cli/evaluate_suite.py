@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -43,6 +43,11 @@ class SuiteOptions:
     ] = None
     batch_rows: Annotated[int, typer.Option(min=1, help="Answers written side by side.", rich_help_panel=PANEL)] = 32
 
+    def without_suite(self) -> list[str]:
+        """The options that are given, though they mean nothing without a suite."""
+        given = (f for f in fields(self) if f.name != "suite" and getattr(self, f.name) != f.default)
+        return [f"--{f.name.replace('_', '-')}" for f in given]
+
 
 def evaluate_suite(open_it: Callable[[], OpenedModel], given: SuiteOptions, batch_tokens: int, as_json: bool) -> None:
     """Run a suite's part on a model, opened when the settings are known to be good; write and print the report."""
@@ -53,9 +58,8 @@ def evaluate_suite(open_it: Callable[[], OpenedModel], given: SuiteOptions, batc
     from resilin.config import load_settings
     from resilin.data.write_shards import write_atomically
     from resilin.models.digest import weights_digest
-    from resilin.posttrain.evaluations.evaluation import Progress, Subject
+    from resilin.posttrain.evaluations.evaluation import Progress, Subject, file_name
     from resilin.posttrain.evaluations.run import run_suite
-    from resilin.posttrain.evaluations.writing import file_name
     from resilin.posttrain.suite import Suite, read_report
 
     assert given.suite is not None

@@ -79,9 +79,10 @@ class Report(Settings):
     """By evaluation, what else there is to know: counts, errors, further scores."""
 
     def text(self, before: Report | None = None) -> str:
-        """The report as a table; with `before`, what changed since.
+        """The report as a table with standard errors; with `before`, what changed since.
 
-        A change is marked where the two were not measured alike (other rows, examples or settings).
+        A change is marked where the two were not measured alike (other rows, examples or settings). Under the table
+        stands what makes scores smaller than the model: answers that were cut, or in which no answer was found.
         """
         rows: list[tuple[str, float, float | None, bool]] = []
         groups = (
@@ -91,18 +92,37 @@ class Report(Settings):
         )
         other = self._measured_otherwise(before)
         for prefix, values, old in groups:
-            mark = {**dict.fromkeys(other, True), "average": bool(other)} if not prefix else {}
-            rows += [
-                (prefix + name, value, old.get(name), name in mark and mark[name]) for name, value in values.items()
-            ]
+            marked = {*other, *(["average"] if other else [])} if not prefix else set()
+            rows += [(prefix + name, value, old.get(name), name in marked) for name, value in values.items()]
         width = max(len(name) for name, *_ in rows)
+        spreads = {name: facts.get("standard_error") for name, facts in self.facts.items()}
+        shown = any(spread is not None for spread in spreads.values())
         lines = [f"{self.model}, {self.part} evaluations"]
-        for name, value, was, marked in rows:
-            change = "" if was is None else f"  {value - was:+6.1f}{' *' if marked else ''}"
-            lines.append(f"  {name:<{width}}  {value:6.1f}{change}")
-        if any(was is not None and marked for _, _, was, marked in rows):
+        for name, value, was, mark in rows:
+            spread = spreads.get(name)
+            error = "" if not shown else f" ± {spread:4.1f}" if spread is not None else " " * 7
+            change = "" if was is None else f"  {value - was:+6.1f}{' *' if mark else ''}"
+            lines.append(f"  {name:<{width}}  {value:6.1f}{error}{change}".rstrip())
+        if any(was is not None and mark for _, _, was, mark in rows):
             lines.append("  * measured on other rows or with other settings than before")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._notes()])
+
+    def _notes(self) -> list[str]:
+        """What makes scores smaller than the model, by evaluation."""
+        told = (
+            ("cut_answers", "answers", "answers were cut for want of room (max_new_tokens)"),
+            ("unmatched_answers", "answers", "answers had no match of answer_patterns"),
+            ("prompts_with_fewer_shots", "rows", "prompts left out examples for want of room"),
+            ("judgements_without_verdict", "judgements", "judgements gave no verdict"),
+        )
+        notes = []
+        for name, facts in self.facts.items():
+            parts = {name: facts, **{f"{name}, {task}": one for task, one in facts.get("tasks", {}).items()}}
+            for place, one in parts.items():
+                for key, of, what in told:
+                    if one.get(key):
+                        notes.append(f"  {place}: {one[key]} of {one.get(of, '?')} {what}")
+        return notes
 
     def _measured_otherwise(self, before: Report | None) -> list[str]:
         if before is None:

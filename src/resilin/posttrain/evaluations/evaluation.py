@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,3 +153,8 @@ def group_of(row: Mapping[str, Any], column: str, where: str) -> str:
     if row.get(column) is None:
         raise SuiteError(f"{where}: no column {column!r} to group by; columns here: {', '.join(sorted(row)) or 'none'}")
     return str(row[column])
+
+
+def file_name(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9+]+", "-", name).strip("-").lower() or "evaluation"

@@ -9,7 +9,7 @@ from resilin.data.errors import DataError
 from resilin.data.row_files import Row
 from resilin.data.row_template import fill
 from resilin.evaluate.questions import QuestionError, parse_question
-from resilin.posttrain.evaluations.writing import Item
+from resilin.posttrain.evaluations.items import Item
 from resilin.posttrain.evaluations.written import AnyVerifier, WrittenAnswers
 from resilin.posttrain.verifiers.exact import Exact
 

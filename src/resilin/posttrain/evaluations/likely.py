@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,8 +63,7 @@ class LikelyChoice(Evaluation):
             raise row.error(str(error)) from None
 
     def _examples(self) -> list[Question]:
-        rows = read_rows(self.examples) if self.shots else iter(())
-        shown = [self._question(row) for _, row in zip(range(self.shots), rows, strict=False)]
+        shown = [self._question(row) for row in islice(read_rows(self.examples), self.shots)] if self.shots else []
         if len(shown) < self.shots:
             raise SuiteError(
                 f"{self.name}: shots = {self.shots}, but {', '.join(self.examples)} hold only {len(shown)}"
@@ -76,7 +76,7 @@ class LikelyChoice(Evaluation):
         before = [("".join(joined(q.context, q.choices[q.gold])), q.context) for q in shown]
         questions: list[Question] = []
         groups: list[str] = []
-        for row in list(read_rows(self.rows))[: self.limit]:
+        for row in islice(read_rows(self.rows), self.limit):
             question = self._question(row)
             if any(question.context == context for _, context in before):
                 raise SuiteError(f"{self.name}: {row.where} is also a worked example: its answer is shown")

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resilin.posttrain.evaluations.evaluation import Job, Outcome, Part, Progress, Subject, SuiteError
-from resilin.posttrain.evaluations.writing import file_name
+from resilin.posttrain.evaluations.evaluation import Job, Outcome, Part, Progress, Subject, SuiteError, file_name
 from resilin.posttrain.suite import Report, Suite
 
 Watch = Callable[[str], Progress]

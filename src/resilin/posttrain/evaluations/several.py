@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,6 +64,8 @@ class MeanOfTasks(Evaluation):
                     raise SuiteError(f"{self.name}: {name} is itself the mean of several: list those here")
                 scores[name] = found.score
                 facts[name] = {"score": found.score, **found.facts}
-            return Outcome(scores, {"mean": mean(list(scores.values())), "tasks": facts})
+            errors = [one.get("standard_error") for one in facts.values()]
+            spread = None if None in errors else math.hypot(*errors) / len(errors)
+            return Outcome(scores, {"mean": mean(list(scores.values())), "standard_error": spread, "tasks": facts})
 
         return Job(digest_of(self, *(job.digest for job in jobs.values())), run)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -12,8 +11,9 @@ from pydantic import Field
 from resilin.config import component
 from resilin.posttrain.evaluations.answers import Written
 from resilin.posttrain.evaluations.evaluation import Outcome, SuiteError, spread_of_mean
+from resilin.posttrain.evaluations.items import Item
 from resilin.posttrain.evaluations.length_control import length_controlled_win_rate, win_rate
-from resilin.posttrain.evaluations.writing import Item, Writing
+from resilin.posttrain.evaluations.writing import Writing
 from resilin.posttrain.verifiers.judged import shared_teacher
 from resilin.teacher.endpoint import TeacherSettings
 from resilin.teacher.request import Request, message
@@ -70,7 +70,7 @@ class WinRate(Writing):
             made.append(Request(messages, name, temperature=0.0, max_tokens=self.max_tokens, tag=item.where))
         return made
 
-    def score(self, items: Sequence[Item], answers: Sequence[Sequence[Written]], folder: Path) -> Outcome:
+    def score(self, items: Sequence[Item], answers: Sequence[Sequence[Written]]) -> Outcome:
         """The mean preference over all answers."""
         pairs = [(item, one) for item, mine in zip(items, answers, strict=True) for one in mine]
         replies = shared_teacher(self.teacher).ask([r for item, one in pairs for r in self._requests(item, one.text)])
@@ -95,6 +95,7 @@ class WinRate(Writing):
             "standard_error": None if spread is None else 100 * spread,
             "characters": sum(lengths) / len(lengths),
             "reference_characters": sum(reference) / len(reference),
+            "judgements": len(verdicts),
             "judgements_without_verdict": verdicts.count(None),
             "verdicts_that_follow_the_place": sum(a == b != 0.5 for a, b in zip(worth[::2], worth[1::2], strict=True)),
         }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,30 +33,9 @@ from resilin.posttrain.evaluations.evaluation import (
     Subject,
     SuiteError,
     digest_of,
+    file_name,
 )
-
-Messages = list[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One row as it is asked.
-
-    Attributes:
-        prompt: a text, or messages that end before the assistant's turn.
-        query: the prompt as plain text.
-        label: what the answer is held against.
-        answer: of a worked example; of others "".
-        row: its columns.
-        where: file and line.
-    """
-
-    prompt: str | Messages
-    query: str
-    label: Any
-    answer: str
-    row: Mapping[str, Any]
-    where: str
+from resilin.posttrain.evaluations.items import Item, Messages, as_text, as_turns, one_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +116,7 @@ class Writing(Evaluation):
         """
 
     @abstractmethod
-    def score(self, items: Sequence[Item], answers: Sequence[Sequence[Written]], folder: Path) -> Outcome:
+    def score(self, items: Sequence[Item], answers: Sequence[Sequence[Written]]) -> Outcome:
         """What the answers to each item are worth."""
 
     def item(self, row: Row, example: bool = False) -> Item:
@@ -199,13 +179,11 @@ class Writing(Evaluation):
             DataError: a row that cannot be used.
             SuiteError: no rows, too few examples, or an example that is also asked.
         """
-        items = [self.item(row) for row in read_rows(self.rows)][: self.limit]
+        items = [self.item(row) for row in islice(read_rows(self.rows), self.limit)]
         if not items:
             raise SuiteError(f"{self.name}: {', '.join(self.rows)} hold no rows")
         examples: list[Item] = []
-        for row in read_rows(self.examples) if self.shots else ():
-            if len(examples) == self.shots:
-                break
+        for row in islice(read_rows(self.examples), self.shots) if self.shots else ():
             examples.append(self.item(row, example=True))
             if not examples[-1].answer.strip():
                 raise row.error("a worked example without an answer: set example_answer, or give it a truth")
@@ -250,32 +228,21 @@ class Writing(Evaluation):
         return self.chat if self.chat is not None else subject.tokenizer.chat_template is not None
 
     def _tokens(self, subject: Subject, item: Item, examples: Sequence[Item]) -> list[int]:
-        tokenizer = subject.tokenizer
+        tokenizer, start = subject.tokenizer, self.answer_start
         try:
             if not self.talks(subject):
-                text = self._text(examples, item.prompt, item.where)
-                return prompt_tokens(tokenizer, "".join(joined(text, self.answer_start)) if self.answer_start else text)
-            turns: Messages = []
+                text = as_text(examples, item, self.separator)
+                return prompt_tokens(tokenizer, "".join(joined(text, start)) if start else text)
             if self.examples_as == "turns":
-                for example in examples:
-                    turns += [m for m in _messages(example.prompt) if m["role"] != "system"]
-                    turns.append({"role": "assistant", "content": example.answer})
-                turns += _messages(item.prompt)
+                turns = as_turns(examples, item)
             else:
-                turns = [{"role": "user", "content": self._text(examples, item.prompt, item.where)}]
+                turns = [{"role": "user", "content": as_text(examples, item, self.separator)}]
             if self.system is not None and turns[0]["role"] != "system":
                 turns.insert(0, {"role": "system", "content": self.system})
-            first = next((m for m in turns if m["role"] == "system"), None)
-            if first is not None:  # of a row's own, behind its examples
-                turns = [first, *(m for m in turns if m["role"] != "system")]
-            start = tokenizer.encode(self.answer_start) if self.answer_start else []
-            return [*encode_chat(tokenizer, turns, add_generation_prompt=True).ids, *start]
+            ids = encode_chat(tokenizer, turns, add_generation_prompt=True).ids
+            return [*ids, *tokenizer.encode(start)] if start else ids
         except DataError as error:
             raise SuiteError(f"{self.name}: {item.where}: {error}") from None
-
-    def _text(self, examples: Sequence[Item], prompt: str | Messages, where: str) -> str:
-        shown = ["".join(joined(_plain(e.prompt, e.where), e.answer)) for e in examples]
-        return self.separator.join([*shown, _plain(prompt, where)])
 
     def prepare(self, subject: Subject) -> Job:
         """Read the rows, check that their answers can be scored, and encode the prompts."""
@@ -299,7 +266,7 @@ class Writing(Evaluation):
             if self.answer_start:
                 start = self.answer_start
                 answers = [[Written(start + w.text, w.tokens, w.reason) for w in mine] for mine in answers]
-            outcome = self.score(asked.items, answers, folder)
+            outcome = self.score(asked.items, answers)
             facts = {
                 "rows": len(asked.items),
                 "answers": self.samples * len(asked.items),
@@ -310,38 +277,3 @@ class Writing(Evaluation):
             return Outcome(outcome.score, facts)
 
         return Job(digest_of(self, *parts), run)
-
-
-def one_group(pattern: str) -> re.Pattern[str]:
-    """A regular expression with exactly one group.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        compiled = re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    if compiled.groups != 1:
-        raise ValueError(f"{pattern!r} should have one group (what stands in it is taken), not {compiled.groups}")
-    return compiled
-
-
-def file_name(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9+]+", "-", name).strip("-").lower() or "evaluation"
-
-
-def _messages(prompt: str | Messages) -> Messages:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-
-def _plain(prompt: str | Messages, where: str) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1 and isinstance(prompt[0].get("content"), str):
-        return str(prompt[0]["content"])
-    raise DataError(
-        f"{where}: the prompt is a conversation of {len(prompt)} messages, which has no plain form: set chat = true, "
-        "or write the prompt from its columns"
-    )

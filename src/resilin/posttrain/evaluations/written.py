@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -15,7 +14,8 @@ from resilin.config.settings import closest
 from resilin.data.row_template import columns_of, fill
 from resilin.posttrain.evaluations.answers import Written
 from resilin.posttrain.evaluations.evaluation import Outcome, group_of, grouped_mean, spread_of_mean
-from resilin.posttrain.evaluations.writing import Item, Writing, one_group
+from resilin.posttrain.evaluations.items import Item, one_group
+from resilin.posttrain.evaluations.writing import Writing
 from resilin.posttrain.verifiers.table import KNOWN
 from resilin.posttrain.verifiers.verifier import Answer, Verifier
 
@@ -95,7 +95,7 @@ class WrittenAnswers(Writing):
     def _seen(self, text: str, item: Item) -> str:
         return text if self.checked == "{answer}" else fill(self.checked, {**item.row, "answer": text})
 
-    def score(self, items: Sequence[Item], answers: Sequence[Sequence[Written]], folder: Path) -> Outcome:
+    def score(self, items: Sequence[Item], answers: Sequence[Sequence[Written]]) -> Outcome:
         """The mean over items of each one's mean, or of its pass@k."""
         groups = None if self.group_by is None else [group_of(i.row, self.group_by, i.where) for i in items]
         values = self._values(self.verifier, items, answers)
