@@ -312,6 +312,9 @@ def test_validation_answers_greedily_and_reports_the_verifiers(tree: Any, tiny: 
     assert metrics["loss"] == pytest.approx(1 - metrics["verified"])
     assert 0 <= metrics["verified"] <= 1
     assert 1 <= metrics["length"] <= 6
+    skills = {name.partition("/")[2] for name in metrics if name.startswith("verified/")}
+    assert skills
+    assert {f"{measure}/{skill}" for measure in ("length", "stopped") for skill in skills} <= set(metrics)
     again = run.evaluate()["validation"]
     assert metrics == again
 

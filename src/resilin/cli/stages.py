@@ -143,7 +143,7 @@ def _stage(defaults: Mapping[str, Any], given: StageArguments) -> None:
 
         _export_adapters(run.model, settings, path)
         reward_model = run.model if isinstance(run.model, RewardModel) else None
-        del run  # exporting makes copies of its own: half a gigabyte less for a model of 135 million parameters
+        del run  # exporting makes copies of its own
         _export(reward_model, path)
     finish(path, outcome)
 

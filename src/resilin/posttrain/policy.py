@@ -134,8 +134,8 @@ class PolicyObjective(ABC):
         """The loss of a micro-batch of answers."""
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Loss:
-        """One minus the verifiers' number, summed over prompts, with the logs `verified` (also by
-        skill), `stopped` and `length`.
+        """One minus the verifiers' number, summed over prompts, with the logs `verified`, `stopped` and `length`, each
+        also by skill.
         """
         answers, right = self.source.answer_held_out(model, batch)
         device = batch["prompt_tokens"].device
@@ -147,21 +147,23 @@ class PolicyObjective(ABC):
         }
         sums = {name: torch.tensor(sum(v), dtype=torch.float64, device=device) for name, v in values.items()}
         logs: dict[str, Log] = {name: Mean(value, count) for name, value in sums.items()}
-        logs |= self._by_skill(batch, right)
+        logs |= self._by_skill(batch, values)
         return Loss(count - sums["verified"], count, logs)
 
     @staticmethod
-    def _by_skill(batch: Batch, right: list[float]) -> dict[str, Log]:
-        """`verified/<name>` for each value of `dataset` among the rows."""
+    def _by_skill(batch: Batch, values: Mapping[str, list[float]]) -> dict[str, Log]:
+        """`verified/<name>` and so on for each value of `dataset` among the rows."""
         skills: dict[str, list[float]] = {}
-        for row, value in zip(unpack_rows(batch["row_json"]), right, strict=True):
+        for place, row in enumerate(unpack_rows(batch["row_json"])):
             name = row.get("dataset", row.get("data_source"))
             if name is None:
                 continue
-            skills.setdefault("+".join(name) if isinstance(name, list) else str(name), []).append(value)
+            skill = "+".join(name) if isinstance(name, list) else str(name)
+            for measure, of_rows in values.items():
+                skills.setdefault(f"{measure}/{skill}", []).append(of_rows[place])
         device = batch["prompt_tokens"].device
         return {
-            f"verified/{name}": Mean(*torch.tensor([sum(v), len(v)], dtype=torch.float64, device=device))
+            name: Mean(*torch.tensor([sum(v), len(v)], dtype=torch.float64, device=device))
             for name, v in skills.items()
         }
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from resilin.models.linear import Linear
 from resilin.models.norm import LayerNorm, RMSNorm
 from resilin.nouns import Batch, Objective
-from resilin.objective.next_token import IGNORE
+from resilin.objective.next_token import IGNORE, valid_labels
 from resilin.steer.evaluating import evaluating
-from resilin.steer.token_losses import call, hidden_states, innermost, predicts_tokens, valid_labels
+from resilin.steer.token_losses import call, hidden_states, innermost, predicts_tokens
 
 Gradients = dict[str, Tensor]
 """(B, *shape of the parameter) by name."""
