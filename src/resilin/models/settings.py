@@ -30,3 +30,10 @@ class ModelSettings(Settings):
         raise TypeError(
             f"{type(self).__name__} is a base class: choose a model with model.use = 'package.module:Class'"
         )
+
+    def outline(self, context: ModelContext) -> nn.Module | None:
+        """The model with its parameters on the meta device: shapes, formats and what is trained, but no memory.
+
+        None where only building the model tells.
+        """
+        return None

@@ -74,18 +74,27 @@ class Stage(ModelSettings):
         text = json.dumps([tree, str(getattr(source, "digest", "")), hashed_versions()], sort_keys=True)
         return self.folder / hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
-    def build(self, context: ModelContext) -> nn.Module:
-        """The model; trains it where that has not been done, while other processes that want it wait.
+    def trained(self, settings: RunSettings) -> Path:
+        """The folder of the finished run; trains it where that has not been done, while others that want it wait.
 
         Raises:
-            StageError: the run failed or was interrupted; or it knows fewer tokens than the source.
+            StageError: the run failed or was interrupted.
         """
-        settings = self.settings(context.seed)
         place = self.place(settings)
         if not (place / WEIGHTS).is_file():
             with _alone(place):
                 if not (place / WEIGHTS).is_file():
                     _train(settings, place)
+        return place
+
+    def build(self, context: ModelContext) -> nn.Module:
+        """The model.
+
+        Raises:
+            StageError: the run failed or was interrupted; or it knows fewer tokens than the source.
+        """
+        settings = self.settings(context.seed)
+        place = self.trained(settings)
         with safe_open(place / WEIGHTS, framework="pt") as file:
             known = json.loads(file.metadata()["vocab_size"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

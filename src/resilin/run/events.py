@@ -139,7 +139,8 @@ class Failure(Event):
 
     Attributes:
         step: steps committed before it: the failed one is not among them.
-        kind: "non_finite" for a loss or gradient that is not a number, "save" for a checkpoint, or another word.
+        kind: "non_finite" for a loss or gradient that is not a number, "before_step" for a part that failed before a
+            step was computed, "save" for a checkpoint, or another word.
         message: for the user.
         slots: the samples at fault, where known.
         action: "stop", or "skip" where the run goes on without the step.

@@ -184,13 +184,14 @@ class MixedSource:
                 updates=None,
                 seed=self.seed,
                 batch_size=self.settings.look_batch,
-                memory=self._memory,
+                memory=dict(self._memory),
                 cache=self._cache,
                 names=self.domain_names,
                 current=self._proportions,
             )
             who = f"mixer {type(mixer).__name__}"
             self._proportions = checked_proportions(mixer.mix(look), self.domain_names, who)
+            self._memory = look.memory
         self._window = start
         self.decisions.log(step=start, mixer=type(mixer).__name__, proportions=self.proportions)
 

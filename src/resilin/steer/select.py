@@ -155,10 +155,13 @@ class SelectedSource(SourceTransform):
         self._cache: dict[str, object] = {}
 
     @property
+    def _policy(self) -> str:
+        return fingerprint(self.settings.model_dump(mode="json", exclude={"source", "look_batch"}))
+
+    @property
     def digest(self) -> str:
         """Changes with the data, the target and everything that decides about them."""
-        own = self.settings.model_dump(mode="json", exclude={"source", "look_batch"})
-        return fingerprint(str(getattr(self.inner, "digest", "")), own)
+        return fingerprint(str(getattr(self.inner, "digest", "")), self._policy)
 
     def _find_target(self) -> Pool:
         if self._target is None:
@@ -189,7 +192,7 @@ class SelectedSource(SourceTransform):
             memory=dict(self._memory),
             cache=self._cache,
         )
-        chosen, metrics, found = self._decide(look, window)
+        chosen, metrics, found, file = self._decide(look, window)
         self._chosen, self._start, self._memory = chosen, window.start, look.memory
         self.decisions.log(
             step=window.start,
@@ -199,32 +202,36 @@ class SelectedSource(SourceTransform):
             samples=count,
             parts=self._counts(chosen),
             metrics=metrics,
+            file=file,
             from_cache=found,
             seconds=round(time.perf_counter() - began, 3),
         )
 
-    def _decide(self, look: Look, window: Window) -> tuple[Tensor, dict[str, float], bool]:
+    def _decide(self, look: Look, window: Window) -> tuple[Tensor, dict[str, float], bool, str | None]:
+        """The samples, figures, whether they were stored before, and the file they are stored in."""
         selector = self.settings.selector
         who = f"selector {type(selector).__name__}"
         size = look.size
         if window.update == 0:
-            return checked(selector.warm_up(look), size, look.count, who, repeats=True), {}, False
+            return checked(selector.warm_up(look), size, look.count, who, repeats=True), {}, False, None
         view = look.view
         key = fingerprint(
             self.digest, self.seed, look.count, window.start, window.update, look.memory,
             view.model.state_dict(), view.optimizer.state_dict(),
         )  # fmt: skip
+        path = self.decisions.file(window.start, key)
+        file = None if path is None else f"{path.parent.name}/{path.name}"
         stored = self.decisions.find(window.start, key)
         if stored is not None:
             look.memory.clear()
             look.memory.update(stored["memory"])
-            return checked(stored["indices"], size, look.count, who), dict(stored["metrics"]), True
+            return checked(stored["indices"], size, look.count, who), dict(stored["metrics"]), True, file
         made = selector.select(look)
         made = made if isinstance(made, Selection) else Selection(made)
         chosen = checked(made.samples, size, look.count, who)
         decision = {"indices": chosen, "metrics": dict(made.metrics), "memory": look.memory}
         self.decisions.keep(window.start, key, decision)
-        return chosen, dict(made.metrics), False
+        return chosen, dict(made.metrics), False, file
 
     def _counts(self, chosen: Tensor) -> list[int]:
         parts = part_of(self.pool, chosen.numpy())
@@ -271,18 +278,13 @@ class SelectedSource(SourceTransform):
 
     def own_state(self) -> State:
         """The window's samples and what the selector remembers."""
-        return {"digest": self.digest, "start": self._start, "chosen": self._chosen, "memory": self._memory}
+        return {"policy": self._policy, "start": self._start, "chosen": self._chosen, "memory": self._memory}
 
     def load_own_state(self, state: State) -> None:
-        """Go on in the middle of a window.
-
-        Raises:
-            DataError: the state is of other data or of another selector.
-        """
-        if state["digest"] != self.digest:
-            raise DataError(
-                "the checkpoint was made with another selector, schedule or target: resume with the source settings "
-                "of its settings.toml"
-            )
-        self._start, self._chosen, self._memory = state["start"], state["chosen"], state["memory"]
+        """Go on in the middle of a window; another selector, target or schedule decides about it anew."""
         self._cache.clear()
+        self._edges = (-1, [])
+        if state["policy"] == self._policy:
+            self._start, self._chosen, self._memory = state["start"], state["chosen"], state["memory"]
+        else:
+            self._start, self._chosen, self._memory = -1, torch.zeros(0, dtype=torch.int64), {}
