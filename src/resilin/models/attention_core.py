@@ -1,4 +1,4 @@
-"""Softmax attention of given queries, keys and values, through one of four ways.
+"""Softmax attention of given queries, keys and values, through one of five ways.
 
 Shapes: B batch, H query heads, K key heads, Q queries, S keys, D head size.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from resilin.models.block_attention import block_attention, takes
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.mask import Mask
+from resilin.models.span_attention import span_attention
 
 
 @cache
@@ -40,6 +41,8 @@ class AttentionCore(nn.Module):
         """Mixed values, (B, H, Q, D)."""
         if mask.block is not None:
             return self._flex(q_BHQD, k_BKSD, v_BKSD, mask)
+        if mask.spans is not None:
+            return span_attention(q_BHQD, k_BKSD, v_BKSD, self.scale, mask.spans)
         if self.eager:
             return self._products(q_BHQD, k_BKSD, v_BKSD, mask)
         if mask.causal and takes(q_BHQD, k_BKSD):

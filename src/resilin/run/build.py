@@ -13,8 +13,8 @@ from resilin.checkpoint.folder import CheckpointFolder
 from resilin.config import UserError
 from resilin.data.settings import SourceContext
 from resilin.models.decoder import Decoder
-from resilin.models.flops import train_flops_per_token
 from resilin.models.settings import ModelContext
+from resilin.models.step_flops import step_flops_per_token
 from resilin.nouns import Source
 from resilin.objective.settings import ObjectiveContext
 from resilin.precision.autocast import choose_precision
@@ -64,6 +64,26 @@ def _check_tokenizers(source: Source, held_out: dict[str, Source]) -> None:
             )
 
 
+def steps_of(settings: RunSettings, source: Source) -> int:
+    """Steps that the run takes: those asked for, or as many as the source has, where these are fewer.
+
+    Raises:
+        UserError: all steps of a source that does not end were asked for.
+    """
+    asked = settings.train.steps
+    try:
+        there = len(source)  # type: ignore[arg-type]
+    except TypeError:
+        if not asked:
+            raise UserError(
+                "train.steps = 0 takes as many steps as the source has, and this one does not end: set train.steps, or "
+                "source.epochs"
+            ) from None
+        return asked
+    ends = (not asked or there < asked) and source.slots(there) == 0
+    return there if ends else asked
+
+
 def pace_of(settings: RunSettings) -> Pace:
     """The loop's share of the settings."""
     train, evaluation = settings.train, settings.evaluation
@@ -98,7 +118,7 @@ def flops_per_unit(model: nn.Module, source: Source) -> float | None:
     """Forward and backward FLOPs of one token, where model and source are such that this is known."""
     length = getattr(source, "sequence_length", None)
     if isinstance(model, Decoder) and length is not None:
-        return train_flops_per_token(model.settings, length)
+        return step_flops_per_token(model, length)
     return None
 
 
@@ -113,6 +133,9 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     if device.type == "cpu":
         keep_freed_memory()
     sources = build_sources(settings, folder=folder)
+    tree: dict[str, Any] = settings.model_dump(mode="json")
+    steps = steps_of(settings, sources.source)
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": steps})})
     model = settings.model.build(ModelContext(settings.seed, getattr(sources.source, "vocab_size", None))).to(device)
     precision = choose_precision(settings.precision, device)
     context = objective_context(settings, sources.source, device, folder)
@@ -126,7 +149,6 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     else:
         keep = settings.checkpoint
         store = CheckpointFolder(folder.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
-    tree: dict[str, Any] = settings.model_dump(mode="json")
     started = RunStarted(
         folder=str(folder.path) if folder is not None else "",
         settings=tree,

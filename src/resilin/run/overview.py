@@ -20,7 +20,8 @@ def overview(path: Path) -> Facts:
     steps = [event for event in events if isinstance(event, StepDone)]
     evaluations = [event for event in events if isinstance(event, Evaluated)]
     started = next((event for event in reversed(events) if isinstance(event, RunStarted)), None)
-    progress = [("steps", f"{steps[-1].step if steps else 0:,} of {settings.train.steps:,}")]
+    whole = started.total_steps if started is not None else settings.train.steps
+    progress = [("steps", f"{steps[-1].step if steps else 0:,} of {whole:,}")]
     if started is not None:
         progress += [("parameters", f"{started.parameters:,}"), ("device", started.device)]
     if steps:
@@ -49,7 +50,7 @@ def next_steps(path: Path, saved: bool) -> list[tuple[str, str]]:
     if not saved:
         return [("train", f"resilin train {path}/settings.toml --folder {path} --resume")]
     return [
-        ("write text", f"resilin generate {path} --prompt '...'"),
+        ("write text", RunFolder(path).writes),
         ("measure", f"resilin evaluate {path} --text FILE"),
         ("open elsewhere", f"resilin export {path} {path}/huggingface"),
         ("see curves", f"tensorboard --logdir {path}"),

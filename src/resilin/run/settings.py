@@ -23,8 +23,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class TrainSettings(Settings):
     """How many steps of which size."""
 
-    steps: Positive = 1000
-    """Optimizer steps of the whole run; the schedule ends here."""
+    steps: Count = 1000
+    """Optimizer steps of the whole run; the schedule ends here, or where the source ends before. 0: all that the source
+    has."""
     batch_size: Positive = 8
     """Slots (samples) of the global batch of one step."""
     micro_batch_size: Count = 0

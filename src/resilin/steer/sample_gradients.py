@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resilin.models.linear import Linear
 from resilin.models.norm import LayerNorm, RMSNorm
 from resilin.nouns import Batch, Objective
-from resilin.objective.next_token import IGNORE
+from resilin.objective.next_token import IGNORE, valid_labels
 from resilin.steer.evaluating import evaluating
-from resilin.steer.token_losses import call, hidden_states, innermost, predicts_tokens, valid_labels
+from resilin.steer.token_losses import call, hidden_states, innermost, predicts_tokens
 
 Gradients = dict[str, Tensor]
 """(B, *shape of the parameter) by name."""
@@ -224,7 +225,7 @@ def _of_call(made: _Call, own: dict[str, nn.Parameter], pull_BTO: Tensor) -> Ite
     """Each of some parameters of a module with the samples' gradients that one call gives it."""
     module = made.module
     x = made.inputs[0].detach()
-    plain = type(module).forward in (nn.Linear.forward, nn.Embedding.forward)
+    plain = type(module).forward in (nn.Linear.forward, Linear.forward, nn.Embedding.forward)
     if plain and isinstance(module, nn.Linear):
         x_BTI, pull = x.flatten(1, -2), pull_BTO.flatten(1, -2)
         if module.weight.requires_grad:
