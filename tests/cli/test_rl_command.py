@@ -248,6 +248,27 @@ def test_a_judge_that_dies_half_way_costs_nothing(place: Path, judge: Server, mo
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
+def test_a_judge_that_dies_in_an_evaluation_costs_no_step(place: Path, judge: Server) -> None:
+    write(place, "judge", "any", judged(judge))
+    held_out = [{"prompt": f"{n}-{n}=", "ground_truth": "any", "dataset": "judge"} for n in range(4)]
+    (place / "held_out.jsonl").write_text("\n".join(json.dumps(row) for row in held_out))
+
+    def only_sums(server: Server, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        if "-" in body["messages"][-1]["content"].split("## Reference")[0].split("## What was asked")[1]:
+            send(handler, {"error": "busy"}, status=503)
+        else:
+            rating(len)(server, handler, body)
+
+    judge.respond = only_sums
+    options = ["train.steps=5", "evaluation.every=3", "source.prompts.validation_paths=['held_out.jsonl']"]
+    with pytest.raises(VerifierError, match=r"the judge gave no verdict: .*status 503"):
+        call("rl", "rl.toml", *options)
+    assert CheckpointFolder(place / "runs/rl/checkpoints").latest() == 3
+    judge.respond = rating(len)
+    call("rl", "rl.toml", *options, "--resume")
+    assert CheckpointFolder(place / "runs/rl/checkpoints").latest() == 5
+
+
 def test_a_reward_model_is_added_to_the_verifiers_reward(place: Path) -> None:
     from resilin.posttrain.reward_model import load_reward_model
 
