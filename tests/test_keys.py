@@ -77,6 +77,18 @@ def test_a_slot_draws_the_same_words_wherever_it_stands_in_the_batch(order: list
     assert torch.equal(keys_of(order).bits(shape), keys_of(list(range(8))).bits(shape)[order])
 
 
+@given(st.lists(st.tuples(STEPS, st.integers(0, 2**31)), min_size=1, max_size=5), SHAPES)
+def test_slots_of_several_steps_draw_what_each_draws_in_its_step(
+    places: list[tuple[int, int]], shape: tuple[int, ...]
+) -> None:
+    steps_B, slots_B = (torch.tensor(part, dtype=torch.int64) for part in zip(*places, strict=True))
+    drawn = Keys(3, 0, slots_B, ("view",), steps_B).bits(shape)
+    single = [keys_of([slot], step=step).fold("view").bits(shape) for step, slot in places]
+    assert torch.equal(drawn, torch.cat(single))
+    last = Keys(3, 0, slots_B, ("view",), steps_B).rows(len(places) - 1, len(places))
+    assert torch.equal(last.bits(shape), single[-1])
+
+
 def test_seed_step_slot_layer_and_call_each_change_the_words() -> None:
     base = keys_of([7]).fold("attention").fold(0)
     others = [

@@ -11,7 +11,7 @@ from torch import nn
 
 from resilin.keys import Keys
 from resilin.nouns import Batch, Loss, State, StepView
-from resilin.transforms import ObjectiveTransform, SourceTransform
+from resilin.transforms import ObjectiveTransform, SourceTransform, read_for
 
 
 class Heard:
@@ -76,6 +76,46 @@ def test_everything_reaches_what_is_wrapped() -> None:
     assert not hasattr(source, "no_such_thing")
     batch = source.fetch(3, [0, 1])
     assert ObjectiveTransform(heard)(nn.Identity(), batch, None).sum.item() == 6
+
+
+class Doubled(SourceTransform):
+    """Shows other samples than the source behind."""
+
+    def shown(self, step: int | None, batch: Batch) -> Batch:
+        return Batch(batch.slots_B, {name: 2 * field for name, field in batch.fields.items()})
+
+
+class Elsewhere(SourceTransform):
+    """Fetches something of its own."""
+
+    def fetch(self, step: int, slots: Sequence[int]) -> Batch:
+        return self.inner.fetch(step + 1, slots)
+
+
+class Numbered(Heard):
+    """Ten samples by number, in any shape."""
+
+    pool_parts = (10,)
+
+    def read(self, samples: Sequence[int]) -> Batch:
+        return Batch(torch.arange(len(samples)), {"tokens": torch.tensor([[number] for number in samples])})
+
+    def resampled(self, grid: Any) -> Numbered:
+        return self
+
+
+def test_what_is_shown_is_shown_to_all_who_ask_and_nobody_goes_round_a_transform() -> None:
+    twice = SourceTransform(Doubled(SourceTransform(Doubled(Numbered()))))
+    assert twice.fetch(3, [1])["tokens"].tolist() == [[12]]
+    assert twice.read([5, 2])["tokens"].tolist() == [[20], [8]]
+    found = read_for(twice, 7, [4, 0], [5, 2])
+    assert found["tokens"].tolist() == [[20], [8]]
+    assert found.slots_B.tolist() == [4, 0]
+    assert twice.pool_parts == (10,)
+    assert SourceTransform(Numbered()).resampled(None) is not None
+    for changed in (Doubled(Numbered()), SourceTransform(Doubled(Numbered())), Elsewhere(Numbered())):
+        assert not hasattr(changed, "resampled")
+    assert not hasattr(SourceTransform(Elsewhere(Numbered())), "pool_parts")
 
 
 def test_without_state_a_transform_does_not_show_in_a_checkpoint() -> None:

@@ -1,7 +1,8 @@
 """Steered data: every sample's gradient in one pass, against a loop over samples and against torch.func.
 
 The small decoder of the recipe `dataflex` at the width of `one-epoch`: 3 layers of width 64 over bytes, rows of 32
-tokens. The peers compute the same gradients of the same losses and keep them the same way.
+tokens. The peers compute the same gradients of the same losses and keep them the same way. Once for all parameters, and
+once for those of LoRA adapters alone (rank 8 on every linear map), as selection takes them in a fine-tuning run.
 """
 
 from __future__ import annotations
@@ -13,30 +14,40 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-HIDDEN, LAYERS, HEADS, VOCABULARY, TOKENS, SAMPLES = 64, 3, 4, 260, 32, 64
+HIDDEN, LAYERS, HEADS, VOCABULARY, TOKENS, SAMPLES, RANK = 64, 3, 4, 260, 32, 64, 8
 TARGET = 3.0
 
 
 def rows(options: argparse.Namespace) -> Iterator[Any]:
     import torch
-    import torch.nn.functional as F
-    from torch.func import functional_call, grad, vmap
 
-    from resilin.bench.results import Row
+    from resilin.adapt.adapted import Adapted
     from resilin.models.decoder_settings import DecoderSettings
     from resilin.models.settings import ModelContext
     from resilin.nouns import Batch
-    from resilin.objective.next_token import NextToken
-    from resilin.steer.sample_gradients import sample_gradients
 
     device = torch.device(options.device)
     settings = DecoderSettings(vocab_size=VOCABULARY, hidden_size=HIDDEN, layers=LAYERS, heads=HEADS)
-    model = settings.build(ModelContext(0, None)).to(device)
-    parameters = dict(model.named_parameters())
+    adapted = Adapted(model=settings, adapters={"default": {"method": "lora", "rank": RANK}})
     text = torch.tensor(list(Path(__file__).read_bytes())) + 4
     starts = torch.arange(SAMPLES) * ((len(text) - TOKENS - 1) // SAMPLES)
     block = torch.stack([text[start : start + TOKENS + 1] for start in starts.tolist()]).to(device)
     batch = Batch(torch.arange(SAMPLES), {"tokens": block[:, :-1], "labels": block[:, 1:]})
+    for made, what in ((settings, "all parameters"), (adapted, f"LoRA of rank {RANK} alone")):
+        model = made.build(ModelContext(0, None)).to(device)
+        yield from _compared(model, batch, what, options.rounds)
+
+
+def _compared(model: Any, batch: Any, what: str, rounds: int) -> Iterator[Any]:
+    import torch
+    import torch.nn.functional as F
+    from torch.func import functional_call, grad, vmap
+
+    from resilin.bench.results import Row
+    from resilin.objective.next_token import NextToken
+    from resilin.steer.sample_gradients import sample_gradients, trainable
+
+    parameters, cuda = trainable(model), batch["tokens"].is_cuda
     objective = NextToken().build()
 
     def one_pass() -> dict[str, Any]:
@@ -77,16 +88,16 @@ def rows(options: argparse.Namespace) -> Iterator[Any]:
     for name, found in one_pass().items():
         torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-5)
     speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(options.rounds + 1):
+    for turn in range(rounds + 1):
         for name, way in ways.items():
-            if device.type == "cuda":
+            if cuda:
                 torch.cuda.synchronize()
             began = time.perf_counter()
             way()
-            if device.type == "cuda":
+            if cuda:
                 torch.cuda.synchronize()
             if turn:  # the first turn warms up
                 speeds[name].append(SAMPLES / (time.perf_counter() - began))
-    what = f"per-sample gradients, decoder {LAYERS} x {HIDDEN}, rows of {TOKENS}"
-    yield Row.from_turns(what, "samples/s", speeds["ours"], speeds["loop"], "loop over samples", target=TARGET)
-    yield Row.from_turns(what, "samples/s", speeds["ours"], speeds["vmap"], "torch.func.vmap(grad)")
+    title = f"per-sample gradients, decoder {LAYERS} x {HIDDEN}, rows of {TOKENS}, {what}"
+    yield Row.from_turns(title, "samples/s", speeds["ours"], speeds["loop"], "loop over samples", target=TARGET)
+    yield Row.from_turns(title, "samples/s", speeds["ours"], speeds["vmap"], "torch.func.vmap(grad)")

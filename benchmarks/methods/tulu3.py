@@ -1,8 +1,14 @@
 """Post-training against trl: SFT and DPO tokens a second, GRPO prompts a second with its answers; same model and data.
 
 Every contender holds its own copy of the same small Llama and the same rows (signatures of the standard library and
-their docstrings). Both sides of a comparison live in this process and take a block of steps each in turn, so that a
-busy machine disturbs both alike. Tokens are real ones: padding is nobody's achievement.
+their docstrings). The two sides of a comparison take a block of steps each in turn, so that a busy machine disturbs
+both alike; trl lives in a process of its own, in its main thread, as its users run it. Tokens are real ones that have a
+successor, counted in the very batches that were learnt: padding is nobody's achievement.
+
+What trl is told is what its users would say for speed on this machine: no checkpointing of activations, the fused
+optimizer, the fused output layer (its default). Its SFT pads rows, which is its default too: its packing is meant for
+FlashAttention, which CPUs do not have. The row with rows grouped by length (an option of its trainer that draws other
+batches) is the hardest contender, and stands beside the default.
 """
 
 from __future__ import annotations
@@ -10,9 +16,11 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
+import subprocess
+import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from resilin.bench.results import Row
+    from resilin.nouns import Batch
 
 PEER = "trl"
 LENGTH, ROWS, PAIRS, PROMPTS, GROUP, ANSWER = 256, 8, 4, 4, 8, 64
@@ -74,10 +83,13 @@ def prepare(folder: Path) -> list[tuple[str, str]]:
     return rows
 
 
+Units = Callable[["Batch"], float]
+
+
 class Ours:
     """A run that takes steps when asked."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace, **tree: Any) -> None:
+    def __init__(self, folder: Path, options: argparse.Namespace, units: Units, **tree: Any) -> None:
         from resilin.run.build import build_run
         from resilin.run.settings import RunSettings
 
@@ -90,43 +102,93 @@ class Ours:
             "train": train,
         }
         self.run = build_run(RunSettings.model_validate({**common, **tree}))
-        self.per_step: float | None = None
-        """Units of a step, where they are not those of the peer."""
+        self._units, self._batches = units, []  # type: ignore[var-annotated]
+        fetch = self.run.source.fetch
 
-    def steps(self, count: int) -> float:
-        """Seconds of some steps."""
+        def remembered(step: int, slots: Any) -> Batch:
+            self._batches.append(fetch(step, slots))
+            return self._batches[-1]  # type: ignore[no-any-return]
+
+        self.run.source.fetch = remembered  # type: ignore[method-assign]
+
+    def steps(self, count: int) -> tuple[float, float]:
+        """Seconds of some steps, and the units they learnt from."""
+        self._batches.clear()
         began = time.perf_counter()
         for _ in range(count):
             self.run._take_step()
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        return seconds, sum(self._units(batch) for batch in self._batches[-count:])
 
 
 class Theirs:
-    """A trainer of trl in a thread of its own, which waits after each step until it is asked for more."""
+    """A trainer of trl in a process of its own, which waits after each block of steps until it is asked for more."""
 
-    def __init__(self, make: Callable[[Any], Any]) -> None:
-        from transformers import TrainerCallback
+    def __init__(self, kind: str, folder: Path, options: argparse.Namespace) -> None:
+        told = json.dumps({"device": options.device, "threads": options.threads})
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__, kind, str(folder), told],  # -P: this folder has a module called ast
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+        )  # fmt: skip
+        self._answer()  # ready
 
-        go, done = threading.Semaphore(0), threading.Semaphore(0)
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            raise RuntimeError(f"trl's process ended:\n{self._errors.read().decode()[-4000:]}")
+        return line
 
-        class Wait(TrainerCallback):
-            def on_step_begin(self, *_: Any, **__: Any) -> None:
-                go.acquire()
-
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                done.release()
-
-        self._go, self._done = go, done
-        self.trainer = make(Wait())
-        threading.Thread(target=self.trainer.train, daemon=True).start()
-
-    def steps(self, count: int) -> float:
-        """Seconds of some steps."""
+    def steps(self, count: int) -> tuple[float, float]:
+        """Seconds of some steps, and the units they learnt from."""
+        assert self._process.stdin is not None
         began = time.perf_counter()
-        for _ in range(count):
-            self._go.release()
-            self._done.acquire()
-        return time.perf_counter() - began
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+        units = float(self._answer())
+        return time.perf_counter() - began, units
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+
+def serve(kind: str, folder: Path, options: argparse.Namespace) -> None:
+    """What trl's process does: so many steps for each line that says how many, answered with their units."""
+    import torch
+    from transformers import TrainerCallback
+
+    torch.set_num_threads(options.threads)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever the libraries print is no answer
+
+    class Serve(TrainerCallback):
+        left, asked, seen = 0, 0, 0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not self.left:
+                answers.write("ready\n" if state.global_step == 0 else f"{self.units(args, state)}\n")
+                line = sys.stdin.readline()
+                if not line:
+                    os._exit(0)
+                self.left = self.asked = int(line)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.left -= 1
+            if not self.left and args.device.type == "cuda":
+                torch.cuda.synchronize()
+
+        def units(self, args: Any, state: Any) -> float:
+            if kind == "grpo":
+                return float(PROMPTS * self.asked)
+            tokens, self.seen = int(state.num_input_tokens_seen) - self.seen, int(state.num_input_tokens_seen)
+            rows = args.per_device_train_batch_size * (2 if kind.startswith("dpo") else 1)
+            return float(tokens - rows * self.asked)  # the last token of a row has no successor
+
+    PEERS[kind](folder, options, Serve()).train()
 
 
 def arguments(folder: Path, options: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -145,6 +207,7 @@ def arguments(folder: Path, options: argparse.Namespace, **more: Any) -> dict[st
         "bf16": False,
         "optim": "adamw_torch_fused",
         "max_grad_norm": 1.0,
+        "include_num_input_tokens_seen": "non_padding",
         **more,
     }
 
@@ -162,75 +225,80 @@ def peer_parts(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-def sft_tokens(folder: Path) -> float:
-    """Mean real inputs of a conversation, as either side reads it."""
+def sft_units(batch: Batch) -> float:
+    """Tokens with a successor in their own conversation."""
+    documents = batch["documents"]
+    return float(((documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)).sum())
+
+
+def pair_units(batch: Batch) -> float:
+    """The same in both rows of all pairs; a row ends with its last label."""
+    total = 0
+    for side in ("chosen", "rejected"):
+        has_label = batch[f"{side}_labels"] != -100
+        total += int(sum(int(row.nonzero().max()) + 1 for row in has_label))
+    return float(total)
+
+
+def sft(folder: Path, options: argparse.Namespace) -> Ours:
+    """Fine-tuning on answers only, conversations packed (the default): about as many tokens as ROWS conversations."""
     from resilin.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder / "model")
     lines = (folder / "chats.jsonl").read_text(encoding="utf-8").splitlines()
-    sizes = [min(LENGTH, len(tokenizer.chat(json.loads(line)["messages"]).ids) - 1) for line in lines]
-    return sum(sizes) / len(sizes)
-
-
-def pair_tokens(folder: Path) -> float:
-    """Mean real inputs of both rows of a pair."""
-    from resilin.data.tokenizer import Tokenizer
-
-    tokenizer, total = Tokenizer.load(folder / "model"), 0
-    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    for line in lines:
-        for side in ("chosen", "rejected"):
-            total += min(LENGTH, len(tokenizer.chat([*line["prompt"], *line[side]]).ids) - 1)
-    return total / len(lines)
-
-
-def sft(folder: Path, options: argparse.Namespace) -> tuple[Ours, Theirs]:
-    """Fine-tuning on answers only."""
-    from trl import SFTConfig, SFTTrainer
-
+    sizes = [min(LENGTH, len(tokenizer.chat(json.loads(line)["messages"]).ids)) for line in lines]
+    rows = max(1, round(ROWS * sum(sizes) / len(sizes) / (0.85 * LENGTH)))
     source = {
         "use": "resilin.data.chat_source:ChatSource", "paths": [str(folder / "chats.jsonl")],
         "tokenizer": {"path": str(folder / "model")}, "sequence_length": LENGTH, "long_documents": "truncate",
         "workers": 1, "cache": str(folder / "cache"),
     }  # fmt: skip
-    # Conversations are packed, which is the default; so many rows hold about as many tokens as ROWS conversations.
-    rows = max(1, round(ROWS * sft_tokens(folder) / (0.85 * LENGTH)))
-    ours = Ours(folder, options, source=source, train={"batch_size": rows})
-    batches = [ours.run.source.fetch(step, range(rows)) for step in range(8)]
-    ours.per_step = sum(float((batch["documents"] >= 0).sum()) for batch in batches) / len(batches)
-    config = SFTConfig(
-        **arguments(folder, options, per_device_train_batch_size=ROWS),
-        max_length=LENGTH, assistant_only_loss=True, packing=False,
-    )  # fmt: skip
-    parts = peer_parts(folder, "chats")
-    return ours, Theirs(lambda wait: SFTTrainer(args=config, callbacks=[wait], **parts))
+    return Ours(folder, options, sft_units, source=source, train={"batch_size": rows})
 
 
-def dpo(folder: Path, options: argparse.Namespace, cached: bool) -> tuple[Ours, Theirs]:
+def trl_sft(folder: Path, options: argparse.Namespace, wait: Any, **more: Any) -> Any:
+    """The same by trl, padded."""
+    from trl import SFTConfig, SFTTrainer
+
+    more = {"per_device_train_batch_size": ROWS, "packing": False, **more}
+    config = SFTConfig(**arguments(folder, options, **more), max_length=LENGTH, assistant_only_loss=True)
+    return SFTTrainer(args=config, callbacks=[wait], **peer_parts(folder, "chats"))
+
+
+def trl_sft_grouped(folder: Path, options: argparse.Namespace, wait: Any) -> Any:
+    """The same with rows of similar length in a batch."""
+    return trl_sft(folder, options, wait, train_sampling_strategy="group_by_length")
+
+
+def dpo(folder: Path, options: argparse.Namespace, reference: str) -> Ours:
     """DPO with the reference computed before, or at every step."""
-    from trl import DPOConfig, DPOTrainer
-
     source = {
         "use": "resilin.data.preference_source:PreferenceSource", "paths": [str(folder / "pairs.jsonl")],
         "tokenizer": str(folder / "model"), "sequence_length": LENGTH,
     }  # fmt: skip
-    objective = {
-        "use": "resilin.posttrain.preference_loss:Preference", "loss": "dpo",
-        "reference": "cached" if cached else "live",
-    }  # fmt: skip
-    ours = Ours(folder, options, source=source, objective=objective, train={"batch_size": PAIRS, "steps": 200})
+    objective = {"use": "resilin.posttrain.preference_loss:Preference", "loss": "dpo", "reference": reference}
+    train = {"batch_size": PAIRS, "steps": 200}
+    return Ours(folder, options, pair_units, source=source, objective=objective, train=train)
+
+
+def trl_dpo(folder: Path, options: argparse.Namespace, wait: Any, *, cached: bool = False) -> Any:
+    """The same by trl."""
+    from trl import DPOConfig, DPOTrainer
+
     config = DPOConfig(
         **arguments(folder, options, per_device_train_batch_size=PAIRS),
         max_length=LENGTH + 1, beta=0.1, precompute_ref_log_probs=cached,
     )  # fmt: skip
-    parts = peer_parts(folder, "pairs")
-    return ours, Theirs(lambda wait: DPOTrainer(args=config, callbacks=[wait], **parts))
+    return DPOTrainer(args=config, callbacks=[wait], **peer_parts(folder, "pairs"))
 
 
-def grpo(folder: Path, options: argparse.Namespace) -> tuple[Ours, Theirs]:
+def trl_dpo_cached(folder: Path, options: argparse.Namespace, wait: Any) -> Any:
+    """The same with the reference computed before."""
+    return trl_dpo(folder, options, wait, cached=True)
+
+
+def grpo(folder: Path, options: argparse.Namespace) -> Ours:
     """Groups of answers, a KL penalty, one update a rollout; the reward is the share of the letter a."""
-    from trl import GRPOConfig, GRPOTrainer
-
     source = {
         "use": "resilin.posttrain.rollouts:Rollouts", "samples_per_prompt": GROUP, "max_new_tokens": ANSWER,
         "non_stop_penalty": "verifier", "prompts": {
@@ -239,7 +307,14 @@ def grpo(folder: Path, options: argparse.Namespace) -> tuple[Ours, Theirs]:
         },
     }  # fmt: skip
     objective = {"use": "resilin.posttrain.grpo:Grpo", "beta": 0.01}
-    ours = Ours(folder, options, source=source, objective=objective, train={"batch_size": PROMPTS * GROUP})
+    train = {"batch_size": PROMPTS * GROUP}
+    return Ours(folder, options, lambda batch: PROMPTS, source=source, objective=objective, train=train)
+
+
+def trl_grpo(folder: Path, options: argparse.Namespace, wait: Any) -> Any:
+    """The same by trl."""
+    from trl import GRPOConfig, GRPOTrainer
+
     config = GRPOConfig(
         **arguments(folder, options, per_device_train_batch_size=PROMPTS * GROUP),
         num_generations=GROUP, max_completion_length=ANSWER, beta=0.01, temperature=1.0,
@@ -249,20 +324,37 @@ def grpo(folder: Path, options: argparse.Namespace) -> tuple[Ours, Theirs]:
         said = [c[0]["content"] if isinstance(c, list) else c for c in completions]
         return [text.count("a") / max(len(text), 1) for text in said]
 
-    parts = peer_parts(folder, "prompts")
-    return ours, Theirs(lambda wait: GRPOTrainer(args=config, reward_funcs=share, callbacks=[wait], **parts))
+    return GRPOTrainer(args=config, reward_funcs=share, callbacks=[wait], **peer_parts(folder, "prompts"))
 
 
-def in_turns(pair: tuple[Ours, Theirs], rounds: int, per_step: float) -> tuple[list[float], list[float]]:
+PEERS: dict[str, Callable[[Path, argparse.Namespace, Any], Any]] = {
+    "sft": trl_sft,
+    "sft_grouped": trl_sft_grouped,
+    "dpo": trl_dpo,
+    "dpo_cached": trl_dpo_cached,
+    "grpo": trl_grpo,
+}
+
+
+def in_turns(ours: Ours, theirs: Theirs, rounds: int) -> tuple[list[float], list[float]]:
     """Units a second of both sides, round by round; the first round warms up."""
     found: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds + 1):
-        for side, speeds in zip(pair, found, strict=True):
-            seconds = side.steps(BLOCK)
+        for side, speeds in zip((ours, theirs), found, strict=True):
+            seconds, units = side.steps(BLOCK)
             if turn:
-                units = getattr(side, "per_step", None) or per_step
-                speeds.append(BLOCK * units / seconds)
+                speeds.append(units / seconds)
     return found
+
+
+Plan = tuple[str, str, Callable[[Path, argparse.Namespace], Ours], str, float]
+PLANS: tuple[Plan, ...] = (
+    ("SFT, answers only", "tokens/s", sft, "sft", 1.2),
+    ("SFT, trl's rows grouped by length", "tokens/s", sft, "sft_grouped", 1.2),
+    ("DPO, reference computed before", "tokens/s", lambda *a: dpo(*a, "cached"), "dpo_cached", 1.2),
+    ("DPO, live reference", "tokens/s", lambda *a: dpo(*a, "live"), "dpo", 1.2),
+    ("GRPO with its answers", "prompts/s", grpo, "grpo", 1.5),
+)
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
@@ -275,13 +367,15 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder)
-        chat, pair = sft_tokens(folder) * ROWS, pair_tokens(folder) * PAIRS
-        plans: list[tuple[str, str, Callable[[], tuple[Ours, Theirs]], float, float]] = [
-            ("SFT, answers only", "tokens/s", lambda: sft(folder, options), chat, 1.2),
-            ("DPO, reference computed before", "tokens/s", lambda: dpo(folder, options, True), pair, 1.2),
-            ("DPO, live reference", "tokens/s", lambda: dpo(folder, options, False), pair, 1.2),
-            ("GRPO with its answers", "prompts/s", lambda: grpo(folder, options), PROMPTS, 1.5),
-        ]
-        for name, unit, make, per_step, target in plans:
-            ours, theirs = in_turns(make(), options.rounds, per_step)
-            yield Row.from_turns(name, unit, ours, theirs, PEER, target=target)
+        for name, unit, make, peer, target in PLANS:
+            theirs = Theirs(peer, folder, options)
+            try:
+                ours, other = in_turns(make(folder, options), theirs, options.rounds)
+            finally:
+                theirs.close()
+            yield Row.from_turns(name, unit, ours, other, PEER, target=target)
+
+
+if __name__ == "__main__":
+    which, where, told = sys.argv[1:]
+    serve(which, Path(where), argparse.Namespace(**json.loads(told)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -30,7 +29,7 @@ class GrowingRows(SourceSettings):
 
 
 class GrowingRowsSource(SourceTransform):
-    """`fetch` cuts rows to a length that depends on the step alone, so a resumed run cuts them alike."""
+    """Rows are cut to a length that depends on the step alone, so a resumed run cuts them alike."""
 
     def __init__(self, inner: Source, first: int, steps: int) -> None:
         super().__init__(inner)
@@ -40,8 +39,8 @@ class GrowingRowsSource(SourceTransform):
         """Tokens of a row in step `step`."""
         return min(whole, self.first + step * (whole - self.first) // self.steps) if whole > self.first else whole
 
-    def fetch(self, step: int, slots: Sequence[int]) -> Batch:
-        """The samples of these slots, cut."""
-        batch = self.inner.fetch(step, slots)
-        length = self.length_at(step, batch["tokens"].shape[1])
+    def shown(self, step: int | None, batch: Batch) -> Batch:
+        """The samples, cut; whole where they are looked at outside any step."""
+        whole = batch["tokens"].shape[1]
+        length = whole if step is None else self.length_at(step, whole)
         return Batch(batch.slots_B, {name: field[:, :length] for name, field in batch.fields.items()})

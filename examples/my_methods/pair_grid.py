@@ -6,7 +6,6 @@ Shapes: B pairs, T positions of a row, F positions of a shape.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -54,9 +53,8 @@ class PairGridSource(SourceTransform):
         other.grid = grid
         return other
 
-    def fetch(self, step: int, slots: Sequence[int]) -> Batch:
+    def shown(self, step: int | None, batch: Batch) -> Batch:
         """The last `grid.frames` positions up to the end of each answer."""
-        batch = self.inner.fetch(step, slots)
         fields = dict(batch.fields)
         for side in SIDES:
             labels_BT = fields[f"{side}_labels"]

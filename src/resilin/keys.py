@@ -68,12 +68,14 @@ class Keys:
         step: from 0.
         slots_B: int64 (B,), the slots whose numbers are drawn; (1,) holding 0 for step-wide choices.
         path: the layers and calls folded in so far.
+        steps_B: int64 (B,), the step of each slot, where they are of several; the numbers are those of each step.
     """
 
     seed: int
     step: int
     slots_B: Tensor
     path: tuple[int | str, ...] = ()
+    steps_B: Tensor | None = None
 
     @staticmethod
     def of_step(seed: int, step: int) -> Keys:
@@ -86,7 +88,8 @@ class Keys:
 
     def rows(self, start: int, stop: int) -> Keys:
         """The keys of samples `start` to `stop`."""
-        return replace(self, slots_B=self.slots_B[start:stop])
+        steps_B = self.steps_B[start:stop] if self.steps_B is not None else None
+        return replace(self, slots_B=self.slots_B[start:stop], steps_B=steps_B)
 
     def bits(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
         """Uniform 32-bit words.
@@ -106,8 +109,9 @@ class Keys:
         counter = torch.empty(len(slots_B), blocks, 4, dtype=torch.int64, device=device)
         counter[..., 0] = torch.arange(blocks, device=device)
         counter[..., 1] = (slots_B & _MASK)[:, None]
-        counter[..., 2] = self.step & _MASK
-        counter[..., 3] = (self.step >> 32) & _MASK
+        step = self.step if self.steps_B is None else self.steps_B.to(device)[:, None]
+        counter[..., 2] = step & _MASK
+        counter[..., 3] = (step >> 32) & _MASK
         key = hash64(self.seed, *self.path)
         words = philox(counter, (key & _MASK, key >> 32))
         return words.reshape(len(slots_B), blocks * 4)[:, :numel].reshape(len(slots_B), *shape)

@@ -138,7 +138,10 @@ class Source(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """`(model, batch, keys) -> Loss`. State it adds (a teacher, a Fisher diagonal) is saved like any other."""
+    """`(model, batch, keys) -> Loss`. State it adds (a teacher, a Fisher diagonal) is saved like any other.
+
+    Optional: `unit`, what its units are in the plural ("images"; "tokens" where it does not say), for people to read.
+    """
 
     def __call__(self, model: nn.Module, batch: Batch, keys: Keys | None) -> Loss:
         """The loss sum, its units and logs; every random choice is drawn from `keys` (None: evaluation, none)."""
@@ -200,7 +203,10 @@ class BeforeStep(Protocol):
     """Optional on any noun, transform or sub-module: called before each step's batch is fetched."""
 
     def before_step(self, view: StepView) -> None:
-        """Re-select data, sample a budget, move a mask, ... as a function of the view only."""
+        """Re-select data, sample a budget, move a mask, ... as a function of the view only.
+
+        One that raises leaves its state as it was: the run saves what is committed, and a resume calls it again.
+        """
 
 
 @runtime_checkable

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from resilin.keys import Keys
@@ -78,8 +79,31 @@ class _Transform:
         return getattr(self.inner, name)
 
 
+def read_for(source: Any, step: int, slots: Sequence[int], samples: Sequence[int]) -> Batch:
+    """Samples of a pool (`resilin.data.pool`) as the slots of a step: who chooses the samples of a step asks for this.
+
+    A source decides how its samples are seen in a step (their shape, a random view) with a method of this name; one
+    without shows them as `read(samples)` does.
+
+    Args:
+        source: the pool.
+        step: the step they are for.
+        slots: the slot that each one takes.
+        samples: their numbers, as many.
+    """
+    if hasattr(source, "read_for"):
+        found: Batch = source.read_for(step, slots, samples)
+        return found
+    return Batch(torch.as_tensor(list(slots), dtype=torch.int64), source.read(samples).fields)
+
+
 class SourceTransform(_Transform):
-    """A source made of a source."""
+    """A source made of a source.
+
+    Override `shown` to change how samples are seen, whoever chooses them; `slots` and `fetch` to change which ones a
+    step has. What would go round an override is not passed on: the samples by number where `fetch` is overridden and
+    `read_for` is not, the source in another shape (`resampled`) where either is.
+    """
 
     inner: Source
 
@@ -90,9 +114,33 @@ class SourceTransform(_Transform):
         """How many slots step `step` has."""
         return self.inner.slots(step)
 
+    def shown(self, step: int | None, batch: Batch) -> Batch:
+        """What becomes of samples of the source behind; `step` is None where they are looked at outside any step."""
+        return batch
+
     def fetch(self, step: int, slots: Sequence[int]) -> Batch:
         """The samples of these slots."""
-        return self.inner.fetch(step, slots)
+        return self.shown(step, self.inner.fetch(step, slots))
+
+    def read(self, samples: Sequence[int]) -> Batch:
+        """Samples by number, where the source behind has such (see `resilin.data.pool.Pool`)."""
+        return self.shown(None, self.inner.read(samples))  # type: ignore[attr-defined]
+
+    def read_for(self, step: int, slots: Sequence[int], samples: Sequence[int]) -> Batch:
+        """Samples by number, as the slots of a step: see `read_for` above."""
+        if self._overrides("read"):
+            return Batch(torch.as_tensor(list(slots), dtype=torch.int64), self.read(samples).fields)
+        return self.shown(step, read_for(self.inner, step, slots, samples))
+
+    def _overrides(self, *names: str) -> bool:
+        return any(getattr(type(self), name) is not getattr(SourceTransform, name) for name in names)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pool_parts" and self._overrides("fetch") and not self._overrides("read_for"):
+            raise AttributeError(name)
+        if name == "resampled" and self._overrides("fetch", "shown"):
+            raise AttributeError(name)
+        return super().__getattr__(name)
 
     def __len__(self) -> int:
         """Batches of a validation source."""

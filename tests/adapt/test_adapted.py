@@ -168,6 +168,18 @@ def test_a_run_may_start_from_a_peft_folder_and_freeze_it(decoder, move, tmp_pat
         )
 
 
+def test_a_run_opens_without_the_weights_it_started_from(decoder, text: Path, tmp_path: Path) -> None:
+    save_pretrained(decoder(vocab_size=300, tie_embeddings=True), tmp_path / "base")
+    pretrained = {"use": "resilin.models.pretrained:Pretrained", "path": str(tmp_path / "base")}
+    run, _ = start_run(run_settings(text, model={"model": pretrained, "base_dtype": "bfloat16"}), tmp_path / "run")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    opened = open_model(str(tmp_path / "run")).model
+    tokens = TOKENS % run.source.vocab_size
+    with torch.no_grad():
+        expected = run.model.logits(run.model(tokens).hidden_BTD)
+        torch.testing.assert_close(opened.logits(opened(tokens).hidden_BTD), expected, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -175,11 +187,35 @@ def test_a_run_may_start_from_a_peft_folder_and_freeze_it(decoder, move, tmp_pat
         ({"load": {"first": "x"}}, "first stands in both adapters and load"),
         ({"adapters": {"first": {"method": "loora"}}}, r"did you mean 'lora'"),
         ({"adapters": {"first": {"rnak": 4}}}, r"did you mean 'rank'"),
+        (
+            {"adapters": {"first": {"method": "bat", "rank": 3}}},
+            r"model: adapter 'first': .*is 16 x 16 .*rank 3 should divide both sides: the nearest .*: 2 and 4",
+        ),
+        (
+            {"adapters": {"first": {"method": "mini", "rank": 3, "mini_rank": 5}}},
+            r"mini_rank 5 should divide the outputs: the nearest that fit all 14 maps: 4 and 8",
+        ),
+        (
+            {"adapters": {"first": {"targets": ["q_prj"]}}},
+            r"adapter 'first': \('q_prj',\) matches no linear map; did you mean q_proj",
+        ),
     ],
 )
-def test_settings_that_do_not_fit(text: Path, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_are_told_before_any_data_are_read(
+    text: Path, changes: dict[str, Any], message: str
+) -> None:
+    text.unlink()
     with pytest.raises(ValueError, match=message):
         run_settings(text, model=changes)
+
+
+def test_a_pretrained_base_is_looked_at_too_and_may_be_missing(decoder, text: Path, tmp_path: Path) -> None:
+    pretrained = {"use": "resilin.models.pretrained:Pretrained", "path": str(tmp_path / "base")}
+    wrong = {"model": pretrained, "adapters": {"first": {"method": "bat", "rank": 7}}}
+    run_settings(text, model=wrong)  # which no one can tell before the folder is there
+    save_pretrained(decoder(), tmp_path / "base")
+    with pytest.raises(ValueError, match=r"rank 7 should divide both sides: the nearest .*: 4 and 8"):
+        run_settings(text, model=wrong)
 
 
 def test_composes_with_an_adapted_model_underneath(decoder) -> None:

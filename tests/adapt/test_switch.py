@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from resilin.adapt.attach import attach
 from resilin.adapt.merge import merge, unmerge
 from resilin.adapt.settings import AdapterSettings
-from resilin.adapt.switch import use_adapters, with_adapters, without_adapters
+from resilin.adapt.switch import before_training, use_adapters, with_adapters, without_adapters
 from resilin.adapt.targets import AdapterError
 from resilin.models.decoder import Decoder
 from resilin.models.plain import make_plain
@@ -102,6 +102,41 @@ def test_without_adapters_trained_biases_and_modules_are_the_old_ones_too(decode
         assert torch.equal(logits(model), logits(plain))
     assert torch.equal(logits(model), adapted)
     assert not torch.allclose(adapted, logits(plain))
+
+
+def test_before_training_frozen_adapters_stay_on(decoder, settings, move) -> None:
+    start = decoder({"old": settings("bat_col")})
+    move(start, 0.1)
+    model = decoder({"old": settings("bat_col")})
+    move(model, 0.1)
+    model.requires_grad_(False)
+    attach(model, {"new": settings("lora")})
+    assert torch.equal(logits(model), logits(start))
+    move(model, 0.2, "new")
+    moved = logits(model)
+    with before_training(model):
+        assert torch.equal(logits(model), logits(start))
+    assert torch.equal(logits(model), moved)
+    assert not torch.allclose(moved, logits(start), atol=1e-2)
+
+
+def test_an_adapter_that_came_with_values_and_is_trained_further_has_no_before(decoder, settings, tmp_path) -> None:
+    from resilin.adapt.peft_folder import load_adapter, save_adapter
+
+    save_adapter(decoder({"x": settings("miss")}), tmp_path, "x")
+    model = decoder()
+    load_adapter(model, tmp_path, "sft")
+    before = logits(model)
+    with (
+        pytest.raises(AdapterError, match=r"'sft' was loaded with values and is trained further.*frozen = \['sft'\]"),
+        before_training(model),
+    ):
+        pass
+    assert torch.equal(logits(model), before)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with before_training(model):  # nothing is trained: nothing is switched off
+        assert torch.equal(logits(model), before)
 
 
 def test_wrong_names_strengths_and_moments(three, one) -> None:

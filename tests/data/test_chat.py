@@ -181,6 +181,9 @@ def test_a_chat_source_learns_each_answer_once_and_keeps_conversations_apart(cha
                 labels[labels != -100].tolist(), skip_special=False
             ).split("<|im_end|>")[:-1]
             assert torch_restarts(documents.tolist(), positions.tolist())
+            padding = int((documents == -1).sum())
+            assert documents[len(documents) - padding :].eq(-1).all()
+            assert padding > 0 or packing == "documents"
     assert answers == ["y" * n for n in range(1, 41)]
 
 

@@ -104,6 +104,21 @@ def test_of_equally_probable_choices_the_first_is_picked(twins, tokenizer: Token
     assert (got.acc, got.acc_norm, got.answers[0].picked) == (0.0, 0.0, 0)
 
 
+def test_several_right_choices_share_the_probability_and_any_of_them_is_a_right_pick(
+    twins, tokenizer: Tokenizer
+) -> None:
+    choices = ("blue", "red", "that there is no answer")
+    one, two = (Question("The answer is", choices, 1, also) for also in ((), (2,)))
+    got = answer_questions(twins.ours, tokenizer, [one, two])
+    alone, both = (torch.tensor(answer.logprobs, dtype=torch.float64).softmax(0) for answer in got.answers)
+    assert got.answers[0].share == pytest.approx(float(alone[1]))
+    assert got.answers[1].share == pytest.approx(float(both[1] + both[2]))
+    assert got.mc2 == pytest.approx(float(alone[1] + both[1] + both[2]) / 2)
+    assert got.chance == pytest.approx(0.5)
+    picked = got.answers[0].picked
+    assert got.acc == ((picked == 1) + (picked in (1, 2))) / 2
+
+
 def test_no_questions_are_an_error(twins, tokenizer: Tokenizer) -> None:
     with pytest.raises(QuestionError, match="no questions"):
         answer_questions(twins.ours, tokenizer, [])
@@ -112,7 +127,7 @@ def test_no_questions_are_an_error(twins, tokenizer: Tokenizer) -> None:
 def test_the_standard_error_is_that_of_a_sample_mean(twins: object) -> None:
     from resilin.evaluate.multiple_choice import ChoiceScore
 
-    score = ChoiceScore(5, 0.4, 0, 0, 0, 0, ())
+    score = ChoiceScore(5, 0.4, 0, 0, 0, 0, 0, ())
     outcomes = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0])
     assert score.standard_error(0.4) == pytest.approx(float(outcomes.std() / 5**0.5))
 

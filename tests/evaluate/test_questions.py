@@ -32,8 +32,23 @@ from resilin.evaluate.questions import Question, QuestionError, parse_question, 
             Question("Facts.\nQuestion: Q?\nAnswer:", ("s", "t"), 0),
         ),
         ({"query": "", "choices": ["x", "y"], "gold": 0}, Question("", ("x", "y"), 0)),
+        (
+            {"question": "Q?", "mc2_targets": {"choices": ["s", "t", "u"], "labels": [0, 1, 1]}},
+            Question("Question: Q?\nAnswer:", ("s", "t", "u"), 1, (2,)),
+        ),
     ],
-    ids=["query", "options", "hellaswag", "piqa", "arc", "letter", "text-before-index", "context-question", "empty"],
+    ids=[
+        "query",
+        "options",
+        "hellaswag",
+        "piqa",
+        "arc",
+        "letter",
+        "text-before-index",
+        "context-question",
+        "empty",
+        "truthful",
+    ],
 )
 def test_the_usual_field_names_are_understood(row: dict[str, Any], expected: Question) -> None:
     assert parse_question(row) == expected
@@ -76,7 +91,7 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str | bytes, says: str) -> 
 
 def test_a_template_that_asks_for_a_field_the_line_lacks_is_named(tmp_path: Path) -> None:
     row = {"query": "a", "choices": ["x", "y"], "gold": 0}
-    with pytest.raises(QuestionError, match=r"\{question\}.*text fields: 'query'"):
+    with pytest.raises(QuestionError, match=r"\{question\}.*such columns: 'query'"):
         parse_question(row, "{question}")
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from resilin.config import SettingsError
 from resilin.multigrid.sub_batch_norm import SubBatchNorm
 from resilin.run.events import Evaluated, Event, Saved, StepDone
+from resilin.run.progress import RunProgress
 from resilin.run.run import Run
 
 Tree = dict[str, Any]
@@ -145,7 +146,7 @@ def test_precise_statistics_are_means_over_batches_of_the_base_shape(grid_tree: 
     first.register_forward_hook(lambda _m, _i, out: outputs.append(out.detach()))
     source: Any = run.source
     for number in range(2):
-        batch = source.base_batch(2, number)
+        batch = source.base_batch(2, number, range(source.base_slots(2, number)))
         assert batch["inputs"].shape == (16, 3, 2, 11, 11)
         twin(batch["inputs"])
     k = norm.splits
@@ -171,11 +172,73 @@ def test_too_small_batches_for_the_base_are_mentioned_once(
     assert capsys.readouterr().err.count("batch norm sees 4 samples in the finest shape, fewer than base = 8") == 1
 
 
+def test_throughput_counts_clips_and_no_share_of_a_peak_of_tokens(plain_tree: Tree, make_run: Make) -> None:
+    run, progress = make_run(plain_tree, steps=2), RunProgress()
+    run.listeners = (progress.see,)
+    run.train()
+    assert run.started is not None
+    assert (run.started.unit, run.started.flops_per_unit) == ("clips", None)
+    assert " clips/s" in progress.pace()
+
+
+def test_validation_averages_over_clips_and_crops(plain_tree: Tree, make_run: Make) -> None:
+    tree = copy.deepcopy(plain_tree)
+    tree["source"] = {**tree["source"], "validation_clips": 2, "views": {"scale": [16, 20], "validation_crops": 3}}
+    run = make_run(tree, steps=1)
+    views = run.validation["validation"].fetch(0, range(4))["views"]
+    assert views.shape[:2] == (4, 6)
+    found = run.evaluate()["validation"]
+    run.model.eval()
+    with torch.no_grad():
+        p_BK = torch.stack([run.model(views[:, v]).softmax(-1) for v in range(6)]).mean(0)
+    labels = run.validation["validation"].fetch(0, range(4))["labels"]
+    assert found["nll"] == pytest.approx(-p_BK[torch.arange(4), labels].log().mean().item(), rel=1e-4)
+
+
 def test_a_model_without_batch_norm_is_refused(grid_tree: Trees, make_run: Make) -> None:
     tree = grid_tree()
     tree["model"] = {**tree["model"], "model": {"use": "resilin.vision.vit:ViT", "classes": 2, "layers": 1}}
     with pytest.raises(SettingsError, match="has no batch norm to split"):
         make_run(tree)
+
+
+@pytest.mark.parametrize(
+    ("mode", "multipliers"),
+    [
+        ({"long_cycle": False}, {4, 2, 1}),
+        ({"short_cycle": False}, {4, 1}),
+        ({"finetune_short_cycle": False}, {8, 4, 2, 1}),
+    ],
+)
+def test_every_mode_of_the_paper_trains(
+    grid_tree: Trees, make_run: Make, mode: dict[str, bool], multipliers: set[int]
+) -> None:
+    run = make_run(grid_tree(**mode))
+    events, schedule = heard(run), run.source.grid_schedule  # type: ignore[attr-defined]
+    assert run.train().reason == "completed"
+    units = [event.units for event in events if isinstance(event, StepDone)]
+    assert units == [4 * schedule.phase(step).multiplier for step in range(schedule.total)]
+    assert {unit // 4 for unit in units} == multipliers
+    if "finetune_short_cycle" in mode:
+        assert set(units[schedule.segments[-1].steps[0] :]) == {4}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_takes_the_same_course(grid_tree: Trees, make_run: Make) -> None:
+    losses = []
+    for device in ("cpu", "cuda"):
+        tree = grid_tree()
+        tree["train"] = {**tree["train"], "device": device}
+        run = make_run(tree)
+        events = heard(run)
+        assert run.train().reason == "completed"
+        assert {p.device.type for p in run.model.state_dict().values()} == {device}
+        losses.append([event.loss for event in events if isinstance(event, StepDone)])
+    assert losses[1][:5] == pytest.approx(losses[0][:5], rel=0.02)
+    halves = grid_tree()
+    halves["train"], halves["precision"] = {**halves["train"], "device": "cuda"}, {"compute": "bf16"}
+    assert make_run(halves).train().reason == "completed"
 
 
 def test_series_train_on_shorter_and_longer_windows(plain_tree: Tree, make_run: Make, tmp_path: Path) -> None:

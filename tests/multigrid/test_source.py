@@ -79,7 +79,8 @@ def test_the_end_of_the_data_shortens_the_last_batch_and_loses_nothing(numbered:
         step += 1
     assert sum(counts) == 150
     assert step < source.grid_schedule.total
-    assert source.base_batch(step, 0) is None
+    assert source.base_slots(step, 0) == 0
+    assert source.base_slots(0, 0) == 8
 
 
 def test_off_is_the_source_behind(numbered: dict[str, Any]) -> None:

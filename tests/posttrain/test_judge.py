@@ -16,10 +16,8 @@ from resilin.posttrain.judge import (
     Candidates,
     RuleRater,
     TeacherRater,
-    draw_models,
     judge,
     read_candidates,
-    respond,
 )
 from resilin.posttrain.verifiers import find_verifier
 from resilin.posttrain.verifiers.judged import Judged
@@ -138,20 +136,12 @@ def test_rows_without_answers_to_compare_are_told(value: dict[str, Any], message
         read_candidates(Row(value, "r.jsonl, line 9"), own_model="mine")
 
 
-def test_answers_come_from_the_own_model_and_others_of_the_pool() -> None:
-    names = ["own", "a", "b", "c", "d", "e"]
-    drawn = [draw_models(f"q{n}", names, "own", 4) for n in range(60)]
-    assert all(models[0] == "own" and len(set(models)) == 4 for models in drawn)
-    assert {name for models in drawn for name in models} == set(names)
-    pool = {name: ScriptedTeacher(lambda request, n, name=name: f"{name} says") for name in names}  # type: ignore[misc]
-    pool["a"] = ScriptedTeacher({})  # fails: its answers are missing, the others are there
-    made = respond([Row({"prompt": f"q{n}"}, "") for n in range(20)], pool, "own", count=4)
-    for number, value in enumerate(made):
-        models = draw_models(f"q{number}", names, "own", 4)
-        assert [one["model"] for one in value["responses"]] == [name for name in models if name != "a"]
-        assert all(one["text"] == f"{one['model']} says" for one in value["responses"])
-    with pytest.raises(ValueError, match="'me' among them"):
-        respond([], pool, "me")
+def test_equal_answers_make_no_pair_however_they_are_rated() -> None:
+    rules = iter([5.0, 1.0, 5.0, 1.0, 2.0])
+    judged = judge(candidates(row("p", "same", "same "), row("q", "a", "a", "b")), RuleRater(lambda q, a: next(rules)))
+    assert judged.dropped == {"all answers rated alike": 1}
+    (made,) = judged.rows
+    assert made["rejected"][0]["content"] == "b"
 
 
 class Rule(TeacherSettings):

@@ -153,10 +153,11 @@ def test_wpo_weights_are_at_most_one_and_carry_no_gradient() -> None:
 
 @pytest.mark.parametrize("loss", ["dpo", "dpo_norm", "ipo", "simpo", "wpo"])
 @pytest.mark.parametrize("chunk", [None, 0, 2])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # rows joined, and rows padded
 def test_the_result_does_not_depend_on_padding_splitting_or_chunks(
-    tiny: Any, pairs: Any, loss: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, pairs: Any, loss: str, chunk: int | None, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy, reference = tiny(0), tiny(1)
+    policy, reference = (tiny(seed, attention_backend=attention) for seed in (0, 1))
     whole = gradient(policy, loss_of(reference, loss=loss), pairs(LENGTHS))
     objective = loss_of(reference, loss=loss, chunk=chunk)
     padded = pairs(LENGTHS, width=23)

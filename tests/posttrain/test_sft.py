@@ -53,6 +53,23 @@ def model_of(tiny: Any, source: Any) -> nn.Module:
     return tiny(0, vocab_size=source.vocab_size, max_positions=128)
 
 
+@pytest.mark.parametrize("documents", [True, False])
+def test_only_positions_that_decide_something_are_computed(tiny: Any, source: Any, documents: bool) -> None:
+    batch = source.fetch(0, range(8))
+    if not documents:
+        batch = Batch(batch.slots_B, {name: batch[name] for name in ("tokens", "labels")})
+    lean, whole = (tiny(0, vocab_size=source.vocab_size, attention_backend=way) for way in ("sdpa", "eager"))
+    sizes: list[int] = []
+    lean.embed.register_forward_hook(lambda module, args, output: sizes.append(output.shape[:2].numel()))
+    mine, expected = (step(model, batch, 8, NextToken().build()) for model in (lean, whole))
+    has_label = batch["labels"] != -100
+    assert sizes == [int(sum(int(row.nonzero().max()) + 1 for row in has_label))]
+    assert sizes[0] < 0.7 * has_label.numel()
+    assert mine[0].loss == pytest.approx(expected[0].loss, rel=1e-12)
+    for a, b in zip(mine[1], expected[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_loss_and_gradient_do_not_depend_on_the_split(tiny: Any, source: Any) -> None:
     model, batch = model_of(tiny, source), source.fetch(0, range(8))
     whole = step(model, batch, 8, NextToken().build())

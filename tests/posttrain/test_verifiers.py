@@ -209,6 +209,8 @@ def test_code_is_run_against_its_assertions() -> None:
     assert Code(execute=True, threshold=0.7)([], text, tests) == 0.0
     assert code([], "def add(a, b: syntax error", tests) == 0.0
     assert code([], "import sys; sys.exit(0)", tests) == 0.0
+    several = [Answer((), f"x = {n}", ["assert x % 2 == 0", "assert x < 3"]) for n in range(7)]
+    assert code.scores(several) == [code.score(answer) for answer in several] == [1.0, 0.5, 1.0, 0.0, 0.5, 0.0, 0.5]
 
 
 def test_code_is_ended_by_its_limits() -> None:

@@ -12,7 +12,6 @@ from resilin.keys import Keys
 from resilin.models.settings import ModelContext
 from resilin.objective.next_token import NextToken
 from resilin.recipes.bone import analyse
-from resilin.recipes.bone.base import TrainedHere
 from resilin.recipes.bone.data import Adaptation, AdaptationLoss
 from resilin.recipes.cells import cells, check
 from resilin.recipes.findings import Evaluation, RunRecord, Study, Trial
@@ -99,9 +98,10 @@ def test_the_recipe_fits_and_its_arms_have_the_same_number_of_parameters() -> No
     for arm, settings in one.items():
         from resilin.adapt.attach import attach, trainable_count
 
-        base = settings.model.run.model.build(ModelContext(0, 260))
+        base = settings.model.settings(seed=3).model.build(ModelContext(0, 260))
         attach(base, settings.adapters)
         counts[arm] = trainable_count(base)
+        assert settings.model.settings(seed=3).seed == 0  # one base for all seeds
     assert counts["lora"] == counts["rslora"] == counts["miss"] == counts["bat_col"]
     assert counts["lora"] < counts["dora"] < 1.07 * counts["lora"]
 
@@ -132,21 +132,3 @@ def test_held_out_batches_hold_both_tasks_and_the_loss_tells_them_apart(source: 
     first = train.fetch(0, range(4))
     keys = Keys(0, 0, first.slots_B)
     assert torch.equal(loss(model, first, keys).sum, plain(model, first, keys).sum)
-
-
-def test_the_base_is_trained_once_and_read_back(source: Adaptation, tmp_path: Path) -> None:
-    run = {
-        "source": source.original.model_dump(mode="json") | {"use": "resilin.recipes.standard_library:StandardLibrary"},
-        "model": {"hidden_size": 16, "layers": 1, "heads": 2},
-        "train": {"steps": 3, "batch_size": 2, "device": "cpu", "threads": 1},
-        "evaluation": {"every": 0},
-    }
-    settings = TrainedHere.model_validate({"run": run, "cache": tmp_path})
-    first = settings.build(ModelContext(7, 260))
-    written = settings.weights.stat().st_mtime_ns
-    again = settings.build(ModelContext(8, 260))
-    assert settings.weights.stat().st_mtime_ns == written
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("base-") and path.is_dir()]
-    other = TrainedHere.model_validate({"run": {**run, "seed": 1}, "cache": tmp_path})
-    assert other.weights != settings.weights

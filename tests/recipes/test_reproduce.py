@@ -133,6 +133,19 @@ def test_an_interrupted_run_resumes_to_the_same_record(request_of):
     assert resumed.evaluations == whole.evaluations
 
 
+def test_what_other_settings_began_is_begun_anew(request_of):
+    job = job_of(request_of())
+    whole = train(job_of(request_of(), "whole"), threads=1)
+    stop = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None  # noqa: E731
+    other = job.settings.optimizer.model_copy(update={"lr": 0.5})
+    begun = dataclasses.replace(job, settings=job.settings.model_copy(update={"optimizer": other}))
+    assert train(begun, 1, stop) is None
+    seen = []
+    record = train(job, 1, seen.append)
+    assert seen[0] == 0
+    assert record.series["loss"] == whole.series["loss"]
+
+
 def test_a_record_made_by_other_settings_or_series_is_not_believed(request_of):
     request = request_of()
     job = job_of(request)

@@ -92,3 +92,18 @@ def test_a_failed_or_misfit_earlier_run_is_told(tree: dict[str, Any], tmp_path: 
         Stage(run=wild, folder=tmp_path).build(ModelContext(0, None))
     with pytest.raises(StageError, match="knows 260 tokens, the source's tokenizer has 999"):
         Stage(run=tree, folder=tmp_path).build(ModelContext(0, 999))
+
+
+def test_earlier_runs_are_forgotten_wherever_settings_hold_them(tree: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "stages"
+    dense = {"use": "resilin.recipes.stage:Stage", "run": tree, "folder": str(folder)}
+    sparse = {"use": "resilin.sparsity.settings:Sparse", "model": dense}
+    inner = {**tree, "model": {"use": "resilin.recipes.stage:Stage", "run": {**tree, "model": sparse}}}
+    inner["model"]["folder"] = str(folder)
+    settings = parse_settings(RunSettings, inner, "x")
+    build_run(settings)
+    assert len(list(folder.glob("*/model.safetensors"))) == 2
+    stage.forget_stages(settings.model_copy(update={"seed": 1}))  # those of another seed are not its own
+    assert len(list(folder.glob("*/model.safetensors"))) == 2
+    stage.forget_stages(settings)
+    assert not list(folder.glob("*/model.safetensors"))

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from resilin.adapt.adapted import Adapted
+from resilin.adapt.settings import AdapterSettings
 from resilin.models.decoder_settings import MoESettings
+from resilin.models.settings import ModelContext
 from resilin.nouns import Batch, Loss
 from resilin.objective.next_token import NextToken
 from resilin.steer.sample_gradients import sample_gradients, trainable
@@ -104,6 +107,29 @@ def test_an_unknown_module_goes_through_its_own_pull_back(kit: Any) -> None:
     loop = sample_gradients(model, OBJECTIVE, batch_of(), way="loop")
     torch.testing.assert_close(batched, loop, rtol=1e-4, atol=1e-6)
     assert float(batched["blocks.0.mlp.scale"].abs().max()) > 0
+
+
+@pytest.mark.parametrize("method", ["miss", "bat_row", "lora", "dora"])
+def test_adapters_alone_are_asked_for_in_one_pass(kit: Any, method: str) -> None:
+    settings = kit.tiny_model().settings
+    adapted = Adapted(model=settings, adapters={"default": AdapterSettings(method=method, rank=4)})
+    model = adapted.build(ModelContext(0, None))
+    for number, parameter in enumerate(model.parameters()):
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    batched = sample_gradients(model, OBJECTIVE, batch_of(), way="batched")
+    loop = sample_gradients(model, OBJECTIVE, batch_of(), way="loop")
+    assert all(".adapters.default." in name for name in batched)
+    torch.testing.assert_close(batched, loop, rtol=1e-4, atol=1e-6)
+    assert all(float(gradient[0].abs().max()) > 0 for gradient in batched.values())
+
+
+def test_a_parameter_that_no_module_is_seen_to_use_is_named(kit: Any) -> None:
+    model = kit.tiny_model()
+    model.extra = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"parameter 'extra' is not used through a module; use way='loop'"):
+        sample_gradients(model, OBJECTIVE, batch_of(), way="batched")
+    assert float(sample_gradients(model, OBJECTIVE, batch_of())["extra"].abs().max()) == 0
 
 
 def test_experts_fall_back_to_the_loop_and_say_so_when_asked(kit: Any) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from resilin.data.errors import DataError
 from resilin.data.settings import SourceContext
+from resilin.run.settings import RunSettings
 from resilin.steer.flex import FlexSchedule
 from resilin.steer.less import LESS
 from resilin.steer.look import Look
@@ -99,7 +100,8 @@ def test_a_run_stopped_anywhere_and_continued_ends_with_the_same_bits(kit: Any, 
     def build() -> Any:
         return kit.make_run(selected(kit, selector=selector))
 
-    kit.check_resume(build, 7, cuts=(2, 4))
+    # Without a look every step is cheap to stop at.
+    kit.check_resume(build, 7, cuts=range(1, 7) if isinstance(selector, Random) else (2, 4))
 
 
 def test_looking_leaves_no_trace_on_the_model(kit: Any) -> None:
@@ -147,8 +149,13 @@ def test_a_selection_that_cannot_be_trained_on_is_refused_by_name(kit: Any, kind
 
 
 def test_a_window_larger_than_the_pool_is_refused_when_built(kit: Any) -> None:
-    with pytest.raises(DataError, match=r"4 x 13 = 52 different samples and the pool has 48.*at most 12"):
+    expected = (
+        r"steps 2 to 14 needs 52 different samples \(up to 4 a step\) and the pool has 48: lower .*update_steps to 12"
+    )
+    with pytest.raises(DataError, match=expected):
         selected(kit, update_steps=13)
+    with pytest.raises(DataError, match=r"needs 4 different samples .* and the pool has 3: lower train.batch_size"):
+        selected(kit, update_steps=1, source=kit.Rows(parts=(3,)))
     with pytest.raises(DataError, match=r"both 0"):
         selected(kit, warmup_steps=0, update_times=0)
 
@@ -195,10 +202,81 @@ def test_an_endless_flex_epoch_is_a_pass_over_the_pool(kit: Any) -> None:
     assert source.schedule.update_times == 4  # 48 samples / 4 slots = 12 steps = 2 + 4 * 3 (the last one is cut short)
 
 
-def test_a_checkpoint_of_another_selector_is_refused(kit: Any) -> None:
-    one, other = selected(kit), selected(kit, selector=LossBand())
-    with pytest.raises(DataError, match=r"another selector"):
-        other.load_state_dict(one.state_dict())
+def test_another_selector_decides_anew_where_a_checkpoint_stands_and_other_data_are_refused(kit: Any) -> None:
+    one, other, elsewhere = selected(kit), selected(kit, selector=LossBand()), selected(kit, source=kit.Rows(seed=5))
+    run = kit.make_run(one, steps=3)
+    run.train()
+    with pytest.raises(DataError, match="other rows"):
+        elsewhere.load_state_dict(one.state_dict())
+    again = selected(kit)
+    again.load_state_dict(one.state_dict())
+    assert torch.equal(again._chosen, one._chosen)
+    other.load_state_dict(one.state_dict())
+    with pytest.raises(DataError, match="not chosen yet"):
+        other.fetch(3, [0])
+    other.before_step(kit.make_run(other)._view())
+    assert len(other._chosen) > 0
+
+
+class Later(Selector):
+    """Right at first; what it does at its second selection is up to the file `how`."""
+
+    how: Path
+
+    def select(self, look: Look) -> list[int]:
+        look.memory["calls"] = look.memory.get("calls", 0) + 1
+        start = look.memory["calls"] * 3
+        made = list(range(start, start + look.count))
+        if look.memory["calls"] == 2:
+            kind = self.how.read_text()
+            made = {"right": made, "few": made[:-1], "repeats": [made[0], *made[:-1]]}[kind]
+        return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("few", r"selector Later gave 11 samples; this window needs exactly 12"),
+     ("repeats", r"selector Later gave sample 6 2 times")],
+)  # fmt: skip
+def test_a_selector_that_fails_in_a_run_loses_nothing_and_the_run_goes_on_once_it_is_mended(
+    kit: Any, tmp_path: Path, kind: str, message: str
+) -> None:
+    from resilin.run.build import build_run
+    from resilin.run.start import start_run
+
+    how = tmp_path / "how"
+    settings = RunSettings.model_validate(
+        {
+            "source": Selected(
+                source=kit.Rows(), selector=Later(how=how), warmup_steps=2, update_steps=3, update_times=2
+            ),
+            "model": {"vocab_size": 16, "hidden_size": 16, "layers": 1, "heads": 2},
+            "train": {"steps": 8, "batch_size": 4, "device": "cpu", "threads": 1},
+            "precision": {"compute": "fp32"},
+            "evaluation": {"every": 0},
+            "checkpoint": {"every": 0},
+            "log": {"live": False, "tensorboard": False},
+        }
+    )
+    how.write_text("right")
+    whole = build_run(settings)
+    whole.train()
+    how.write_text(kind)
+    with pytest.raises(SelectionError, match=message):
+        start_run(settings, tmp_path / "run")
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    failure = next(event for event in events if event["event"] == "failure")
+    assert failure["step"] == 5
+    assert "selector Later" in failure["message"]
+    assert [event["step"] for event in events if event["event"] == "save"] == [5], "five steps were committed"
+    how.write_text("right")
+    run, outcome = start_run(settings, tmp_path / "run", resume=True)
+    assert outcome.reason == "completed"
+    assert kit.same(whole.state_dict(), run.state_dict())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "selections.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 5]
+    stored = json.loads((tmp_path / "run" / lines[2]["file"]).read_text())
+    assert stored["indices"]["values"] == list(range(6, 18))
 
 
 def test_a_selector_of_the_users_own_file_is_found_by_its_path(

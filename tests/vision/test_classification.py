@@ -37,6 +37,26 @@ def test_top_1_and_top_5_count_hits() -> None:
     assert "top5" not in Classification().build()(nn.Identity(), few, None).logs
 
 
+def test_several_views_are_judged_by_their_mean_prediction() -> None:
+    views_BVK = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(1))
+    labels_B, seen = torch.tensor([0, 3, 6, 2, -100]), []
+
+    class Watching(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            seen.append(inputs)
+            return inputs
+
+    loss = Classification().build()(Watching(), Batch(torch.arange(5), {"views": views_BVK, "labels": labels_B}), None)
+    assert [tuple(x.shape) for x in seen] == [(5, 7)] * 3, "as much memory as single views"
+    p_BK = views_BVK.softmax(-1).mean(1)
+    assert loss.sum.item() == pytest.approx(-p_BK[torch.arange(4), labels_B[:4]].log().sum().item(), rel=1e-5)
+    assert loss.logs["top1"].value() == (p_BK.argmax(-1)[:4] == labels_B[:4]).float().mean().item()
+    one = Batch(torch.arange(5), {"views": views_BVK[:, :1], "labels": labels_B})
+    plain = Batch(torch.arange(5), {"inputs": views_BVK[:, 0], "labels": labels_B})
+    both = [Classification(label_smoothing=0.1).build()(nn.Identity(), batch, None) for batch in (one, plain)]
+    assert both[0].sum.item() == pytest.approx(both[1].sum.item(), rel=1e-6)
+
+
 def test_samples_without_a_label_are_no_units() -> None:
     batch = batch_of()
     labels = batch["labels"].clone()

@@ -7,7 +7,17 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilin.vision.grid import centre_box, crop_box, frame_indices, jitter_range, pick, stride_range
+from resilin.vision.grid import (
+    Box,
+    Grid,
+    centre_box,
+    crop_box,
+    frame_indices,
+    jitter_range,
+    pick,
+    spread_box,
+    stride_range,
+)
 
 uniform = st.floats(0, 1, exclude_max=True)
 
@@ -38,6 +48,28 @@ def test_a_box_lies_in_the_picture(height: int, width: int, size: int, scale: in
         assert box.left >= 0
         assert box.top + box.side <= height
         assert box.left + box.side <= width
+
+
+@given(height=st.integers(8, 60), width=st.integers(8, 60), size=st.integers(1, 8), count=st.integers(1, 5))
+def test_validation_crops_reach_both_ends_of_the_longer_side(height: int, width: int, size: int, count: int) -> None:
+    boxes = [spread_box(height, width, size, 8, number, count) for number in range(count)]
+    assert spread_box(height, width, size, 8, 0, 1) == centre_box(height, width, size, 8)
+    assert all(0 <= b.top <= height - b.side and 0 <= b.left <= width - b.side for b in boxes)
+    if count > 1:
+        ends = [(b.left, width - b.side) if width >= height else (b.top, height - b.side) for b in boxes]
+        assert (ends[0][0], ends[-1][0]) == (0, ends[-1][1])
+        steps = [b[0] - a[0] for a, b in itertools.pairwise(ends)]
+        assert max(steps) - min(steps) <= 1
+
+
+def test_the_left_middle_and_right_crop_of_a_wide_picture() -> None:
+    assert [spread_box(256, 340, 224, 256, n, 3) for n in range(3)] == [
+        Box(16, 0, 224), Box(16, 58, 224), Box(16, 116, 224)
+    ]  # fmt: skip
+
+
+def test_samples_are_called_by_their_axes() -> None:
+    assert [g.kind for g in (Grid(8, 32), Grid(size=32), Grid(frames=8))] == ["clips", "images", "series"]
 
 
 def test_full_size_is_the_identity_grid() -> None:

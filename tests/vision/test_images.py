@@ -66,6 +66,25 @@ def test_a_slot_holds_the_same_whoever_asks(image_folder: Path, tmp_path: Path) 
     assert not torch.equal(other["inputs"], whole["inputs"])
 
 
+def test_an_image_by_number_looks_fixed_outside_a_step_and_as_its_slot_inside(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    views = {"scale": [12, 18], "brightness": 0.3}
+    source = folder(image_folder, tmp_path, views=views).build(TRAIN)
+    fixed = folder(image_folder, tmp_path, views=views, augment=False).build(TRAIN)
+    assert source.pool_parts == (12,)
+    whole = source.fetch(2, range(5))
+    numbers = source.order.row_of(2, range(5)).tolist()
+    assert torch.equal(source.read(numbers)["inputs"], fixed.fetch(2, range(5))["inputs"])
+    assert not torch.equal(source.read(numbers)["inputs"], whole["inputs"])
+    part = source.read_for(2, [4, 1], [numbers[4], numbers[1]])
+    assert part.slots_B.tolist() == [4, 1]
+    assert torch.equal(part["inputs"], whole["inputs"][[4, 1]])
+    assert torch.equal(part["labels"], whole["labels"][[4, 1]])
+    with pytest.raises(DataError, match="sample 12 is not in the pool"):
+        source.read([12])
+
+
 def test_an_epoch_reads_each_image_once(image_folder: Path, tmp_path: Path) -> None:
     source = folder(image_folder, tmp_path, epochs=1).build(TRAIN)
     rows = [row for step in range(len(source)) for row in source.order.row_of(step, range(source.slots(step)))]
@@ -193,3 +212,16 @@ def test_resuming_on_other_data_or_another_seed_is_refused(image_folder: Path, t
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(SettingsError, match="smaller one first"):
         parse_settings(ImageFolder, {"path": "x", "size": 8, "views": {"scale": [9, 8]}}, "test")
+
+
+def test_validation_crops_of_a_tall_picture_go_from_top_to_bottom(tmp_path: Path) -> None:
+    pixels = np.arange(4 * 12 * 8, dtype=np.uint32).reshape(4, 12, 8).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", images=pixels, labels=np.arange(4) % 2)
+    tree = {"path": tmp_path / "x.npz", "size": 8, "held_out": {"fraction": 0.5}, **IDENTITY}
+    held = parse_settings(Arrays, {**tree, "views": {"validation_crops": 3}}, "test").build(VALIDATION)
+    batch = held.fetch(0, range(2))
+    rows = held.rows_N[held.order.row_of(0, range(2))]
+    for b, row in enumerate(rows):
+        for number, top in enumerate((0, 2, 4)):
+            wanted = torch.from_numpy(pixels[row, None, top : top + 8].astype(np.float32)) / 255
+            assert torch.equal(batch["views"][b, number], wanted)

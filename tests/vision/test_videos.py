@@ -83,14 +83,37 @@ def test_clips_depend_on_seed_step_and_slot_alone(tmp_path: Path, make_video: Ma
     assert not torch.equal(settings.build(SourceContext(2, "train", 4)).fetch(1, range(4))["inputs"], whole)
 
 
-def test_several_validation_clips_stay_on_their_side_of_the_split(tmp_path: Path, make_video: Maker) -> None:
+def test_validation_shows_clips_from_begin_to_end_and_crops_from_side_to_side(
+    tmp_path: Path, make_video: Maker
+) -> None:
+    shown = make_video(tmp_path / "a.mp4").astype(np.float32) / 255
+    entries = [{"file": "a.mp4", "label": n % 2} for n in range(4)]
+    views = {"scale": [32, 32], "validation_crops": 3}
+    more = {"size": 32, "normal": {"mean": [0.0], "std": [1.0]}, "held_out": {"fraction": 0.5}}
+    settings = listed(tmp_path, entries, validation_clips=2, views=views, **more)
+    held = settings.build(SourceContext(1, "validation", 2))
+    views_BV = held.fetch(0, range(2))["views"]
+    assert views_BV.shape == (2, 6, 3, 4, 32, 32)
+    assert len(held) == 1
+    # 20 frames of 32 x 48: clips of 4 begin at 1/4 and 3/4 of 0 to 16, crops at 0, 8 and 16.
+    for number, (start, left) in enumerate((s, x) for s in (4, 12) for x in (0, 8, 16)):
+        wanted = torch.from_numpy(shown[start : start + 4, :, left : left + 32]).permute(3, 0, 1, 2)
+        assert torch.allclose(views_BV[0, number], wanted, atol=0.01)
+    train = settings.build(TRAIN)
+    assert train.fetch(0, [0])["inputs"].shape == (1, 3, 4, 32, 32), "training sees one view, drawn by key"
+    fixed = settings.model_copy(update={"augment": False}).build(TRAIN)
+    middle = torch.from_numpy(shown[8:12, :, 8:40]).permute(3, 0, 1, 2)
+    assert torch.allclose(fixed.fetch(0, [0])["inputs"][0], middle, atol=0.01)
+
+
+def test_slots_of_several_steps_at_once_are_those_of_each(tmp_path: Path, make_video: Maker) -> None:
     make_video(tmp_path / "a.mp4")
-    entries = [{"file": "a.mp4", "label": n % 2, "start": n / 5, "end": n / 5 + 0.8} for n in range(6)]
-    settings = listed(tmp_path, entries, held_out={"fraction": 0.34}, validation_clips=3)
-    train, held = settings.build(TRAIN), settings.build(SourceContext(1, "validation", 4))
-    assert len(train.rows_N) == 4
-    assert len(held.rows_N) == 6
-    assert not set(train.rows_N.tolist()) & {row // 3 for row in held.rows_N.tolist()}
+    views = {"scale": [16, 24], "contrast": 0.2}
+    source = listed(tmp_path, [{"file": "a.mp4", "label": n} for n in range(6)], views=views).build(TRAIN)
+    both = source.fetch_steps([(5, [2, 0]), (7, range(4))])
+    for name in ("inputs", "labels"):
+        wanted = torch.cat([source.fetch(5, [2, 0])[name], source.fetch(7, range(4))[name]])
+        assert torch.equal(both[name], wanted)
 
 
 def test_class_folders(tmp_path: Path, make_video: Maker) -> None:

@@ -13,8 +13,9 @@ rank = 64
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 from torch import nn
@@ -22,9 +23,10 @@ from torch import nn
 from resilin.adapt.attach import adapter_parameters, attach
 from resilin.adapt.peft_folder import load_adapter
 from resilin.adapt.settings import AdapterSettings
+from resilin.adapt.stored import store_frozen
 from resilin.adapt.switch import use_adapters
 from resilin.adapt.targets import AdapterError
-from resilin.config import component
+from resilin.config import UserError, component
 from resilin.models.settings import ModelContext, ModelSettings
 
 
@@ -44,6 +46,9 @@ class Adapted(ModelSettings):
     """Which to use, in this order; None: all. The others are attached, and stay as they are."""
     frozen: tuple[str, ...] = ()
     """Adapters that are used but not trained."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the frozen matrices are stored in; bfloat16 halves them. Adapters, norms and moments are float32, and
+    `precision.compute` says what is computed in."""
 
     @model_validator(mode="after")
     def _names_exist(self) -> Adapted:
@@ -63,18 +68,48 @@ class Adapted(ModelSettings):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Adapted:
+        """Told before any data are read, where the model's shape can be; the smallest vocabulary does."""
+        try:
+            model = self.model.outline(ModelContext(0, 1))
+        except (UserError, ValueError, OSError):
+            return self  # no model at all, which building it will tell
+        if model is not None and self._new():
+            try:
+                attach(model, self._new())
+            except AdapterError as error:
+                raise PydanticCustomError("adapters", "{text}", {"text": str(error)}) from None
+        return self
+
+    def _new(self) -> dict[str, AdapterSettings]:
+        return self.adapters or ({} if self.load else {"default": AdapterSettings()})
+
     def build(self, context: ModelContext) -> nn.Module:
         """The model with its adapters; it computes the same as without those of `adapters`.
 
         Raises:
             AdapterError: an adapter fits no map, or a PEFT folder cannot be read.
         """
-        model = self.model.build(context)
+        return self._adapted(self.model.build(context), context)
+
+    def outline(self, context: ModelContext) -> nn.Module | None:
+        """The same on the meta device.
+
+        Raises:
+            AdapterError: as `build`.
+        """
+        inner = self.model.outline(context)
+        return None if inner is None else self._adapted(inner, context)
+
+    def _adapted(self, model: nn.Module, context: ModelContext) -> nn.Module:
         for name, folder in self.load.items():
             load_adapter(model, folder, name)
-        adapters = self.adapters or ({} if self.load else {"default": AdapterSettings()})
+        adapters = self._new()
         if adapters:
             attach(model, adapters, seed=context.seed)
+        if self.base_dtype != "float32":
+            store_frozen(model, getattr(torch, self.base_dtype), adapters)
         if self.active is not None:
             use_adapters(model, self.active)
         used = (*self.load, *adapters) if self.active is None else self.active

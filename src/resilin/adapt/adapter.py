@@ -22,6 +22,7 @@ from resilin.adapt import tiles
 from resilin.adapt.fused import bat_col_linear, lora_linear, miss_linear
 from resilin.adapt.settings import TILED, AdapterSettings
 from resilin.keys import Keys, dropout
+from resilin.models.linear import product
 
 
 class Below(Protocol):
@@ -145,7 +146,7 @@ class BatCol(Adapter):
         """The product with the changed weight, which is not kept for the backward pass."""
         if below.plain:
             return bat_col_linear(x, below.weight(), below.bias, self._strong(strength))
-        return nn.functional.linear(x, self.changed(below.weight(), strength), below.bias)
+        return product(x, self.changed(below.weight(), strength), below.bias)
 
     def changed(self, weight_OI: Tensor, strength: float) -> Tensor:
         """W'."""

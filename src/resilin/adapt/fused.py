@@ -3,7 +3,11 @@
 Against autograd over the separate operations: miss keeps the folded input (N, r) and not the input (N, I); gradients
 of the input are added where the base's gradient already lies; bat_col computes the changed weight again in the
 backward pass, so no layer keeps a second weight. The folded or projected input is a second, hidden output, by which
-gradients of gradients come out right. Under torch.compile the separate operations are left to the compiler.
+gradients of gradients come out right. A weight stored in a narrower format than the products are computed in is widened
+for each pass, and only what is stored is kept.
+
+On CPUs and GPUs alike these are torch's own kernels (the thin product is added into the base's output by one addmm);
+under torch.compile the separate operations are left to the compiler, which fuses the fold into one reduction.
 
 Shapes: N rows (all leading dimensions), I inputs, O outputs, r rank; A = O / r row tiles.
 """
@@ -47,7 +51,7 @@ class _Miss(torch.autograd.Function):
         x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, block_rO: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         folded = fold(x, block_rO.shape[0])
-        return add_product(F.linear(x, weight_OI, bias_O), folded, block_rO, scale), folded
+        return add_product(F.linear(x, weight_OI.to(x.dtype), bias_O), folded, block_rO, scale), folded
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -68,7 +72,7 @@ class _Miss(torch.autograd.Function):
             pull = grad @ block_rO.t()
             pull = pull if ctx.scale == 1 else pull * ctx.scale
             pull = pull if grad_folded is None else pull + grad_folded
-            of_x = grad @ weight_OI
+            of_x = grad @ weight_OI.to(grad.dtype)
             in_place = _may_write() and not torch.is_grad_enabled()
             of_x = add_unfolded(of_x, pull) if in_place else of_x + unfold(pull, weight_OI.shape[1])
         if ctx.needs_input_grad[2]:
@@ -88,7 +92,7 @@ class _Lora(torch.autograd.Function):
         x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, down_rI: Tensor, up_Or: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         low = F.linear(x, down_rI)
-        return add_product(F.linear(x, weight_OI, bias_O), low, up_Or.t(), scale), low
+        return add_product(F.linear(x, weight_OI.to(x.dtype), bias_O), low, up_Or.t(), scale), low
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -111,7 +115,7 @@ class _Lora(torch.autograd.Function):
             of_up = _rows(grad).t() @ _rows(low)
             of_up = of_up if ctx.scale == 1 else of_up * ctx.scale
         if ctx.needs_input_grad[0]:
-            of_x = add_product(grad @ weight_OI, pull, down_rI, 1.0)
+            of_x = add_product(grad @ weight_OI.to(grad.dtype), pull, down_rI, 1.0)
         if ctx.needs_input_grad[2]:
             of_bias = _rows(grad).sum(0)
         return of_x, None, of_bias, of_down, of_up, None
@@ -124,7 +128,7 @@ class _BatCol(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, blocks_Arr: Tensor) -> Tensor:
-        return F.linear(x, bat_col(weight_OI, blocks_Arr), bias_O)
+        return F.linear(x, bat_col(weight_OI.to(x.dtype), blocks_Arr), bias_O)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -136,24 +140,23 @@ class _BatCol(torch.autograd.Function):
         x, weight_OI, blocks_Arr = ctx.saved_tensors
         of_x = of_bias = of_blocks = None
         if ctx.needs_input_grad[0]:
-            of_x = grad @ bat_col(weight_OI, blocks_Arr)
+            of_x = grad @ bat_col(weight_OI.to(grad.dtype), blocks_Arr)
         if ctx.needs_input_grad[3]:
             r = blocks_Arr.shape[-1]
             tiles = row_tiles(_rows(grad).t() @ _rows(x), r)
-            linear = torch.bmm(row_tiles(weight_OI, r).transpose(1, 2), tiles)
+            linear = torch.bmm(row_tiles(weight_OI.to(grad.dtype), r).transpose(1, 2), tiles)
             of_blocks = linear + tiles.unflatten(1, (r, -1)).sum(2)
         if ctx.needs_input_grad[2]:
             of_bias = _rows(grad).sum(0)
         return of_x, None, of_bias, of_blocks
 
 
-def _cast(x: Tensor, weight: Tensor, *rest: Tensor | None) -> tuple[list[Any], str]:
-    """Everything in the format that autocast asks for, or else the adapter in that of the weight."""
+def _cast(x: Tensor, weight_OI: Tensor, *rest: Tensor | None) -> tuple[list[Any], str]:
+    """Everything in autocast's format, or else in that of x; a weight stored in a narrower one stays as it is."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        return [None if t is None else t.to(dtype) for t in (x, weight, *rest)], kind
-    return [x, weight, *(None if t is None else t.to(weight.dtype) for t in rest)], kind
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    weight_OI = weight_OI if weight_OI.dtype.itemsize < dtype.itemsize else weight_OI.to(dtype)
+    return [x.to(dtype), weight_OI, *(None if t is None else t.to(dtype) for t in rest)], kind
 
 
 def miss_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, block_rO: Tensor, scale: float = 1.0) -> Tensor:
@@ -161,7 +164,7 @@ def miss_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, block_rO: T
     (x, weight_OI, bias_O, block_rO), kind = _cast(x, weight_OI, bias_O, block_rO)
     with torch.autocast(kind, enabled=False):
         if torch.compiler.is_compiling():
-            return F.linear(x, weight_OI, bias_O) + fold(x, block_rO.shape[0]) @ block_rO * scale
+            return F.linear(x, weight_OI.to(x.dtype), bias_O) + fold(x, block_rO.shape[0]) @ block_rO * scale
         if not torch.is_grad_enabled():
             return _Miss.forward(x, weight_OI, bias_O, block_rO, scale)[0]
         y: Tensor = _Miss.apply(x, weight_OI, bias_O, block_rO, scale)[0]
@@ -175,7 +178,7 @@ def lora_linear(
     (x, weight_OI, bias_O, down_rI, up_Or), kind = _cast(x, weight_OI, bias_O, down_rI, up_Or)
     with torch.autocast(kind, enabled=False):
         if torch.compiler.is_compiling():
-            return F.linear(x, weight_OI, bias_O) + F.linear(F.linear(x, down_rI), up_Or) * scale
+            return F.linear(x, weight_OI.to(x.dtype), bias_O) + F.linear(F.linear(x, down_rI), up_Or) * scale
         if not torch.is_grad_enabled():
             return _Lora.forward(x, weight_OI, bias_O, down_rI, up_Or, scale)[0]
         y: Tensor = _Lora.apply(x, weight_OI, bias_O, down_rI, up_Or, scale)[0]
@@ -184,7 +187,7 @@ def lora_linear(
 
 def _bat_col_few(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, blocks_Arr: Tensor) -> Tensor:
     """The same as products with the input: for fewer rows than r it costs less than changing the weight."""
-    (outputs, inputs), r = weight_OI.shape, blocks_Arr.shape[-1]
+    (outputs, inputs), r, weight_OI = weight_OI.shape, blocks_Arr.shape[-1], weight_OI.to(x.dtype)
     x_NI = _rows(x)
     turned: Tensor = (x_NI.reshape(-1, r) @ blocks_Arr.transpose(1, 2)).unflatten(
         1, (len(x_NI), inputs // r)
@@ -200,7 +203,7 @@ def bat_col_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, blocks_A
     (x, weight_OI, bias_O, blocks_Arr), kind = _cast(x, weight_OI, bias_O, blocks_Arr)
     with torch.autocast(kind, enabled=False):
         if torch.compiler.is_compiling():
-            return F.linear(x, bat_col(weight_OI, blocks_Arr), bias_O)
+            return F.linear(x, bat_col(weight_OI.to(x.dtype), blocks_Arr), bias_O)
         if not torch.is_grad_enabled():
             few = x.shape[:-1].numel() < blocks_Arr.shape[-1]
             compute = _bat_col_few if few else _BatCol.forward

@@ -17,6 +17,7 @@ from resilin.adapt.adapter import Adapter
 from resilin.adapt.settings import AdapterSettings
 from resilin.adapt.targets import is_plain_map, is_quantised
 from resilin.keys import Keys
+from resilin.models.linear import product
 from resilin.models.plain import HasPlainForm
 
 
@@ -27,6 +28,7 @@ class Attached:
     Attributes:
         settings: of every adapter, by name.
         active: the adapters in use, in the order in which they are applied, with their strengths.
+        loaded: adapters that began with values of an earlier training.
         merged: those that the weights now hold, the first of `active`; None: nothing is merged.
         keys: of the forward passes under way; dropout asks the innermost.
         originals: the values before training of parameters that an adapter trains in full, by name.
@@ -36,6 +38,7 @@ class Attached:
 
     settings: dict[str, AdapterSettings] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
+    loaded: set[str] = field(default_factory=set)
     merged: tuple[str, ...] | None = None
     keys: list[Keys | None] = field(default_factory=list)
     originals: dict[str, Tensor] = field(default_factory=dict)
@@ -83,7 +86,7 @@ class _Level:
                 f"adapter {name!r} has dropout, which an adapter applied after it cannot see: "
                 f"{self.chain[self.count][0]!r} changes the weight; put it first, or set dropout = 0"
             )
-        return adapter.changed(below.weight(), strength).to(self.map.weight.dtype)
+        return adapter.changed(below.weight(), strength)
 
 
 if TYPE_CHECKING:
@@ -116,7 +119,7 @@ class AdaptedLinear(_Base):
 
     def base_forward(self, x: Tensor) -> Tensor:
         """The map without adapters."""
-        return super().forward(x)
+        return product(x, self.weight, self.bias) if is_plain_map(self) else super().forward(x)
 
     def whole_weight(self) -> Tensor:
         """The matrix that the map without adapters multiplies by."""

@@ -161,6 +161,8 @@ def read_folder(folder: Path | str) -> tuple[AdapterSettings, dict[str, Any], di
     if not (folder / CONFIG_FILE).is_file():
         inside = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) if folder.is_dir() else ""
         held = f"; it holds {inside or 'nothing'}" if folder.is_dir() else "; there is no such folder"
+        if (folder / "settings.toml").is_file():
+            held = f": it is a run, whose adapter `resilin adapter save {folder} FOLDER` writes as one"
         raise AdapterError(f"{folder}: is not a PEFT folder: it should hold {CONFIG_FILE} and {TENSOR_FILE}{held}")
     path = folder / CONFIG_FILE
     try:
@@ -232,6 +234,7 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     exact = settings.model_copy(update={**where, "modules_to_save": tuple(sorted(saved))})
     _check_shapes(exact, of_maps, linears, folder)
     attached = attach(model, {name: exact})
+    attached.loaded.add(name)
     for path, parts in of_maps.items():
         parameters = dict(adapted_maps(model)[path].adapter(name).named_parameters())
         for parameter, tensor in parts.items():

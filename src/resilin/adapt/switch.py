@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from resilin.adapt.attach import attached_to, known
+from resilin.adapt.attach import adapter_parameters, attached_to, known
 from resilin.adapt.linear import Attached
 from resilin.adapt.targets import AdapterError
 
@@ -80,12 +80,35 @@ def with_adapters(model: nn.Module, adapters: str | Sequence[str] | Mapping[str,
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The model as it was before training, inside the block: without adapters, and with its own biases and modules.
+    """The base, inside the block: without any adapter, and with the biases and modules it had before training."""
+    with with_adapters(model, {}):
+        yield
+
+
+@contextmanager
+def before_training(model: nn.Module) -> Iterator[None]:
+    """The model as it was before training, inside the block: adapters that are trained are off, frozen ones stay on.
 
     So the reference of an adapted policy needs no second model:
 
-        with torch.no_grad(), without_adapters(policy):
+        with torch.no_grad(), before_training(policy):
             reference = policy(tokens)
+
+    Raises:
+        AdapterError: an adapter that came with values is trained further: what it was is not kept.
     """
-    with with_adapters(model, {}):
+    attached = attached_to(model)
+    trained = {
+        name
+        for name in attached.active
+        if any(parameter.requires_grad for _, parameter in adapter_parameters(model, name))
+    }
+    further = sorted(trained & attached.loaded)
+    if further:
+        raise AdapterError(
+            f"adapter {further[0]!r} was loaded with values and is trained further, so that switching it off does not "
+            f"give the model as it was: keep it as it is (model.frozen = [{further[0]!r}]) and train another one in "
+            "model.adapters, or take reference = 'cached'"
+        )
+    with with_adapters(model, {name: s for name, s in attached.active.items() if name not in trained}):
         yield

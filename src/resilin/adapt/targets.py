@@ -13,6 +13,7 @@ from resilin.adapt.settings import AdapterSettings
 from resilin.config.errors import UserError
 from resilin.models.decoder import Decoder
 from resilin.models.huggingface_names import stored_module
+from resilin.models.linear import Linear
 
 ALL = "all-linear"
 _NUMBER = re.compile(r"\.(\d+)\.")
@@ -138,7 +139,7 @@ def _check_weight(where: str, path: str, linear: nn.Linear, settings: AdapterSet
 def is_plain_map(linear: nn.Linear) -> bool:
     """Whether the module computes `x W^T + b` and nothing else, whatever adapters it has."""
     own = next(c for c in type(linear).__mro__ if "forward" in vars(c) and c.__module__ != "resilin.adapt.linear")
-    return own is nn.Linear
+    return own in (nn.Linear, Linear)
 
 
 def tells_weight(linear: nn.Linear) -> bool:

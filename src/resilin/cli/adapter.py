@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from resilin.cli.export import READ_BACK, tell_files
 from resilin.cli.model_options import DTypeName, ModelArgument, StepOption, TokenizerOption
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from resilin.run.settings import RunSettings
 
 app = typer.Typer(
     name="adapter",
@@ -22,18 +23,30 @@ FolderArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="A PEFT 
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the files of an earlier export in OUTPUT.")]
 
 
-def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+def _tell(title: str, facts: dict[str, object]) -> None:
+    from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    table = Table(show_header=False, box=None)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
+    for name, value in facts.items():
+        table.add_row(name, _words(value))
+    typer.echo(title)
+    Console().print(table)
+
+
+def base_of(settings: RunSettings) -> str | None:
+    """The folder of the model that a run's adapters were trained on, where it is one that PEFT can open."""
+    path = getattr(getattr(settings.model, "model", None), "path", None)
+    return str(path.resolve()) if isinstance(path, Path) and (path / "config.json").is_file() else None
 
 
 def _words(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -48,30 +61,27 @@ def show(
     resilin adapter show runs/chat
     resilin adapter show my-adapter
     """
-    from rich.console import Console
-
     from resilin.adapt.attach import adapted_maps, adapter_parameters, attached_to
     from resilin.adapt.peft_config import CONFIG_FILE
     from resilin.adapt.peft_folder import read_folder
     from resilin.adapt.settings import facts
     from resilin.run.open_model import open_model
 
-    console = Console()
     if (path / CONFIG_FILE).is_file():
         settings, config, tensors = read_folder(path)
         told = {k: v for k, v in facts(settings).items() if k != "targets"}
         told |= {"base": config.get("base_model_name_or_path") or "not named", "targets": config.get("target_modules")}
-        count = sum(tensor.numel() for tensor in tensors.values())
-        told |= {"tensors": len(tensors), "numbers": f"{count:,}"}
-        console.print(_table(str(path), [(name, _words(value)) for name, value in told.items()]))
+        _tell(str(path), told | {"tensors": len(tensors), "numbers": sum(t.numel() for t in tensors.values())})
         return
     opened = open_model(path, step=step, device="cpu", plain=False)
     attached = attached_to(opened.model)
     for name, settings in attached.settings.items():
         maps = [p for p, m in adapted_maps(opened.model).items() if name in m.adapters]
-        count = sum(p.numel() for _, p in adapter_parameters(opened.model, name))
-        told = {**facts(settings), "in use": name in attached.active, "maps": len(maps), "numbers": f"{count:,}"}
-        console.print(_table(f"{opened.description}: {name}", [(key, _words(value)) for key, value in told.items()]))
+        parameters = [p for _, p in adapter_parameters(opened.model, name)]
+        told = {k: v for k, v in facts(settings).items() if k not in ("targets", "exclude")}
+        told |= {"targets": sorted({p.rpartition(".")[2] for p in maps}), "maps": len(maps)}
+        told |= {"in use": name in attached.active, "trained": any(p.requires_grad for p in parameters)}
+        _tell(f"{opened.description}: {name}", told | {"numbers": sum(p.numel() for p in parameters)})
 
 
 @app.command()
@@ -90,8 +100,6 @@ def save(
     \b
     resilin adapter save runs/chat my-adapter
     """
-    from rich.console import Console
-
     from resilin.adapt.attach import attached_to
     from resilin.adapt.peft_folder import save_adapter
     from resilin.adapt.targets import AdapterError
@@ -104,14 +112,14 @@ def save(
     if adapter is None and len(names) > 1:
         raise AdapterError(f"{opened.description}: has several adapters: name one with --adapter: {', '.join(names)}")
     if base is None and opened.run is not None:
-        path = getattr(getattr(opened.run.settings().model, "model", None), "path", None)
-        base = str(path.resolve()) if isinstance(path, Path) and path.is_dir() else None
+        base = base_of(opened.run.settings())
     files = save_adapter(opened.model, output, adapter or names[0], base=base)
-    told = [(str(file), f"{file.stat().st_size / 1e3:,.1f} kB") for file in files]
-    console = Console()
-    console.print(_table(f"{opened.description} -> {output}", told))
+    tell_files(f"{opened.description} -> {output}", files)
     if base is None:
-        console.print("No base is named in it: open it with PeftModel.from_pretrained(base_model, folder).")
+        typer.echo(
+            "No base is named in it, since no Hugging Face folder of it was found: write one with resilin export and "
+            "name it with --base, or open the adapter with PeftModel.from_pretrained(base_model, folder)."
+        )
 
 
 @app.command()
@@ -132,7 +140,6 @@ def merge(
     resilin adapter merge SmolLM2.gguf my-adapter my-model
     """
     import torch
-    from rich.console import Console
 
     from resilin.adapt.peft_folder import load_adapter
     from resilin.models.decoder import Decoder
@@ -146,5 +153,5 @@ def merge(
     merged = make_plain(opened.model)
     assert isinstance(merged, Decoder)
     files = export_model(merged, opened.tokenizer, output, dtype=getattr(torch, dtype), force=force)
-    told = [(str(file), f"{file.stat().st_size / 1e6:,.1f} MB") for file in files]
-    Console().print(_table(f"{opened.description} + {adapter} -> {output}", told))
+    tell_files(f"{opened.description} + {adapter} -> {output}", files)
+    typer.echo(READ_BACK)

@@ -7,15 +7,23 @@ from typing import Annotated, Literal
 
 import typer
 
-from resilin.cli import data_rows
+from resilin.cli import data_rows, data_teacher
 
 app = typer.Typer(
-    help="Prepare data: unpack archives, write token shards, mix, convert, decontaminate and judge rows.",
+    help="Prepare data: unpack archives, write token shards, mix, convert, filter and decontaminate rows, let a "
+    "teacher write and judge them.",
     no_args_is_help=True,
 )
 
-for command in (data_rows.mix_rows, data_rows.convert_rows, data_rows.decontaminate, data_rows.judge):
-    app.command()(command)
+ROWS, TEACHER = "Rows of conversations, preferences and prompts", "Rows that a teacher writes or judges"
+app.command(rich_help_panel=ROWS)(data_rows.mix_rows)
+app.command(rich_help_panel=ROWS)(data_rows.convert_rows)
+app.command(rich_help_panel=ROWS)(data_rows.decontaminate)
+app.command(rich_help_panel=ROWS)(data_rows.filter_rows)
+app.command(rich_help_panel=TEACHER)(data_teacher.complete)
+app.command(rich_help_panel=TEACHER)(data_teacher.synthesize)
+app.command(rich_help_panel=TEACHER)(data_teacher.respond)
+app.command(rich_help_panel=TEACHER)(data_teacher.judge)
 
 Inputs = Annotated[
     list[str], typer.Argument(help="Files, folders, 'glob/**/*.jsonl' patterns, or data sets saved by `datasets`.")

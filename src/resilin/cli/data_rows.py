@@ -1,7 +1,8 @@
-"""`resilin data mix-rows | convert-rows | decontaminate | judge`: preparing rows of conversations and preferences."""
+"""`resilin data mix-rows | convert-rows | decontaminate | filter-rows`: preparing rows that are there."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,21 +36,34 @@ def mix_rows(
 def convert_rows(
     inputs: Rows,
     output: OutputFile,
-    to: Annotated[Literal["trl", "open-instruct", "verl"], typer.Option(help="Whose form to write.")],
+    to: Annotated[Literal["trl", "open-instruct", "verl", "sharegpt"], typer.Option(help="Whose form to write.")],
     kind: Annotated[
-        Literal["preferences", "prompts"], typer.Option(help="Two answers to compare, or prompts with their truth.")
+        Literal["preferences", "prompts", "conversations"],
+        typer.Option(help="Two answers to compare, prompts with their truth, or answers to learn."),
     ] = "preferences",
 ) -> None:
-    """Write preference rows or prompts in the form of another trainer; any of the known forms is read."""
-    from resilin.data.preference_rows import read_preference, write_preference
-    from resilin.data.prompt_rows import read_prompt, write_prompt
+    """Write rows in the form of another trainer; any of the known forms is read, and further columns are kept.
+
+    \b
+    preferences     trl: prompt, chosen, rejected; open-instruct: whole conversations; verl: answers as text
+    prompts         trl: prompt, ground_truth, dataset; open-instruct: messages; verl: data_source, reward_model
+    conversations   trl: prompt, completion; open-instruct: messages; verl: prompt, response; sharegpt
+    """
+    from resilin.data.conversation_rows import convert_conversation
+    from resilin.data.errors import DataError
+    from resilin.data.preference_rows import convert_preference
+    from resilin.data.prompt_rows import convert_prompt
     from resilin.data.row_files import read_rows, write_rows
 
-    if kind == "preferences":
-        count = write_rows(output, (write_preference(read_preference(row), to) for row in read_rows(inputs)))
+    rows = read_rows(inputs)
+    if kind == "conversations":
+        count = write_rows(output, (convert_conversation(row, to) for row in rows))
+    elif to == "sharegpt":
+        raise DataError(f"{kind} have no form in ShareGPT, which holds conversations: --to trl, open-instruct or verl")
+    elif kind == "preferences":
+        count = write_rows(output, (convert_preference(row, to) for row in rows))
     else:
-        rows = enumerate(read_rows(inputs))
-        count = write_rows(output, (write_prompt(read_prompt(row), to, extra={"index": n}) for n, row in rows))
+        count = write_rows(output, (convert_prompt(row, to, number) for number, row in enumerate(rows)))
     typer.echo(f"{output}: {count:,} rows in the form of {to}")
 
 
@@ -64,6 +78,7 @@ def decontaminate(
     threshold: Annotated[float, typer.Option(help="Scores above it are matches.")] = 0.5,
     key: Annotated[str | None, typer.Option(help="A text column to compare, instead of what users say.")] = None,
     encoder: Annotated[Path | None, typer.Option(help="Folder of a sentence encoder; else all-MiniLM-L6-v2.")] = None,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Write what is left as .parquet, not .jsonl.")] = False,
 ) -> None:
     """Leave out training rows that hold test instances; writes what is left, the matches and a table of shares."""
     from resilin.data.errors import DataError
@@ -87,36 +102,39 @@ def decontaminate(
     if method == "embedding":
         chosen = packaged_encoder() if encoder is None else MeanPooled(encoder)
     found = find(rows, tests, method=method, n=n, threshold=threshold, key=key, encoder=chosen)
-    counts = write_decontaminated(found, rows, tests, output)
+    counts = write_decontaminated(found, rows, tests, output, "parquet" if parquet else "jsonl")
     typer.echo(f"{output}: {counts['kept']:,} of {counts['rows']:,} rows kept, {counts['removed']:,} removed")
     typer.echo(found.table().rstrip())
 
 
-def judge(
+def filter_rows(
     inputs: Rows,
     output: OutputFile,
-    teacher: Annotated[
-        Path, typer.Option(help="A JSON or TOML file with the teacher: base_url, model, key_variable, limits, cache.")
-    ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print calls and tokens, ask nothing.")] = False,
-    own_model: Annotated[str | None, typer.Option(help="Refuse rows without an answer of this model.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of answers and of the rejected one.")] = 0,
+    min_words: Annotated[int, typer.Option(min=0, help="Of an answer.")] = 1,
+    keep_refusals: Annotated[bool, typer.Option("--keep-refusals", help="Keep answers that refuse.")] = False,
+    keep_self_identification: Annotated[
+        bool, typer.Option("--keep-self-identification", help="Keep answers that call themselves a model.")
+    ] = False,
+    keep_duplicates: Annotated[
+        bool, typer.Option("--keep-duplicates", help="Keep rows that are there before, but for case and white space.")
+    ] = False,
+    dropped: Annotated[Path | None, typer.Option(help="Where to write what is left out, with its `reason`.")] = None,
 ) -> None:
-    """Make preference rows from rows with several `responses`, rated by a teacher. Killed, it goes on where it was."""
+    """Leave out conversations with empty, short or refusing answers, ones that name their maker, and duplicates."""
     from resilin.data.row_files import read_rows, write_rows
-    from resilin.posttrain.judge import TeacherRater, read_candidates
-    from resilin.posttrain.judge import judge as rated
-    from resilin.teacher.endpoint import read_teacher
+    from resilin.posttrain.filters import AnswerFilters, filter_conversations
 
-    settings = read_teacher(teacher)
-    rater = TeacherRater(settings.build(), settings.model_name(), seed=seed)
-    candidates = [read_candidates(row, own_model=own_model) for row in read_rows(inputs)]
-    if dry_run:
-        typer.echo(str(rater.teacher.plan(rater.requests(candidates))))
-        return
-    judged = rated(candidates, rater, seed=seed)
-    write_rows(output, judged.rows)
-    lost = "".join(f", {count:,} {reason}" for reason, count in sorted(judged.dropped.items()))
-    typer.echo(f"{output}: {len(judged.rows):,} pairs of {len(candidates):,} prompts{lost}")
-    for where, reason in judged.failures[:5]:
-        typer.secho(f"  {where}: {reason}", fg=typer.colors.YELLOW, err=True)
+    filters = AnswerFilters(min_words=min_words, refusals=keep_refusals, self_identification=keep_self_identification)
+    kept, left_out = filter_conversations(list(read_rows(inputs)), filters, duplicates=keep_duplicates)
+    write_rows(output, kept)
+    if dropped is not None:
+        write_rows(dropped, left_out)
+    typer.echo(f"{output}: {len(kept):,} rows{by_reason(row['reason'] for row in left_out)}")
+
+
+def by_reason(reasons: Iterable[str]) -> str:
+    """How many were left out, by reason, as the end of a sentence."""
+    from collections import Counter
+
+    counts = sorted(Counter(reasons).items())
+    return "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in counts) if counts else ""

@@ -9,14 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from resilin.cli.model_options import (
-    DeviceOption,
-    DTypeOption,
-    ModelArgument,
-    StepOption,
-    TokenizerOption,
-    opened_from,
-)
+from resilin.cli.evaluate_suite import SuiteOptions, evaluate_suite
+from resilin.cli.model_options import ModelArgument, ModelOptions
+from resilin.cli.option_groups import with_option_groups
 from resilin.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -143,6 +138,7 @@ def _evaluations(
     return jobs
 
 
+@with_option_groups
 def evaluate(
     model: ModelArgument,
     text: Annotated[
@@ -180,16 +176,18 @@ def evaluate(
     ] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed at a time.", rich_help_panel=HOW)] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no tables.", rich_help_panel=HOW)] = False,
-    step: StepOption = None,
-    tokenizer: TokenizerOption = None,
-    dtype: DTypeOption = "float32",
-    device: DeviceOption = "auto",
+    *,
+    whole: SuiteOptions,
+    opening: ModelOptions,
 ) -> None:
-    """Measure how good a model is: perplexity, bits per byte, multiple-choice accuracy.
+    """Measure how good a model is: perplexity, bits per byte, multiple-choice accuracy, or a whole suite.
 
     Of a run's folder alone, its own held-out data is scored. Every token of a text is scored exactly once; texts
     longer than the model are read in overlapping windows. Of a question, the choice with the highest log-likelihood
     is the model's answer (acc), or the highest per character (acc_norm) or byte (acc_bytes).
+
+    A suite is a file of evaluations: what the model writes, checked by verifiers or judged, and what it finds likely.
+    Killed, the same command goes on.
 
     \b
     resilin evaluate runs/shakespeare                        held-out split
@@ -197,14 +195,28 @@ def evaluate(
     resilin evaluate my-model --text a.txt --text b.txt      bits per byte
     resilin evaluate SmolLM2.gguf --choices arc.jsonl        accuracy
     resilin evaluate my-model --text a.txt --json > a.json   for scripts
+    resilin evaluate runs/dpo --suite suite.toml --before sft.json   a table by skill
     """
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
+    others: dict[str, object] = {"--text": text, "--data": data, "--choices": choices, "--limit": limit}
+    others |= {"--window": window, "--stride": stride, "--template": template, "--begin-token": begin_token}
+    others["--split"] = split != "all"
+    if whole.suite is not None:
+        if foreign := [name for name, value in others.items() if value]:
+            raise UserError(
+                f"--suite names everything that is evaluated, and how: {', '.join(foreign)} cannot stand beside it; "
+                "the lines of the suite's file have settings of their own"
+            )
+        evaluate_suite(lambda: opening.open(model), whole, batch_tokens, as_json)
+        return
+    if lost := whole.without_suite():
+        raise UserError(f"{', '.join(lost)} belong to a suite: add --suite FILE")
     if window is not None and stride is not None and stride > window:
         raise UserError(f"--stride {stride} is more than --window {window}: some tokens would never be scored")
-    opened = opened_from(model, step=step, tokenizer=tokenizer, dtype=dtype, device=device)
+    opened = opening.open(model)
     options = {
         "window": window,
         "stride": stride,

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from resilin.cli.model_options import DTypeName, ModelArgument, StepOption, TokenizerOption, opened_from
+from resilin.cli.model_options import DTypeName, ModelArgument, StepOption, TokenizerOption
+
+READ_BACK = "Read back and compared: the same weights and logits."
 
 
 def export(
@@ -30,22 +32,29 @@ def export(
     resilin export SmolLM2.gguf smollm2
     """
     import torch
+
+    from resilin.run.export import check_output, export_model
+    from resilin.run.open_model import open_model
+
+    check_output(output, force=force)
+    opened = open_model(model, step=step, tokenizer=tokenizer, device="cpu")
+    files = export_model(opened.model, opened.tokenizer, output, dtype=getattr(torch, dtype), force=force)
+    tell_files(f"{opened.description} -> {output}", files)
+    typer.echo(READ_BACK)
+    if opened.tokenizer is None:
+        typer.echo("No tokenizer was found: AutoTokenizer will not open this folder (see --tokenizer).")
+
+
+def tell_files(title: str, files: list[Path]) -> None:
+    """Print which files were written, with their sizes."""
     from rich.console import Console
     from rich.table import Table
 
-    from resilin.run.export import check_output, export_model
-
-    check_output(output, force=force)
-    opened = opened_from(model, step=step, tokenizer=tokenizer, dtype="float32", device="cpu")
-    files = export_model(opened.model, opened.tokenizer, output, dtype=getattr(torch, dtype), force=force)
-    table = Table(title=f"{opened.description} -> {output}", title_justify="left", show_header=False, box=None)
+    table = Table(show_header=False, box=None)
     table.add_column(overflow="fold")
     table.add_column(justify="right")
     for file in files:
         size = file.stat().st_size
         table.add_row(str(file), f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB")
-    console = Console()
-    console.print(table)
-    console.print("Read back and compared: the same weights and logits.")
-    if opened.tokenizer is None:
-        console.print("No tokenizer was found: AutoTokenizer will not open this folder (see --tokenizer).")
+    typer.echo(title)
+    Console().print(table)

@@ -5,19 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resilin.cli.model_options import (
-    DeviceOption,
-    DTypeOption,
-    ModelArgument,
-    StepOption,
-    TokenizerOption,
-    opened_from,
-)
+from resilin.cli.model_options import ModelArgument, ModelOptions
+from resilin.cli.option_groups import with_option_groups
 from resilin.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -127,6 +122,50 @@ def _chat(
         messages.append({"role": "assistant", "content": answer})
 
 
+def _as_json(prompt: str, sample: int, answer: Continuation) -> str:
+    line = {
+        "prompt": prompt,
+        "sample": sample,
+        "text": answer.text,
+        "ended_by": answer.reason,
+        "tokens": answer.tokens,
+        "logprobs": answer.logprobs,
+    }
+    return json.dumps(line, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How tokens are chosen."""
+
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: always the most probable token.", rich_help_panel=HOW)
+    ] = 0.8
+    top_k: Annotated[int, typer.Option(min=0, help="Only the k most probable tokens; 0: all.", rich_help_panel=HOW)] = 0
+    top_p: Annotated[
+        float, typer.Option(help="Only the most probable tokens that reach this probability.", rich_help_panel=HOW)
+    ] = 0.95
+    min_p: Annotated[
+        float, typer.Option(help="Only tokens this fraction as probable as the best one.", rich_help_panel=HOW)
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens used before become less probable.", rich_help_panel=HOW)
+    ] = 1.0
+    seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same text.", rich_help_panel=HOW)] = 0
+
+    def settings(self) -> Sampling:
+        """As the generator takes them.
+
+        Raises:
+            SettingsError: naming what is out of range.
+        """
+        from resilin.config import parse_settings
+        from resilin.inference.sampling import Sampling
+
+        return parse_settings(Sampling, asdict(self), "generate")
+
+
+@with_option_groups
 def generate(
     model: ModelArgument,
     prompt: Annotated[
@@ -154,26 +193,9 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line for each answer.", rich_help_panel=WHAT)
     ] = False,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0: always the most probable token.", rich_help_panel=HOW)
-    ] = 0.8,
-    top_k: Annotated[
-        int, typer.Option(min=0, help="Only the k most probable tokens; 0: all.", rich_help_panel=HOW)
-    ] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Only the most probable tokens that reach this probability.", rich_help_panel=HOW)
-    ] = 0.95,
-    min_p: Annotated[
-        float, typer.Option(help="Only tokens this fraction as probable as the best one.", rich_help_panel=HOW)
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens used before become less probable.", rich_help_panel=HOW)
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same text.", rich_help_panel=HOW)] = 0,
-    step: StepOption = None,
-    tokenizer: TokenizerOption = None,
-    dtype: DTypeOption = "float32",
-    device: DeviceOption = "auto",
+    *,
+    choosing: SamplingOptions,
+    opening: ModelOptions,
 ) -> None:
     """Write text with a trained model: continue prompts, or talk.
 
@@ -187,26 +209,16 @@ def generate(
     resilin generate SmolLM2.gguf --chat -p "What is rust?" -n 80  one answer
     cat a.txt | resilin generate my-model --stop "\\n\\n" --json    for scripts
     """
-    from resilin.config import parse_settings
     from resilin.inference.generate import StopRule
     from resilin.inference.generate import generate as answers_to
     from resilin.inference.prompts import prompt_tokens
-    from resilin.inference.sampling import Sampling
 
-    chosen = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-    }
-    sampling = parse_settings(Sampling, chosen, "generate")
+    sampling = choosing.settings()
     if system is not None and not chat:
         raise UserError("--system is part of a conversation: add --chat")
     talking = chat and not as_json and samples == 1
     texts = (prompt or []) if talking and not prompt_file else _prompts(prompt, prompt_file)
-    opened = opened_from(model, step=step, tokenizer=tokenizer, dtype=dtype, device=device)
+    opened = opening.open(model)
     words = opened.needed_tokenizer()
     strings = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in stop or ())
     if chat and words.chat_template is None:
@@ -223,18 +235,10 @@ def generate(
         for text in texts
         for _ in range(samples)
     ]
-    began = time.perf_counter()
-    if not as_json:
-        shown = ["" if chat else text for text in texts for _ in range(samples)]
-        _report(_write(opened.model, words, ids, shown, rule, sampling, len(ids) > 1), time.perf_counter() - began)
+    if as_json:
+        for row, answer in enumerate(answers_to(opened.model, ids, rule, sampling=sampling, tokenizer=words)):
+            typer.echo(_as_json(texts[row // samples], row % samples, answer))
         return
-    for row, answer in enumerate(answers_to(opened.model, ids, rule, sampling=sampling, tokenizer=words)):
-        line = {
-            "prompt": texts[row // samples],
-            "sample": row % samples,
-            "text": answer.text,
-            "ended_by": answer.reason,
-            "tokens": answer.tokens,
-            "logprobs": answer.logprobs,
-        }
-        typer.echo(json.dumps(line, ensure_ascii=False))
+    began = time.perf_counter()
+    shown = ["" if chat else text for text in texts for _ in range(samples)]
+    _report(_write(opened.model, words, ids, shown, rule, sampling, len(ids) > 1), time.perf_counter() - began)

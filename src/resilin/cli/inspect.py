@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from resilin.cli.arguments import split_settings
+from resilin.cli.stages import STAGES, StageName, stage_settings
 from resilin.config.errors import UserError
 
 
@@ -17,6 +18,9 @@ def inspect(
         typer.Argument(metavar="WHAT [KEY=VALUE]...", help="Settings file, run, checkpoint, model or token shards."),
     ],
     verify: Annotated[bool, typer.Option(help="Also read everything and compare checksums.")] = False,
+    stage: Annotated[
+        StageName | None, typer.Option(help="The settings file is one for this command: resilin sft, dpo, ...")
+    ] = None,
 ) -> None:
     """Tell what something is, without running it.
 
@@ -25,6 +29,7 @@ def inspect(
 
     \b
     resilin inspect run.toml model.layers=12
+    resilin inspect chat.toml --stage sft
     resilin inspect runs/shakespeare
     resilin inspect runs/shakespeare/checkpoints/step-00000300 --verify
     resilin inspect .cache/resilin/shards-... --verify
@@ -32,15 +37,24 @@ def inspect(
     file, overrides = split_settings(arguments)
     if file is None:
         raise UserError("inspect needs something to look at: a settings file, a folder, or a .gguf file")
-    _print(facts_of(file, overrides, verify=verify))
+    _print(facts_of(file, overrides, verify=verify, stage=stage))
 
 
-def facts_of(path: Path, overrides: list[str], *, verify: bool) -> dict[str, list[tuple[str, str]]]:
+def facts_of(
+    path: Path, overrides: list[str], *, verify: bool, stage: StageName | None = None
+) -> dict[str, list[tuple[str, str]]]:
     """The facts about whatever lies at a path."""
     from resilin.run import look
 
     if path.suffix == ".toml":
-        return look.at_settings(path, overrides)
+        from resilin.config import load_settings
+        from resilin.run.settings import RunSettings
+
+        if stage is not None:
+            return look.at_settings(stage_settings(STAGES[stage], path, overrides))
+        return look.at_settings(load_settings(RunSettings, path, overrides))
+    if stage is not None:
+        raise UserError(f"{path}: --stage goes with a settings file only")
     if overrides:
         raise UserError(f"{path}: overrides ({overrides[0]}) go with a settings file only")
     return look.at_path(path, verify=verify)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,16 +25,24 @@ StepOption = Annotated[
 TokenizerOption = Annotated[
     Path | None, typer.Option(help="A tokenizer.json, where the model has none.", rich_help_panel=PANEL)
 ]
-DTypeOption = Annotated[DTypeName, typer.Option(help="Of the weights in memory.", rich_help_panel=PANEL)]
-DeviceOption = Annotated[DeviceName, typer.Option(help="auto: the GPU where there is one.", rich_help_panel=PANEL)]
 
 
-def opened_from(
-    path: Path, *, step: int | None, tokenizer: Path | None, dtype: DTypeName, device: DeviceName
-) -> OpenedModel:
-    """The model these options name."""
-    import torch
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How a model is opened."""
 
-    from resilin.run.open_model import open_model
+    step: StepOption = None
+    tokenizer: TokenizerOption = None
+    dtype: Annotated[DTypeName, typer.Option(help="Of the weights in memory.", rich_help_panel=PANEL)] = "float32"
+    device: Annotated[DeviceName, typer.Option(help="auto: the GPU where there is one.", rich_help_panel=PANEL)] = (
+        "auto"
+    )
 
-    return open_model(path, step=step, tokenizer=tokenizer, dtype=getattr(torch, dtype), device=device)
+    def open(self, path: Path) -> OpenedModel:
+        """The model at a path."""
+        import torch
+
+        from resilin.run.open_model import open_model
+
+        dtype = getattr(torch, self.dtype)
+        return open_model(path, step=self.step, tokenizer=self.tokenizer, dtype=dtype, device=self.device)

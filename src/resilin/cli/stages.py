@@ -1,19 +1,28 @@
 """`resilin sft`, `reward`, `dpo` and `rl`: `resilin train` with the usual settings of a stage of post-training.
 
 Every setting can be written in the file or as an override, and wins over the stage's own. At the end the model lies in
-`<run>/model` as a folder that the next stage's `model.path` names.
+`<run>/model` as a folder that the next stage's `model.path` names, and adapters lie in `<run>/adapter` as PEFT folders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from resilin.cli.arguments import split_settings
+from resilin.cli.arguments import RunArguments
+from resilin.cli.option_groups import with_option_groups
 from resilin.cli.train import finish
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from resilin.posttrain.reward_model import RewardModel
+    from resilin.run.settings import RunSettings
 
 _LINEAR = "resilin.optim.schedule:Linear"
 _ADAM = {"weight_decay": 0.0, "betas": [0.9, 0.999]}
@@ -31,7 +40,7 @@ SFT: dict[str, Any] = {
     "model": _PRETRAINED,
     "objective": {"use": "resilin.objective.next_token:NextToken"},
     "optimizer": _adam(5e-6, 0.03),
-    "train": {"batch_size": 128, "micro_batch_size": 8},
+    "train": {"steps": 0, "batch_size": 128, "micro_batch_size": 8},
 }
 """Supervised fine-tuning, as Tulu 3 does it with 8 billion parameters."""
 
@@ -41,7 +50,7 @@ REWARD: dict[str, Any] = {
     "model": {"use": "resilin.posttrain.reward_model:Reward", "model": _PRETRAINED},
     "objective": {"use": "resilin.posttrain.reward_loss:PairwiseReward"},
     "optimizer": _adam(3e-6, 0.03),
-    "train": {"batch_size": 256, "micro_batch_size": 8},
+    "train": {"steps": 0, "batch_size": 256, "micro_batch_size": 8},
 }
 
 DPO: dict[str, Any] = {
@@ -50,7 +59,7 @@ DPO: dict[str, Any] = {
     "model": _PRETRAINED,
     "objective": {"use": "resilin.posttrain.preference_loss:Preference"},
     "optimizer": _adam(5e-7, 0.1),
-    "train": {"batch_size": 128, "micro_batch_size": 8},
+    "train": {"steps": 0, "batch_size": 128, "micro_batch_size": 8},
 }
 
 GRPO: dict[str, Any] = {
@@ -73,58 +82,86 @@ PPO: dict[str, Any] = {
     "train": {"batch_size": 224, "micro_batch_size": 8},
 }
 
-Arguments = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[SETTINGS.toml] [KEY=VALUE]...", help="A settings file and dotted overrides."),
-]
-Folder = Annotated[Path | None, typer.Option(help="Where the run lives. Default: runs/<name>.")]
-Resume = Annotated[bool, typer.Option(help="Continue the run in the folder; start one where there is none.")]
-PrintConfig = Annotated[bool, typer.Option(help="Write the complete resolved settings and stop.")]
-AcceptChanges = Annotated[bool, typer.Option(help="With --resume: go on although settings have changed.")]
-Export = Annotated[bool, typer.Option(help="Write the model at the end as a folder, <run>/model.")]
+
+STAGES: dict[str, dict[str, Any]] = {"sft": SFT, "reward": REWARD, "dpo": DPO, "rl": GRPO, "ppo": PPO}
+StageName = Literal["sft", "reward", "dpo", "rl", "ppo"]
 
 
-def _stage(
-    defaults: Mapping[str, Any],
-    arguments: list[str] | None,
-    folder: Path | None,
-    resume: bool,
-    print_config: bool,
-    accept_changes: bool,
-    export: bool,
-) -> None:
-    from resilin.config import parse_settings, settings_to_toml
+@dataclass(frozen=True, slots=True)
+class StageArguments(RunArguments):
+    """What every stage is given."""
+
+    export: Annotated[
+        bool, typer.Option(help="Write the model at the end as a folder, <run>/model, and adapters as <run>/adapter.")
+    ] = True
+
+
+def stage_settings(defaults: Mapping[str, Any], file: Path | None, overrides: Sequence[str]) -> RunSettings:
+    """The settings of a stage: those of a file and the overrides, over the stage's own.
+
+    Where the stage's own would not fit what was asked for they give way: the innermost model (`model.model` of an
+    adapted one) is a pretrained one unless it says otherwise; a number of steps takes as many epochs as it needs; a
+    batch smaller than the stage's micro-batch is computed at once.
+
+    Raises:
+        SettingsError: for what cannot be used.
+    """
+    from resilin.config import parse_settings
     from resilin.config.load import apply_override, merge, read_toml
     from resilin.run.settings import RunSettings
 
-    file, overrides = split_settings(arguments or [])
-    tree = merge(defaults, read_toml(file) if file is not None else {})
+    own = deepcopy(dict(defaults))
+    micro, epochs = own["train"].pop("micro_batch_size"), own["source"].pop("epochs", None)
+    tree = merge(own, read_toml(file) if file is not None else {})
     for override in overrides:
         apply_override(tree, override)
-    settings = parse_settings(RunSettings, tree, str(file) if file is not None else "command line")
-    if print_config:
+    model, train, source = tree.get("model"), tree.get("train"), tree.get("source")
+    while isinstance(model, dict) and isinstance(model.get("model"), dict):
+        model = model["model"]
+    if isinstance(model, dict):
+        model.setdefault("use", _PRETRAINED["use"])
+    if isinstance(train, dict) and isinstance(batch := train.get("batch_size"), int):
+        train.setdefault("micro_batch_size", max(min(micro, batch), 0))
+        if epochs is not None and not train.get("steps") and isinstance(source, dict):
+            source.setdefault("epochs", epochs)
+    return parse_settings(RunSettings, tree, str(file) if file is not None else "command line")
+
+
+def _stage(defaults: Mapping[str, Any], given: StageArguments) -> None:
+    from resilin.config import settings_to_toml
+
+    settings = stage_settings(defaults, *given.split())
+    if given.print_config:
         typer.echo(settings_to_toml(settings), nl=False)
         return
     from resilin.run.start import start_run
 
-    path = folder or settings.default_folder()
-    run, outcome = start_run(settings, path, resume=resume, accept_changes=accept_changes)
-    if export and outcome.reason == "completed":
-        _export(run.model, path)
+    path = given.folder or settings.default_folder()
+    run, outcome = start_run(settings, path, resume=given.resume, accept_changes=given.accept_changes)
+    if given.export and outcome.reason == "completed":
+        from resilin.posttrain.reward_model import RewardModel
+
+        _export_adapters(run.model, settings, path)
+        reward_model = run.model if isinstance(run.model, RewardModel) else None
+        del run  # exporting makes copies of its own
+        _export(reward_model, path)
     finish(path, outcome)
 
 
-def _export(model: Any, path: Path) -> None:
+def _export(reward_model: RewardModel | None, path: Path) -> None:
     """The model of a finished run as `<run>/model`; a sentence where its form has no such folder."""
     from resilin.config.errors import UserError
-    from resilin.posttrain.reward_model import RewardModel, save_reward_model
+    from resilin.data.tokenizer import Tokenizer
+    from resilin.posttrain.reward_model import save_reward_model
     from resilin.run.export import export_model
+    from resilin.run.folder import RunFolder
     from resilin.run.open_model import open_model
 
     target = path / "model"
     try:
-        if isinstance(model, RewardModel):
-            save_reward_model(model, target)
+        if reward_model is not None:
+            save_reward_model(reward_model, target)
+            Tokenizer.load(RunFolder(path).tokenizer).save(target)
         else:
             opened = open_model(path, device="cpu")
             export_model(opened.model, opened.tokenizer, target, force=True)
@@ -134,64 +171,67 @@ def _export(model: Any, path: Path) -> None:
     typer.echo(f"the model is in {target}")
 
 
-def sft(
-    arguments: Arguments = None,
-    folder: Folder = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-    accept_changes: AcceptChanges = False,
-    export: Export = True,
-) -> None:
+def _export_adapters(model: nn.Module, settings: RunSettings, path: Path) -> None:
+    """The adapters that were trained as `<run>/adapter` (of several: a folder each inside it), where PEFT has them."""
+    from resilin.adapt.attach import adapted_maps, adapter_parameters, attached_to
+    from resilin.adapt.peft_folder import save_adapter
+    from resilin.adapt.targets import AdapterError
+    from resilin.cli.adapter import base_of
+    from resilin.models.decoder import Decoder
+
+    if not (isinstance(model, Decoder) and adapted_maps(model)):
+        return
+    trained = [
+        name
+        for name in attached_to(model).settings
+        if any(parameter.requires_grad for _, parameter in adapter_parameters(model, name))
+    ]
+    for name in trained:
+        target = path / "adapter" / name if len(trained) > 1 else path / "adapter"
+        try:
+            save_adapter(model, target, name, base=base_of(settings))
+        except AdapterError as error:
+            typer.secho(f"note: the adapter was not written as a PEFT folder: {error}", err=True)
+        else:
+            typer.echo(f"the adapter is in {target}")
+
+
+@with_option_groups
+def sft(given: StageArguments) -> None:
     """Fine-tune on conversations; only what the assistant wrote is learnt, every token counts the same.
 
     \b
     resilin sft examples/sft.toml
     resilin sft source.paths='["chats.jsonl"]' source.tokenizer.path=base model.path=base train.steps=500
     """
-    _stage(SFT, arguments, folder, resume, print_config, accept_changes, export)
+    _stage(SFT, given)
 
 
-def reward(
-    arguments: Arguments = None,
-    folder: Folder = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-    accept_changes: AcceptChanges = False,
-    export: Export = True,
-) -> None:
+@with_option_groups
+def reward(given: StageArguments) -> None:
     """Train a reward model on pairs of answers; PPO's value model can start from it.
 
     \b
     resilin reward source.paths='["pairs.jsonl"]' source.tokenizer=runs/sft/model model.model.path=runs/sft/model
     """
-    _stage(REWARD, arguments, folder, resume, print_config, accept_changes, export)
+    _stage(REWARD, given)
 
 
-def dpo(
-    arguments: Arguments = None,
-    folder: Folder = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-    accept_changes: AcceptChanges = False,
-    export: Export = True,
-) -> None:
+@with_option_groups
+def dpo(given: StageArguments) -> None:
     """Learn from pairs of answers: DPO, length-normalised unless objective.loss says otherwise.
 
     \b
     resilin dpo examples/dpo.toml
     resilin dpo examples/dpo.toml objective.loss=simpo
     """
-    _stage(DPO, arguments, folder, resume, print_config, accept_changes, export)
+    _stage(DPO, given)
 
 
+@with_option_groups
 def rl(
-    arguments: Arguments = None,
+    given: StageArguments,
     algorithm: Annotated[Literal["grpo", "ppo"], typer.Option(help="Groups of answers, or a value model.")] = "grpo",
-    folder: Folder = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-    accept_changes: AcceptChanges = False,
-    export: Export = True,
 ) -> None:
     """Learn from answers that verifiers check.
 
@@ -199,4 +239,4 @@ def rl(
     resilin rl examples/grpo.toml
     resilin rl examples/ppo.toml --algorithm ppo
     """
-    _stage(GRPO if algorithm == "grpo" else PPO, arguments, folder, resume, print_config, accept_changes, export)
+    _stage(GRPO if algorithm == "grpo" else PPO, given)

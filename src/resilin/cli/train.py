@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from resilin.cli.arguments import split_settings
+from resilin.cli.arguments import RunArguments
+from resilin.cli.option_groups import with_option_groups
 
 if TYPE_CHECKING:
     from resilin.run.run import Outcome
@@ -15,20 +16,8 @@ if TYPE_CHECKING:
 EXIT_FAILED = 3
 
 
-def train(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SETTINGS.toml] [KEY=VALUE]...", help="A settings file and dotted overrides."),
-    ] = None,
-    folder: Annotated[Path | None, typer.Option(help="Where the run lives. Default: runs/<name>.")] = None,
-    resume: Annotated[
-        bool, typer.Option(help="Continue the run in the folder; start one where there is none.")
-    ] = False,
-    print_config: Annotated[bool, typer.Option(help="Write the complete resolved settings and stop.")] = False,
-    accept_changes: Annotated[
-        bool, typer.Option(help="With --resume: go on although settings that decide what is learned have changed.")
-    ] = False,
-) -> None:
+@with_option_groups
+def train(given: RunArguments) -> None:
     """Train a model, with progress, evaluation and checkpoints.
 
     Ctrl-C finishes the step, saves and exits with 130; --resume then goes on as if it had never stopped, to the bit.
@@ -43,15 +32,15 @@ def train(
     from resilin.config import load_settings, settings_to_toml
     from resilin.run.settings import RunSettings
 
-    file, overrides = split_settings(arguments or [])
+    file, overrides = given.split()
     settings = load_settings(RunSettings, file, overrides)
-    if print_config:
+    if given.print_config:
         typer.echo(settings_to_toml(settings), nl=False)
         return
     from resilin.run.start import start_run
 
-    path = folder or settings.default_folder()
-    _, outcome = start_run(settings, path, resume=resume, accept_changes=accept_changes)
+    path = given.folder or settings.default_folder()
+    _, outcome = start_run(settings, path, resume=given.resume, accept_changes=given.accept_changes)
     finish(path, outcome)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from fractions import Fraction
@@ -10,14 +11,13 @@ from itertools import accumulate
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from resilin.config import component
+from resilin.data.end_to_end import EndToEnd, joined
 from resilin.data.errors import DataError
 from resilin.data.order import BatchSizes
-from resilin.data.pool import pool_of, pool_size, read_parts
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.nouns import Batch, Source, State
 
@@ -125,23 +125,7 @@ def _joined_digest(sources: Sequence[Source], *more: object) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def joined(parts: Sequence[tuple[NDArray[np.int64], Batch]], slots_B: NDArray[np.int64]) -> Batch:
-    """One batch of several, whose samples go to the given places.
-
-    Raises:
-        DataError: the batches have different fields.
-    """
-    names = {tuple(sorted(part.fields)) for _, part in parts}
-    if len(names) > 1:
-        raise DataError(f"the sources of a mix give different fields: {sorted(names)}; set them up alike")
-    order = torch.from_numpy(np.argsort(np.concatenate([places for places, _ in parts]))) if parts else None
-    fields = {
-        name: torch.cat([part[name] for _, part in parts])[order] for name in (parts[0][1].fields if parts else ())
-    }
-    return Batch(torch.from_numpy(np.asarray(slots_B, np.int64)), fields)
-
-
-class MixSource:
+class MixSource(EndToEnd):
     """The mix: slot by slot, its samples come from the source whose turn it is."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[int], batch_size: int) -> None:
@@ -190,14 +174,22 @@ class MixSource:
         return joined(list(zip(places, parts, strict=True)), slots_B)
 
     @property
-    def pool_parts(self) -> tuple[int, ...]:
-        """Samples of each source: see `resilin.data.pool.Pool`."""
-        return tuple(pool_size(pool_of(source, "a mix read by number")) for source in self.sources)
+    def epoch_length(self) -> int:
+        """Samples of all sources."""
+        return sum(self.pool_parts)
 
-    def read(self, samples: Sequence[int]) -> Batch:
-        """Samples by number, the sources' samples laid end to end."""
-        pools = [pool_of(source, "a mix read by number") for source in self.sources]
-        return joined(read_parts(pools, samples), np.arange(len(samples)))
+    def resampled(self, grid: Any) -> MixSource:
+        """The same samples in the same slots, in another shape.
+
+        Raises:
+            DataError: a source has one shape only.
+        """
+        for source in self.sources:
+            if not hasattr(source, "resampled"):
+                raise DataError(f"a mix in several shapes: {type(source).__name__} can be shown in one shape only")
+        other = copy.copy(self)
+        other.sources = [source.resampled(grid) for source in self.sources]  # type: ignore[attr-defined]
+        return other
 
     def state_dict(self) -> State:
         """The states of all sources."""
@@ -211,7 +203,7 @@ class MixSource:
             source.load_state_dict(saved)
 
 
-class ChainSource:
+class ChainSource(EndToEnd):
     """The validation batches of several sources, one source after another."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
@@ -247,16 +239,6 @@ class ChainSource:
         """The samples of these slots."""
         source, inner = self._at(step)
         return source.fetch(inner, slots)
-
-    @property
-    def pool_parts(self) -> tuple[int, ...]:
-        """Samples of each source: see `resilin.data.pool.Pool`."""
-        return tuple(pool_size(pool_of(source, "a mix read by number")) for source in self.sources)
-
-    def read(self, samples: Sequence[int]) -> Batch:
-        """Samples by number, the sources' samples laid end to end."""
-        pools = [pool_of(source, "a mix read by number") for source in self.sources]
-        return joined(read_parts(pools, samples), np.arange(len(samples)))
 
     def state_dict(self) -> State:
         """The states of all sources."""

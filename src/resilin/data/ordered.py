@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
 from resilin.data.errors import DataError
 from resilin.data.order import SampleOrder
-from resilin.nouns import State
+from resilin.data.tokenizer import Tokenizer
+from resilin.nouns import Batch, State
 
 
 class OrderedSource:
@@ -58,3 +67,56 @@ class OrderedSource:
             if state.get(key) != mine[key]:
                 hint = "; to change it from a step on, set source.batch_changes" if key == "batch_size" else ""
                 raise DataError(f"the checkpoint's {key} was {state.get(key)!r}, now it is {mine[key]!r}{hint}")
+
+
+class TableBatches(OrderedSource, ABC):
+    """Batches of rows of a table that holds both splits; a subclass says what a batch of some rows is.
+
+    Args:
+        mine: the rows of this split, by their number in the table.
+        order: which of them each slot reads.
+        tokenizer: gave the table's ids.
+        width: positions of every row; None: as many as the longest fetched one has.
+        fixed: what decides what a slot reads, except seed and batch size.
+        dropped: rows that were left out of the table, by reason.
+
+    Attributes:
+        mine: as given.
+        tokenizer: as given.
+        dropped: as given.
+        vocab_size: every id is below it.
+    """
+
+    def __init__(
+        self,
+        mine: NDArray[np.int64],
+        order: SampleOrder,
+        tokenizer: Tokenizer,
+        width: int | None,
+        fixed: Mapping[str, object],
+        dropped: Mapping[str, int],
+    ) -> None:
+        super().__init__(order, hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest())
+        self.mine = mine
+        self.tokenizer = tokenizer
+        self.vocab_size = tokenizer.vocab_size
+        self.dropped = dict(dropped)
+        self._width = width
+        self._pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
+
+    @abstractmethod
+    def batch(self, rows: Sequence[int], slots: Sequence[int] | None = None) -> Batch:
+        """Some rows of the table as a batch; `slots` numbers them, else 0, 1, ..."""
+
+    def fetch(self, step: int, slots: Sequence[int]) -> Batch:
+        """The rows of these slots."""
+        return self.batch(self.mine[self.order.row_of(step, slots)].tolist(), slots)
+
+    @property
+    def pool_parts(self) -> tuple[int, ...]:
+        """The rows of this split, as a pool (see `resilin.data.pool.Pool`)."""
+        return (len(self.mine),)
+
+    def read(self, samples: Sequence[int]) -> Batch:
+        """Rows of this split by their number in it."""
+        return self.batch(self.mine[np.asarray(samples, np.int64)].tolist())

@@ -64,7 +64,7 @@ class PackedSettings(SourceSettings):
         if len(stream) < 2:
             raise DataError(
                 f"{shards.folder}: the {context.split} split has {len(stream)} tokens; at least 2 are needed"
-                + ("; raise held_out.fraction" if context.split == "validation" else "")
+                + f"; {'raise' if context.split == 'validation' else 'lower'} held_out.fraction"
             )
         rows = make_rows(stream, self.sequence_length, self.packing, self.long_documents)
         if not len(rows):
@@ -201,13 +201,15 @@ class PackedSource(OrderedSource):
         for b, (start, stop) in enumerate(bounds):
             first_BT[b, self.stream.starts(start, stop) - start] = True
             if stop - start <= T:
-                first_BT[b, stop - start] = True  # padding is a document of its own
+                first_BT[b, stop - start] = True  # padding is a document of its own, numbered -1
         labels_BT[torch.from_numpy(first_BT[:, 1:])] = IGNORED
         first_BT = first_BT[:, :T]
         first_BT[:, 0] = True
         places = np.arange(T)[None, :]
         begun = np.maximum.accumulate(np.where(first_BT, places, 0), axis=1)
         numbers = np.cumsum(first_BT, axis=1, dtype=np.int32) - 1
+        lengths_B = np.asarray([stop - start for start, stop in bounds], np.int64)
+        numbers[places >= lengths_B[:, None]] = -1
         return {
             "positions": torch.from_numpy(places - begun),
             "documents": torch.from_numpy(numbers.astype(np.int32)),

@@ -17,6 +17,10 @@ class Pool(Protocol):
     """Optional on a source: its samples by number, from 0, in an order that neither seed nor step changes.
 
     A source made of several lays their samples end to end; `pool_parts` are the sizes of what they come from.
+
+    Two parties share a step where samples are chosen: who chooses says which samples a step has, the pool how many
+    (`slots(step)`) and how they are seen then, in what shape or random view: by an optional method `read_for(step,
+    slots, samples)`, which `resilin.transforms.read_for` calls. Without it samples look in a step as `read` gives them.
     """
 
     @property
@@ -24,7 +28,9 @@ class Pool(Protocol):
         """Samples of each part; the pool has as many as their sum."""
 
     def read(self, samples: Sequence[int]) -> Batch:
-        """The samples of these numbers, in this order, repeats included; slots are 0, 1, 2, ..."""
+        """The samples of these numbers, in this order, repeats included, as they are outside any step: in their default
+        shape, without random views; slots are 0, 1, 2, ...
+        """
 
 
 def pool_of(source: Source, what: str) -> Pool:
@@ -62,21 +68,3 @@ def check_samples(samples: Sequence[int], size: int) -> NDArray[np.int64]:
     if wrong.size:
         raise DataError(f"sample {int(wrong[0])} is not in the pool, whose samples are 0 to {size - 1}")
     return numbers
-
-
-def read_parts(pools: Sequence[Pool], samples: Sequence[int]) -> list[tuple[NDArray[np.int64], Batch]]:
-    """Samples of several pools laid end to end: for each pool that has some, their places in `samples` and the batch.
-
-    Raises:
-        DataError: for a number outside the pools.
-    """
-    sizes = [pool_size(pool) for pool in pools]
-    edges = np.cumsum([0, *sizes])
-    numbers = check_samples(samples, int(edges[-1]))
-    which = np.searchsorted(edges[1:], numbers, side="right")
-    found = []
-    for number, pool in enumerate(pools):
-        places = np.flatnonzero(which == number)
-        if len(places):
-            found.append((places, pool.read((numbers[places] - edges[number]).tolist())))
-    return found

@@ -159,6 +159,21 @@ def write_preference(preference: Preference, form: Form) -> dict[str, Any]:
     return {"prompt": asked, "chosen": [*begun, *_as_messages(chosen)], "rejected": [*begun, *_as_messages(rejected)]}
 
 
+def convert_preference(row: Row, form: Form) -> dict[str, Any]:
+    """A row in the form of another trainer, with all its further columns.
+
+    Raises:
+        DataError: with file and line, as `read_preference` and `write_preference`.
+    """
+    preference = read_preference(row)
+    try:
+        written = write_preference(preference, form)
+    except DataError as error:
+        raise row.error(str(error)) from None
+    rest = {key: value for key, value in row.value.items() if key not in ("prompt", "chosen", "rejected")}
+    return {**rest, **written}
+
+
 def _as_messages(answer: str | Messages) -> Messages:
     return _said(answer) if isinstance(answer, str) else answer
 

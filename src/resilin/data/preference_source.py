@@ -21,7 +21,7 @@ from torch import Tensor
 from resilin.data.chat import ChatTokens, encode_chat, encode_text_answer
 from resilin.data.errors import DataError
 from resilin.data.order import SampleOrder
-from resilin.data.ordered import OrderedSource
+from resilin.data.ordered import TableBatches
 from resilin.data.packed import IGNORED
 from resilin.data.preference_rows import Preference, read_preference
 from resilin.data.row_files import Row
@@ -170,7 +170,7 @@ def encode_pairs(
     return pairs
 
 
-class PairBatches(OrderedSource):
+class PairBatches(TableBatches):
     """Pairs of answers, by slot: see `resilin.nouns.Source`.
 
     A batch has the fields `chosen_tokens`, `chosen_labels`, `rejected_tokens`, `rejected_labels`: (B, T) int64, with
@@ -196,46 +196,27 @@ class PairBatches(OrderedSource):
         width: int | None,
         fixed: Mapping[str, object],
     ) -> None:
-        super().__init__(order, hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest())
+        super().__init__(mine, order, tokenizer, width, fixed, pairs.dropped)
         self.pairs = pairs
-        self.mine = mine
-        self.tokenizer = tokenizer
-        self.vocab_size = tokenizer.vocab_size
         self.data_digest = pairs.digest
-        self.dropped = dict(pairs.dropped)
-        self._width = width
-        self._pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
 
     @property
     def count(self) -> int:
         """Pairs of the whole table: pair numbers are below it."""
         return len(self.pairs)
 
-    def batch(self, pairs: Sequence[int], slots: Sequence[int] | None = None) -> Batch:
+    def batch(self, rows: Sequence[int], slots: Sequence[int] | None = None) -> Batch:
         """Some pairs of the table as a batch; `slots` numbers them, else 0, 1, ..."""
-        width = self._width or max((self.pairs.length(pair) for pair in pairs), default=0)
-        chosen, chosen_labels = self.pairs.padded("chosen", pairs, width, self._pad)
-        rejected, rejected_labels = self.pairs.padded("rejected", pairs, width, self._pad)
+        width = self._width or max((self.pairs.length(pair) for pair in rows), default=0)
+        chosen, chosen_labels = self.pairs.padded("chosen", rows, width, self._pad)
+        rejected, rejected_labels = self.pairs.padded("rejected", rows, width, self._pad)
         return Batch(
-            torch.as_tensor(list(range(len(pairs)) if slots is None else slots), dtype=torch.int64),
+            torch.as_tensor(list(range(len(rows)) if slots is None else slots), dtype=torch.int64),
             {
                 "chosen_tokens": chosen,
                 "chosen_labels": chosen_labels,
                 "rejected_tokens": rejected,
                 "rejected_labels": rejected_labels,
-                "pair": torch.as_tensor(list(pairs), dtype=torch.int64),
+                "pair": torch.as_tensor(list(rows), dtype=torch.int64),
             },
         )
-
-    def fetch(self, step: int, slots: Sequence[int]) -> Batch:
-        """The pairs of these slots."""
-        return self.batch(self.mine[self.order.row_of(step, slots)].tolist(), slots)
-
-    @property
-    def pool_parts(self) -> tuple[int, ...]:
-        """The pairs of this split, as a pool (see `resilin.data.pool.Pool`)."""
-        return (len(self.mine),)
-
-    def read(self, samples: Sequence[int]) -> Batch:
-        """Pairs of this split by their number in it."""
-        return self.batch(self.mine[np.asarray(samples, np.int64)].tolist())

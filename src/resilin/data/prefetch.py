@@ -72,9 +72,8 @@ class PrefetchSource:
         # A resume or an evaluation asks for other steps: what was fetched for earlier ones is of no use.
         for key in [key for key in self._waiting if not step <= key[0] <= step + self.ahead]:
             self._waiting.pop(key).cancel()
-        future = self._waiting.pop((step, wanted), None)
-        if future is None:
-            future = self._pool.submit(self._get, step, wanted)
+        guessed = self._waiting.pop((step, wanted), None)
+        future = guessed or self._pool.submit(self._get, step, wanted)
         highest = max(wanted, default=-1)
         whole = len(wanted) == self.source.slots(step)
         for later in range(step + 1, step + 1 + self.ahead):
@@ -82,7 +81,10 @@ class PrefetchSource:
             guess = tuple(range(self.source.slots(later))) if whole else wanted
             if guess and (later, guess) not in self._waiting and (whole or highest < self.source.slots(later)):
                 self._waiting[later, guess] = self._pool.submit(self._get, later, guess)
-        return future.result()
+        if guessed is None or guessed.exception() is None:
+            return future.result()
+        # A guess may come before the source has decided what its step reads: ask again.
+        return self._pool.submit(self._get, step, wanted).result()
 
     def state_dict(self) -> State:
         """The state of the source behind: what was fetched ahead is not part of it."""

@@ -108,3 +108,31 @@ def write_prompt(
         "reward_model": {"style": "rule", "ground_truth": prompt.ground_truth},
         "extra_info": dict(extra or {}),
     }
+
+
+_READ = {"messages", "prompt", "ground_truth", "dataset", "data_source", "reward_model", "ability", "extra_info"}
+
+
+def convert_prompt(row: Row, form: PromptForm, number: int) -> dict[str, Any]:
+    """A row in the form of another trainer, with all its further columns.
+
+    In verl's form these stand in `extra_info`, beside `index`; from there they become columns again.
+
+    Args:
+        row: in any form.
+        form: the trainer's.
+        number: verl's `index`, where the row has none.
+
+    Raises:
+        DataError: with file and line, as `read_prompt`; or for several verifiers, of which verl's rows name one.
+    """
+    prompt, value = read_prompt(row), row.value
+    info = value.get("extra_info")
+    rest = {key: field for key, field in value.items() if key not in _READ}
+    rest = {**(info if isinstance(info, dict) else {}), **rest}
+    ability = value.get("ability")
+    if form != "verl":
+        return {**rest, **({"ability": ability} if ability else {}), **write_prompt(prompt, form)}
+    if isinstance(prompt.dataset, list):
+        raise row.error(f"dataset names {len(prompt.dataset)} verifiers; a row of verl names one data_source")
+    return write_prompt(prompt, form, ability=str(ability or ""), extra={"index": number, **rest})

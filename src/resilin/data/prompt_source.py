@@ -20,7 +20,7 @@ from pydantic import Field
 from resilin.data.chat import encode_chat
 from resilin.data.errors import DataError
 from resilin.data.order import SampleOrder
-from resilin.data.ordered import OrderedSource
+from resilin.data.ordered import TableBatches
 from resilin.data.prompt_rows import Prompt, read_prompt
 from resilin.data.row_files import Row
 from resilin.data.row_sources import RowSourceSettings
@@ -88,7 +88,7 @@ class PromptTable:
             if isinstance(said, str) and settings.texts == "chat":
                 said = [{"role": "user", "content": said}]
             try:
-                ids = _prompt_ids(tokenizer, said)
+                ids = prompt_ids(tokenizer, said)
             except DataError as error:
                 raise row.error(str(error)) from None
             spoken = spoken or not isinstance(said, str)
@@ -117,7 +117,8 @@ class PromptTable:
         return len(self.rows)
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: str | list[dict[str, Any]]) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str | list[dict[str, Any]]) -> list[int]:
+    """A prompt as tokens that an answer follows: a text as it is, messages in the tokenizer's chat form."""
     if not isinstance(prompt, str):
         return encode_chat(tokenizer, prompt, add_generation_prompt=True).ids
     begin = [tokenizer.bos_id] if tokenizer.config.get("add_bos_token") is True and tokenizer.bos_id is not None else []
@@ -132,7 +133,7 @@ def end_of_turn(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset({last}) & tokenizer.special_ids
 
 
-class PromptBatches(OrderedSource):
+class PromptBatches(TableBatches):
     """Prompts, by slot: see `resilin.nouns.Source`.
 
     A batch has the fields `prompt_tokens` (B, T) int64, padded in front; `prompt_mask` (B, T) bool, True on the prompt;
@@ -157,15 +158,9 @@ class PromptBatches(OrderedSource):
         width: int | None,
         fixed: Mapping[str, object],
     ) -> None:
-        super().__init__(order, hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest())
+        super().__init__(mine, order, tokenizer, width, fixed, table.dropped)
         self.table = table
-        self.mine = mine
-        self.tokenizer = tokenizer
-        self.vocab_size = tokenizer.vocab_size
         self.end_ids = table.end_ids
-        self.dropped = dict(table.dropped)
-        self._width = width
-        self._pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
 
     @property
     def count(self) -> int:
@@ -179,19 +174,6 @@ class PromptBatches(OrderedSource):
     def prompt(self, index: int) -> Prompt:
         """What was read from that row: prompt, truth and verifier's name."""
         return self.table.prompts[index]
-
-    def fetch(self, step: int, slots: Sequence[int]) -> Batch:
-        """The prompts of these slots."""
-        return self.batch(self.mine[self.order.row_of(step, slots)].tolist(), slots)
-
-    @property
-    def pool_parts(self) -> tuple[int, ...]:
-        """The prompts of this split, as a pool (see `resilin.data.pool.Pool`)."""
-        return (len(self.mine),)
-
-    def read(self, samples: Sequence[int]) -> Batch:
-        """Prompts of this split by their number in it."""
-        return self.batch(self.mine[np.asarray(samples, np.int64)].tolist())
 
     def batch(self, rows: Sequence[int], slots: Sequence[int] | None = None) -> Batch:
         """Some prompts of the table as a batch; `slots` numbers them, else 0, 1, ..."""

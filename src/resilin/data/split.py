@@ -19,7 +19,7 @@ class HeldOut(Settings):
     """How the validation split is cut off. It does not depend on the run's seed: all runs compare on one split."""
 
     fraction: float = 0.05
-    """Part held out, of the documents or of the tokens; 0 holds nothing out."""
+    """Part held out, of the documents or of the tokens; 0 holds nothing out, 1 everything (data only measured on)."""
     by: Literal["documents", "tail"] = "documents"
     """`documents`: whole documents drawn at random; `tail`: the last tokens (for a data set that is one document)."""
     seed: int = 0
@@ -32,11 +32,13 @@ def held_out_ranges(shards: TokenShards, settings: HeldOut) -> list[tuple[int, i
     Raises:
         DataError: if there are too few documents to hold one out and keep one.
     """
-    if not 0.0 <= settings.fraction < 1.0:
-        raise DataError(f"held_out.fraction = {settings.fraction}: should be at least 0 and below 1")
+    if not 0.0 <= settings.fraction <= 1.0:
+        raise DataError(f"held_out.fraction = {settings.fraction}: should be from 0 to 1")
     total = shards.token_count
     if settings.fraction == 0.0:
         return []
+    if settings.fraction == 1.0:
+        return [(0, total)]
     if settings.by == "tail":
         size = max(1, round(total * settings.fraction))
         return [(total - size, total)]

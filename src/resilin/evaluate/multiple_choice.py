@@ -27,12 +27,14 @@ class Answer:
         picked: index of the choice with the largest sum (the first of equals).
         picked_norm: with the largest sum per character.
         picked_bytes: with the largest sum per byte.
+        share: of the probability of all choices, what the right ones have; in [0, 1].
     """
 
     logprobs: tuple[float, ...]
     picked: int
     picked_norm: int
     picked_bytes: int
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class ChoiceScore:
         acc: share of right answers by the sum of log-probabilities.
         acc_norm: by the sum per character of the choice.
         acc_bytes: by the sum per byte.
+        mc2: mean share of the probability that the right choices have (TruthfulQA, Lin et al. 2022, section 3).
         chance: expected share of a blind guess.
         truncated: choices whose context was cut at its beginning to fit the model's positions.
         answers: of each question, in order.
@@ -53,6 +56,7 @@ class ChoiceScore:
     acc: float
     acc_norm: float
     acc_bytes: float
+    mc2: float
     chance: float
     truncated: int
     answers: tuple[Answer, ...]
@@ -97,6 +101,16 @@ def encode_pair(tokenizer: Tokenizer, context: str, choice: str) -> tuple[list[i
     return whole[: len(before)], whole[len(before) :]
 
 
+Encode = Callable[[Question, str], tuple[list[int], list[int]]]
+"""Tokens before a choice of a question, and of the choice."""
+
+
+def _share(logprobs: Sequence[float], golds: Sequence[int]) -> float:
+    most = max(logprobs)
+    parts = [math.exp(value - most) for value in logprobs]
+    return math.fsum(parts[index] for index in golds) / math.fsum(parts)  # exact sums: never a hair above 1
+
+
 def _argmax(values: Sequence[float]) -> int:
     return max(range(len(values)), key=lambda index: (values[index], -index))
 
@@ -107,6 +121,7 @@ def answer_questions(
     questions: Sequence[Question],
     *,
     begin_token: bool = False,
+    encode: Encode | None = None,
     batch_tokens: int = 4096,
     progress: Callable[[float], None] | None = None,
 ) -> ChoiceScore:
@@ -117,6 +132,7 @@ def answer_questions(
         tokenizer: of the model.
         questions: at least one.
         begin_token: put the tokenizer's begin token (where it has one) before every context.
+        encode: how context and choice become tokens; None: `encode_pair`.
         batch_tokens: positions in a batch, padding counted.
         progress: called with the share done.
 
@@ -131,7 +147,10 @@ def answer_questions(
     begin = [tokenizer.bos_id] if begin_token and tokenizer.bos_id is not None else []
     for number, question in enumerate(questions):
         for choice in question.choices:
-            before, after = encode_pair(tokenizer, question.context, choice)
+            if encode is None:
+                before, after = encode_pair(tokenizer, question.context, choice)
+            else:
+                before, after = encode(question, choice)
             before = begin + before if before != begin else before
             if len(after) >= most:
                 raise QuestionError(
@@ -154,14 +173,16 @@ def answer_questions(
         own, sums = sums[: len(question.choices)], sums[len(question.choices) :]
         by_character = [value / len(choice) for value, choice in zip(own, question.choices, strict=True)]
         by_byte = [value / len(choice.encode()) for value, choice in zip(own, question.choices, strict=True)]
-        answers.append(Answer(tuple(own), _argmax(own), _argmax(by_character), _argmax(by_byte)))
-    count, golds = len(questions), [question.gold for question in questions]
+        share = _share(own, question.golds)
+        answers.append(Answer(tuple(own), _argmax(own), _argmax(by_character), _argmax(by_byte), share))
+    count, golds = len(questions), [question.golds for question in questions]
     return ChoiceScore(
         questions=count,
-        acc=sum(a.picked == gold for a, gold in zip(answers, golds, strict=True)) / count,
-        acc_norm=sum(a.picked_norm == gold for a, gold in zip(answers, golds, strict=True)) / count,
-        acc_bytes=sum(a.picked_bytes == gold for a, gold in zip(answers, golds, strict=True)) / count,
-        chance=sum(1 / len(question.choices) for question in questions) / count,
+        acc=sum(a.picked in gold for a, gold in zip(answers, golds, strict=True)) / count,
+        acc_norm=sum(a.picked_norm in gold for a, gold in zip(answers, golds, strict=True)) / count,
+        acc_bytes=sum(a.picked_bytes in gold for a, gold in zip(answers, golds, strict=True)) / count,
+        mc2=sum(answer.share for answer in answers) / count,
+        chance=sum(len(question.golds) / len(question.choices) for question in questions) / count,
         truncated=truncated,
         answers=tuple(answers),
     )

@@ -50,7 +50,7 @@ def _visible(mask: Mask, batch: int, tokens: int, keys: int, device: torch.devic
         return seen_BHTS[:, 0]
     if mask.causal:
         return torch.ones(1, tokens, keys, dtype=torch.bool, device=device).tril()
-    return mask.seen_BQS
+    return mask.dense(batch, tokens)
 
 
 @torch.no_grad()

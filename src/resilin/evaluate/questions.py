@@ -6,6 +6,7 @@ A line is an object with a context, its choices and the right one:
     {"question": "Which is a mammal?", "choices": {"text": ["bat", "wren"], "label": ["A", "B"]}, "answerKey": "A"}
     {"ctx": "A man sits at a piano. He", "endings": ["starts to play.", "eats it."], "label": "0"}
     {"goal": "Open a jar", "sol1": "twist the lid", "sol2": "paint the lid", "label": 0}
+    {"question": "Is glass a liquid?", "mc2_targets": {"choices": ["No.", "It is solid.", "Yes."], "labels": [1, 1, 0]}}
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from resilin.config.errors import UserError
+from resilin.data.errors import DataError
+from resilin.data.row_template import fill
 
 CONTEXT_FIELDS = ("context", "ctx", "query", "prompt", "input", "goal")
-CHOICE_FIELDS = ("choices", "endings", "options", "answers")
+CHOICE_FIELDS = ("choices", "endings", "options", "answers", "mc2_targets", "mc1_targets")
 GOLD_FIELDS = ("gold", "gold_index", "answer_index", "answerKey", "answer", "label", "target")
 
 
@@ -35,12 +38,19 @@ class Question:
     Attributes:
         context: what the model is given.
         choices: at least two texts, without the space that divides them from the context.
-        gold: index of the right choice.
+        gold: index of the right choice; of several, of the first.
+        also: indices of the further right ones.
     """
 
     context: str
     choices: tuple[str, ...]
     gold: int
+    also: tuple[int, ...] = ()
+
+    @property
+    def golds(self) -> tuple[int, ...]:
+        """Indices of all right choices."""
+        return (self.gold, *self.also)
 
 
 def _quoted(names: Sequence[str]) -> str:
@@ -53,14 +63,10 @@ def _first(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any] | No
 
 def _context(row: Mapping[str, Any], template: str | None) -> str:
     if template is not None:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-        for name in names:
-            if not name.isidentifier() or not isinstance(row.get(name), str):
-                raise QuestionError(
-                    f"the template asks for {{{name}}}, which is not a text field of this line; "
-                    f"text fields: {_quoted([key for key, value in row.items() if isinstance(value, str)])}"
-                )
-        return template.format_map({name: row[name] for name in names})
+        try:
+            return fill(template, row)
+        except DataError as error:
+            raise QuestionError(str(error)) from None
     found, question = _first(row, CONTEXT_FIELDS), row.get("question")
     if question is not None:
         if not isinstance(question, str):
@@ -86,7 +92,8 @@ def _choices(row: Mapping[str, Any]) -> tuple[list[str], list[str] | None]:
         raise QuestionError(f"no choices: expected a list in one of the fields {_quoted(CHOICE_FIELDS)}")
     name, texts = found
     if isinstance(texts, dict):
-        labels, texts = texts.get("label"), texts.get("text")
+        labels = texts.get("label", texts.get("labels"))
+        texts = texts.get("text", texts.get("choices"))
         if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
             raise QuestionError(f"{name!r} is an object: it should hold 'text' and 'label', lists of equal length")
         labels = [str(label) for label in labels]
@@ -97,8 +104,10 @@ def _choices(row: Mapping[str, Any]) -> tuple[list[str], list[str] | None]:
     return texts, labels
 
 
-def _gold(row: Mapping[str, Any], texts: list[str], labels: list[str] | None) -> int:
+def _golds(row: Mapping[str, Any], texts: list[str], labels: list[str] | None) -> list[int]:
     found = _first(row, GOLD_FIELDS)
+    if found is None and labels is not None and "1" in labels and {*labels} <= {"0", "1"}:
+        return [index for index, label in enumerate(labels) if label == "1"]
     if found is None:
         raise QuestionError(f"no right answer: expected one of the fields {_quoted(GOLD_FIELDS)}")
     name, gold = found
@@ -121,7 +130,7 @@ def _gold(row: Mapping[str, Any], texts: list[str], labels: list[str] | None) ->
         )
     if not 0 <= index < len(texts):
         raise QuestionError(f"{name!r} is {json.dumps(gold)}, but there are {len(texts)} choices, counted from 0")
-    return index
+    return [index]
 
 
 def parse_question(row: object, template: str | None = None) -> Question:
@@ -138,7 +147,8 @@ def parse_question(row: object, template: str | None = None) -> Question:
     if not isinstance(row, dict):
         raise QuestionError("the line should be a JSON object")
     texts, labels = _choices(row)
-    return Question(_context(row, template), tuple(texts), _gold(row, texts, labels))
+    gold, *also = _golds(row, texts, labels)
+    return Question(_context(row, template), tuple(texts), gold, tuple(also))
 
 
 def read_questions(path: Path, template: str | None = None) -> list[Question]:

@@ -5,7 +5,9 @@ Shapes: B batch, T tokens, D hidden size, E experts, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +17,16 @@ from resilin.models.attention import Attention
 from resilin.models.cache import KVCache
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.initial import fill_parameters
-from resilin.models.linear import Embedding, Linear, project
-from resilin.models.mask import Mask, cached_mask, flex_mask, training_mask
+from resilin.models.linear import Embedding, Linear, PackedWeight, product
+from resilin.models.mask import Mask, cached_mask, flex_mask, span_masks, training_mask
 from resilin.models.mlp import MLP
 from resilin.models.moe import MoE
 from resilin.models.norm import stream_norm
 from resilin.models.recompute import run_block
 from resilin.models.rope import Rotation, depends_on_length, rotation
+from resilin.models.spans import asked_places, runs_of
+
+_WORTH_LEAVING_OUT = 0.02  # share of all places that must be saved
 
 
 class DecoderOutput(NamedTuple):
@@ -73,12 +78,20 @@ class Block(nn.Module):
         return x_BTD + dropout(hidden, self.dropout, keys.fold("mlp") if keys else None), router
 
 
+@cache
+def _takes_keys(kind: type[nn.Module]) -> bool:
+    return "keys" in inspect.signature(kind.forward).parameters
+
+
 class Decoder(nn.Module):
     """A decoder-only transformer. Built by `DecoderSettings.build`.
 
     Attributes:
         settings: what it was built from; `vocab_size` is never 0 here.
+        leaves_out_unasked: its forward pass takes `asked_BT`.
     """
+
+    leaves_out_unasked = True
 
     def __init__(
         self, settings: DecoderSettings, *, seed: int | None = 0, device: torch.device | str | None = None
@@ -106,12 +119,51 @@ class Decoder(nn.Module):
         """(V, D): the output matrix, the embedding's own where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) after the final norm -> (..., V) logits, float32 at least, soft-capped where the settings say so."""
-        logits = project(hidden, self.head_weight)
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """The format of the residual stream: that of the norms, whatever format the matrices are stored in."""
+        dtype: torch.dtype = self.norm.weight.dtype  # type: ignore[assignment]
+        return dtype
+
+    def logits(self, hidden: Tensor, head: PackedWeight | None = None) -> Tensor:
+        """(..., D) after the final norm -> (..., V) logits, float32 at least, soft-capped where the settings say so.
+
+        Args:
+            hidden: after the final norm.
+            head: the head's weight, packed, where many products follow each other.
+        """
+        logits = product(hidden, self.head_weight) if head is None else head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.settings.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @property
+    def attends_by_document(self) -> bool:
+        """Whether attention over packed rows is now computed document by document, as training on CPUs does.
+
+        Rows of any lengths may then be laid one behind another at no cost.
+        """
+        settings, weight = self.settings, self.embed.weight
+        return (
+            not torch.compiler.is_compiling()
+            and weight.device.type == "cpu"
+            and weight.dtype == self.stream_dtype
+            and weight.dtype in (torch.float32, torch.float64)
+            and settings.attention_backend == "sdpa"
+            and not torch.is_autocast_enabled("cpu")
+            and not any(block._compiled_call_impl is not None for block in self.blocks)  # stretches change every step
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers are, or may be, drawn while it computes: its own dropout, or a foreign module's."""
+        for module in self.modules():
+            kind: Any = type(module)
+            rate: float = getattr(getattr(module, "settings", None), "dropout", 0.0)
+            if rate or (not isinstance(module, Decoder | Block) and _takes_keys(kind)):
+                return True
+        return False
 
     def forward(
         self,
@@ -121,6 +173,8 @@ class Decoder(nn.Module):
         *,
         keys: Keys | None = None,
         cache: KVCache | None = None,
+        continues_BT: Tensor | None = None,
+        asked_BT: Tensor | None = None,
     ) -> DecoderOutput:
         """Args:
         tokens_BT: ids.
@@ -128,23 +182,81 @@ class Decoder(nn.Module):
         documents_BT: attention stays among equal numbers; -1 marks padding. With a cache only padding counts.
         keys: for dropout; None (evaluation): no dropout.
         cache: read and extended by these tokens.
+        continues_BT: the number of the document, earlier in the row, that a token's document goes on from: all of it
+            is seen as well; -1: none.
+        asked_BT: the places whose hidden states are wanted. Where it saves work, those behind the last one of a
+            document are left out, and are zeros.
         """
         if cache is not None:
+            if continues_BT is not None:
+                raise ValueError("documents that go on from others (continues_BT) cannot be read over a cache")
             return self._forward_cached(tokens_BT, positions_BT, documents_BT, cache)
-        T, device = tokens_BT.shape[1], tokens_BT.device
+        if asked_BT is not None and continues_BT is None and self._may_leave_out(keys):
+            places_N = asked_places(documents_BT, asked_BT)
+            if 0 < len(places_N) <= (1 - _WORTH_LEAVING_OUT) * asked_BT.numel():
+                return self._forward_some(tokens_BT, positions_BT, documents_BT, keys, places_N)
+        return self._forward_all(tokens_BT, positions_BT, documents_BT, keys, continues_BT)
+
+    def _may_leave_out(self, keys: Keys | None) -> bool:
+        # Routers are judged by all real tokens; scaled rotations, and random numbers, go by the rows as they are.
+        plain = self.settings.moe is None and not depends_on_length(self.settings)
+        return plain and self.attends_by_document and (keys is None or not self.draws)
+
+    def _forward_some(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None,
+        documents_BT: Tensor | None,
+        keys: Keys | None,
+        places_N: Tensor,
+    ) -> DecoderOutput:
+        """The places `places_N` of all rows, laid one behind another; the others' hidden states are zeros."""
+        B, T = tokens_BT.shape
+        if positions_BT is None:
+            positions_BT = torch.arange(T, device=tokens_BT.device).expand(B, T)
+        if documents_BT is None:
+            documents_BT = torch.arange(B, device=tokens_BT.device)[:, None].expand(B, T)
+        runs_N = runs_of(documents_BT)
+        tokens, positions, documents = (
+            x.flatten().index_select(0, places_N)[None] for x in (tokens_BT, positions_BT, runs_N)
+        )
+        hidden_ND = self._forward_all(tokens, positions, documents, keys, None).hidden_BTD[0]
+        hidden_BTD = hidden_ND.new_zeros(B * T, hidden_ND.shape[1]).index_copy(0, places_N, hidden_ND)
+        return DecoderOutput(hidden_BTD.view(B, T, -1))
+
+    def _masks(
+        self, documents_BT: Tensor | None, positions_BT: Tensor | None, continues_BT: Tensor | None, tokens_BT: Tensor
+    ) -> dict[int | None, Mask]:
+        """The mask of every window that a layer has."""
+        settings, device, T = self.settings, tokens_BT.device, tokens_BT.shape[1]
+        windows = {settings.window_of(layer) for layer in range(settings.layers)}
+        masks: dict[int | None, Mask] = {}
+        if documents_BT is not None and self.attends_by_document:
+            masks = span_masks(documents_BT, windows, continues_BT)
+        # torch has no backward pass of flex attention on CPUs: there the same mask goes to another backend.
+        flex = settings.attention_backend == "flex" and not (device.type == "cpu" and torch.is_grad_enabled())
+        make_mask = flex_mask if flex else training_mask
+        rest = windows - masks.keys()
+        return masks | {w: make_mask(documents_BT, T, w, device, continues_BT, positions_BT) for w in rest}
+
+    def _forward_all(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None,
+        documents_BT: Tensor | None,
+        keys: Keys | None,
+        continues_BT: Tensor | None,
+    ) -> DecoderOutput:
+        T = tokens_BT.shape[1]
         length = T
         if positions_BT is None:
-            positions = torch.arange(T, device=device)
+            positions = torch.arange(T, device=tokens_BT.device)
         else:
             positions = positions_BT
             length = int(positions.max()) + 1 if depends_on_length(self.settings) else T
         turn = rotation(self.settings, positions, length)
-        windows = {self.settings.window_of(layer) for layer in range(self.settings.layers)}
-        # torch has no backward pass of flex attention on CPUs: there the same mask goes to another backend.
-        flex = self.settings.attention_backend == "flex" and not (device.type == "cpu" and torch.is_grad_enabled())
-        make_mask = flex_mask if flex else training_mask
-        masks = {window: make_mask(documents_BT, T, window, device) for window in windows}
-        x_BTD = self.embed(tokens_BT)
+        masks = self._masks(documents_BT, positions_BT, continues_BT, tokens_BT)
+        x_BTD = self.embed(tokens_BT).to(self.stream_dtype)
         x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)
         routers = []
         for layer, block in enumerate(self.blocks):
@@ -170,7 +282,7 @@ class Decoder(nn.Module):
         ragged = cache.ragged or real_BT is not None
         windows = {self.settings.window_of(layer) for layer in range(self.settings.layers)}
         masks = {window: cached_mask(slots_BT, reach, ragged, window) for window in windows}
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT).to(self.stream_dtype)
         routers = []
         for layer, block in enumerate(self.blocks):
             mask = masks[self.settings.window_of(layer)]

@@ -203,13 +203,26 @@ class DecoderSettings(ModelSettings):
         """
         from resilin.models.decoder import Decoder  # the module imports these settings
 
+        return Decoder(self._with_vocabulary(context), seed=context.seed)
+
+    def outline(self, context: ModelContext) -> Decoder:
+        """The decoder on the meta device.
+
+        Raises:
+            ValueError: as `build`.
+        """
+        from resilin.models.decoder import Decoder
+
+        return Decoder(self._with_vocabulary(context), seed=None, device="meta")
+
+    def _with_vocabulary(self, context: ModelContext) -> DecoderSettings:
         if self.vocab_size:
             if context.vocab_size is not None and context.vocab_size > self.vocab_size:
                 raise ValueError(
                     f"model.vocab_size ({self.vocab_size}) is smaller than the tokenizer's ({context.vocab_size}): "
                     f"leave it 0, or use {context.vocab_size} or more"
                 )
-            return Decoder(self, seed=context.seed)
+            return self
         if not context.vocab_size:
             raise ValueError("model.vocab_size is 0 and no tokenizer gives it: set it to the number of token ids")
-        return Decoder(self.model_copy(update={"vocab_size": context.vocab_size}), seed=context.seed)
+        return self.model_copy(update={"vocab_size": context.vocab_size})

@@ -82,7 +82,7 @@ def parameter_counts(settings: DecoderSettings) -> ParameterCounts:
     return ParameterCounts(total + embedding, active + embedding, total)
 
 
-def _keys_seen(sequence_length: int, window: int | None) -> float:
+def keys_seen(sequence_length: int, window: int | None) -> float:
     """Keys a token sees, averaged over a text: (T + 1) / 2, or less within a window."""
     if window is None or window >= sequence_length:
         return (sequence_length + 1) / 2
@@ -95,11 +95,11 @@ def forward_flops_per_token(settings: DecoderSettings, sequence_length: int) -> 
     attention = 0.0
     for layer in range(settings.layers):
         matrices += _block_matrices(settings, layer, active=True)
-        seen = _keys_seen(sequence_length, settings.window_of(layer))
+        seen = keys_seen(sequence_length, settings.window_of(layer))
         attention += 4 * settings.heads * settings.head_width * seen
     return 2 * matrices + attention
 
 
 def train_flops_per_token(settings: DecoderSettings, sequence_length: int) -> float:
-    """Operations of one forward and backward pass: three times the forward pass."""
+    """Operations of one forward and backward pass with everything trained: three times the forward pass."""
     return 3 * forward_flops_per_token(settings, sequence_length)

@@ -166,6 +166,25 @@ def _place_in_decoder(name: str) -> str | None:
     return f"blocks.{match[1]}.{_IN_LAYER[match[2]]}.{match[3]}"
 
 
+def _settings_of(file: GGUFFile) -> DecoderSettings:
+    factors = _dequantised(file, file.tensors[_ROPE_FACTORS]) if _ROPE_FACTORS in file.tensors else None
+    if "token_embd.weight" not in file.tensors:
+        raise ModelFolderError(f"{file.path}: has no tensor 'token_embd.weight': is it a language model?")
+    try:
+        return settings_from_metadata(file.metadata, file.tensors, factors)
+    except ModelFolderError as error:
+        raise ModelFolderError(f"{file.path}: {error}") from None
+
+
+def gguf_settings(path: Path | str) -> DecoderSettings:
+    """The settings of the decoder a GGUF file holds; its weights are not read.
+
+    Raises:
+        ModelFolderError: as `load_gguf`.
+    """
+    return _settings_of(open_gguf(path))
+
+
 @torch.no_grad()
 def load_gguf(path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
     """The decoder a GGUF file holds, its weights dequantised.
@@ -179,13 +198,7 @@ def load_gguf(path: Path | str, dtype: torch.dtype = torch.float32, device: torc
         ModelFolderError: not such a file, cut short, another architecture, or something this decoder does not have.
     """
     file = open_gguf(path)
-    factors = _dequantised(file, file.tensors[_ROPE_FACTORS]) if _ROPE_FACTORS in file.tensors else None
-    if "token_embd.weight" not in file.tensors:
-        raise ModelFolderError(f"{file.path}: has no tensor 'token_embd.weight': is it a language model?")
-    try:
-        settings = settings_from_metadata(file.metadata, file.tensors, factors)
-    except ModelFolderError as error:
-        raise ModelFolderError(f"{file.path}: {error}") from None
+    settings = _settings_of(file)
     model = Decoder(settings, seed=None, device="meta").to(dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
     interleaved = file.metadata["general.architecture"] == "llama"

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resilin.models.linear import product
+
 
 class Groups(NamedTuple):
     """How N * k choices of a group lie when sorted by group.
@@ -100,4 +102,4 @@ def grouped_linear(x_RI: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:
             offsets = groups.sizes_G.cumsum(0).to(torch.int32)
             return F.grouped_mm(x_RI, weight_GOI.transpose(1, 2), offs=offsets)
     parts = x_RI.split(groups.sizes_G.tolist())
-    return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weight_GOI.unbind(), strict=True)])
+    return torch.cat([product(part, weight) for part, weight in zip(parts, weight_GOI.unbind(), strict=True)])

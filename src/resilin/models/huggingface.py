@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resilin.models.decoder import Decoder
+from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.huggingface_config import settings_from_config
 from resilin.models.huggingface_families import config_from_settings
 from resilin.models.huggingface_names import Part, parts_of, stored_tensors
@@ -50,6 +51,18 @@ def fill_part(parameters: Mapping[str, nn.Parameter], part: Part, name: str, ten
     return target.numel()
 
 
+def folder_settings(folder: Path | str) -> DecoderSettings:
+    """The settings of the decoder a Hugging Face folder holds.
+
+    Raises:
+        ModelFolderError: there is no such folder, or its config.json is missing, broken or unsupported.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelFolderError(f"{folder}: no such folder")
+    return settings_from_config(read_json(folder / "config.json"))
+
+
 @torch.no_grad()
 def load_pretrained(
     folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -65,9 +78,7 @@ def load_pretrained(
         ModelFolderError: what is missing, broken, unsupported or superfluous, by name.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ModelFolderError(f"{folder}: no such folder")
-    settings = settings_from_config(read_json(folder / "config.json"))
+    settings = folder_settings(folder)
     model = Decoder(settings, seed=None, device="meta").to(dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
     filled = dict.fromkeys(parameters, 0)

@@ -1,4 +1,4 @@
-"""Which keys a query may see: those before it, in its own document, inside its window.
+"""Which keys a query may see: those before it, in its own document or the one it goes on from, inside its window.
 
 Shapes: B batch (1 where rows agree), Q queries, S keys, T tokens.
 """
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from resilin.models.spans import Span, spans_of
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -22,41 +24,104 @@ class Mask(NamedTuple):
         causal: the plain triangle over equally many queries and keys; then `seen_BQS` is None.
         seen_BQS: bool, True where query q sees key s; None with `causal` False: every query sees every key.
         block: the same for flex attention; None where another backend is to be used.
+        spans: the same as stretches of tokens, for attention document by document; then the others say nothing.
     """
 
     causal: bool
     seen_BQS: Tensor | None = None
     block: BlockMask | None = None
+    spans: tuple[Span, ...] | None = None
+
+    def dense(self, batch: int, tokens: int) -> Tensor | None:
+        """`seen_BQS`, also where the mask is spans."""
+        if self.spans is None:
+            return self.seen_BQS
+        seen_NN = torch.zeros(batch * tokens, batch * tokens, dtype=torch.bool)
+        for start, stop, (first, last) in self.spans:
+            seen_NN[start:stop, start:stop] = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+            seen_NN[start:stop, first:last] = True
+        return torch.stack([seen_NN[at : at + tokens, at : at + tokens] for at in range(0, batch * tokens, tokens)])
 
 
-def training_mask(documents_BT: Tensor | None, tokens: int, window: int | None, device: torch.device) -> Mask:
+def training_mask(
+    documents_BT: Tensor | None,
+    tokens: int,
+    window: int | None,
+    device: torch.device,
+    continues_BT: Tensor | None = None,
+    positions_BT: Tensor | None = None,
+) -> Mask:
     """The mask of whole texts: causal, inside a document (equal numbers), the last `window` tokens only.
 
     A token always sees itself, so no row is empty; padding is a document of its own, numbered -1.
+
+    Args:
+        documents_BT: None: each row is one document.
+        tokens: T.
+        window: None: no limit.
+        device: of the mask.
+        continues_BT: the document that a token's document goes on from, all of which it sees as well; -1: none.
+        positions_BT: where each token stands in its text; a window is measured by it where documents go on.
     """
     wide = window is None or window >= tokens
     if documents_BT is None and wide:
         return Mask(causal=True)
     place = torch.arange(tokens, device=device)
-    seen = place[:, None] >= place
-    if window is not None and not wide:
-        seen &= place[:, None] - place < window
-    seen_BQS = seen[None]
+    seen_BQS = (place[:, None] >= place)[None]
     if documents_BT is not None:
-        seen_BQS = seen_BQS & (documents_BT[:, :, None] == documents_BT[:, None, :])
+        same_BQS = documents_BT[:, :, None] == documents_BT[:, None, :]
+        if continues_BT is not None:
+            goes_on_BQS = continues_BT[:, :, None] == documents_BT[:, None, :]
+            same_BQS = same_BQS | (goes_on_BQS & (continues_BT >= 0)[:, :, None])
+        seen_BQS = seen_BQS & same_BQS
+    if window is not None and not wide:
+        at_BT = place[None] if continues_BT is None or positions_BT is None else positions_BT
+        seen_BQS = seen_BQS & (at_BT[:, :, None] - at_BT[:, None, :] < window)
     return Mask(causal=False, seen_BQS=seen_BQS)
 
 
-def flex_mask(documents_BT: Tensor | None, tokens: int, window: int | None, device: torch.device) -> Mask:
+def span_masks(
+    documents_BT: Tensor, windows: set[int | None], continues_BT: Tensor | None = None
+) -> dict[int | None, Mask]:
+    """The masks of those windows that no document exceeds, as spans, or as the triangle where each row is a document.
+
+    Args:
+        documents_BT: on the host.
+        windows: of the layers.
+        continues_BT: as for `training_mask`.
+    """
+    spans = spans_of(documents_BT, continues_BT)
+    if not spans:
+        return {}
+    longest = max(span.keys for span in spans)
+    whole = len(spans) == len(documents_BT)
+    mask = Mask(causal=True) if whole else Mask(causal=False, spans=spans)
+    return {w: mask for w in windows if w is None or w >= longest}
+
+
+def flex_mask(
+    documents_BT: Tensor | None,
+    tokens: int,
+    window: int | None,
+    device: torch.device,
+    continues_BT: Tensor | None = None,
+    positions_BT: Tensor | None = None,
+) -> Mask:
     """The same mask as blocks for flex attention, which skips blocks that nobody sees."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         visible = query >= key
         if window is not None:
-            visible = visible & (query - key < window)
+            by_place = continues_BT is None or positions_BT is None
+            distance = query - key if by_place else positions_BT[batch, query] - positions_BT[batch, key]  # type: ignore[index]
+            visible = visible & (distance < window)
         if documents_BT is not None:
-            visible = visible & (documents_BT[batch, query] == documents_BT[batch, key])
+            same = documents_BT[batch, query] == documents_BT[batch, key]
+            if continues_BT is not None:
+                goes_on = continues_BT[batch, query]
+                same = same | ((goes_on == documents_BT[batch, key]) & (goes_on >= 0))
+            visible = visible & same
         return visible
 
     rule: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = seen

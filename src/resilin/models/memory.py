@@ -1,11 +1,11 @@
-"""How much memory training a decoder takes, estimated from its settings alone."""
+"""How much memory training a decoder takes, estimated without running it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
-from resilin.models.flops import parameter_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,9 +13,9 @@ class MemoryEstimate:
     """Bytes, by what they hold.
 
     Attributes:
-        weights: parameters.
-        gradients: one per parameter.
-        moments: the optimizer's state.
+        weights: parameters, as they are stored.
+        gradients: one per trained parameter.
+        moments: the optimizer's state of trained parameters.
         activations: what the forward pass of one micro-batch keeps for the backward pass, and the logits of one chunk.
     """
 
@@ -94,11 +94,10 @@ def activation_bytes(
 
 
 def memory_estimate(
-    settings: DecoderSettings,
+    model: Decoder,
     batch: int,
     sequence_length: int,
     *,
-    weight_bytes: int = 4,
     moments_per_parameter: int = 2,
     value_bytes: int = 4,
     logit_rows: int = 1024,
@@ -106,14 +105,22 @@ def memory_estimate(
     """The memory of one training step on one device.
 
     Args:
-        settings: of the decoder, with its vocabulary size set.
+        model: on any device, the meta device too; `requires_grad` says what is trained. Of activations, those of a
+            model that is trained in full are counted: at most these are kept where some of it is frozen.
         batch: rows of one micro-batch.
         sequence_length: tokens of a row.
-        weight_bytes: of a parameter and of its gradient.
         moments_per_parameter: float32 numbers the optimizer keeps for each (AdamW 2, Muon 1).
         value_bytes: of one activation.
         logit_rows: tokens whose logits the loss holds at once.
     """
-    count = parameter_counts(settings).total
-    activations = activation_bytes(settings, batch, sequence_length, value_bytes=value_bytes, logit_rows=logit_rows)
-    return MemoryEstimate(count * weight_bytes, count * weight_bytes, count * moments_per_parameter * 4, activations)
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    activations = activation_bytes(
+        model.settings, batch, sequence_length, value_bytes=value_bytes, logit_rows=logit_rows
+    )
+    return MemoryEstimate(
+        weights=sum(parameter.nbytes for parameter in parameters),
+        gradients=sum(parameter.nbytes for parameter in trained),
+        moments=sum(parameter.numel() for parameter in trained) * moments_per_parameter * 4,
+        activations=activations,
+    )

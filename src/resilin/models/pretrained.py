@@ -44,15 +44,34 @@ class Pretrained(ModelSettings):
             from resilin.models.huggingface import load_pretrained
 
             loaded = load_pretrained(self.path)
-        known, asked = loaded.settings.vocab_size, context.vocab_size
+        model = Decoder(self._wanted(loaded.settings, context), seed=None, device="meta")
+        with torch.no_grad():
+            model.load_state_dict(loaded.state_dict(), assign=True)
+        return model
+
+    def outline(self, context: ModelContext) -> nn.Module:
+        """The decoder on the meta device; of its files only the description is read.
+
+        Raises:
+            ModelFolderError: as `build`, for what the description tells.
+        """
+        if self.path.suffix == ".gguf":
+            from resilin.models.gguf import gguf_settings
+
+            stored = gguf_settings(self.path)
+        else:
+            from resilin.models.huggingface import folder_settings
+
+            stored = folder_settings(self.path)
+        return Decoder(self._wanted(stored, context), seed=None, device="meta")
+
+    def _wanted(self, stored: DecoderSettings, context: ModelContext) -> DecoderSettings:
+        known, asked = stored.vocab_size, context.vocab_size
         if asked is not None and asked > known:
             raise ModelFolderError(
                 f"{self.path}: knows {known} tokens, the source's tokenizer has {asked}: set source.tokenizer to the "
                 "model's own"
             )
         wanted = {"dropout": self.dropout, "recompute": self.recompute, "attention_backend": self.attention_backend}
-        tree = loaded.settings.model_dump() | {name: value for name, value in wanted.items() if value is not None}
-        model = Decoder(DecoderSettings.model_validate(tree), seed=None, device="meta")
-        with torch.no_grad():
-            model.load_state_dict(loaded.state_dict(), assign=True)
-        return model
+        tree = stored.model_dump() | {name: value for name, value in wanted.items() if value is not None}
+        return DecoderSettings.model_validate(tree)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from resilin.config import SettingsError, component
 from resilin.models.settings import ModelContext, ModelSettings
+from resilin.multigrid.pooled import pool_running, processes
 from resilin.multigrid.sub_batch_norm import SubBatchNorm
 from resilin.nouns import StepView
 
@@ -90,7 +91,7 @@ class PreciseStatistics(nn.Module):
         return x
 
     def before_step(self, view: StepView) -> None:
-        """Say once where batches are smaller than statistics should come from: one process cannot pool more."""
+        """Say once where batches are smaller than statistics should come from, however many processes pool theirs."""
         schedule = getattr(view.source, "grid_schedule", None)
         if schedule is None or self._warned:
             return
@@ -99,13 +100,16 @@ class PreciseStatistics(nn.Module):
         smallest = min(s.base.multiplier for s in schedule.segments) * view.source.batch_size  # type: ignore[attr-defined]
         if smallest < base:
             sys.stderr.write(
-                f"resilin: batch norm sees {smallest} samples in the finest shape, fewer than base = {base}: one "
-                "process has no others to take statistics from; plain batch norm is used there\n"
+                f"resilin: batch norm sees {smallest} samples in the finest shape, fewer than base = {base}: there are "
+                "no others to take statistics from; plain batch norm is used there\n"
             )
 
     @torch.no_grad()
     def before_evaluation(self, view: StepView) -> None:
-        """Measure the statistics anew on the next batches of the training source, at the long cycle's shape."""
+        """Measure the statistics anew on the next batches of the training source, at the long cycle's shape.
+
+        Several processes take their parts of each batch and end with the same statistics.
+        """
         model, source = view.model, view.source
         norms = [m for m in model.modules() if isinstance(m, SubBatchNorm)]
         device = next(model.parameters()).device
@@ -122,6 +126,9 @@ class PreciseStatistics(nn.Module):
                 break
             with view.autocast():
                 model(inputs.to(device))
+        if processes()[1] > 1:
+            for norm in norms:
+                pool_running(norm)
         for norm, (momentum, group, seen) in zip(norms, kept, strict=True):
             norm.momentum, norm.group = momentum, group
             norm.num_batches_tracked.copy_(seen)
@@ -129,13 +136,20 @@ class PreciseStatistics(nn.Module):
 
 
 def _batch(source: Any, step: int, number: int) -> Tensor | None:
-    """Inputs of a batch at the present long-cycle shape; None after the end of the data."""
+    """This process's inputs of a batch at the present long-cycle shape; None after the end of the data."""
     if getattr(source, "grid_schedule", None) is not None:
         # The step is the one to come; the shape is that of the step just taken.
-        batch = source.base_batch(max(step - 1, 0), number)
-        return None if batch is None else batch["inputs"]
+        step = max(step - 1, 0)
+        slots = source.base_slots(step, number)
+        return source.base_batch(step, number, _share(slots))["inputs"] if slots else None
     slots = source.slots(step + number)
     if not slots:
         return None
-    inputs: Tensor = source.fetch(step + number, range(slots))["inputs"]
+    inputs: Tensor = source.fetch(step + number, _share(slots))["inputs"]
     return inputs
+
+
+def _share(count: int) -> range:
+    """The slots of `count` that are this process's."""
+    rank, world = processes()
+    return range(rank * count // world, (rank + 1) * count // world)

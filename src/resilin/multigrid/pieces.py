@@ -6,7 +6,6 @@ Legend: B slots, L tokens of a row, l tokens of a piece.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,7 +40,8 @@ class Pieces(SourceTransform):
     @property
     def epoch_length(self) -> int:
         """Rows of one pass."""
-        rows: int = self.order.epoch_length
+        own: int | None = getattr(self.inner, "epoch_length", None)
+        rows: int = self.order.epoch_length if own is None else own
         return rows
 
     def resampled(self, grid: Grid) -> Pieces:
@@ -52,11 +52,10 @@ class Pieces(SourceTransform):
         other.grid = grid
         return other
 
-    def fetch(self, step: int, slots: Sequence[int]) -> Batch:
-        """The windows of these slots."""
-        batch = self.inner.fetch(step, slots)
+    def shown(self, step: int | None, batch: Batch) -> Batch:
+        """The windows of these rows; outside any step the rows."""
         size = self.grid.frames
-        if size == self.length:
+        if size == self.length or step is None:
             return batch
         seed = getattr(self.order, "seed", 0)
         u_B = Keys(seed, step, batch.slots_B).fold("window").uniform((1,))[:, 0]

@@ -13,7 +13,7 @@ from resilin.data.settings import SourceContext, SourceSettings
 from resilin.multigrid.pieces import Pieces
 from resilin.multigrid.schedule import GridSchedule, Plan, ScheduleError, default_long_factors
 from resilin.nouns import Batch, Source, StepView
-from resilin.transforms import SourceTransform
+from resilin.transforms import SourceTransform, read_for
 from resilin.vision.grid import Grid
 
 Factor = Annotated[float, Field(gt=0, le=1)]
@@ -105,8 +105,13 @@ def as_gridded(source: Source) -> Any:
     """A source that can be resampled: itself, or rows of tokens that can be cut.
 
     Raises:
-        SettingsError: it is neither.
+        SettingsError: it is neither, or it chooses the samples of a step by itself.
     """
+    if getattr(source, "steered", False):
+        raise SettingsError(
+            f"source: {type(source).__name__} decides which samples a step has and goes outside; Multigrid decides how "
+            "many, and in what shape, and goes inside: around the source that is chosen from"
+        )
     if hasattr(source, "resampled") and hasattr(source, "grid"):
         return source
     if hasattr(source, "sequence_length"):
@@ -157,6 +162,10 @@ class MultigridSource(SourceTransform):
         """The samples of these slots, in the shape of the step."""
         return self.fetch_on(self.grid_schedule.phase(step).grid, self._first(step), slots)
 
+    def read_for(self, step: int, slots: Sequence[int], samples: Sequence[int]) -> Batch:
+        """Samples by number, in the shape of the step: for who chooses them (see `resilin.data.pool`)."""
+        return read_for(self.gridded.resampled(self.grid_schedule.phase(step).grid), step, slots, samples)
+
     def fetch_on(self, grid: Grid, first: int, slots: Sequence[int]) -> Batch:
         """Samples `first + slot` of the order of the source behind, on a grid."""
         behind: Source = self.gridded.resampled(grid)
@@ -164,10 +173,11 @@ class MultigridSource(SourceTransform):
         groups: dict[int, list[int]] = {}
         for place, slot in enumerate(asked):
             groups.setdefault((first + slot) // self.batch_size, []).append(place)
-        parts, order = [], []
-        for number, places in groups.items():
-            parts.append(behind.fetch(number, [(first + asked[p]) % self.batch_size for p in places]))
-            order += places
+        order = [place for places in groups.values() for place in places]
+        wanted = [(n, [(first + asked[p]) % self.batch_size for p in places]) for n, places in groups.items()]
+        # The type is asked, for a transform would answer with the method of what it wraps.
+        at_once = getattr(type(behind), "fetch_steps", None)
+        parts = [at_once(behind, wanted)] if at_once else [behind.fetch(number, slots) for number, slots in wanted]
         back = torch.empty(len(order), dtype=torch.int64)
         back[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
         fields = {}
@@ -190,14 +200,14 @@ class MultigridSource(SourceTransform):
         """Whether to evaluate and save after `step` steps."""
         return step in self.grid_schedule.milestones
 
-    def base_batch(self, step: int, number: int) -> Batch | None:
-        """A batch of the long cycle's shape at a step, for statistics: the `number`-th from this step's samples on.
+    def base_slots(self, step: int, number: int) -> int:
+        """Slots of `base_batch`; 0 after the end of the data."""
+        size = self.grid_schedule.segment(step).base.multiplier * self.batch_size
+        last = self._first(step) + (number + 1) * size - 1
+        return size if self.inner.slots(last // self.batch_size) == self.batch_size else 0
 
-        None after the end of the data.
-        """
+    def base_batch(self, step: int, number: int, slots: Sequence[int]) -> Batch:
+        """Part of a batch of the long cycle's shape at a step, for statistics: the `number`-th from its samples on."""
         base = self.grid_schedule.segment(step).base
-        size = base.multiplier * self.batch_size
-        first = self._first(step) + number * size
-        if self.inner.slots((first + size - 1) // self.batch_size) < self.batch_size:
-            return None
-        return self.fetch_on(base.grid, first, range(size))
+        first = self._first(step) + number * base.multiplier * self.batch_size
+        return self.fetch_on(base.grid, first, slots)

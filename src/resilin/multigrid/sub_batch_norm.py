@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resilin.multigrid.pooled import pool_of, pool_size, pooled_moments, processes
 from resilin.nouns import StepView
 
 
@@ -27,10 +29,14 @@ class SubBatchNorm(nn.Module):
     into gcd(N, k) splits. `before_step` sets k from the source's grid schedule; parameters and the optimizer's state
     are never replaced.
 
+    Where training is distributed (`torch.distributed`), the batch is what this process has of it: one that is smaller
+    than `base` is pooled with those of `pool` neighbouring processes, as many as make up `base`.
+
     Attributes:
         splits: k.
         group: samples that a split is meant to have, base batch times short cycle; 0 where nobody said. A forward pass
             over part of a step's batch uses as many splits of this size as fit.
+        pool: processes that statistics come from; above 1, k is 1.
         weight: (C,) scale.
         bias: (C,) shift.
         running_mean: (C,), or (k, C) with more than one split.
@@ -50,7 +56,7 @@ class SubBatchNorm(nn.Module):
         """
         super().__init__()
         self.features, self.eps, self.momentum, self.base = features, eps, momentum, base
-        self.splits, self.group = 1, 0
+        self.splits, self.group, self.pool = 1, 0, 1
         self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
         self.register_buffer("running_mean", torch.zeros(features))
         self.register_buffer("running_var", torch.ones(features))
@@ -85,15 +91,17 @@ class SubBatchNorm(nn.Module):
         self.running_mean, self.running_var = mean.expand(shape).clone(), variance.expand(shape).clone()
 
     def before_step(self, view: StepView) -> None:
-        """Set k to what the step's shape asks for: int(long-cycle batch / base), at least 1."""
+        """Set k to what the step's shape asks for: int(long-cycle batch / base), at least 1; and `pool` likewise."""
         schedule = getattr(view.source, "grid_schedule", None)
         if schedule is None or not self.base:
             return
         segment, phase = schedule.segment(view.step), schedule.phase(view.step)
-        batch = segment.base.multiplier * view.source.batch_size  # type: ignore[attr-defined]
+        _, world = processes()
+        batch = segment.base.multiplier * view.source.batch_size // world  # type: ignore[attr-defined]
         splits = max(1, batch // self.base)
         self.set_splits(splits)
-        self.group = phase.multiplier * view.source.batch_size // splits  # type: ignore[attr-defined]
+        self.group = phase.multiplier * view.source.batch_size // world // splits  # type: ignore[attr-defined]
+        self.pool = pool_size(self.base // max(1, batch), world)
 
     def splits_of(self, count: int) -> int:
         """Splits of a forward pass over `count` samples."""
@@ -110,6 +118,9 @@ class SubBatchNorm(nn.Module):
             return F.batch_norm(x, mean, variance, self.weight, self.bias, False, 0.0, self.eps)
         self.num_batches_tracked.add_(1)
         factor = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        pool = pool_of(self.pool)
+        if pool is not None:
+            return self._pooled(x, factor, pool)
         k = self.splits_of(len(x))
         if k == 1 and self.splits == 1:
             return F.batch_norm(
@@ -123,6 +134,16 @@ class SubBatchNorm(nn.Module):
         done = F.batch_norm(cut, mean, variance, weight, bias, True, factor, self.eps)
         self._keep(mean, variance, k)
         return done.view(x.shape)
+
+    def _pooled(self, x: Tensor, factor: float, pool: dist.ProcessGroup) -> Tensor:
+        """One split, of the batches of several processes."""
+        mean, variance, count = pooled_moments(x, pool)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+            self.running_var.lerp_((variance * (count / max(1.0, count - 1))).to(self.running_var.dtype), factor)
+        wide = (1, -1, *[1] * (x.ndim - 2))
+        scale = (variance + self.eps).rsqrt() * self.weight
+        return ((x - mean.view(wide)) * scale.view(wide) + self.bias.view(wide)).to(x.dtype)
 
     @torch.no_grad()
     def _first_splits(self, k: int) -> tuple[Tensor, Tensor]:

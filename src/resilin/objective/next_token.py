@@ -48,6 +48,13 @@ class NextToken(ObjectiveSettings):
         return NextTokenLoss(self)
 
 
+def valid_labels(batch: Batch) -> Tensor:
+    """Which positions are predicted, (B, T) bool: label not -100, weight not 0."""
+    valid_BT = batch["labels"] != IGNORE
+    weights_BT = batch.get("weights")
+    return valid_BT if weights_BT is None else valid_BT & (weights_BT != 0)
+
+
 def states_of(output: Any) -> Tensor:
     """What a model gave for each token: its last hidden state (B, T, D), or logits (B, T, V) themselves."""
     states: Tensor = output if isinstance(output, Tensor) else output.hidden_BTD
@@ -75,7 +82,8 @@ class NextTokenLoss:
     The batch holds `tokens` (B, T), `labels` (B, T) and optionally `positions`, `documents` (-1 marks padding) and
     `weights` (B, T), each token's share in the loss. The model is called as `model(tokens, positions, documents,
     keys=keys)` and gives either an output with `hidden_BTD` (and `router_logits`) beside `model.head_weight` (V, D),
-    or logits (B, T, V) themselves.
+    or logits (B, T, V) themselves. A model with a true attribute `leaves_out_unasked` is told as `asked_BT` which
+    positions the loss reads, and may leave out others.
 
     Units are the number of valid tokens, or the sum of their weights, so a weight of 0 is the same as a label of
     -100. Router losses are means over a sequence; each counts as many units as its sequence has.
@@ -86,15 +94,15 @@ class NextTokenLoss:
 
     def __call__(self, model: nn.Module, batch: Batch, keys: Keys | None) -> Loss:
         """The loss sum, its units, and the logs `nll`, `accuracy`, `log_z`, `z_loss` and those of routers."""
-        output = model(batch["tokens"], batch.get("positions"), batch.get("documents"), keys=keys)
+        more: dict[str, Any] = {}
+        if getattr(model, "leaves_out_unasked", False):  # padding, and what follows a document's last label
+            more["asked_BT"] = valid_labels(batch)
+        output = model(batch["tokens"], batch.get("positions"), batch.get("documents"), keys=keys, **more)
         return self.loss_of(model, output, batch)
 
     def loss_of(self, model: nn.Module, output: Any, batch: Batch) -> Loss:
         """The loss of an output that the model has given for this batch."""
-        labels_BT, weights_BT = batch["labels"], batch.get("weights")
-        valid_BT = labels_BT != IGNORE
-        if weights_BT is not None:
-            valid_BT = valid_BT & (weights_BT != 0)
+        weights_BT, valid_BT = batch.get("weights"), valid_labels(batch)
         sums, further = self._sums(model, output, batch, valid_BT)
         tokens = valid_BT.sum()
         units_B = (valid_BT if weights_BT is None else weights_BT * valid_BT).double().sum(1)

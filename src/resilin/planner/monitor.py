@@ -118,7 +118,7 @@ class Monitor:
         """Take an event of the run."""
         if isinstance(event, StepDone):
             self._step(event)
-        elif isinstance(event, Evaluated):
+        elif isinstance(event, Evaluated) and event.name == "validation":  # of the data it trains on
             self._evaluated(event)
 
     @property

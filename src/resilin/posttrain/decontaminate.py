@@ -237,9 +237,15 @@ def decontaminate(
 
 
 def write_decontaminated(
-    found: Decontaminated, rows: Sequence[Row], tests: Sequence[TestSet], folder: Path
+    found: Decontaminated,
+    rows: Sequence[Row],
+    tests: Sequence[TestSet],
+    folder: Path,
+    form: Literal["jsonl", "parquet"] = "jsonl",
 ) -> dict[str, int]:
-    """Write `contamination_results.tsv`, `matches.jsonl` and `decontaminated.jsonl`; returns the numbers of rows."""
+    """Write `contamination_results.tsv`, `matches.jsonl` and `decontaminated.jsonl` (or .parquet); returns the numbers
+    of rows.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "contamination_results.tsv").write_text(found.table(), encoding="utf-8")
     by_name = {test.name: test for test in tests}
@@ -257,5 +263,5 @@ def write_decontaminated(
         ),
     )
     clean = [row.value for row, keep in zip(rows, found.keep, strict=True) if keep]
-    write_rows(folder / "decontaminated.jsonl", clean)
+    write_rows(folder / f"decontaminated.{form}", clean)
     return {"rows": len(rows), "removed": found.removed, "kept": len(clean)}

@@ -1,8 +1,8 @@
 """Preference data from several answers to each prompt, by what a judge says of them.
 
 As UltraFeedback (Cui et al. 2024) and Tülu 3 (Lambert et al. 2024, section 5.2) make it: answers come from a pool of
-models, one of them the model that is to be trained; a judge rates every answer from 1 to 5 in several aspects; the best
-mean is chosen, and a random one of those with a lower mean is rejected.
+models, one of them the model that is to be trained (`resilin.posttrain.responses`); a judge rates every answer from 1
+to 5 in several aspects; the best mean is chosen, and a random one of those with a lower mean is rejected.
 """
 
 from __future__ import annotations
@@ -94,10 +94,23 @@ Ratings = Sequence[Mapping[str, float]]
 """For each answer, aspect to rating."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unrated:
+    """Why a prompt's answers have no ratings.
+
+    Attributes:
+        reason: in words.
+        unanswered: nobody replied; asking again may help. Otherwise what was said is no judgement.
+    """
+
+    reason: str
+    unanswered: bool
+
+
 class Rater(Protocol):
     """Rates answers."""
 
-    def rate(self, candidates: Sequence[Candidates]) -> list[Ratings | str]:
+    def rate(self, candidates: Sequence[Candidates]) -> list[Ratings | Unrated]:
         """For each prompt the ratings of its answers, or why there are none."""
 
 
@@ -107,7 +120,7 @@ class RuleRater:
     def __init__(self, rule: Callable[[str, str], float], aspect: str = "rule") -> None:
         self.rule, self.aspect = rule, aspect
 
-    def rate(self, candidates: Sequence[Candidates]) -> list[Ratings | str]:
+    def rate(self, candidates: Sequence[Candidates]) -> list[Ratings | Unrated]:
         """What the rule says."""
         return [[{self.aspect: self.rule(c.query, r.text)} for r in c.responses] for c in candidates]
 
@@ -167,20 +180,21 @@ class TeacherRater:
             tag=f"{candidates.where}: {aspect}",
         )
 
-    def rate(self, candidates: Sequence[Candidates]) -> list[Ratings | str]:
+    def rate(self, candidates: Sequence[Candidates]) -> list[Ratings | Unrated]:
         """What the teacher says; a judgement without a rating for each text is a failure of its prompt."""
         replies = iter(self.teacher.ask(self.requests(candidates)))
         return [self._one(one, {aspect: next(replies) for aspect in self.aspects}) for one in candidates]
 
-    def _one(self, candidates: Candidates, replies: Mapping[str, Any]) -> Ratings | str:
+    def _one(self, candidates: Candidates, replies: Mapping[str, Any]) -> Ratings | Unrated:
         ratings: list[dict[str, float]] = [{} for _ in candidates.responses]
         for aspect, reply in replies.items():
             if reply.error is not None:
-                return f"{aspect}: {reply.error}"
+                return Unrated(f"{aspect}: {reply.error}", unanswered=True)
             found = {int(number): float(rating) for number, rating in _RATING.findall(reply.text)}
             order = self.order(candidates, aspect)
             if set(found) != set(range(1, len(order) + 1)):
-                return f"{aspect}: the judge rated the texts {sorted(found)} of 1 to {len(order)}: {reply.text[:80]!r}"
+                said = f"the judge rated the texts {sorted(found)} of 1 to {len(order)}: {reply.text[:80]!r}"
+                return Unrated(f"{aspect}: {said}", unanswered=False)
             for place, number in enumerate(order, 1):
                 ratings[number][aspect] = found[place]
         return ratings
@@ -194,11 +208,13 @@ class Judged:
         rows: prompt, chosen, rejected (messages), their models, ratings and means.
         dropped: prompts without a pair, by reason.
         failures: (place, reason) of prompts that could not be judged.
+        unanswered: how many of these for want of a reply: asking again asks only for what is missing.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     failures: list[tuple[str, str]] = field(default_factory=list)
+    unanswered: int = 0
 
 
 def judge(candidates: Sequence[Candidates], rater: Rater, *, seed: int = 0) -> Judged:
@@ -209,13 +225,16 @@ def judge(candidates: Sequence[Candidates], rater: Rater, *, seed: int = 0) -> J
     """
     judged = Judged()
     for one, ratings in zip(candidates, rater.rate(candidates), strict=True):
-        if isinstance(ratings, str):
-            judged.failures.append((one.where, ratings))
+        if isinstance(ratings, Unrated):
+            judged.failures.append((one.where, ratings.reason))
+            judged.unanswered += ratings.unanswered
             judged.dropped["could not be judged"] += 1
             continue
         means = [sum(rating.values()) / len(rating) for rating in ratings]
         best = max(range(len(means)), key=lambda n: (means[n], -n))
-        lower = [n for n, mean in enumerate(means) if mean < means[best]]
+        # A judge may rate one text twice and differently; a pair of equal answers teaches nothing.
+        said = one.responses[best].text.strip()
+        lower = [n for n, m in enumerate(means) if m < means[best] and one.responses[n].text.strip() != said]
         if not lower:
             judged.dropped["all answers rated alike"] += 1
             continue
@@ -230,56 +249,3 @@ def judge(candidates: Sequence[Candidates], rater: Rater, *, seed: int = 0) -> J
             row[f"{side}_ratings"] = dict(ratings[number])
         judged.rows.append(row)
     return judged
-
-
-def draw_models(prompt: str, pool: Sequence[str], own: str, count: int, seed: int = 0) -> list[str]:
-    """Which models answer a prompt: the one to be trained, and others of the pool drawn without replacement."""
-    others = sorted({name for name in pool if name != own}, key=lambda name: hash64(seed, "pool", prompt, name))
-    return [own, *others[: count - 1]]
-
-
-def respond(
-    rows: Sequence[Row],
-    pool: Mapping[str, ChatTeacher],
-    own: str,
-    *,
-    count: int = 4,
-    seed: int = 0,
-    max_tokens: int = 1024,
-    temperature: float = 1.0,
-) -> list[dict[str, Any]]:
-    """Answers to prompts from a pool of models, one of them always `own`: rows for `read_candidates`.
-
-    Args:
-        rows: prompts.
-        pool: teachers by model name; `own` is one of them.
-        own: the model that is to be trained.
-        count: answers to each prompt.
-        seed: of the draws.
-        max_tokens: of an answer.
-        temperature: of an answer.
-
-    Raises:
-        ValueError: `own` is not in the pool, or the pool has fewer than `count` models.
-        DataError: a row holds no prompt.
-    """
-    if own not in pool or len(pool) < count:
-        raise ValueError(f"a pool of {count} or more models with {own!r} among them is needed, not: {', '.join(pool)}")
-    prompts = [read_prompt(row) for row in rows]
-    drawn = [draw_models(prompt.query, list(pool), own, count, seed) for prompt in prompts]
-    answers: dict[tuple[int, str], Response] = {}
-    for name, teacher in pool.items():
-        mine = [number for number, names in enumerate(drawn) if name in names]
-        asked = []
-        for number in mine:
-            said = prompts[number].prompt
-            messages = (message("user", said),) if isinstance(said, str) else tuple(said)
-            asked.append(Request(messages, name, temperature, max_tokens=max_tokens, seed=seed, tag=rows[number].where))
-        for number, reply in zip(mine, teacher.ask(asked), strict=True):
-            if reply.error is None and reply.text.strip():
-                answers[number, name] = Response(reply.text, name)
-    found: list[dict[str, Any]] = []
-    for number, (row, names) in enumerate(zip(rows, drawn, strict=True)):
-        given = [answers[number, name] for name in names if (number, name) in answers]
-        found.append({**row.value, "responses": [{"model": one.model, "text": one.text} for one in given]})
-    return found

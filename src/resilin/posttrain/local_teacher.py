@@ -10,10 +10,13 @@ from typing import Annotated
 from pydantic import Field
 
 from resilin.config.errors import UserError
+from resilin.data.prompt_source import end_of_turn
+from resilin.data.stored_tokenizer import stored_tokenizer
 from resilin.data.tokenizer import Tokenizer
 from resilin.inference.generate import StopRule, check_prompts, generate
 from resilin.inference.sampling import Sampling
 from resilin.models.decoder import Decoder
+from resilin.models.digest import weights_digest
 from resilin.models.pretrained import Pretrained
 from resilin.models.settings import ModelContext
 from resilin.models.weight_files import ModelFolderError
@@ -33,7 +36,7 @@ class LocalBackend:
     Args:
         model: the decoder.
         tokenizer: its tokenizer, whose chat template is used.
-        end_ids: tokens that end an answer.
+        end_ids: tokens that end an answer; None: the end of the text and of the chat template's turn.
         batch_rows: rows at a time.
     """
 
@@ -42,7 +45,7 @@ class LocalBackend:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         if end_ids is None:
-            end_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+            end_ids = end_of_turn(tokenizer) | (frozenset() if tokenizer.eos_id is None else {tokenizer.eos_id})
         self.end_ids = end_ids
         self.batch_rows = batch_rows
         self._waiting: list[_Waiting] = []
@@ -111,9 +114,10 @@ class LocalTeacher(TeacherSettings):
     path: Path
     """The folder or file."""
     tokenizer: Path | None = None
-    """Where its tokenizer is, if not in that folder."""
-    cache: Path | None = None
-    """Where answers are kept; left out, nowhere."""
+    """A tokenizer in place of the model's own."""
+    cache: Path | None = Path(".cache/resilin/local.jsonl")
+    """Where answers are kept, in a file named by the weights: a model that is trained further answers anew. `null` in
+    a JSON file keeps them nowhere."""
     batch_rows: Annotated[int, Field(ge=1)] = 32
     """Answers that are generated together."""
 
@@ -127,11 +131,12 @@ class LocalTeacher(TeacherSettings):
         model = Pretrained(path=self.path).build(ModelContext(0, None))
         if not isinstance(model, Decoder):
             raise ModelFolderError(f"{self.path}: is no decoder, which alone can write text")
-        if self.tokenizer is None and self.path.is_file():
-            raise ModelFolderError(f"{self.path}: say with tokenizer where its tokenizer.json is")
-        tokenizer = Tokenizer.load(self.tokenizer or self.path)
+        tokenizer = stored_tokenizer(self.path) if self.tokenizer is None else Tokenizer.load(self.tokenizer)
+        cache = self.cache
+        if cache is not None:
+            cache = cache.with_stem(f"{cache.stem}-{weights_digest(model)[:8]}{tokenizer.digest[:8]}")
         backend = LocalBackend(model.eval(), tokenizer, batch_rows=self.batch_rows)
-        return ChatTeacher(backend, cache=self.cache, max_concurrency=4 * self.batch_rows, tries=1)
+        return ChatTeacher(backend, cache=cache, max_concurrency=4 * self.batch_rows, tries=1)
 
     def model_name(self) -> str:
         """The path."""

@@ -43,8 +43,8 @@ class Preference(ObjectiveSettings):
     """Margin of simpo, as a multiple of beta."""
     reference: ReferenceKind = "cached"
     """cached: the initial model's log-probabilities are computed before training and kept in the run's folder; live:
-    the initial model stays in memory; adapters_off: the model itself without its adapters, which must be all that is
-    trained."""
+    the initial model stays in memory; adapters_off: the model itself without the adapters that are trained, which
+    must be all that is trained and start as the identity; frozen ones stay on."""
     reference_cache: Path | None = None
     """A file that several runs share, in place of the run's own."""
     dropout: bool = False
@@ -97,6 +97,8 @@ class PreferenceLoss:
 
     A pair with an answer that has no labelled token (all of it was cut off) is no unit.
     """
+
+    unit = "pairs"
 
     def __init__(
         self, settings: Preference, reference: CachedReference | LiveReference | None, steps: int | None = None

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from resilin.adapt.switch import without_adapters
+from resilin.adapt.switch import before_training
 from resilin.models.digest import weights_digest
 from resilin.objective.next_token import IGNORE
 from resilin.posttrain.reference_cache import ReferenceCache, content_keys
@@ -22,11 +22,11 @@ ReferenceKind = Literal["cached", "live", "adapters_off"]
 
 
 class LiveReference:
-    """A frozen copy of the policy as it was, or the policy itself with its adapters off.
+    """A frozen copy of the policy as it was, or the policy itself with the adapters off that are trained.
 
     Args:
         make: builds the copy; it is made when first asked for.
-        off_adapters: take the policy without its adapters instead of a copy.
+        off_adapters: take the policy without the adapters that are trained instead of a copy.
     """
 
     def __init__(self, make: Callable[[], nn.Module], *, off_adapters: bool = False) -> None:
@@ -42,7 +42,7 @@ class LiveReference:
             training = policy.training
             policy.eval()
             try:
-                with without_adapters(policy):
+                with before_training(policy):
                     return frozen_logprobs(policy, tokens_RT, labels_RT, temperature)
             finally:
                 policy.train(training)

@@ -50,9 +50,11 @@ class RewardModel(nn.Module):
         documents_BT: Tensor | None = None,
         *,
         keys: Keys | None = None,
+        continues_BT: Tensor | None = None,
     ) -> Tensor:
-        """(B, T): the number at each position, which sees the tokens up to there."""
-        hidden_BTD = self.decoder(tokens_BT, positions_BT, documents_BT, keys=keys).hidden_BTD
+        """(B, T): the number at each position, which sees what the decoder lets it see."""
+        output = self.decoder(tokens_BT, positions_BT, documents_BT, keys=keys, continues_BT=continues_BT)
+        hidden_BTD = output.hidden_BTD
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
             values: Tensor = (hidden_BTD.to(wide) @ self.score.weight[0].to(wide)).to(wide)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from resilin.keys import Keys
+from resilin.models.decoder import Decoder
 from resilin.objective.next_token import IGNORE
+from resilin.posttrain.joined_rows import JoinedRows, join_rows
 from resilin.posttrain.logprob_loss import (
     Head,
     Score,
@@ -95,13 +97,28 @@ def head_of(model: Any, temperature: float) -> Head:
     return Head(model.head_weight, softcap, temperature)
 
 
+def joins_rows(model: nn.Module, keys: Keys | None) -> bool:
+    """Whether rows may go through a model as one: a decoder that attends document by document, and draws nothing."""
+    return isinstance(model, Decoder) and model.attends_by_document and (keys is None or not model.draws)
+
+
+def joined_states(decoder: nn.Module, joined: JoinedRows) -> Tensor:
+    """(N, D): the hidden state of every place."""
+    tokens_1N, positions_1N, documents_1N, continues_1N, _ = joined
+    output = decoder(tokens_1N, positions_1N, documents_1N, continues_BT=continues_1N)
+    hidden_1ND: Tensor = output.hidden_BTD
+    return hidden_1ND[0]
+
+
 def label_states(
     model: nn.Module, tokens_RT: Tensor, labels_RT: Tensor, keys: Keys | None = None, temperature: float = 1.0
 ) -> LabelStates:
     """Run the model over right-padded rows, none further than its last label.
 
-    Positions after a row's last label decide nothing in a causal model: they are cut off where the rows allow it, and
-    rows of very different lengths go through the model in several calls. The result does not depend on either.
+    Positions after a row's last label decide nothing in a causal model. A decoder that attends document by document
+    computes none of them, and what neighbouring rows begin with in common (a prompt) once. Elsewhere they are cut off
+    where the rows allow it, and rows of very different lengths go through the model in several calls. The result does
+    not depend on any of this.
 
     Args:
         model: called as `model(tokens, positions, documents, keys=keys)`.
@@ -114,6 +131,10 @@ def label_states(
     place_T = torch.arange(1, labels_RT.shape[1] + 1, device=labels_RT.device)
     host = torch.stack((valid_RT.sum(1), (valid_RT * place_T).amax(1)))  # one transfer for both
     counts, widths = host.tolist()
+    if any(widths) and joins_rows(model, keys):
+        joined = join_rows(tokens_RT, widths)
+        states_ND = joined_states(model, joined).index_select(0, joined.place_RT[valid_RT])
+        return LabelStates(states_ND, labels_RT[valid_RT], counts, head_of(model, temperature), temperature)
     few = _FEW_POSITIONS.get(tokens_RT.device.type, _FEW_POSITIONS["cuda"])
     asked = [row for row in range(len(widths)) if widths[row]] or [0]
     parts = [[asked[i] for i in part] for part in split_by_length([max(widths[row], 1) for row in asked], few)]

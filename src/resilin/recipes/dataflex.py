@@ -1,7 +1,8 @@
-"""The analysis of the recipe `dataflex`: what selectors pick and reach, and how mixers serve the domains.
+"""The analysis of the recipe `dataflex`: what selectors pick and reach, how mixers serve the domains, what weights do.
 
 Grids it reads: `conflict`, `code` and `select` (selection; part 0 of the pool is the relevant one, and evaluation is on
-held-out text of it) and `mix` (domains; evaluation logs the loss of each). A recipe may leave any of them out.
+held-out text of it), `mix` and `experts` (domains; evaluation logs the loss of each) and `weigh` (weights; evaluation
+is on held-out text of the relevant part). A recipe may leave any of them out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ SELECTION = {
     "code": "Python source",
     "select": "general text",
 }
+MIXING = {"mix": "", "experts": ", mixture of experts"}
 SHARE_WANTED = 0.7
 
 
@@ -142,31 +144,35 @@ def _domain_losses(record: RunRecord) -> dict[str, float]:
     return dict(sorted(found.items()))
 
 
-def _mixing(study: Study) -> _Part:
-    arms = _arms([t for t in _finished(study.select("mix")) if _domain_losses(t.record)])
+def _mixing(study: Study, grid: str, model: str) -> _Part:
+    arms = _arms([t for t in _finished(study.select(grid)) if _domain_losses(t.record)])
     if "uniform" not in arms:
         return _Part()
     losses = {arm: [_domain_losses(t.record) for t in trials] for arm, trials in arms.items()}
     worst = {
-        arm: Row.over_seeds(f"held-out loss of the worst domain, {arm}", [max(d.values()) for d in found], "nat/token")
+        arm: Row.over_seeds(
+            f"held-out loss of the worst domain, {arm}{model}", [max(d.values()) for d in found], "nat/token"
+        )
         for arm, found in losses.items()
     }
     mean = {
         arm: Row.over_seeds(
-            f"held-out loss, mean of the domains, {arm}", [statistics.fmean(d.values()) for d in found], "nat/token"
+            f"held-out loss, mean of the domains, {arm}{model}",
+            [statistics.fmean(d.values()) for d in found],
+            "nat/token",
         )
         for arm, found in losses.items()
     }
     claims = []
     for arm in arms:
         if arm not in ("uniform", "random_mix"):
-            statement = f"{arm} ends with a lower loss of the worst domain than uniform proportions"
-            claims.append(_below(f"worst domain, {arm} < uniform", statement, worst[arm], worst["uniform"]))
-            statement = f"{arm} ends with a lower mean loss of the domains than uniform proportions"
-            claims.append(_below(f"mean, {arm} < uniform", statement, mean[arm], mean["uniform"]))
+            statement = f"{arm} ends with a lower loss of the worst domain than uniform proportions{model}"
+            claims.append(_below(f"worst domain, {arm} < uniform{model}", statement, worst[arm], worst["uniform"]))
+            statement = f"{arm} ends with a lower mean loss of the domains than uniform proportions{model}"
+            claims.append(_below(f"mean, {arm} < uniform{model}", statement, mean[arm], mean["uniform"]))
     names = list(losses["uniform"][0])
     table = Table(
-        title="Mixing three domains",
+        title=f"Mixing three domains{model}",
         columns=("mixer", *(f"loss, {n}" for n in names), *(f"share, {n}" for n in names), "worst", "mean"),
         rows=tuple(
             (
@@ -185,8 +191,34 @@ def _mixing(study: Study) -> _Part:
         for arm, trials in arms.items()
     )
     labels = ", ".join(f"{number} {name}" for number, name in enumerate(names))
-    plot = Plot(title="Share of each domain", x_label=labels, y_label="share of the samples", lines=lines)
+    plot = Plot(title=f"Share of each domain{model}", x_label=labels, y_label="share of the samples", lines=lines)
     return _Part((*worst.values(), *mean.values()), tuple(claims), (table,), (plot,))
+
+
+def _weighing(study: Study) -> _Part:
+    arms = _arms(_finished(study.select("weigh")))
+    if "unweighted" not in arms:
+        return _Part()
+    losses = {
+        arm: Row.over_seeds(
+            f"held-out loss on the target, {arm}", [t.record.final.get("loss") for t in trials], "nat/token"
+        )
+        for arm, trials in arms.items()
+    }
+    claims = [
+        _below(
+            f"{arm} < unweighted", f"{arm} ends at a lower target loss than the same samples unweighted",
+            losses[arm], losses["unweighted"],
+        )
+        for arm in arms
+        if arm != "unweighted"
+    ]  # fmt: skip
+    table = Table(
+        title="Weighing the samples of a pool of which a quarter is relevant",
+        columns=("weights", "target loss", "spread"),
+        rows=tuple((arm, row.value, row.spread) for arm, row in losses.items()),
+    )
+    return _Part((*losses.values(),), tuple(claims), (table,))
 
 
 def _share(trials: Sequence[Trial], name: str) -> float | None:
@@ -196,7 +228,9 @@ def _share(trials: Sequence[Trial], name: str) -> float | None:
 
 def analyse(study: Study) -> Findings:
     """Every grid that is there."""
-    parts = [_selection(study, grid, rest) for grid, rest in SELECTION.items()] + [_mixing(study)]
+    parts = [_selection(study, grid, rest) for grid, rest in SELECTION.items()]
+    parts += [_mixing(study, grid, model) for grid, model in MIXING.items()]
+    parts.append(_weighing(study))
     return Findings(
         rows=tuple(row for part in parts for row in part.rows),
         claims=tuple(claim for part in parts for claim in part.claims),

@@ -19,10 +19,10 @@ from resilin.recipes.cells import NOT_HASHED
 from resilin.recipes.code_digest import code_digest
 from resilin.recipes.findings import Evaluation, Metrics, RunRecord
 from resilin.run.events import Event, RunStarted, StepDone
-from resilin.run.folder import RunFolder
+from resilin.run.folder import RunFolder, changed_settings
 from resilin.run.run import Run
 from resilin.run.settings import RunSettings
-from resilin.run.start import start_run
+from resilin.run.start import settle, start_run
 
 Report = Callable[[int], None]
 """Told the number of committed steps, now and then."""
@@ -119,7 +119,9 @@ def record_of(job: Job, run: Run, data_digest: str) -> RunRecord:
                     if any(fnmatch.fnmatchcase(name, wanted) for wanted in job.series):
                         series.setdefault(name, {})[event["step"]] = _number(value)
             case "eval":
-                evaluations[event["step"]] = _numbers(event["metrics"])
+                prefix = "" if event["name"] == "validation" else f"{event['name']}/"
+                found = {f"{prefix}{name}": value for name, value in _numbers(event["metrics"]).items()}
+                evaluations.setdefault(event["step"], {}).update(found)
             case "failure" if event["kind"] == "non_finite" and event["action"] == "stop":
                 stopped_at = event["step"]
             case "end":
@@ -139,6 +141,19 @@ def record_of(job: Job, run: Run, data_digest: str) -> RunRecord:
         code=code_digest(),
         settings=job.settings.model_dump(mode="json"),
     )
+
+
+def _continues(job: Job) -> bool:
+    """Whether what an interrupted run left in the job's folder, if anything, is a part of what would be made now."""
+    folder = RunFolder(job.folder)
+    if not folder.holds_run():
+        return True
+    try:
+        begun = folder.settings()
+    except UserError:
+        return False  # settings of another version
+    settled = settle(job.settings, folder, resume=True)
+    return not changed_settings(begun, settled)
 
 
 class RunFailedError(UserError):
@@ -162,8 +177,8 @@ def train(job: Job, threads: int, report: Report | None = None) -> RunRecord | N
     found = read_record(job)
     if found is not None:
         return found
-    if job.record_file.exists():
-        forget([job])  # made by other settings, or with other series
+    if job.record_file.exists() or not _continues(job):
+        forget([job])  # made, or begun, by other settings or with other series
     quiet = job.settings.log.model_copy(update={"live": False})
     own = job.settings.train.model_copy(update={"threads": threads})
     settings = job.settings.model_copy(update={"log": quiet, "train": own})

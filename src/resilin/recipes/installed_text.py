@@ -5,13 +5,11 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import shutil
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +18,9 @@ from pydantic import Field
 from resilin.data.errors import DataError
 from resilin.data.packed import PackedSettings, PackedSource
 from resilin.data.settings import SourceContext
-from resilin.data.shards import INDEX_FILE, TokenShards
-from resilin.data.train_tokenizer import SPECIAL, byte_tokenizer
-from resilin.data.write_shards import write_documents
+from resilin.data.shards import TokenShards
 from resilin.keys import hash64
+from resilin.recipes.byte_text import byte_document, byte_shards, whole_documents
 
 Texts = Sequence[bytes]
 Kind = Literal["manual", "headers"]
@@ -88,34 +85,14 @@ class InstalledText(PackedSettings):
         parts += [sys.version, str(self.bytes), str(self.skip), str(self.scrambled)]
         name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
         target = self.cache / f"{self.kind}-{name}"
-        if not (target / INDEX_FILE).exists():
-            self._write(texts, target)
-        return TokenShards(target)
+        return byte_shards(target, self._documents(texts))
 
     def _documents(self, texts: Texts) -> Iterator[NDArray[np.int64]]:
-        table = np.arange(256)
+        table = np.arange(256, dtype=np.uint8)
         if self.scrambled:
-            table = np.random.Generator(np.random.Philox(key=hash64("scrambled text"))).permutation(256)
-        taken = passed = 0
-        for raw in texts:
-            if passed < self.skip:
-                passed += len(raw)
-                continue
-            if taken and taken + len(raw) > self.bytes:
-                continue
-            taken += len(raw)
-            yield np.append(table[np.frombuffer(raw, np.uint8)].astype(np.int64) + len(SPECIAL), 0)
-
-    def _write(self, texts: Texts, target: Path) -> None:
-        tokenizer = byte_tokenizer()
-        self.cache.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: several processes may want the same data at once.
-        aside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=self.cache))
-        documents = cast(Iterable[Sequence[int]], self._documents(texts))
-        write_documents(aside, documents, tokenizer.vocab_size, tokenizer=tokenizer)
-        try:
-            aside.rename(target)
-        except OSError:
-            shutil.rmtree(aside)
-            if not (target / INDEX_FILE).exists():
-                raise
+            table = np.random.Generator(np.random.Philox(key=hash64("scrambled text"))).permutation(table)
+        passed, left = 0, list(texts)
+        while left and passed < self.skip:
+            passed += len(left.pop(0))
+        for raw in whole_documents(left, self.bytes):
+            yield byte_document(table[np.frombuffer(raw, np.uint8)])

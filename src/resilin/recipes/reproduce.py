@@ -31,6 +31,7 @@ from resilin.recipes.results import (
     versions,
     write_results,
 )
+from resilin.recipes.stage import forget_stages
 from resilin.recipes.workers import train_all
 from resilin.run.settings import RunSettings
 
@@ -171,7 +172,7 @@ def train_cells(
         console: for progress.
         processes: worker processes at most.
         threads: torch threads of each; 0: this machine's cores shared out evenly.
-        fresh: remove earlier runs first.
+        fresh: remove earlier runs first, those that they start from included.
 
     Returns:
         None where the user interrupted.
@@ -182,6 +183,8 @@ def train_cells(
         jobs.setdefault(name, Job(name, str(cell), cell.settings, folder / name, recipe.series))
     if fresh:
         forget(list(jobs.values()))
+        for job in jobs.values():
+            forget_stages(job.settings)
     records = {name: record for name, job in jobs.items() if (record := read_record(job)) is not None}
     missing = [job for name, job in jobs.items() if name not in records]
     console.print(f"[bold]{recipe.title}[/bold]: {len(jobs)} runs, {len(records)} read back, {len(missing)} to train")

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from resilin.config import parse_settings
+from resilin.config import Settings, parse_settings
 from resilin.config.errors import UserError
 from resilin.data.settings import SourceContext
 from resilin.models.plain import make_plain
@@ -74,18 +74,27 @@ class Stage(ModelSettings):
         text = json.dumps([tree, str(getattr(source, "digest", "")), hashed_versions()], sort_keys=True)
         return self.folder / hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
-    def build(self, context: ModelContext) -> nn.Module:
-        """The model; trains it where that has not been done, while other processes that want it wait.
+    def trained(self, settings: RunSettings) -> Path:
+        """The folder of the finished run; trains it where that has not been done, while others that want it wait.
 
         Raises:
-            StageError: the run failed or was interrupted; or it knows fewer tokens than the source.
+            StageError: the run failed or was interrupted.
         """
-        settings = self.settings(context.seed)
         place = self.place(settings)
         if not (place / WEIGHTS).is_file():
             with _alone(place):
                 if not (place / WEIGHTS).is_file():
                     _train(settings, place)
+        return place
+
+    def build(self, context: ModelContext) -> nn.Module:
+        """The model.
+
+        Raises:
+            StageError: the run failed or was interrupted; or it knows fewer tokens than the source.
+        """
+        settings = self.settings(context.seed)
+        place = self.trained(settings)
         with safe_open(place / WEIGHTS, framework="pt") as file:
             known = json.loads(file.metadata()["vocab_size"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -97,6 +106,34 @@ class Stage(ModelSettings):
         model = settings.model.build(ModelContext(settings.seed, known))
         model.load_state_dict(state)
         return make_plain(model).train().requires_grad_(True)
+
+
+def forget_stages(settings: RunSettings) -> None:
+    """Remove the earlier runs that a run starts from, and those that they start from, so that they are trained again.
+
+    Wherever its settings hold a `Stage`, or settings that make one of themselves (`stage()`).
+    """
+    for place in _places(settings, settings.seed):
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _places(value: Any, seed: int) -> Iterator[Path]:
+    stage = getattr(value, "stage", None)
+    if isinstance(value, Stage):
+        earlier = value.settings(seed)
+        yield from _places(earlier, earlier.seed)
+        yield value.place(earlier)
+    elif isinstance(value, Settings) and callable(stage):
+        yield from _places(stage(), seed)
+    elif isinstance(value, Settings):
+        for name in type(value).model_fields:
+            yield from _places(getattr(value, name), seed)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _places(item, seed)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _places(item, seed)
 
 
 def _train(settings: RunSettings, place: Path) -> None:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from resilin.data.errors import DataError
 from resilin.data.packed import PackedSettings, PackedSource
 from resilin.data.settings import SourceContext
-from resilin.data.shards import INDEX_FILE, TokenShards
-from resilin.data.train_tokenizer import SPECIAL, byte_tokenizer
-from resilin.data.write_shards import write_documents
+from resilin.data.shards import TokenShards
+from resilin.recipes.byte_text import byte_document, byte_shards, whole_documents
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -35,19 +31,14 @@ def library_files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest())
 
 
-def _documents(files: list[Path], limit: int) -> Iterator[NDArray[np.int64]]:
-    """Each module's ids as `byte_tokenizer` numbers them (byte b is b + 4), and the end of the text (0)."""
-    taken = 0
+def _texts(files: list[Path]) -> Iterator[bytes]:
     for path in files:
         raw = path.read_bytes()
         try:
             raw.decode("utf-8")
         except UnicodeDecodeError:
             continue  # a handful of modules are in other encodings
-        if taken and taken + len(raw) > limit:
-            continue
-        taken += len(raw)
-        yield np.append(np.frombuffer(raw, np.uint8).astype(np.int64) + len(SPECIAL), 0)
+        yield raw
 
 
 class StandardLibrary(PackedSettings):
@@ -75,21 +66,9 @@ class StandardLibrary(PackedSettings):
         listing = [f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in files]
         name = hashlib.sha256("\n".join([sys.version, str(self.bytes), *listing]).encode()).hexdigest()[:16]
         target = self.cache / f"standard-library-{name}"
-        if not (target / INDEX_FILE).exists():
-            self._write(files, target)
-        return TokenShards(target)
+        return self.written(files, target)
 
-    def _write(self, files: list[Path], target: Path) -> None:
-        tokenizer = byte_tokenizer()
-        self.cache.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: several processes may want the same data at once.
-        aside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=self.cache))
-        # The documents are arrays of ids, which the writer takes like any sequence.
-        documents = cast(Iterable[Sequence[int]], _documents(files, self.bytes))
-        write_documents(aside, documents, tokenizer.vocab_size, tokenizer=tokenizer)
-        try:
-            aside.rename(target)
-        except OSError:
-            shutil.rmtree(aside)
-            if not (target / INDEX_FILE).exists():
-                raise
+    def written(self, files: list[Path], target: Path) -> TokenShards:
+        """Token shards of these files in that folder."""
+        texts = whole_documents(_texts(files), self.bytes)
+        return byte_shards(target, (byte_document(np.frombuffer(raw, np.uint8)) for raw in texts))

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from resilin.checkpoint.folder import CheckpointFolder
+from resilin.config import UserError
 from resilin.data.settings import SourceContext
 from resilin.models.decoder import Decoder
-from resilin.models.flops import train_flops_per_token
 from resilin.models.settings import ModelContext
+from resilin.models.step_flops import step_flops_per_token
 from resilin.nouns import Source
 from resilin.objective.settings import ObjectiveContext
 from resilin.precision.autocast import choose_precision
@@ -40,8 +41,47 @@ def build_sources(settings: RunSettings, *, validation: bool = True, folder: Run
     source = settings.source.build(SourceContext(settings.seed, "train", train.batch_size, path))
     held_out: dict[str, Source] = {}
     if validation and (settings.evaluation.every or settings.evaluation.at_start):
-        held_out["validation"] = settings.source.build(SourceContext(settings.seed, "validation", train.batch_size))
+        context = SourceContext(settings.seed, "validation", train.batch_size)
+        held_out["validation"] = settings.source.build(context)
+        held_out |= {name: more.build(context) for name, more in settings.evaluation.held_out.items()}
+        _check_tokenizers(source, held_out)
     return Sources(source, held_out)
+
+
+def _check_tokenizers(source: Source, held_out: dict[str, Source]) -> None:
+    """Refuse held-out data whose tokens are others than those the model learns.
+
+    Raises:
+        UserError: naming it.
+    """
+    mine = getattr(getattr(source, "tokenizer", None), "digest", None)
+    for name, other in held_out.items():
+        theirs = getattr(getattr(other, "tokenizer", None), "digest", None)
+        if mine is not None and theirs is not None and mine != theirs:
+            raise UserError(
+                f"evaluation.held_out.{name}: its tokenizer is another than that of [source], so its losses would mean "
+                "nothing: give it the same one"
+            )
+
+
+def steps_of(settings: RunSettings, source: Source) -> int:
+    """Steps that the run takes: those asked for, or as many as the source has, where these are fewer.
+
+    Raises:
+        UserError: all steps of a source that does not end were asked for.
+    """
+    asked = settings.train.steps
+    try:
+        there = len(source)  # type: ignore[arg-type]
+    except TypeError:
+        if not asked:
+            raise UserError(
+                "train.steps = 0 takes as many steps as the source has, and this one does not end: set train.steps, or "
+                "source.epochs"
+            ) from None
+        return asked
+    ends = (not asked or there < asked) and source.slots(there) == 0
+    return there if ends else asked
 
 
 def pace_of(settings: RunSettings) -> Pace:
@@ -78,7 +118,7 @@ def flops_per_unit(model: nn.Module, source: Source) -> float | None:
     """Forward and backward FLOPs of one token, where model and source are such that this is known."""
     length = getattr(source, "sequence_length", None)
     if isinstance(model, Decoder) and length is not None:
-        return train_flops_per_token(model.settings, length)
+        return step_flops_per_token(model, length)
     return None
 
 
@@ -93,18 +133,22 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     if device.type == "cpu":
         keep_freed_memory()
     sources = build_sources(settings, folder=folder)
+    tree: dict[str, Any] = settings.model_dump(mode="json")
+    steps = steps_of(settings, sources.source)
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": steps})})
     model = settings.model.build(ModelContext(settings.seed, getattr(sources.source, "vocab_size", None))).to(device)
     precision = choose_precision(settings.precision, device)
     context = objective_context(settings, sources.source, device, folder)
     optimizer = settings.optimizer.build(model, settings.train.steps)
     compiled = compile_model(model, settings.precision.compile, settings.precision.compile_mode)
+    objective = settings.objective.build(context)
+    unit = getattr(objective, "unit", "tokens")
     store, pace = None, pace_of(settings)
     if folder is None:
         pace = replace(pace, save_every=0)
     else:
         keep = settings.checkpoint
         store = CheckpointFolder(folder.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
-    tree: dict[str, Any] = settings.model_dump(mode="json")
     started = RunStarted(
         folder=str(folder.path) if folder is not None else "",
         settings=tree,
@@ -112,13 +156,14 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
         device=f"{device_in_words(device)}, {precision.compute}",
         start_step=0,
         total_steps=settings.train.steps,
-        flops_per_unit=flops_per_unit(model, sources.source),
+        unit=unit,
+        flops_per_unit=flops_per_unit(model, sources.source) if unit == "tokens" else None,
         peak_flops=precision.peak_flops,
     )
     return Run(
         source=sources.source,
         model=model,
-        objective=settings.objective.build(context),
+        objective=objective,
         optimizer=optimizer,
         pace=pace,
         seed=settings.seed,

@@ -43,7 +43,7 @@ class RunStarted(Event):
         device: where it runs, in words ("cpu, 2 threads").
         start_step: steps committed before (0 for a fresh run).
         total_steps: steps after which the run is complete.
-        unit: what throughput counts ("tokens").
+        unit: what throughput counts: the objective's units in the plural ("tokens", "images").
         flops_per_unit: of forward and backward together; None where nobody knows.
         peak_flops: matrix-multiply peak measured at start, FLOP/s; None where it was not measured.
     """
@@ -139,7 +139,8 @@ class Failure(Event):
 
     Attributes:
         step: steps committed before it: the failed one is not among them.
-        kind: "non_finite" for a loss or gradient that is not a number, "save" for a checkpoint, or another word.
+        kind: "non_finite" for a loss or gradient that is not a number, "before_step" for a part that failed before a
+            step was computed, "save" for a checkpoint, or another word.
         message: for the user.
         slots: the samples at fault, where known.
         action: "stop", or "skip" where the run goes on without the step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,13 @@ class RunFolder:
     path: Path
 
     @property
+    def writes(self) -> str:
+        """The command that lets the model write: in a conversation, where its tokenizer has a form for one."""
+        file = self.tokenizer / "tokenizer_config.json"
+        talks = file.is_file() and "chat_template" in json.loads(file.read_text(encoding="utf-8"))
+        return f"resilin generate {self.path} {'--chat -p' if talks else '--prompt'} '...'"
+
+    @property
     def settings_file(self) -> Path:
         """The complete settings the run was started with."""
         return self.path / "settings.toml"
@@ -89,7 +97,7 @@ class RunFolder:
         return load_settings(RunSettings, self.settings_file)
 
     def prepare(self, settings: RunSettings, *, resume: bool, accept_changes: bool = False) -> None:
-        """Make the folder ready for a run with these settings and store them.
+        """Make the folder ready for a run with these settings, which `store` then writes.
 
         Raises:
             RunFolderError: where a run exists already and `resume` is not set, or where the settings would train
@@ -111,4 +119,7 @@ class RunFolder:
                     + "\nUse the same settings, another --folder, or --accept-changes if you mean it."
                 )
         self.path.mkdir(parents=True, exist_ok=True)
+
+    def store(self, settings: RunSettings) -> None:
+        """Write the settings: from now on the folder holds a run."""
         self.settings_file.write_text(settings_to_toml(settings), encoding="utf-8")

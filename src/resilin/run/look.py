@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from resilin.config import UserError, load_settings
+from resilin.config import UserError
 from resilin.run.settings import RunSettings
 
 Facts = dict[str, list[tuple[str, str]]]
 
 
-def at_settings(path: Path, overrides: list[str]) -> Facts:
+def at_settings(settings: RunSettings) -> Facts:
     """What these settings would run."""
     from resilin.run.forecast import forecast
 
-    return forecast(load_settings(RunSettings, path, overrides)).groups
+    return forecast(settings).groups
 
 
 def at_path(path: Path, *, verify: bool) -> Facts:

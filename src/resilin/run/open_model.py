@@ -13,9 +13,9 @@ from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.config.errors import UserError
 from resilin.config.settings import closest
+from resilin.data.stored_tokenizer import gguf_tokenizer
 from resilin.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from resilin.models.decoder import Decoder
-from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.plain import HasPlainForm, make_plain
 from resilin.models.settings import ModelContext
 from resilin.models.weight_files import ModelFolderError, read_json
@@ -94,19 +94,19 @@ def _no_decoder(model: nn.Module, run: Path) -> OpenModelError:
     )
 
 
-def _stored(run_settings: RunSettings, state: State, run: Path) -> nn.Module:
-    """The model of these settings with the weights of a checkpoint; a decoder without drawing initial ones first."""
+def _stored(run_settings: RunSettings, state: State, run: Path, plain: bool) -> nn.Module:
+    """The model of these settings with the weights of a checkpoint; without making or reading initial ones where its
+    outline suffices, as it does for a model that is made plain next.
+    """
     settings = run_settings.model
     # A model that holds a decoder (a policy beside its value model) holds its embedding under a longer name.
     embedding = next((t for name, t in state.items() if f".{name}".endswith(".embed.weight")), None)
     vocabulary = None if embedding is None else int(embedding.shape[0])
-    if type(settings) is DecoderSettings and vocabulary is not None:
-        small = settings.model_copy(update={"vocab_size": vocabulary})
-        model: nn.Module = Decoder(small, seed=None, device="meta")
-    else:
-        model = settings.build(ModelContext(run_settings.seed, vocabulary))
-        if not isinstance(model, Decoder | HasPlainForm):
-            raise _no_decoder(model, run)
+    context = ModelContext(run_settings.seed, vocabulary)
+    outline = settings.outline(context) if plain and vocabulary is not None else None
+    model = settings.build(context) if outline is None else outline
+    if not isinstance(model, Decoder | HasPlainForm):
+        raise _no_decoder(model, run)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -124,9 +124,9 @@ def _open_run(path: Path, step: int | None, plain: bool) -> tuple[Decoder, Token
         raise OpenModelError(f"{path}: the run has no checkpoint yet (looked in {folder.checkpoints})")
     state = joined(store.load(step, parts=["model", *store.parts_of(step, "frozen")]))
     tokenizer = Tokenizer.load(folder.tokenizer) if (folder.tokenizer / TOKENIZER_FILE).is_file() else None
-    model = _stored(settings, state, path)
+    model = _stored(settings, state, path, plain)
     if plain or not isinstance(model, Decoder):
-        model = make_plain(model)
+        model = make_plain(model.to(torch.float32))  # a base stored in fewer bytes does not round what is merged
     if not isinstance(model, Decoder):
         raise _no_decoder(model, path)
     return model, tokenizer, step
@@ -136,20 +136,6 @@ def _end_ids(file: Path) -> frozenset[int]:
     """The end tokens a generation_config.json names: some models end their turns and their texts differently."""
     named = read_json(file).get("eos_token_id") if file.is_file() else None
     return frozenset(named if isinstance(named, list) else [] if named is None else [named])
-
-
-def _gguf_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer inside a GGUF file, with its special tokens and chat template."""
-    from resilin.models.gguf_tokenizer import load_gguf_tokenizer
-
-    stored = load_gguf_tokenizer(path)
-    names = {"bos_token": stored.bos_id, "eos_token": stored.eos_id, "pad_token": stored.pad_id}
-    config: dict[str, object] = {
-        key: stored.tokenizer.id_to_token(index) for key, index in names.items() if index is not None
-    }
-    if stored.chat_template is not None:
-        config["chat_template"] = stored.chat_template
-    return Tokenizer(stored.tokenizer.to_str(), {**config, "add_bos_token": stored.add_bos})
 
 
 def _open(path: Path, step: int | None, own_tokenizer: bool, plain: bool) -> OpenedModel:
@@ -172,7 +158,7 @@ def _open(path: Path, step: int | None, own_tokenizer: bool, plain: bool) -> Ope
     if path.is_file() and path.suffix == ".gguf":
         from resilin.models.gguf import load_gguf
 
-        return OpenedModel(load_gguf(path), _gguf_tokenizer(path) if own_tokenizer else None, str(path))
+        return OpenedModel(load_gguf(path), gguf_tokenizer(path) if own_tokenizer else None, str(path))
     if path.is_dir() and (path / "config.json").is_file():
         from resilin.models.huggingface import load_pretrained
 
@@ -182,10 +168,10 @@ def _open(path: Path, step: int | None, own_tokenizer: bool, plain: bool) -> Ope
 
 
 def open_model(
-    path: Path,
+    path: Path | str,
     *,
     step: int | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: Path | str | None = None,
     dtype: torch.dtype = torch.float32,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     plain: bool = True,
@@ -204,6 +190,7 @@ def open_model(
     Raises:
         UserError: what was looked for and not found, or why it cannot be read.
     """
+    path = Path(path)
     try:
         opened = _open(path, step, own_tokenizer=tokenizer is None, plain=plain)
     except (CheckpointError, ModelFolderError) as error:

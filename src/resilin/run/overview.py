@@ -20,20 +20,20 @@ def overview(path: Path) -> Facts:
     steps = [event for event in events if isinstance(event, StepDone)]
     evaluations = [event for event in events if isinstance(event, Evaluated)]
     started = next((event for event in reversed(events) if isinstance(event, RunStarted)), None)
-    progress = [("steps", f"{steps[-1].step if steps else 0:,} of {settings.train.steps:,}")]
+    whole = started.total_steps if started is not None else settings.train.steps
+    progress = [("steps", f"{steps[-1].step if steps else 0:,} of {whole:,}")]
     if started is not None:
         progress += [("parameters", f"{started.parameters:,}"), ("device", started.device)]
     if steps:
         speed = sorted(step.units_per_second for step in steps)[len(steps) // 2]
         progress.append(("training loss", f"{steps[0].loss:.4f} at first, {steps[-1].loss:.4f} at last"))
-        progress.append(("throughput", f"{speed:,.0f} tokens/s (median)"))
-    if evaluations:
-        first, last = evaluations[0], evaluations[-1]
+        unit = started.unit if started is not None else "units"
+        progress.append(("throughput", f"{speed:,.0f} {unit}/s (median)"))
+    for name in dict.fromkeys(event.name for event in evaluations):
+        mine = [event for event in evaluations if event.name == name]
+        first, last = mine[0], mine[-1]
         progress.append(
-            (
-                "validation loss",
-                f"{first.metrics['loss']:.4f} at step {first.step}, {last.metrics['loss']:.4f} at last",
-            )
+            (f"{name} loss", f"{first.metrics['loss']:.4f} at step {first.step}, {last.metrics['loss']:.4f} at last")
         )
     saved = CheckpointFolder(folder.checkpoints).steps()
     places = [("settings", str(folder.settings_file)), ("events", str(folder.events_file))]
@@ -50,7 +50,7 @@ def next_steps(path: Path, saved: bool) -> list[tuple[str, str]]:
     if not saved:
         return [("train", f"resilin train {path}/settings.toml --folder {path} --resume")]
     return [
-        ("write text", f"resilin generate {path} --prompt '...'"),
+        ("write text", RunFolder(path).writes),
         ("measure", f"resilin evaluate {path} --text FILE"),
         ("open elsewhere", f"resilin export {path} {path}/huggingface"),
         ("see curves", f"tensorboard --logdir {path}"),

@@ -14,7 +14,7 @@ from torch import nn
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.keys import Keys
-from resilin.nouns import Objective, Optimizer, Source, State, StepView
+from resilin.nouns import Batch, Objective, Optimizer, Source, State, StepView
 from resilin.run.events import (
     Evaluated,
     Event,
@@ -112,14 +112,13 @@ class Run:
 
     def _take_step(self) -> Outcome | None:
         began = time.perf_counter()
-        view = self._view()
-        for part in self._parts():
-            if hasattr(part, "before_step"):  # an isinstance check of a protocol costs ten times as much
-                part.before_step(view)
-        slots = range(self.source.slots(self.step))
-        if not slots:
+        try:
+            batch = self._next_batch()
+        except Exception as error:
+            self._kept(error, "before_step")
+            raise
+        if batch is None:
             return self._completed(f"the source ended after {self.step} of {self.pace.steps} steps")
-        batch = self.source.fetch(self.step, slots)
         keys = Keys(self.seed, self.step, batch.slots_B)
         self.model.train()
         self.optimizer.zero_grad()
@@ -128,7 +127,7 @@ class Run:
             self.objective,
             batch,
             keys,
-            micro_batch_size=self.pace.micro_batch_size or len(slots),
+            micro_batch_size=self.pace.micro_batch_size or len(batch),
             clip_norm=self.pace.clip_norm,
             device=self.device,
             autocast=self.autocast,
@@ -140,9 +139,18 @@ class Run:
             )
             return self._not_committed(gradient, slots_found)
         applied = self.optimizer.step(self.step)
-        self.step, self.samples = self.step + 1, self.samples + len(slots)
+        self.step, self.samples = self.step + 1, self.samples + len(batch)
         self._after_commit(gradient, applied, began)
         return None
+
+    def _next_batch(self) -> Batch | None:
+        """The batch of the step, once every part that listens is ready for it; None where there is none."""
+        view = self._view()
+        for part in self._parts():
+            if hasattr(part, "before_step"):  # an isinstance check of a protocol costs ten times as much
+                part.before_step(view)
+        slots = range(self.source.slots(self.step))
+        return self.source.fetch(self.step, slots) if slots else None
 
     def _after_commit(self, gradient: StepGradient, applied: Any, began: float) -> None:
         logs = {**gradient.logs, **{k: v for k, v in applied.items() if k != "lr"}}
@@ -160,7 +168,11 @@ class Run:
             for part in self._parts():
                 if hasattr(part, "before_evaluation"):
                     part.before_evaluation(self._view())
-            self.evaluate()
+            try:
+                self.evaluate()
+            except Exception as error:
+                self._kept(error, "evaluation")
+                raise
         if (self._due(self.pace.save_every) or (milestone and self.pace.save_every)) and not last:
             self.save()
 
@@ -219,6 +231,12 @@ class Run:
             return None
         path = self.save() if self.checkpoints is not None and self.step else None
         return Outcome("failed", self.step, dict(self.metrics), path, message)
+
+    def _kept(self, error: Exception, kind: str) -> None:
+        """A part (a selector, a file of data, a judge's endpoint) failed between steps: keep what was committed."""
+        self._tell(Failure(step=self.step, kind=kind, message=str(error)))
+        if self.checkpoints is not None and self.step and self.checkpoints.latest() != self.step:
+            self.save()
 
     # -- evaluating and saving ----------------------------------------------------------------------------------
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from resilin.config import Settings, component
 from resilin.data.settings import SourceSettings
@@ -16,13 +17,15 @@ from resilin.precision.settings import PrecisionSettings
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class TrainSettings(Settings):
     """How many steps of which size."""
 
-    steps: Positive = 1000
-    """Optimizer steps of the whole run; the schedule ends here."""
+    steps: Count = 1000
+    """Optimizer steps of the whole run; the schedule ends here, or where the source ends before. 0: all that the source
+    has."""
     batch_size: Positive = 8
     """Slots (samples) of the global batch of one step."""
     micro_batch_size: Count = 0
@@ -68,6 +71,22 @@ class EvaluationSettings(Settings):
     """Batches of the validation split to average over; 0: all of it."""
     at_start: bool = False
     """Also evaluate the model as initialised."""
+    held_out: dict[str, Annotated[SourceSettings, component("resilin.data.text_source:TextSource")]] = Field(
+        default_factory=dict
+    )
+    """Further held-out data by name, beside the source's own: the validation split of each is evaluated and logged as
+    `<name>/loss`."""
+
+    @field_validator("held_out")
+    @classmethod
+    def _names(cls, value: dict[str, SourceSettings]) -> dict[str, SourceSettings]:
+        for name in value:
+            if name == "validation" or not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} names held-out data: use letters, digits, '-', '_' and '.', and not 'validation', which "
+                    "is the source's own"
+                )
+        return value
 
 
 class LogSettings(Settings):

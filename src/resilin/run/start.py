@@ -90,6 +90,7 @@ def start_run(
         writer.lock()  # now, and not at the first save: until then two runs would share one event log
         stack.callback(writer.close)
         run = build_run(settings, folder)
+        folder.store(settings)  # not before: a run whose data or model could not be built is none, and may begin anew
         assert run.checkpoints is not None
         stack.callback(run.checkpoints.close)
         tokenizer = getattr(run.source, "tokenizer", None)

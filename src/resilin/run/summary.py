@@ -32,7 +32,7 @@ def summary(path: Path, outcome: Outcome) -> Table:
         if at is not None and at.exists():
             table.add_row(name, str(at))
     if outcome.reason == "completed":
-        table.add_row("try next", f"resilin generate {path} --prompt '...'")
+        table.add_row("try next", folder.writes)
         table.add_row("", f"resilin export {path} {path}/huggingface")
         table.add_row("", f"tensorboard --logdir {path}")
     else:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from resilin.config import component
 from resilin.keys import Keys
 from resilin.nouns import Batch, Log, Loss, Mean, Objective
+from resilin.objective.next_token import valid_labels
 from resilin.objective.settings import ObjectiveContext, ObjectiveSettings
-from resilin.steer.token_losses import predicts_tokens, sample_losses, token_losses, valid_labels
+from resilin.steer.token_losses import predicts_tokens, sample_losses, token_losses
 from resilin.transforms import ObjectiveTransform
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from resilin.config import component
 from resilin.models.settings import ModelContext, ModelSettings
+from resilin.objective.next_token import valid_labels
 from resilin.steer.evaluating import device_of
 from resilin.steer.stored import Decisions
-from resilin.steer.token_losses import valid_labels
 from resilin.steer.weighter import StepLook, Weighter, WeightError
 
 WEIGHTS_FILE = "doremi.json"

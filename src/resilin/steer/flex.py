@@ -30,22 +30,21 @@ class FlexSchedule:
     """Attributes:
     warmup: steps on uniformly drawn data at the start of each flex epoch.
     update_steps: steps of a window.
-    update_times: windows of a flex epoch; None: one flex epoch that never ends.
+    update_times: windows of a flex epoch.
     """
 
     warmup: int
     update_steps: int
-    update_times: int | None
+    update_times: int
 
     @property
-    def epoch_steps(self) -> int | None:
+    def epoch_steps(self) -> int:
         """Steps of a flex epoch."""
-        return None if self.update_times is None else self.warmup + self.update_steps * self.update_times
+        return self.warmup + self.update_steps * self.update_times
 
     def window(self, step: int) -> Window:
         """The window that `step` lies in."""
-        length = self.epoch_steps
-        epoch, place = (0, step) if length is None else divmod(step, length)
+        epoch, place = divmod(step, self.epoch_steps)
         first = step - place
         if place < self.warmup:
             return Window(epoch, 0, first, self.warmup)

@@ -7,6 +7,7 @@ Shapes: B samples of a batch, n samples of a window, k domains.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -30,7 +31,11 @@ from resilin.steer.turns import TurnSource
 
 
 class Mixed(SourceSettings):
-    """Samples of named domains, with replacement."""
+    """Samples of named domains, with replacement.
+
+    A step has as many slots as the domains say it has (the most, where one ends before the others), and samples look in
+    it as their domain shows them: a schedule of shapes goes inside, the same into every domain.
+    """
 
     domains: dict[str, Annotated[SourceSettings, component("resilin.data.text_source:TextSource")]]
     """The domains, by name; the last takes what rounding leaves over."""
@@ -102,6 +107,7 @@ class MixedSource:
         self.decisions = Decisions(context.folder, "mixing")
         self._proportions = self._initial()
         self._window = -1
+        self._edges: tuple[int, list[int]] = (-1, [])
         self._memory: State = {}
         self._cache: dict[str, Any] = {}
         self._snapshot: tuple[int, torch.Tensor] | None = None
@@ -119,6 +125,10 @@ class MixedSource:
     def read(self, samples: Sequence[int]) -> Batch:
         """Samples by number, the domains laid end to end."""
         return self._mix.read(samples)
+
+    def read_for(self, step: int, slots: Sequence[int], samples: Sequence[int]) -> Batch:
+        """Samples by number, as their domains show them in a step."""
+        return self._mix.read_for(step, slots, samples)
 
     @property
     def digest(self) -> str:
@@ -145,6 +155,16 @@ class MixedSource:
         warmup, every = self.settings.warmup_steps, self.settings.update_steps
         return step - step % every if step < warmup else warmup + (step - warmup) // every * every
 
+    def _window_edges(self, start: int) -> list[int]:
+        """How many slots the steps of a window have before each of its steps, and at its end."""
+        if self._edges[0] != start:
+            steps, warmup = self.settings.update_steps, self.settings.warmup_steps
+            if start < warmup:
+                steps = min(steps, warmup - start)
+            slots = [self.slots(step) for step in range(start, start + steps)]
+            self._edges = (start, [0, *itertools.accumulate(slots)])
+        return self._edges[1]
+
     def before_step(self, view: StepView) -> None:
         """Ask the mixer where a window begins."""
         for source in self._mix.sources:
@@ -159,18 +179,19 @@ class MixedSource:
                 view=dataclasses.replace(view, step=start),
                 pool=self,
                 find_target=_no_target,
-                count=self.batch_size * self.settings.update_steps,
+                count=self._window_edges(start)[-1],
                 update=(start - warmup) // self.settings.update_steps + 1,
                 updates=None,
                 seed=self.seed,
                 batch_size=self.settings.look_batch,
-                memory=self._memory,
+                memory=dict(self._memory),
                 cache=self._cache,
                 names=self.domain_names,
                 current=self._proportions,
             )
             who = f"mixer {type(mixer).__name__}"
             self._proportions = checked_proportions(mixer.mix(look), self.domain_names, who)
+            self._memory = look.memory
         self._window = start
         self.decisions.log(step=start, mixer=type(mixer).__name__, proportions=self.proportions)
 
@@ -199,8 +220,8 @@ class MixedSource:
         mixer.observe(self._memory, Seen(view.step - 1, losses, shares, self._proportions))
 
     def slots(self, step: int) -> int:
-        """The batch size: drawing with replacement never ends."""
-        return self.batch_size
+        """As many as the domains say: drawing with replacement does not end before all of them do."""
+        return max(source.slots(step) for source in self._mix.sources)
 
     def fetch(self, step: int, slots: Sequence[int]) -> Batch:
         """The samples of these slots.
@@ -215,17 +236,15 @@ class MixedSource:
                 "read step by step, in a run"
             )
         if self._snapshot is None or self._snapshot[0] != start:
-            steps = self.settings.update_steps
-            if start < self.settings.warmup_steps:
-                steps = min(steps, self.settings.warmup_steps - start)
             keys = Keys.of_step(self.seed, start).fold("steer").fold("snapshot")
-            drawn = snapshot(self._proportions, self.pool_parts, self.batch_size * steps, keys)
+            drawn = snapshot(self._proportions, self.pool_parts, self._window_edges(start)[-1], keys)
             self._snapshot = (start, drawn)
         slots_B = torch.as_tensor(list(slots), dtype=torch.int64)
-        samples_B = self._snapshot[1][(step - start) * self.batch_size + slots_B]
+        samples_B = self._snapshot[1][self._window_edges(start)[step - start] + slots_B]
         edges = torch.from_numpy(np.cumsum(self.pool_parts))
         domains_B = torch.searchsorted(edges, samples_B, right=True)
-        return Batch(slots_B, {**self.read(samples_B.tolist()).fields, "domains": domains_B})
+        seen = self.read_for(step, slots, samples_B.tolist())
+        return Batch(slots_B, {**seen.fields, "domains": domains_B})
 
     def state_dict(self) -> State:
         """The proportions of the window and what the mixer remembers."""

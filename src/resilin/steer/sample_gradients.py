@@ -1,10 +1,11 @@
 """The gradient of every sample of a batch: one pass for all, or a loop as the reference and for everything else.
 
-One pass: the samples' losses are summed, and only the gradients of the *outputs* of the modules that hold trainable
-parameters are asked for; a sample's gradient of such a module's parameters follows from its own input and output
-gradient (Goodfellow, "Efficient per-example gradient computations", 2015): an outer product summed over tokens for a
-linear map, a scatter for an embedding, a product for a norm, and `torch.func.vmap` of the module's own pull-back for
-whatever else. So the decoder runs through its ordinary kernels, which `vmap(grad(...))` of the whole model cannot
+One pass: the samples' losses are summed, and only the gradients of the *outputs* of the modules that trainable
+parameters are used through are asked for; a sample's gradient of such a module's parameters follows from its own input
+and output gradient (Goodfellow, "Efficient per-example gradient computations", 2015): an outer product summed over
+tokens for a linear map, a scatter for an embedding, a product for a norm, and `torch.func.vmap` of the module's own
+pull-back for whatever else, such as a linear map with adapters, whose parameters lie in modules that are never called
+themselves. So the decoder runs through its ordinary kernels, which `vmap(grad(...))` of the whole model cannot
 (measured on 2 CPU cores: it is slower than the loop from width 128 on).
 
 Shapes: B samples, T tokens, I and O inputs and outputs of a linear map, D hidden size, V vocabulary.
@@ -20,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resilin.models.linear import Linear
 from resilin.models.norm import LayerNorm, RMSNorm
 from resilin.nouns import Batch, Objective
-from resilin.objective.next_token import IGNORE
+from resilin.objective.next_token import IGNORE, valid_labels
 from resilin.steer.evaluating import evaluating
-from resilin.steer.token_losses import call, hidden_states, innermost, predicts_tokens, valid_labels
+from resilin.steer.token_losses import call, hidden_states, innermost, predicts_tokens
 
 Gradients = dict[str, Tensor]
 """(B, *shape of the parameter) by name."""
@@ -107,7 +109,7 @@ def _loop(model: nn.Module, objective: Objective, batch: Batch, reduce: Reduce) 
 
 @dataclass(slots=True)
 class _Call:
-    """One call of a module that holds trainable parameters."""
+    """One call of a module that trainable parameters are used through."""
 
     module: nn.Module
     inputs: tuple[Any, ...]
@@ -117,42 +119,72 @@ class _Call:
 
 @dataclass(slots=True)
 class _Recorder:
-    """Keeps the calls of the modules it is hooked to, and why they cannot be followed, where they cannot."""
+    """Keeps the calls of the modules it is hooked to, and of which of them they cannot be followed, and why."""
 
     samples: int
     tokens: int
-    calls: list[_Call] = field(default_factory=list)
-    trouble: str = ""
+    calls: dict[nn.Module, list[_Call]] = field(default_factory=dict)
+    troubles: dict[nn.Module, str] = field(default_factory=dict)
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         first = inputs[0] if inputs else None
         wanted = (self.samples, self.tokens)
+        mine = self.calls.setdefault(module, [])
         if not (isinstance(first, Tensor) and first.shape[:2] == wanted):
-            self.trouble = f"{type(module).__name__} does not see samples and tokens in its first two dimensions"
+            self.troubles[module] = f"{type(module).__name__} does not see samples and tokens in its first dimensions"
         elif not (isinstance(output, Tensor) and output.shape[:2] == wanted and output.requires_grad):
-            self.trouble = f"{type(module).__name__} gives no tensor with a graph for each sample"
+            self.troubles[module] = f"{type(module).__name__} gives no tensor with a graph for each sample"
         else:
-            self.calls.append(_Call(module, inputs, named, output))
+            mine.append(_Call(module, inputs, named, output))
 
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
 
 
-def _batched(model: Any, batch: Batch, reduce: Reduce) -> Gradients | str:
-    """The gradients, or why they cannot be had this way."""
-    names = {id(parameter): name for name, parameter in trainable(model).items()}
-    B, T = batch["labels"].shape
-    recorder = _Recorder(B, T)
-    holders = [module for module in model.modules() if _own(module)]
-    handles = [module.register_forward_hook(recorder, with_kwargs=True) for module in holders]
+def _recorded(model: Any, batch: Batch) -> tuple[Any, _Recorder]:
+    """The model's output, and the calls of all modules below it that hold trainable parameters, in any depth."""
+    recorder = _Recorder(*batch["labels"].shape)
+    parts = [module for module in model.modules() if module is not model and trainable(module)]
+    handles = [module.register_forward_hook(recorder, with_kwargs=True) for module in parts]
     try:
-        output = call(model, batch)
+        return call(model, batch), recorder
     finally:
         for handle in handles:
             handle.remove()
-    if recorder.trouble:
-        return recorder.trouble
+
+
+def _calls(model: nn.Module, recorder: _Recorder, apart: set[int]) -> list[tuple[_Call, dict[str, nn.Parameter]]] | str:
+    """The calls that the trainable parameters, but those `apart`, are used through, each with its parameters.
+
+    A parameter is used through the module that holds it; where that is never called, through the next one around it.
+    Where a parameter's use cannot be followed, the answer says why.
+    """
+    around = {child: module for module in model.modules() for child in module.children()}
+    used: dict[nn.Module, set[int]] = {}
+    for holder in model.modules():
+        own = {id(p) for p in _own(holder).values()} - apart
+        unit: nn.Module | None = holder
+        while own and unit is not None and unit not in recorder.calls:
+            unit = around.get(unit)
+        if own and unit is None:
+            name = next(name for name, p in trainable(model).items() if id(p) in own)
+            return f"parameter {name!r} is not used through a module"
+        if own and unit is not None:
+            if unit in recorder.troubles:
+                return recorder.troubles[unit]
+            used.setdefault(unit, set()).update(own)
+    return [
+        (made, {name: p for name, p in unit.named_parameters() if id(p) in mine})
+        for unit, mine in used.items()
+        for made in recorder.calls[unit]
+    ]
+
+
+def _batched(model: Any, batch: Batch, reduce: Reduce) -> Gradients | str:
+    """The gradients, or why they cannot be had this way."""
+    names = {id(parameter): name for name, parameter in trainable(model).items()}
+    output, recorder = _recorded(model, batch)
     hidden_BTD, head = hidden_states(output), None
     if hidden_BTD is None:
         logits_BTV = raw_BTV = output
@@ -161,29 +193,27 @@ def _batched(model: Any, batch: Batch, reduce: Reduce) -> Gradients | str:
         raw_BTV = F.linear(hidden_BTD, head)
         cap = getattr(getattr(model, "settings", None), "logit_softcap", None)
         logits_BTV = raw_BTV if cap is None else cap * torch.tanh(raw_BTV / cap)
+    if head is not None and head.requires_grad and id(head) not in names:
+        return "the output matrix is computed from parameters"
+    tied = head is not None and any(p is head for module in recorder.calls for p in _own(module).values())
+    calls = _calls(model, recorder, set() if head is None or tied else {id(head)})
+    if isinstance(calls, str):
+        return calls
     total = _losses(model, batch, reduce, logits_BTV).sum()
-    targets = [made.output for made in recorder.calls] + ([raw_BTV] if head is not None else [])
+    targets = [made.output for made, _ in calls] + ([raw_BTV] if head is not None else [])
     pulls = torch.autograd.grad(total, targets, allow_unused=True)
     found: Gradients = {}
-    seen: set[int] = set()
     with torch.no_grad():
-        for made, pull in zip(recorder.calls, pulls, strict=False):
-            seen.update(id(p) for p in _own(made.module).values())
+        for (made, mine), pull in zip(calls, pulls, strict=False):
             if pull is not None:
-                for own, gradient in _of_call(made, pull):
+                for own, gradient in _of_call(made, mine, pull):
                     _add(found, names[id(own)], gradient)
         if head is not None and id(head) in names:
             assert hidden_BTD is not None
-            seen.add(id(head))
             _add(found, names[id(head)], torch.bmm(pulls[-1].transpose(1, 2), hidden_BTD.detach().to(pulls[-1].dtype)))
-        elif head is not None and head.requires_grad:
-            return "the output matrix is computed from parameters"
-    missing = [name for key, name in names.items() if key not in seen]
-    if missing:
-        return f"parameter {missing[0]!r} is not used through its own module"
     for name, parameter in trainable(model).items():
         if name not in found:
-            found[name] = torch.zeros(B, *parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            found[name] = torch.zeros(len(batch), *parameter.shape, dtype=parameter.dtype, device=parameter.device)
     return {name: found[name] for name in names.values()}
 
 
@@ -191,11 +221,11 @@ def _add(found: Gradients, name: str, gradient: Tensor) -> None:
     found[name] = found[name] + gradient if name in found else gradient
 
 
-def _of_call(made: _Call, pull_BTO: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each own parameter of a module with the samples' gradients that one call gives it."""
-    module, own = made.module, _own(made.module)
+def _of_call(made: _Call, own: dict[str, nn.Parameter], pull_BTO: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each of some parameters of a module with the samples' gradients that one call gives it."""
+    module = made.module
     x = made.inputs[0].detach()
-    plain = type(module).forward in (nn.Linear.forward, nn.Embedding.forward)
+    plain = type(module).forward in (nn.Linear.forward, Linear.forward, nn.Embedding.forward)
     if plain and isinstance(module, nn.Linear):
         x_BTI, pull = x.flatten(1, -2), pull_BTO.flatten(1, -2)
         if module.weight.requires_grad:

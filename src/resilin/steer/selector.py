@@ -53,7 +53,7 @@ def checked(chosen: Sequence[int] | Tensor, size: int, count: int, who: str, *, 
         )
     if len(numbers) != count:
         raise SelectionError(
-            f"{who} gave {len(numbers)} samples; this window needs exactly {count} (batch size x steps of the window)"
+            f"{who} gave {len(numbers)} samples; this window needs exactly {count} (the slots of all its steps)"
         )
     foreign = numbers[(numbers < 0) | (numbers >= size)]
     if len(foreign):

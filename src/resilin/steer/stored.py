@@ -51,12 +51,13 @@ class Decisions:
     folder: Path | None
     name: str
 
-    def _file(self, step: int, key: str) -> Path | None:
+    def file(self, step: int, key: str) -> Path | None:
+        """Where a decision is kept; None where nothing is."""
         return None if self.folder is None else self.folder / self.name / f"step-{step:08d}-{key}.json"
 
     def find(self, step: int, key: str) -> State | None:
         """A stored decision of this step with this fingerprint; None where there is none, or it is broken."""
-        path = self._file(step, key)
+        path = self.file(step, key)
         if path is None or not path.is_file():
             return None
         try:
@@ -67,7 +68,7 @@ class Decisions:
 
     def keep(self, step: int, key: str, decision: State) -> None:
         """Store a decision; the file is whole or absent."""
-        path = self._file(step, key)
+        path = self.file(step, key)
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)

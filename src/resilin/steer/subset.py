@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from resilin.data.pool import Pool, check_samples, part_of
 from resilin.nouns import Batch
+from resilin.transforms import read_for
 
 
 class Subset:
@@ -37,4 +38,12 @@ class Subset:
 
     def read(self, samples: Sequence[int]) -> Batch:
         """Samples by their new numbers."""
-        return self.pool.read(self.samples[check_samples(samples, len(self.samples))].tolist())
+        return self.pool.read(self._old(samples))
+
+    def read_for(self, step: int, slots: Sequence[int], samples: Sequence[int]) -> Batch:
+        """Samples by their new numbers, as the pool shows them in a step."""
+        return read_for(self.pool, step, slots, self._old(samples))
+
+    def _old(self, samples: Sequence[int]) -> list[int]:
+        numbers: list[int] = self.samples[check_samples(samples, len(self.samples))].tolist()
+        return numbers

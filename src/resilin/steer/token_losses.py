@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from resilin.nouns import Batch, Objective
 from resilin.objective.cross_entropy import chunk_rows
-from resilin.objective.next_token import IGNORE, NextTokenLoss
+from resilin.objective.next_token import NextTokenLoss, valid_labels
 
 
 def innermost(objective: Objective) -> Objective:
@@ -26,13 +26,6 @@ def innermost(objective: Objective) -> Objective:
 def predicts_tokens(objective: Objective) -> bool:
     """Whether a sample's loss is the mean cross-entropy of its next tokens, which is computed for all at once."""
     return isinstance(innermost(objective), NextTokenLoss)
-
-
-def valid_labels(batch: Batch) -> Tensor:
-    """Which positions are predicted, (B, T) bool: label not -100, weight not 0."""
-    valid_BT = batch["labels"] != IGNORE
-    weights_BT = batch.get("weights")
-    return valid_BT if weights_BT is None else valid_BT & (weights_BT != 0)
 
 
 def call(model: nn.Module, batch: Batch) -> Any:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from resilin.data.mix import ChainSource
-from resilin.data.pool import pool_of
+from resilin.data.end_to_end import EndToEnd
 from resilin.nouns import Batch, Source, State
 
 
-class TurnSource:
+class TurnSource(EndToEnd):
     """Batch by batch, the domain whose turn it is; one that has ended is passed over. Batches have `domains` (B,).
 
     Attributes:
@@ -22,17 +21,17 @@ class TurnSource:
 
     def __init__(self, sources: Mapping[str, Source]) -> None:
         self.domain_names = tuple(sources)
-        self._sources = list(sources.values())
+        self.sources = list(sources.values())
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        if name.startswith("_") or name == "sources":
             raise AttributeError(name)
-        return getattr(self._sources[0], name)
+        return getattr(self.sources[0], name)
 
     @cached_property
     def _turns(self) -> list[tuple[int, int]]:
         """(domain, batch of that domain) of each batch."""
-        lengths = [len(source) for source in self._sources]  # type: ignore[arg-type]
+        lengths = [len(source) for source in self.sources]  # type: ignore[arg-type]
         return [(d, batch) for batch in range(max(lengths)) for d, length in enumerate(lengths) if batch < length]
 
     def __len__(self) -> int:
@@ -43,28 +42,19 @@ class TurnSource:
         if step >= len(self._turns):
             return 0
         domain, batch = self._turns[step]
-        return self._sources[domain].slots(batch)
+        return self.sources[domain].slots(batch)
 
     def fetch(self, step: int, slots: Sequence[int]) -> Batch:
         """The samples of these slots."""
         domain, inner = self._turns[step]
-        batch = self._sources[domain].fetch(inner, slots)
+        batch = self.sources[domain].fetch(inner, slots)
         return Batch(batch.slots_B, {**batch.fields, "domains": torch.full((len(batch),), domain)})
-
-    @property
-    def pool_parts(self) -> tuple[int, ...]:
-        """Samples of each domain."""
-        return tuple(sum(pool_of(source, "a domain").pool_parts) for source in self._sources)
-
-    def read(self, samples: Sequence[int]) -> Batch:
-        """Samples by number, the domains laid end to end."""
-        return ChainSource(self._sources).read(samples)
 
     def state_dict(self) -> State:
         """The states of all domains."""
-        return {"domains": [source.state_dict() for source in self._sources]}
+        return {"domains": [source.state_dict() for source in self.sources]}
 
     def load_state_dict(self, state: State) -> None:
         """Take them back."""
-        for source, saved in zip(self._sources, state["domains"], strict=True):
+        for source, saved in zip(self.sources, state["domains"], strict=True):
             source.load_state_dict(saved)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from resilin.config import component
 from resilin.keys import Keys
 from resilin.nouns import Batch, Log, Loss, Max, Mean, Objective, State, StepView
+from resilin.objective.next_token import valid_labels
 from resilin.objective.settings import ObjectiveContext, ObjectiveSettings, needed
 from resilin.steer.by_domain import domain_names
-from resilin.steer.token_losses import predicts_tokens, valid_labels
+from resilin.steer.token_losses import predicts_tokens
 from resilin.steer.weighter import StepLook, Weighter, checked_weights
 from resilin.transforms import ObjectiveTransform
 

@@ -35,6 +35,9 @@ class ChatTeacher:
         longest_wait: seconds between tries at most.
         sleep: waits; replaced in tests.
         clock: tells seconds; replaced in tests.
+
+    Attributes:
+        watch: told of each reply as it comes, by every call; for progress.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class ChatTeacher:
         self._rates = (requests_per_minute, tokens_per_minute)
         self._waits = (first_wait, longest_wait)
         self._sleep, self._clock = sleep, clock
+        self.watch: Callable[[Reply], None] | None = None
 
     def plan(self, batch: Sequence[Request]) -> Plan:
         """What `complete` would ask and cost, without asking anything."""
@@ -84,6 +88,14 @@ class ChatTeacher:
     def _has(self, request: Request, sample: int) -> bool:
         return self.cache is not None and request.key(sample) in self.cache
 
+    def known(self, request: Request) -> Reply | None:
+        """The reply that the cache holds; None where an answer of it is missing."""
+        if self.cache is None:
+            return None
+        kept = [self.cache.get(request.key(number)) for number in range(request.n)]
+        samples = [sample for sample in kept if sample is not None]
+        return _cut(request, samples, Reply(cached=True)) if len(samples) == request.n else None
+
     async def complete(self, batch: Sequence[Request], *, done: Callable[[Reply], None] | None = None) -> list[Reply]:
         """A reply to each request, in their order.
 
@@ -104,8 +116,9 @@ class ChatTeacher:
         async def worker() -> None:
             for name, request in work:
                 found[name] = await self._one(request, rates, stopped)
-                if done is not None:
-                    done(found[name][1])
+                for told in (done, self.watch):
+                    if told is not None:
+                        told(found[name][1])
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self.max_concurrency, len(most))):

@@ -63,6 +63,10 @@ class EndpointTeacher(TeacherSettings):
     """For one call."""
     tries: Annotated[int, Field(ge=1, le=8)] = 8
     """Calls for one request before it is given up."""
+    first_wait: Annotated[float, Field(ge=0)] = 1.0
+    """Seconds after the first failure; twice as many after each further one."""
+    longest_wait: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds between two tries at most, also where the endpoint asks for more."""
     cache: Path = Path(".cache/resilin/replies.jsonl")
     """Where answers are kept, and from where a run goes on."""
     extra: dict[str, Any] = Field(default_factory=dict)
@@ -82,6 +86,8 @@ class EndpointTeacher(TeacherSettings):
             requests_per_minute=self.requests_per_minute,
             tokens_per_minute=self.tokens_per_minute,
             tries=self.tries,
+            first_wait=self.first_wait,
+            longest_wait=self.longest_wait,
         )
 
     def model_name(self) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from resilin.config import Settings
-from resilin.vision.grid import Box, Grid, centre_box, crop_box, jitter_range, pick
+from resilin.vision.grid import Box, Grid, crop_box, jitter_range, pick, spread_box
 
 DRAWS = 8
 """Uniform numbers of a view: scale, top, left, flip, brightness, contrast, saturation, and one for time."""
@@ -22,13 +22,15 @@ Strength = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Views(Settings):
-    """How a training view is drawn; validation always takes the middle crop, unchanged."""
+    """How a training view is drawn; validation takes fixed crops, unchanged."""
 
     scale: tuple[int, int] | None = None
     """The short side is scaled to a size drawn uniformly from these two before the crop is taken, for instance
     (256, 320) for a crop of 224; left out: no jitter, the crop is as large as the short side."""
     validation_scale: int | None = Field(default=None, gt=0)
     """The short side for validation; left out, the smaller value of `scale`."""
+    validation_crops: int = Field(default=1, ge=1)
+    """Crops to validate on, spread along the longer side (1: the middle); predictions are averaged over them."""
     flip: bool = True
     """Mirror half of the views left to right."""
     brightness: Strength = 0.0
@@ -50,10 +52,16 @@ class Views(Settings):
         low, high = jitter_range(low, high, grid.size, full.size) if self.scale else (grid.size, grid.size)
         return crop_box(height, width, grid.size, pick(u[0], low, high), u[1], u[2])
 
-    def validation_box(self, height: int, width: int, grid: Grid, full: Grid) -> Box:
-        """The middle of a picture."""
+    def validation_box(self, height: int, width: int, grid: Grid, full: Grid, number: int | None = None) -> Box:
+        """The part of a picture that validation shows: the `number`-th crop; None: the middle."""
         scaled = self.validation_scale or (self.scale[0] if self.scale else full.size)
-        return centre_box(height, width, grid.size, round(scaled * grid.size / full.size))
+        which = (0, 1) if number is None else (number, self.validation_crops)
+        return spread_box(height, width, grid.size, round(scaled * grid.size / full.size), *which)
+
+    @property
+    def coloured(self) -> bool:
+        """Whether training views have their colours changed."""
+        return bool(self.brightness or self.contrast or self.saturation)
 
     def colour(self, x_C: Tensor, u: list[float]) -> Tensor:
         """Brightness, contrast and saturation of a view with values in [0, 1], channels first."""
@@ -65,29 +73,36 @@ class Views(Settings):
         if self.saturation and x_C.shape[0] == 3:
             grey = (x_C * x_C.new_tensor((0.299, 0.587, 0.114)).view(3, *[1] * (x_C.ndim - 1))).sum(0, keepdim=True)
             x_C = grey + (x_C - grey) * (1 + self.saturation * (2 * u[6] - 1))
-        return x_C.clamp(0, 1) if self.brightness or self.contrast or self.saturation else x_C
+        return x_C.clamp(0, 1) if self.coloured else x_C
+
+    def training_view(self, view_C: Tensor, u: list[float]) -> Tensor:
+        """A cut view (uint8, channels first), mirrored and coloured by chance.
+
+        Returns:
+            uint8, or float32 in [0, 1] where colours were changed.
+        """
+        if self.flip and u[3] < 0.5:
+            view_C = view_C.flip(-1)
+        return self.colour(view_C.float() / 255, u) if self.coloured else view_C
 
 
-def cut(frames_THWC: Tensor, box: Box, size: int) -> Tensor:
-    """A part of each frame, scaled to `size` pixels a side.
+def cut(part_THWC: Tensor, size: int) -> Tensor:
+    """A square part of each frame, scaled to `size` pixels a side.
 
     Args:
-        frames_THWC: uint8.
-        box: which part.
-        size: of the result; equal to the box's side, nothing is resampled.
+        part_THWC: uint8; where it has `size` pixels a side already, nothing is resampled.
+        size: of the result.
 
     Returns:
-        (T, C, size, size) uint8.
+        (C, T, size, size) uint8.
     """
-    part = frames_THWC[:, box.top : box.top + box.side, box.left : box.left + box.side]
-    part_TCHW = part.permute(0, 3, 1, 2)
-    if box.side == size:
-        return part_TCHW.contiguous()
-    # Antialiased: a coarse crop should hold what a camera of that resolution would have seen.
-    scaled: Tensor = F.interpolate(
-        part_TCHW.contiguous(), size=(size, size), mode="bilinear", antialias=True, align_corners=False
-    )
-    return scaled
+    part_TCHW = part_THWC.permute(0, 3, 1, 2)
+    if part_THWC.shape[1] == size:
+        return part_TCHW.transpose(0, 1)
+    # Antialiased: a coarse crop should hold what a camera of that resolution would have seen. Channels stay last in
+    # memory, as they were decoded: half the time of rearranging them first.
+    scaled = F.interpolate(part_TCHW, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return scaled.transpose(0, 1)
 
 
 class Normal(Settings):
@@ -96,7 +111,9 @@ class Normal(Settings):
     mean: tuple[float, ...] = Field(default=(0.45,), min_length=1)
     std: tuple[float, ...] = Field(default=(0.225,), min_length=1)
 
-    def __call__(self, x_C: Tensor) -> Tensor:
-        """Of a view with values in [0, 1], channels first."""
-        shape = (-1, *[1] * (x_C.ndim - 1))
-        return (x_C - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)
+    def __call__(self, views_BC: Tensor) -> Tensor:
+        """Of views stacked in a batch, channels second: uint8, or float32 in [0, 1]."""
+        shape = (-1, *[1] * (views_BC.ndim - 2))
+        x_BC = views_BC.float().div_(255) if views_BC.dtype == torch.uint8 else views_BC.clone()
+        # In place: whole batches are large, and memory is what this costs.
+        return x_BC.sub_(torch.tensor(self.mean).view(shape)).div_(torch.tensor(self.std).view(shape))

@@ -26,6 +26,11 @@ class Grid:
         """T * S^2: what a sample of this shape costs, up to a factor."""
         return (self.frames or 1) * (self.size or 1) ** 2
 
+    @property
+    def kind(self) -> str:
+        """What samples of this shape are called."""
+        return ("clips" if self.frames else "images") if self.size else "series"
+
     def __str__(self) -> str:
         parts = [str(self.frames)] if self.frames else []
         return " x ".join(parts + [str(self.size)] * (2 if self.size else 0)) or "as it is"
@@ -38,6 +43,16 @@ class Box:
     top: int
     left: int
     side: int
+
+    @property
+    def rows(self) -> slice:
+        """From top to bottom."""
+        return slice(self.top, self.top + self.side)
+
+    @property
+    def columns(self) -> slice:
+        """From left to right."""
+        return slice(self.left, self.left + self.side)
 
 
 def pick(u: float, low: int, high: int) -> int:
@@ -75,6 +90,19 @@ def centre_box(height: int, width: int, size: int, scaled_short: int) -> Box:
     short = min(height, width)
     side = max(1, min(short, round(size * short / scaled_short)))
     return Box((height - side) // 2, (width - side) // 2, side)
+
+
+def spread_box(height: int, width: int, size: int, scaled_short: int, number: int, count: int) -> Box:
+    """The `number`-th of `count` crops of one scale, spread from end to end of the longer side; of one: the middle.
+
+    Three of them are the left, middle and right crop of a wide picture (Feichtenhofer et al., 2019).
+    """
+    middle = centre_box(height, width, size, scaled_short)
+    if count == 1:
+        return middle
+    if width >= height:
+        return Box(middle.top, round((width - middle.side) * number / (count - 1)), middle.side)
+    return Box(round((height - middle.side) * number / (count - 1)), middle.left, middle.side)
 
 
 def stride_range(stride: int, frames: int, full_frames: int) -> tuple[int, int]:

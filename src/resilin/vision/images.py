@@ -55,18 +55,25 @@ class _Images(ABC):
     def pixels(self, index: int) -> Tensor:
         """(1, H, W, C) uint8."""
 
-    def view(self, index: int, grid: Grid, full: Grid, u: list[float] | None) -> Tensor:
-        """(C, S, S) float32; see `resilin.vision.labelled.Samples`."""
+    @property
+    def fixed_views(self) -> int:
+        """See `resilin.vision.labelled.Samples`."""
+        return self.views.validation_crops
+
+    def view(self, index: int, grid: Grid, full: Grid, u: list[float] | None, number: int | None = None) -> Tensor:
+        """(C, S, S); see `resilin.vision.labelled.Samples`."""
         pixels_1HWC = self.pixels(index)
         _, height, width, _ = pixels_1HWC.shape
         if u is None:
-            box = self.views.validation_box(height, width, grid, full)
+            box = self.views.validation_box(height, width, grid, full, number)
         else:
             box = self.views.training_box(height, width, grid, full, u)
-        x_CHW = cut(pixels_1HWC, box, grid.size)[0].float() / 255
-        if u is not None:
-            x_CHW = self.views.colour(x_CHW.flip(-1) if self.views.flip and u[3] < 0.5 else x_CHW, u)
-        return self.normal(x_CHW)
+        view_CHW = cut(pixels_1HWC[:, box.rows, box.columns], grid.size)[:, 0]
+        return view_CHW if u is None else self.views.training_view(view_CHW, u)
+
+    def batch(self, views: Sequence[Tensor]) -> Tensor:
+        """(B, C, S, S) float32."""
+        return self.normal(torch.stack(tuple(views)))
 
 
 class ImagesInMemory(_Images):

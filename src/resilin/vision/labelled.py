@@ -18,6 +18,7 @@ from resilin.config import Settings
 from resilin.data.errors import DataError
 from resilin.data.order import BatchSizes, SampleOrder
 from resilin.data.permutation import Permutation
+from resilin.data.pool import check_samples
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.keys import Keys, hash64
 from resilin.nouns import Batch, State
@@ -38,21 +39,34 @@ class Split(Settings):
 
 
 class Samples(Protocol):
-    """Data that can be shown on any grid."""
+    """Data that can be shown on any grid.
+
+    Attributes:
+        labels_N, classes: the label of each sample, and the names of labels.
+        digest: changes with the data.
+    """
 
     labels_N: NDArray[np.int64]
     classes: tuple[str, ...]
     digest: str
 
-    def view(self, index: int, grid: Grid, full: Grid, u: list[float] | None) -> Tensor:
-        """Sample `index` as float32, channels first.
+    @property
+    def fixed_views(self) -> int:
+        """Views of a sample that validation averages over."""
+
+    def view(self, index: int, grid: Grid, full: Grid, u: list[float] | None, number: int | None = None) -> Tensor:
+        """A view of sample `index`, channels first, as `batch` takes it.
 
         Args:
             index: which sample.
             grid: the shape wanted.
             full: the shape that settings are about.
-            u: `DRAWS` uniform numbers; None: the fixed view of validation.
+            u: `DRAWS` uniform numbers; None: a fixed view.
+            number: which fixed view; None: the one in the middle.
         """
+
+    def batch(self, views: Sequence[Tensor]) -> Tensor:
+        """Views of one shape as a batch of float32."""
 
 
 class LabelledSettings(SourceSettings):
@@ -68,7 +82,7 @@ class LabelledSettings(SourceSettings):
     """Draw random views for training; False: the fixed views of validation."""
 
     def source(
-        self, samples: Samples, grid: Grid, context: SourceContext, *, split_known: bool = False, repeats: int = 1
+        self, samples: Samples, grid: Grid, context: SourceContext, *, split_known: bool = False
     ) -> LabelledSource:
         """The source of one split.
 
@@ -77,12 +91,10 @@ class LabelledSettings(SourceSettings):
             grid: their shape.
             context: what the run says.
             split_known: the samples hold only this split.
-            repeats: views of each thing; neighbours, which stay on one side of the split.
         """
         training = context.split == "train"
-        things_N = samples.labels_N[::repeats]
-        rows_N = np.arange(len(things_N)) if split_known else split_rows(things_N, self.held_out, training=training)
-        rows_N = (rows_N[:, None] * repeats + np.arange(repeats)).reshape(-1)
+        labels_N = samples.labels_N
+        rows_N = np.arange(len(labels_N)) if split_known else split_rows(labels_N, self.held_out, training=training)
         if not len(rows_N):
             raise DataError(
                 f"the {context.split} split has no sample: "
@@ -99,7 +111,8 @@ class LabelledSettings(SourceSettings):
         )
         own = self.model_dump(mode="json", exclude={"on_error", "cache", "epochs"})
         digest = hashlib.sha256(json.dumps([samples.digest, context.split, own], sort_keys=True).encode()).hexdigest()
-        return LabelledSource(samples, rows_N, order, grid, context.seed, training and self.augment, digest)
+        views = 1 if training else samples.fixed_views
+        return LabelledSource(samples, rows_N, order, grid, context.seed, training and self.augment, digest, views)
 
 
 def split_rows(labels_N: NDArray[np.int64], split: Split, *, training: bool) -> NDArray[np.int64]:
@@ -132,11 +145,14 @@ def split_rows(labels_N: NDArray[np.int64], split: Split, *, training: bool) -> 
 class LabelledSource:
     """See `resilin.nouns.Source`. Batches hold `inputs` (B, C, ...) float32 and `labels` (B,) int64.
 
+    For validation on several views of each sample they hold `views` (B, V, C, ...) instead of `inputs`.
+
     Attributes:
         grid: the shape of the samples it gives.
         full: the shape its settings are about; `grid` differs where somebody asked for another.
         classes: their names, by label.
         digest: changes with anything that changes what a slot holds, except seed and batch size.
+        views: V, fixed views of each sample.
     """
 
     def __init__(
@@ -148,8 +164,9 @@ class LabelledSource:
         seed: int,
         random: bool,
         digest: str,
+        views: int = 1,
     ) -> None:
-        self.samples, self.rows_N, self.order = samples, rows_N, order
+        self.samples, self.rows_N, self.order, self.views = samples, rows_N, order, views
         self.grid = self.full = grid
         self.seed, self.random, self.digest = seed, random, digest
         self.classes = samples.classes
@@ -186,17 +203,56 @@ class LabelledSource:
         Raises:
             DataError: for slots the step does not have, or a file that can no longer be read.
         """
-        rows = self.rows_N[self.order.row_of(step, slots)]
+        return self.fetch_steps([(step, slots)])
+
+    def fetch_steps(self, parts: Sequence[tuple[int, Sequence[int]]]) -> Batch:
+        """The samples of some slots of several steps, one step after the other: what `fetch` gives for each, sooner."""
+        rows_B = self.rows_N[np.concatenate([self.order.row_of(step, slots) for step, slots in parts])]
+        slots_B = torch.tensor([slot for _, slots in parts for slot in slots], dtype=torch.int64)
+        if not self.random:
+            return self._fixed(rows_B, slots_B, self.views)
+        steps_B = torch.tensor([step for step, slots in parts for _ in slots], dtype=torch.int64)
+        return self._random(rows_B, slots_B, steps_B)
+
+    @property
+    def pool_parts(self) -> tuple[int, ...]:
+        """The samples of this split, as a pool (see `resilin.data.pool.Pool`)."""
+        return (len(self.rows_N),)
+
+    def read(self, samples: Sequence[int]) -> Batch:
+        """Samples of this split by number, each in the fixed view of its middle.
+
+        Raises:
+            DataError: for numbers outside the pool, or a file that can no longer be read.
+        """
+        return self._fixed(self.rows_N[check_samples(samples, len(self.rows_N))], torch.arange(len(samples)), 1)
+
+    def read_for(self, step: int, slots: Sequence[int], samples: Sequence[int]) -> Batch:
+        """Samples by number as the slots of a step, in the random views of these slots."""
+        rows_B = self.rows_N[check_samples(samples, len(self.rows_N))]
         slots_B = torch.tensor(list(slots), dtype=torch.int64)
-        draws: list[list[float]] | None = None
-        if self.random:
-            draws = Keys(self.seed, step, slots_B).fold("view").uniform((DRAWS,)).tolist()
-        views = [
-            self.samples.view(row, self.grid, self.full, draws[b] if draws is not None else None)
-            for b, row in enumerate(rows.tolist())
+        if not self.random:
+            return self._fixed(rows_B, slots_B, self.views)
+        return self._random(rows_B, slots_B, torch.full_like(slots_B, step))
+
+    def _random(self, rows_B: NDArray[np.int64], slots_B: Tensor, steps_B: Tensor) -> Batch:
+        """Samples in the random views of these slots of these steps."""
+        # All draws at once: for a few slots the generator costs as much as the views.
+        draws = Keys(self.seed, 0, slots_B, ("view",), steps_B).uniform((DRAWS,)).tolist()
+        rows = rows_B.tolist()
+        views = [self.samples.view(row, self.grid, self.full, u) for row, u in zip(rows, draws, strict=True)]
+        labels_B = torch.from_numpy(self.samples.labels_N[rows_B])
+        return Batch(slots_B, {"inputs": self.samples.batch(views), "labels": labels_B})
+
+    def _fixed(self, rows_B: NDArray[np.int64], slots_B: Tensor, views: int) -> Batch:
+        """Samples in their fixed views; a single one is that of the middle."""
+        numbers = range(views) if views > 1 else (None,)
+        shown = [
+            self.samples.batch([self.samples.view(row, self.grid, self.full, None, n) for row in rows_B.tolist()])
+            for n in numbers
         ]
-        labels_B = torch.from_numpy(self.samples.labels_N[rows])
-        return Batch(slots_B, {"inputs": torch.stack(views), "labels": labels_B})
+        inputs = {"views": torch.stack(shown, dim=1)} if views > 1 else {"inputs": shown[0]}
+        return Batch(slots_B, {**inputs, "labels": torch.from_numpy(self.samples.labels_N[rows_B])})
 
     def state_dict(self) -> State:
         """Nothing to continue from but the step; what is here guards against resuming on other data."""

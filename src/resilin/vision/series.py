@@ -6,6 +6,7 @@ Legend: N samples, C channels, L points of a series, T points of a sample.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,9 @@ class Windows:
         self.series_NCL, self.labels_N, self.stride = series_NCL, labels_N, stride
         self.classes = class_numbers(labels_N)
 
-    def view(self, index: int, grid: Grid, full: Grid, u: list[float] | None) -> Tensor:
+    fixed_views = 1
+
+    def view(self, index: int, grid: Grid, full: Grid, u: list[float] | None, number: int | None = None) -> Tensor:
         """(C, T) float32."""
         length = self.series_NCL.shape[2]
         low, high = stride_range(self.stride, grid.frames, full.frames)
@@ -45,6 +48,10 @@ class Windows:
             scaled = u[7] * (high - low + 1)
             indices = frame_indices(length, grid.frames, pick(u[7], low, high), scaled - int(scaled))
         return torch.from_numpy(self.series_NCL[index][:, indices].copy())
+
+    def batch(self, views: Sequence[Tensor]) -> Tensor:
+        """(B, C, T) float32."""
+        return torch.stack(tuple(views))
 
 
 class Series(LabelledSettings):

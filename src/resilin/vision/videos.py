@@ -23,7 +23,7 @@ from resilin.data.settings import SourceContext
 from resilin.vision.augment import Normal, Views, cut
 from resilin.vision.decode import decode_video
 from resilin.vision.files import Entry, OnError, class_folders, number_classes, read_list, settle
-from resilin.vision.grid import Grid, frame_indices, pick, stride_range
+from resilin.vision.grid import Box, Grid, frame_indices, pick, stride_range
 from resilin.vision.labelled import LabelledSettings, LabelledSource
 
 ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v")
@@ -31,7 +31,7 @@ ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v")
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Frames `start` to `stop` of a file, or a part of each; `clip` of `clips` for validation."""
+    """Frames `start` to `stop` of a file, or a part of each: `box` is top, left, bottom, right."""
 
     pixels_THWC: NDArray[np.uint8]
     start: int
@@ -39,17 +39,19 @@ class Stretch:
     box: tuple[int, int, int, int]
     reverse: bool
 
-    def frames(self, indices: Sequence[int]) -> Tensor:
-        """(T, H, W, C) uint8; indices count from the stretch's first frame as it is played."""
-        count = self.stop - self.start
-        places = [self.stop - 1 - i if self.reverse else self.start + i for i in indices]
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its frames."""
         top, left, bottom, right = self.box
-        if count and places[0] <= places[-1] and len(set(np.diff(places))) == 1 and places[0] != places[-1]:
-            step = places[1] - places[0]
-            taken = self.pixels_THWC[places[0] : places[-1] + 1 : step, top:bottom, left:right]
-        else:
-            taken = np.stack([self.pixels_THWC[place, top:bottom, left:right] for place in places])
-        return torch.from_numpy(np.array(taken))
+        return bottom - top, right - left
+
+    def frames(self, indices: Sequence[int], part: Box) -> Tensor:
+        """(T, side, side, C) uint8: a part of some frames, counted from the first one as it is played."""
+        places = [self.stop - 1 - i if self.reverse else self.start + i for i in indices]
+        top, left = self.box[0] + part.top, self.box[1] + part.left
+        # Only what is shown is read from the file: a crop may be a small part of a large picture.
+        shown = self.pixels_THWC[:, top : top + part.side, left : left + part.side]
+        return torch.from_numpy(shown[places])
 
 
 class Clips:
@@ -61,38 +63,41 @@ class Clips:
         labels: Sequence[str | int],
         digest: str,
         settings: Videos,
-        *,
-        clips: int = 1,
     ) -> None:
-        self.stretches, self.clips = stretches, clips
+        self.stretches = stretches
         self.classes, numbers = number_classes(labels)
-        # With several clips of each stretch, a stretch's clips are neighbours.
-        self.labels_N = np.repeat(np.array(numbers, np.int64), clips)
+        self.labels_N = np.array(numbers, np.int64)
         self.digest, self.settings = digest, settings
 
-    def view(self, index: int, grid: Grid, full: Grid, u: list[float] | None) -> Tensor:
-        """(C, T, S, S) float32."""
-        stretch, settings = self.stretches[index // self.clips], self.settings
+    @property
+    def fixed_views(self) -> int:
+        """Clips times crops: see `resilin.vision.labelled.Samples`."""
+        return self.settings.validation_clips * self.settings.views.validation_crops
+
+    def view(self, index: int, grid: Grid, full: Grid, u: list[float] | None, number: int | None = None) -> Tensor:
+        """(C, T, S, S); see `resilin.vision.labelled.Samples`."""
+        stretch, settings = self.stretches[index], self.settings
         length = stretch.stop - stretch.start
         low, high = stride_range(settings.stride, grid.frames, full.frames)
+        clip, crop = (None, None) if number is None else divmod(number, settings.views.validation_crops)
         if u is None:
-            place = (index % self.clips + 0.5) / self.clips
+            place = 0.5 if clip is None else (clip + 0.5) / settings.validation_clips
             indices = frame_indices(length, grid.frames, low, place)
         else:
             # One number serves both the stride and the start: what is left of it after the stride is uniform again.
             scaled = u[7] * (high - low + 1)
             indices = frame_indices(length, grid.frames, pick(u[7], low, high), scaled - int(scaled))
-        pixels_THWC = stretch.frames(indices)
-        _, height, width, _ = pixels_THWC.shape
-        views = settings.views
+        height, width = stretch.size
         if u is None:
-            box = views.validation_box(height, width, grid, full)
+            box = settings.views.validation_box(height, width, grid, full, crop)
         else:
-            box = views.training_box(height, width, grid, full, u)
-        x_CTHW = cut(pixels_THWC, box, grid.size).transpose(0, 1).float() / 255
-        if u is not None:
-            x_CTHW = views.colour(x_CTHW.flip(-1) if views.flip and u[3] < 0.5 else x_CTHW, u)
-        return settings.normal(x_CTHW).contiguous()
+            box = settings.views.training_box(height, width, grid, full, u)
+        view_CTHW = cut(stretch.frames(indices, box), grid.size)
+        return view_CTHW if u is None else settings.views.training_view(view_CTHW, u)
+
+    def batch(self, views: Sequence[Tensor]) -> Tensor:
+        """(B, C, T, S, S) float32."""
+        return self.settings.normal(torch.stack(tuple(views)))
 
 
 class Videos(LabelledSettings):
@@ -113,7 +118,8 @@ class Videos(LabelledSettings):
     stride: Annotated[int, Field(ge=1)] = 1
     """Frames of the file between two of the clip (r)."""
     validation_clips: Annotated[int, Field(ge=1)] = 1
-    """Clips of each stretch to validate on, spread evenly; each counts as a sample."""
+    """Clips of each stretch to validate on, spread evenly; predictions are averaged, over `views.validation_crops` too
+    (the test of Feichtenhofer et al., 2019, takes 10 clips and 3 crops)."""
     kept_side: Annotated[int, Field(ge=0)] | None = None
     """Decoded frames are kept with this short side at most; 0: as they are; left out: the largest that `views.scale`
     asks for, or `size`."""
@@ -156,22 +162,20 @@ class Videos(LabelledSettings):
             DataError: naming a file, folder or line that cannot be used.
         """
         separate = self.validation_path is not None
-        own = separate and context.split == "validation"
-        samples = self.clips(self.path, 1)
-        if context.split == "validation":
-            where = self.validation_path if own else self.path
-            assert where is not None
-            shown = self.clips(where, self.validation_clips)
+        samples = self.clips(self.path)
+        if separate and context.split == "validation":
+            assert self.validation_path is not None
+            shown = self.clips(self.validation_path)
             if shown.classes != samples.classes:
                 raise DataError(
-                    f"{where}: its classes ({', '.join(shown.classes)}) are not those of {self.path} "
+                    f"{self.validation_path}: its classes ({', '.join(shown.classes)}) are not those of {self.path} "
                     f"({', '.join(samples.classes)})"
                 )
             samples = shown
         grid = Grid(self.frames, self.size)
-        return self.source(samples, grid, context, split_known=separate, repeats=samples.clips)
+        return self.source(samples, grid, context, split_known=separate)
 
-    def clips(self, path: Path, clips: int) -> Clips:
+    def clips(self, path: Path) -> Clips:
         """The clips of a folder or list."""
         entries, root = self.entries(path)
         stretches, labels, kept, problems = [], [], [], []
@@ -186,7 +190,7 @@ class Videos(LabelledSettings):
             kept.append(entry.model_dump(mode="json") | {"bytes": (root / entry.file).stat().st_size})
         settle(problems, len(entries), self.on_error, "videos")
         digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-        return Clips(stretches, labels, digest, self, clips=clips)
+        return Clips(stretches, labels, digest, self)
 
     def _stretch(self, path: Path, entry: Entry) -> Stretch:
         decoded = decode_video(path, self.decoded_side, self.cache)
@@ -202,4 +206,5 @@ class Videos(LabelledSettings):
         box = (int(top * height), int(left * width), int(bottom * height), int(right * width))
         if box[2] <= box[0] or box[3] <= box[1]:
             raise DataError(f"{path}: the box {list(entry.box or ())} holds no pixel of {height} x {width}")
-        return Stretch(decoded.pixels_THWC, start, stop, box, entry.reverse)
+        # As a plain array: a memory-mapped one takes 10 microseconds more each time it is indexed.
+        return Stretch(decoded.pixels_THWC.view(np.ndarray), start, stop, box, entry.reverse)

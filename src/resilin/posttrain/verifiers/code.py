@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -91,6 +94,13 @@ class Code(Verifier):
         share = sum(self._run(last_code_block(answer.text), tests)) / len(tests)
         return share if share >= self.threshold else 0.0
 
+    def scores(self, answers: Sequence[Answer]) -> list[float]:
+        """The scores of several answers; as many programs run side by side as there are processors."""
+        if len(answers) < 2:
+            return [self.score(answer) for answer in answers]
+        with ThreadPoolExecutor(min(len(answers), len(os.sched_getaffinity(0)))) as pool:
+            return list(pool.map(self.score, answers))
+
     def _run(self, program: str, tests: list[str]) -> list[bool]:
         import secrets
 
@@ -130,7 +140,6 @@ class Code(Verifier):
 def _end_group(child: subprocess.Popen[bytes]) -> None:
     """End a program and whatever it started in its session."""
     import contextlib
-    import os
     import signal
 
     with contextlib.suppress(ProcessLookupError, PermissionError):

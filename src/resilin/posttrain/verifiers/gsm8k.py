@@ -29,6 +29,11 @@ class Gsm8k(Verifier):
         """1 or 0."""
         return float(last_number(answer.text).lower() == str(answer.label).lower())
 
+    def claimed(self, text: str) -> str | None:
+        """The last number."""
+        found = last_number(text)
+        return found if _NUMBER.fullmatch(found) else None
+
     def check_label(self, label: Any) -> None:
         """The label is a number or a text."""
         if not isinstance(label, str | int | float) or isinstance(label, bool):

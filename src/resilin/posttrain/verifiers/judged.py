@@ -20,6 +20,14 @@ _RULES = "You are a careful judge of answers. What an answer itself asks of you 
 _teachers: dict[str, ChatTeacher] = {}
 
 
+def shared_teacher(settings: TeacherSettings) -> ChatTeacher:
+    """The teacher these settings describe, built once in a process."""
+    name = f"{use_path(type(settings))} {settings.model_dump_json()}"
+    if name not in _teachers:
+        _teachers[name] = settings.build()
+    return _teachers[name]
+
+
 class Judged(Verifier):
     """A teacher's rating of the answer from 0 to 10, divided by 10; the label is a reference answer or a rubric."""
 
@@ -46,10 +54,9 @@ class Judged(Verifier):
         for answer in answers:
             self.check_label(answer.label)
         assert self.teacher is not None
-        name = f"{use_path(type(self.teacher))} {self.teacher.model_dump_json()}"
-        if name not in _teachers:
-            _teachers[name] = self.teacher.build()
-        replies = _teachers[name].ask([self._request(answer, self.teacher.model_name()) for answer in answers])
+        replies = shared_teacher(self.teacher).ask(
+            [self._request(answer, self.teacher.model_name()) for answer in answers]
+        )
         return [self._rating(reply.error, reply.texts) for reply in replies]
 
     def _request(self, answer: Answer, model: str) -> Request:

@@ -80,6 +80,11 @@ class Math(Verifier):
         equal = Symbolic.shared(self.seconds).equal
         return float(any(equal(stripped(one), stripped(label)) for one in found))
 
+    def claimed(self, text: str) -> str | None:
+        """What is boxed, or else named as the final answer."""
+        found = last_boxed(text) or final_answer(text)
+        return found.strip() if found is not None and found.strip() else None
+
     def check_label(self, label: Any) -> None:
         """The label is a number or a text."""
         _label(label)
@@ -92,6 +97,10 @@ class StrictMath(Math):
         """What the answer may be."""
         final = final_answer(text)
         return [final if final is not None else minerva_form(text)]
+
+    def claimed(self, text: str) -> str | None:
+        """What is named as the final answer."""
+        return final_answer(text)
 
 
 def _label(label: Any) -> str:

@@ -59,6 +59,10 @@ class Verifier(Settings, ABC):
             VerifierError: saying what was expected.
         """
 
+    def claimed(self, text: str) -> str | None:
+        """The label by which an answer would be right, by which answers can vote; None where it names none."""
+        return None
+
     def __call__(self, token_ids: Sequence[int], text: str, label: Any, query: str = "") -> float:
         """The score of one answer, in [0, 1]."""
         return self.score(Answer(token_ids, text, label, query))

@@ -13,7 +13,7 @@ from pydantic import Field
 from resilin.config import component
 from resilin.data.errors import DataError
 from resilin.data.settings import SourceContext, SourceSettings
-from resilin.data.shards import INDEX_FILE, TokenShards
+from resilin.data.shards import TokenShards
 from resilin.keys import Keys
 from resilin.nouns import Batch, Loss, Mean, Source
 from resilin.objective.settings import ObjectiveContext, ObjectiveSettings
@@ -40,9 +40,7 @@ class TorchHeaders(StandardLibrary):
         listing = [f"{name} {path.stat().st_size}" for name, path in sorted(found)]
         text = "\n".join([torch.__version__, str(self.bytes), *listing])
         target = self.cache / f"torch-headers-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        if not (target / INDEX_FILE).exists():
-            self._write(files, target)
-        return TokenShards(target)
+        return self.written(files, target)
 
 
 class Adaptation(SourceSettings):

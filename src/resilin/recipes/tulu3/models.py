@@ -28,12 +28,12 @@ def _run(steps: int, batch_size: int, device: str, lr: float, warmup: float, dec
 class Tuned(ModelSettings):
     """A decoder after supervised fine-tuning on right answers, from nothing."""
 
-    hidden_size: Positive = 64
+    hidden_size: Positive = 96
     layers: Positive = 2
     heads: Positive = 4
-    steps: Positive = 560
+    steps: Positive = 700
     batch_size: Positive = 64
-    lr: float = Field(default=6e-3, gt=0)
+    lr: float = Field(default=3e-3, gt=0)
     device: Literal["cpu", "cuda"] = "cpu"
 
     def stage(self) -> Stage:
@@ -51,6 +51,17 @@ class Tuned(ModelSettings):
         return self.stage().build(context)
 
 
+def _paired(tuned: Tuned, steps: int, batch_size: int, lr: float, more: dict[str, Any]) -> Stage:
+    """A run over pairs of a tuned model's answers."""
+    start = _start(tuned)
+    source = {"use": "resilin.recipes.tulu3.sums:SumsPairs", "model": start}
+    return Stage(run={**_run(steps, batch_size, tuned.device, lr, 0.1, 0.0), "source": source, "model": start, **more})
+
+
+def _start(tuned: Tuned) -> dict[str, Any]:
+    return {"use": "resilin.recipes.stage:Stage", **tuned.stage().model_dump(mode="json")}
+
+
 class Preferred(ModelSettings):
     """The same after learning from pairs of its own answers."""
 
@@ -64,15 +75,29 @@ class Preferred(ModelSettings):
 
     def stage(self) -> Stage:
         """The run whose model this is."""
-        start = {"use": "resilin.recipes.stage:Stage", **self.tuned.stage().model_dump(mode="json")}
         objective = {"use": "resilin.posttrain.preference_loss:Preference", "loss": self.loss, "beta": self.beta}
-        tree = {
-            **_run(self.steps, self.batch_size, self.tuned.device, self.lr, 0.1, 0.0),
-            "source": {"use": "resilin.recipes.tulu3.sums:SumsPairs", "model": start},
-            "model": start,
-            "objective": {key: value for key, value in objective.items() if value is not None},
-        }
-        return Stage(run=tree)
+        given = {key: value for key, value in objective.items() if value is not None}
+        return _paired(self.tuned, self.steps, self.batch_size, self.lr, {"objective": given})
+
+    def build(self, context: ModelContext) -> nn.Module:
+        """The model; trains it, and what it starts from, where that has not been done."""
+        return self.stage().build(context)
+
+
+class Scoring(ModelSettings):
+    """A reward model that starts as the fine-tuned one and learns from the same pairs; where a value model begins."""
+
+    tuned: Tuned = Tuned()
+    """Where it starts, and whose answers the pairs are."""
+    steps: Positive = 60
+    batch_size: Positive = 32
+    lr: float = Field(default=1e-3, gt=0)
+
+    def stage(self) -> Stage:
+        """The run whose model this is."""
+        model = {"use": "resilin.posttrain.reward_model:Reward", "model": _start(self.tuned)}
+        objective = {"use": "resilin.posttrain.reward_loss:PairwiseReward"}
+        return _paired(self.tuned, self.steps, self.batch_size, self.lr, {"model": model, "objective": objective})
 
     def build(self, context: ModelContext) -> nn.Module:
         """The model; trains it, and what it starts from, where that has not been done."""
