@@ -2,8 +2,8 @@
 
 Every contender holds its own copy of the same small Llama and the same rows (signatures of the standard library and
 their docstrings). The two sides of a comparison take a block of steps each in turn, so that a busy machine disturbs
-both alike; trl lives in a process of its own, since in a second thread it is several times slower than alone. Tokens
-are real ones that have a successor, counted in the very batches that were learnt: padding is nobody's achievement.
+both alike; trl lives in a process of its own, in its main thread, as its users run it. Tokens are real ones that have a
+successor, counted in the very batches that were learnt: padding is nobody's achievement.
 
 What trl is told is what its users would say for speed on this machine: no checkpointing of activations, the fused
 optimizer, the fused output layer (its default). Its SFT pads rows, which is its default too: its packing is meant for
@@ -128,7 +128,7 @@ class Theirs:
         told = json.dumps({"device": options.device, "threads": options.threads})
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, __file__, kind, str(folder), told],
+            [sys.executable, "-P", __file__, kind, str(folder), told],  # -P: this folder has a module called ast
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
         )  # fmt: skip
         self._answer()  # ready

@@ -203,7 +203,10 @@ class BeforeStep(Protocol):
     """Optional on any noun, transform or sub-module: called before each step's batch is fetched."""
 
     def before_step(self, view: StepView) -> None:
-        """Re-select data, sample a budget, move a mask, ... as a function of the view only."""
+        """Re-select data, sample a budget, move a mask, ... as a function of the view only.
+
+        One that raises leaves its state as it was: the run saves what is committed, and a resume calls it again.
+        """
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from resilin.adapt.settings import AdapterSettings
 from resilin.adapt.targets import AdapterError
 from resilin.inference.generate import StopRule, generate
 from resilin.models.decoder import Decoder
+from resilin.models.decoder_settings import DecoderSettings
 from resilin.optim.adamw import AdamW
 
 TOKENS = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -253,3 +254,10 @@ def test_the_plain_form_of_adapters_on_a_sparse_map_is_one_dense_map(settings, m
     plain = make_plain(model)
     assert type(plain[0]) is Linear
     torch.testing.assert_close(plain(x), before, atol=1e-5, rtol=1e-5)
+
+
+def test_a_decoder_with_adapters_draws_random_numbers_only_with_dropout() -> None:
+    for rate in (0.0, 0.1):
+        model = Decoder(DecoderSettings(vocab_size=11, hidden_size=16, layers=1, heads=2, mlp_size=24))
+        attach(model, {"default": AdapterSettings(method="lora", rank=2, dropout=rate)})
+        assert model.draws == (rate > 0)

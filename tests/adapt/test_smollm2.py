@@ -24,7 +24,7 @@ TOKENS = torch.tensor([[504, 3575, 282, 4649, 314, 7042, 30]])
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = ["train.steps=2", "train.batch_size=2", "train.threads=1", "precision.compute=fp32", "evaluation.every=0"]
-SHORT += ["evaluation.at_start=false", "log.live=false", "log.tensorboard=false", "optimizer.lr=1e-2"]
+SHORT += ["evaluation.at_start=false", "log.live=false", "log.tensorboard=false"]
 KINDS = {
     "lora": {"method": "lora", "rank": 8},
     "rslora": {"method": "rslora", "rank": 8},
@@ -98,11 +98,13 @@ def test_from_a_chat_file_to_peft_and_transformers_by_commands_alone(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(EXAMPLES)
     (tmp_path / "smollm2").symlink_to(base)
+    # Two steps of 1e-2 make Bat's blocks as large as the identity beside them, and rounding large with them.
+    rate = "optimizer.lr=1e-3" if kind == "bat" else "optimizer.lr=1e-2"
     table = ", ".join(f'{key} = "{v}"' if isinstance(v, str) else f"{key} = {v}" for key, v in KINDS[kind].items())
-    call("sft", "examples/smollm2/sft.toml", *SHORT, f"model.adapters.default={{{table}}}")
+    call("sft", "examples/smollm2/sft.toml", *SHORT, rate, f"model.adapters.default={{{table}}}")
     run = "bikes-sft"
     if kind == "miss":
-        call("dpo", "examples/smollm2/dpo.toml", *SHORT)
+        call("dpo", "examples/smollm2/dpo.toml", *SHORT, rate)
         run = "bikes-dpo"
     assert "in use" in call("adapter", "show", f"runs/{run}")
     call("adapter", "save", f"runs/{run}", "adapter")

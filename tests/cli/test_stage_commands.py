@@ -243,6 +243,19 @@ def _as_file(place: Path, overrides: list[str], name: str = "s.toml") -> list[st
     return [name]
 
 
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_the_examples_for_smollm2_are_settings_and_their_data_are_there(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from resilin.cli.stages import STAGES, stage_settings
+
+    monkeypatch.chdir(EXAMPLES.parent)
+    settings = stage_settings(STAGES[name], EXAMPLES / "smollm2" / f"{name}.toml", [])
+    assert settings.train.steps
+    rows = [json.loads(line) for line in Path(settings.source.paths[0]).read_text().splitlines()]
+    assert len(rows) == {"sft": 36, "dpo": 24}[name]
+
+
 def test_a_setting_in_the_file_or_an_override_wins() -> None:
     out = call("dpo", str(EXAMPLES / "dpo.toml"), "objective.loss=simpo", "--print-config")
     assert 'loss = "simpo"' in out

@@ -161,8 +161,9 @@ class Spelling:
     """A stand-in for the model's choice: patches the drawn tokens to spell given ids."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, answers: list[list[int]]) -> None:
-        def choose(logits, sampling, rows, n, seen):  # type: ignore[no-untyped-def]
-            tokens = torch.tensor([answers[int(row)][n] if n < len(answers[int(row)]) else 0 for row in rows])
+        def choose(logits, sampling, rows, n, seen, uniform):  # type: ignore[no-untyped-def]
+            said = [(answers[row], at) for row, at in zip(rows.tolist(), n.tolist(), strict=True)]
+            tokens = torch.tensor([answer[at] if at < len(answer) else 0 for answer, at in said])
             return tokens, torch.zeros(len(rows)), torch.zeros(len(rows))
 
         monkeypatch.setattr("resilin.inference.decoding.choose", choose)

@@ -21,6 +21,7 @@ from resilin.inference.sampling import (
     penalise_repetition,
     uniform_numbers,
 )
+from resilin.keys import Keys
 
 # Few distinct values, so that ties are common.
 logit_rows = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=12)
@@ -96,7 +97,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_s
 
 def test_temperature_zero_takes_the_most_probable_token_and_the_lower_id_of_equals() -> None:
     logits = torch.tensor([[0.0, 5.0, 5.0, 1.0], [9.0, 5.0, 5.0, 1.0]])
-    tokens, logprobs, draw_logprobs = choose(logits, GREEDY, torch.arange(2), 0, None)
+    tokens, logprobs, draw_logprobs = choose(logits, GREEDY, torch.arange(2), torch.zeros(2).long())
     assert tokens.tolist() == [1, 0]
     torch.testing.assert_close(logprobs, logits.log_softmax(1).gather(1, tokens[:, None])[:, 0])
     assert draw_logprobs.tolist() == [0.0, 0.0]
@@ -105,7 +106,9 @@ def test_temperature_zero_takes_the_most_probable_token_and_the_lower_id_of_equa
 def test_a_repetition_penalty_changes_a_greedy_choice() -> None:
     logits = torch.tensor([[5.0, 4.0]])
     seen = torch.tensor([[True, False]])
-    tokens, _, _ = choose(logits, Sampling(temperature=0.0, repetition_penalty=2.0), torch.arange(1), 0, seen)
+    tokens, _, _ = choose(
+        logits, Sampling(temperature=0.0, repetition_penalty=2.0), torch.arange(1), torch.tensor([0]), seen
+    )
     assert tokens.tolist() == [1]
 
 
@@ -123,7 +126,7 @@ def test_frequencies_follow_the_filtered_distribution(sampling: Sampling) -> Non
     logits = torch.tensor([1.0, 0.2, -0.5, 0.9, -3.0, 0.0])
     expected = filtered(logits[None], sampling)[0].softmax(0).double()
     n = 40_000
-    tokens, _, draw_logprobs = choose(logits.expand(n, -1), sampling, torch.arange(n), 3, None)
+    tokens, _, draw_logprobs = choose(logits.expand(n, -1), sampling, torch.arange(n), torch.full((n,), 3))
     counts = torch.bincount(tokens, minlength=6).double()
     possible = expected > 0
     assert counts[~possible].sum() == 0
@@ -136,35 +139,49 @@ def test_frequencies_over_steps_of_one_row_follow_the_distribution_too() -> None
     logits = torch.tensor([[0.5, 0.0, -1.0]])
     counts = torch.zeros(3, dtype=torch.float64)
     for n in range(3000):
-        counts[choose(logits, Sampling(seed=5), torch.tensor([7]), n, None)[0]] += 1
+        counts[choose(logits, Sampling(seed=5), torch.tensor([7]), torch.tensor([n]))[0]] += 1
     assert chi_square(counts, logits[0].softmax(0).double()) < 13.8  # 99.9 %, 2 degrees of freedom
 
 
 @given(rows=st.lists(st.integers(0, 2**40), min_size=1, max_size=6, unique=True), n=st.integers(0, 10_000))
 @settings(max_examples=30)
-def test_a_rows_number_does_not_depend_on_its_batch(rows: list[int], n: int) -> None:
-    together = uniform_numbers(11, torch.tensor(rows), n)
-    alone = torch.cat([uniform_numbers(11, torch.tensor([row]), n) for row in rows])
-    assert torch.equal(together, alone)
+def test_a_rows_numbers_do_not_depend_on_its_batch_and_are_those_of_its_keys(rows: list[int], n: int) -> None:
+    ahead = n + torch.arange(3).expand(len(rows), 3)
+    together = uniform_numbers(11, torch.tensor(rows), ahead)
+    for at in range(3):
+        words = Keys(11, n + at, torch.tensor(rows), ("sample",)).bits((2,)).double()
+        expected = ((words[:, 0] / 2**5).floor() * 2**26 + (words[:, 1] / 2**6).floor()) / 2**53
+        assert torch.equal(together[:, at], expected)
     assert ((together >= 0) & (together < 1)).all()
 
 
 def test_other_seeds_rows_and_steps_give_other_numbers() -> None:
     rows = torch.arange(100)
-    numbers = torch.cat([uniform_numbers(seed, rows, n) for seed in (0, 1) for n in (0, 1)])
+    numbers = torch.cat([uniform_numbers(seed, rows, torch.tensor([[0, 1]]).expand(100, 2)) for seed in (0, 1)])
     assert len(numbers.unique()) == 400
 
 
 @given(u=st.floats(0, 1, exclude_max=True))
 def test_a_draw_never_gives_a_token_without_probability(u: float) -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]])
-    assert draw(logits, torch.tensor([u], dtype=torch.float64)).item() in (1, 3)
+    assert draw(logits, torch.tensor([u], dtype=torch.float64))[0].item() in (1, 3)
+
+
+@given(u=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 50), vocabulary=st.sampled_from([3, 64, 65, 200, 1000]))
+def test_a_draw_over_blocks_is_the_draw_over_all_tokens(u: float, seed: int, vocabulary: int) -> None:
+    logits = 3 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(seed))
+    logits[logits < -3] = -math.inf
+    token, logprob = draw(logits, torch.tensor([u], dtype=torch.float64))
+    weights = (logits - logits.amax()).exp().double()[0]
+    below, total = float(weights[: token[0]].sum()), float(weights.sum())
+    assert below / total - 1e-6 <= u <= (below + float(weights[token[0]])) / total + 1e-6
+    assert float(logprob) == pytest.approx(float(logits.double().log_softmax(1)[0, token[0]]), abs=1e-5)
 
 
 def test_a_draw_inverts_the_cumulative_distribution() -> None:
     logits = torch.tensor([[0.25, 0.5, 0.25]]).log().expand(5, -1)
     u = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.9999999999999999], dtype=torch.float64)
-    assert draw(logits, u).tolist() == [0, 0, 1, 1, 2]
+    assert draw(logits, u)[0].tolist() == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling()])
@@ -173,7 +190,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_row(bad: float, 
     logits = torch.zeros(2, 3)
     logits[1, 2] = bad
     with pytest.raises(FloatingPointError, match=r"row\(s\) \[9\]"):
-        choose(logits, sampling, torch.tensor([4, 9]), 0, None)
+        choose(logits, sampling, torch.tensor([4, 9]), torch.tensor([0, 5]))
 
 
 @pytest.mark.parametrize(

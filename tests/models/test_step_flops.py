@@ -10,6 +10,7 @@ from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.flops import train_flops_per_token
 from resilin.models.memory import memory_estimate
+from resilin.models.settings import ModelContext
 from resilin.models.step_flops import step_flops_per_token
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "layers": 3, "heads": 4, "kv_heads": 2, "mlp_size": 48}
@@ -54,6 +55,18 @@ def test_what_is_frozen_costs_what_torch_counts_for_it(trained: tuple[str, ...])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     assert step_flops_per_token(model, 1) == counted(model)
+
+
+def test_settings_that_build_something_else_do_not_inherit_an_outline() -> None:
+    class Other(DecoderSettings):
+        def build(self, context: ModelContext) -> Decoder:
+            return DecoderSettings(**SIZES).build(context)
+
+    class Renamed(DecoderSettings):
+        pass
+
+    assert Other(**SIZES).outline(ModelContext(0)) is None
+    assert isinstance(Renamed(**SIZES).outline(ModelContext(0)), Decoder)
 
 
 def test_memory_counts_gradients_and_moments_of_trained_parameters_only_and_weights_as_stored() -> None:

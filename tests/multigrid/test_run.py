@@ -202,6 +202,45 @@ def test_a_model_without_batch_norm_is_refused(grid_tree: Trees, make_run: Make)
         make_run(tree)
 
 
+@pytest.mark.parametrize(
+    ("mode", "multipliers"),
+    [
+        ({"long_cycle": False}, {4, 2, 1}),
+        ({"short_cycle": False}, {4, 1}),
+        ({"finetune_short_cycle": False}, {8, 4, 2, 1}),
+    ],
+)
+def test_every_mode_of_the_paper_trains(
+    grid_tree: Trees, make_run: Make, mode: dict[str, bool], multipliers: set[int]
+) -> None:
+    run = make_run(grid_tree(**mode))
+    events, schedule = heard(run), run.source.grid_schedule  # type: ignore[attr-defined]
+    assert run.train().reason == "completed"
+    units = [event.units for event in events if isinstance(event, StepDone)]
+    assert units == [4 * schedule.phase(step).multiplier for step in range(schedule.total)]
+    assert {unit // 4 for unit in units} == multipliers
+    if "finetune_short_cycle" in mode:
+        assert set(units[schedule.segments[-1].steps[0] :]) == {4}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_takes_the_same_course(grid_tree: Trees, make_run: Make) -> None:
+    losses = []
+    for device in ("cpu", "cuda"):
+        tree = grid_tree()
+        tree["train"] = {**tree["train"], "device": device}
+        run = make_run(tree)
+        events = heard(run)
+        assert run.train().reason == "completed"
+        assert {p.device.type for p in run.model.state_dict().values()} == {device}
+        losses.append([event.loss for event in events if isinstance(event, StepDone)])
+    assert losses[1][:5] == pytest.approx(losses[0][:5], rel=0.02)
+    halves = grid_tree()
+    halves["train"], halves["precision"] = {**halves["train"], "device": "cuda"}, {"compute": "bf16"}
+    assert make_run(halves).train().reason == "completed"
+
+
 def test_series_train_on_shorter_and_longer_windows(plain_tree: Tree, make_run: Make, tmp_path: Path) -> None:
     waves = np.sin(np.arange(64)[None] * (0.2 + 0.3 * (np.arange(40) % 2))[:, None]).astype(np.float32)
     np.savez(tmp_path / "s.npz", series=waves, labels=np.arange(40) % 2)

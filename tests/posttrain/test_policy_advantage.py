@@ -19,11 +19,11 @@ from resilin.posttrain.advantage import (
 scores = st.lists(st.sampled_from([0.0, 1.0, 0.3, -10.0, 10.0]), min_size=8, max_size=8)
 
 
-@given(scores, st.sampled_from([0.1, 3.0, 10.0, 1e6]), st.sampled_from(["std", "centered"]))
+@given(scores, st.sampled_from([0.1, 3.0, 10.0, 1e6]), st.sampled_from(["std", "batch_std", "centered"]))
 def test_advantages_of_groups_do_not_change_when_rewards_are_scaled(values: list[float], k: float, norm: str) -> None:
     one = torch.tensor(values, dtype=torch.float64)
     plain, scaled = (group_advantages(x, 4, norm) for x in (one, k * one))  # type: ignore[arg-type]
-    torch.testing.assert_close(scaled, plain if norm == "std" else k * plain, rtol=1e-9, atol=1e-9 * k)
+    torch.testing.assert_close(scaled, k * plain if norm == "centered" else plain, rtol=1e-9, atol=1e-9 * k)
     shifted = group_advantages(one + 5, 4, norm)  # type: ignore[arg-type]
     torch.testing.assert_close(shifted, plain, rtol=1e-9, atol=1e-9)
 
@@ -36,6 +36,9 @@ def test_groups_by_hand_and_equal_groups_are_exact_zeros() -> None:
     assert found[4:].tolist() == [0.0] * 4
     assert equal_groups(values, 4).tolist() == [False, True]
     assert group_advantages(values, 4, "centered")[:4].tolist() == [0.75, -0.25, -0.25, -0.25]
+    of_all = group_advantages(values, 4, "batch_std")
+    torch.testing.assert_close(of_all[:4], torch.tensor([0.75, -0.25, -0.25, -0.25]).double() / values.double().std())
+    assert of_all[4:].tolist() == [0.0] * 4
 
 
 def test_gae_by_hand() -> None:

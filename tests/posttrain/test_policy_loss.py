@@ -82,6 +82,57 @@ def test_beyond_the_bounds_a_token_has_no_gradient() -> None:
     assert all(grad[2:] != 0)  # moved the wrong way: they may come back
 
 
+@pytest.mark.parametrize("chunk", [None, 0, 3])
+def test_the_ratio_of_whole_answers_by_hand(tiny: Any, chunk: int | None) -> None:
+    policy, fields = tiny(0), rows([4, 9, 2])
+    terms = PolicyTerms(0.05, 0.05, 0.0, whole_answers=True)
+    logp = frozen_logprobs(policy, fields["tokens"], fields["labels"])
+    noise = torch.randn(len(logp), generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 0.4
+    tokens = tokens_of(fields, old_N=logp + noise)
+    states = label_states(policy, fields["tokens"], fields["labels"])
+    loss, logs = terms.loss(states, tokens, chunk)
+    loss.backward()
+    found = [p.grad.clone() for p in policy.parameters()]
+    policy.zero_grad()
+    again = label_states(policy, fields["tokens"], fields["labels"])
+    direct = policy.logits(again.states_ND).log_softmax(-1).gather(1, again.labels_N[:, None])[:, 0]
+    expected = torch.zeros((), dtype=torch.float64)
+    clipped = 0
+    for part in (slice(0, 4), slice(4, 13), slice(13, 15)):  # Zheng et al., GSPO, 2025, equations 5 and 7
+        ratio = (direct[part] - tokens.old_N[part]).mean().exp()
+        bounded = ratio.clamp(0.95, 1.05)
+        advantage, weight = tokens.advantage_N[part], tokens.weight_N[part]
+        expected = expected - (torch.minimum(ratio * advantage, bounded * advantage) * weight).sum()
+        clipped += int((bounded * advantage < ratio * advantage).sum())
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for a, p in zip(found, policy.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-9, atol=1e-11)
+    assert logs["clipped"].value() == pytest.approx(clipped / 15)
+    assert clipped > 0
+
+
+def test_the_second_bound_holds_only_the_loss_of_negative_advantages() -> None:
+    logp = torch.tensor([2.0, 2.0, 0.5, -2.0], dtype=torch.float64, requires_grad=True)
+    advantage = torch.tensor([-1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    tokens = PolicyTokens(advantage, torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
+
+    class States:
+        labels_N = torch.zeros(4)
+
+        def loss(self, groups: list[int], score: Any, chunk: int | None) -> Tensor:
+            from resilin.posttrain.logprob_loss import Part
+
+            return score(logp, Part(slice(0, 4), slice(0, len(groups))))
+
+    free, _ = PolicyTerms(0.2, 0.2).loss(States(), tokens)  # type: ignore[arg-type]
+    bound, logs = PolicyTerms(0.2, 0.2, clip_dual=3.0).loss(States(), tokens)  # type: ignore[arg-type]
+    assert float((free - bound).detach()) == pytest.approx(2.718281828459045**2 - 3.0)
+    (grad,) = torch.autograd.grad(bound, logp)
+    assert [value != 0 for value in grad.tolist()] == [False, False, True, False]
+    assert logs["clipped"].value() == 0.75
+
+
 def test_where_the_policy_has_not_moved_the_gradient_is_that_of_policy_gradients(tiny: Any) -> None:
     policy, fields = tiny(0), rows([3, 5])
     tokens = tokens_of(fields)

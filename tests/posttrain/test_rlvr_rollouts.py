@@ -23,7 +23,8 @@ from resilin.posttrain.grpo import Grpo
 from resilin.posttrain.policy import PolicyObjective
 from resilin.posttrain.ppo import Ppo
 from resilin.posttrain.rollout import sample_answers
-from resilin.posttrain.rollouts import Rollouts, RolloutSource
+from resilin.posttrain.rollout_source import RolloutSource
+from resilin.posttrain.rollouts import Rollouts
 from resilin.posttrain.verifiers.verifier import Answer, Verifier
 from resilin.run.run import Pace, Run
 from resilin.run.step import gradient_of_step
@@ -177,7 +178,7 @@ def test_scores_rewards_and_penalties(tree: Any, tiny: Any) -> None:
 def scripted(source: RolloutSource, scores: Sequence[float]) -> None:
     """Verifiers that give these numbers, again and again."""
     given = iter(scores)
-    source.verify = lambda answers, rows: [next(given) for _ in answers]  # type: ignore[method-assign]
+    source.rewards.verify = lambda answers, rows: [next(given) for _ in answers]  # type: ignore[method-assign]
 
 
 def test_equal_groups_are_dropped_or_replaced(tree: Any, tiny: Any) -> None:
@@ -226,11 +227,15 @@ def test_stopping_amid_a_rollout_and_resuming_gives_the_same_bits(
 
 
 @pytest.mark.parametrize("ppo", [False, True])
-@pytest.mark.parametrize("loss", ["dapo", "sequence_mean"])
+@pytest.mark.parametrize("loss", ["dapo", "sequence_mean", "constant", "sequence", "weighed"])
 def test_micro_batches_change_nothing(tree: Any, tiny: Any, ppo: bool, loss: str) -> None:
-    if ppo and loss == "sequence_mean":
+    if ppo and loss not in ("dapo", "weighed"):
         pytest.skip("only GRPO weights answers")
-    objective = {} if ppo else {"token_loss": loss}
+    objective: dict[str, Any] = {} if ppo else {"token_loss": loss}
+    if loss == "weighed":
+        objective = {"importance_cap": 1.5}
+    elif loss == "sequence":
+        objective = {"ratio": "sequence"}
     from contextlib import nullcontext
 
     run = run_of(tree, tiny, steps=1, ppo=ppo, objective=objective, updates=2, non_stop_penalty="verifier")
@@ -248,7 +253,11 @@ def test_micro_batches_change_nothing(tree: Any, tiny: Any, ppo: bool, loss: str
         found.append((step, [p.grad.clone() for p in run.model.parameters() if p.grad is not None]))
     for step, grads in found[1:]:
         assert step.loss == pytest.approx(found[0][0].loss, rel=1e-9)
-        assert step.units == found[0][0].units == (8 if loss == "sequence_mean" else float(batch["lengths"].sum()))
+        assert (
+            step.units
+            == found[0][0].units
+            == (8 if loss in ("sequence_mean", "constant") else float(batch["lengths"].sum()))
+        )
         for name, value in step.logs.items():
             assert value == pytest.approx(found[0][0].logs[name], rel=1e-6, abs=1e-9), name
         for a, b in zip(grads, found[0][1], strict=True):
@@ -406,3 +415,174 @@ def test_a_micro_batch_of_dropped_answers_has_no_units_and_no_gradient(tree: Any
     loss.sum.backward()
     assert float(loss.units) == 0
     assert all(p.grad is None or not p.grad.any() for p in run.model.parameters())
+
+
+def test_a_stop_string_ends_an_answer_and_tokens_labels_and_logprobs_stay_those_of_the_draws(
+    tree: Any, tiny: Any
+) -> None:
+    settings = settings_of(tree, stop=["7", "ab"], max_new_tokens=30, samples_per_prompt=8)
+    source = settings.build(SourceContext(0, "train", 64))
+    free = settings_of(tree, max_new_tokens=30, samples_per_prompt=8).build(SourceContext(0, "train", 64))
+    model = tiny(0, torch.float32, vocab_size=source.vocab_size, init_std=0.1)
+    seen: list[str] = []
+    inner = source.rewards.verify
+    source.rewards.verify = lambda answers, rows: seen.extend(source.rewards.texts(answers)) or inner(answers, rows)
+    for one in (source, free):
+        one.before_step(view_of(model, one, 0))
+    one_letter = source.tokenizer.inner.token_to_id("7")
+    stopped = 0
+    for row, text in enumerate(seen):
+        labels, whole = (one.rollout["labels"][row] for one in (source, free))
+        tokens, uncut = labels[labels != -100].tolist(), whole[whole != -100].tolist()
+        assert tokens == uncut[: len(tokens)]  # the stop string changes no draw
+        assert len(tokens) == int(source.rollout["lengths"][row])
+        logprobs = source.rollout["old_logprobs"][row]
+        assert bool((logprobs[labels != -100] < 0).all())
+        assert not logprobs[labels == -100].any()
+        if one_letter in tokens or "ab" in text:
+            assert tokens.index(one_letter) == len(tokens) - 1 if one_letter in tokens else text.endswith("ab")
+            assert bool(source.rollout["stopped"][row])
+            stopped += 1
+        else:
+            assert len(tokens) == 30 or tokens[-1] in source.end_ids
+    assert stopped > 10
+    with pytest.raises(SettingsError, match="stop"):
+        settings_of(tree, stop=[""])
+
+
+def test_what_a_token_says_beyond_a_stop_string_is_cut_off() -> None:
+    from resilin.posttrain.rollout import Answer as Drawn
+
+    assert Drawn([1], stop="</a>").said("x</a>\n\n<b>") == "x</a>"
+    assert Drawn([1], stop="</a>").said("x</a></a>") == "x</a>"
+    assert Drawn([1]).said("x</a> y") == "x</a> y"
+
+
+def test_answers_at_the_limit_are_masked_and_a_step_keeps_units(tree: Any, tiny: Any) -> None:
+    settings = settings_of(tree, mask_truncated=True, non_stop_penalty="verifier", max_new_tokens=12, minibatches=2)
+    source = settings.build(SourceContext(0, "train", 16))
+    model = tiny(0, torch.float32, vocab_size=source.vocab_size, init_std=0.1)
+    source.before_step(view_of(model, source, 0))
+    rollout = source.rollout
+    has_labels = (rollout["labels"] != -100).any(1)
+    assert bool(rollout["stopped"].any())
+    assert not bool(rollout["stopped"].all())
+    assert torch.equal(has_labels, rollout["stopped"])
+    assert not rollout["muted"].any()
+    # None ends: the step keeps its units, and no answer has an advantage.
+    run = run_of(tree, tiny, steps=1, mask_truncated=True, non_stop_penalty="verifier", max_new_tokens=1)
+    run.source.end_ids = frozenset()
+    run.source.before_step(view_of(run.model, run.source, 0))
+    run.objective.before_step(view_of(run.model, run.source, 0))
+    rollout = run.source.rollout
+    assert bool(rollout["muted"].all())
+    assert bool((rollout["labels"] != -100).any(1).all())
+    assert rollout["scores"].unique().numel() > 1
+    assert not rollout["advantages"].any()
+
+
+def test_long_answers_lose_more_and_more_of_their_score(tree: Any) -> None:
+    from resilin.posttrain.rollout import Answer as Drawn
+
+    settings = settings_of(tree, max_new_tokens=20, overlong_buffer=8, overlong_penalty=4.0)
+    score = settings.build(SourceContext(0, "train", 8)).rewards.score
+    found = [score(Drawn([1], [2] * length, [0.0] * length, True), 1.0) for length in (1, 12, 14, 16, 20)]
+    assert found == [10.0, 10.0, 9.0, 8.0, 6.0]
+    for wrong in ({"overlong_buffer": 8}, {"overlong_penalty": 1.0}, {"overlong_buffer": 20, "overlong_penalty": 1.0}):
+        with pytest.raises(SettingsError, match="overlong_"):
+            settings_of(tree, max_new_tokens=20, **wrong)
+
+
+def test_tokens_are_weighed_by_training_over_sampling_up_to_a_cap(tree: Any, tiny: Any) -> None:
+    from resilin.posttrain.sequences import frozen_logprobs
+
+    for changes in ({}, {"top_k": 3}):
+        run = run_of(tree, tiny, steps=1, objective={"importance_cap": 0.9}, **changes)
+        run.source.before_step(view_of(run.model, run.source, 0))
+        drawn = run.source.rollout["old_logprobs"].clone()
+        run.objective.before_step(view_of(run.model, run.source, 0))
+        rollout, valid = run.source.rollout, run.source.rollout["labels"] != -100
+        trained = frozen_logprobs(run.model, rollout["tokens"], rollout["labels"], 1.0)
+        torch.testing.assert_close(rollout["old_logprobs"][valid], trained)
+        expected = (trained - drawn[valid]).exp().clamp(max=0.9)
+        torch.testing.assert_close(rollout["importance"][valid], expected)
+        # Of three tokens some are drawn far more often than the whole policy would; unfiltered, hardly any differ.
+        assert float(expected.min()) < 0.8 if changes else float(expected.min()) == pytest.approx(0.9)
+        loss = run.objective(run.model, run.source.fetch(0, range(8)), None)
+        assert loss.logs["importance"].value() == pytest.approx(float(expected.mean()), rel=1e-5)
+    with pytest.raises(ValueError, match="importance_cap"):
+        Grpo(importance_cap=2.0, old_logprobs="sampled")
+
+
+def test_the_constant_norm_divides_every_answers_sum_by_the_limit(tree: Any, tiny: Any) -> None:
+    runs = {
+        kind: run_of(tree, tiny, steps=1, objective={"token_loss": kind, "beta": 0.0}, non_stop_penalty="verifier")
+        for kind in ("constant", "dapo")
+    }
+    losses = {}
+    for kind, run in runs.items():
+        run.source.before_step(view_of(run.model, run.source, 0))
+        run.objective.before_step(view_of(run.model, run.source, 0))
+        run.source.rollout["advantages"] = torch.arange(8).double()
+        losses[kind] = run.objective(run.model, run.source.fetch(0, range(8)), None)
+    sums = {kind: float(loss.sum.detach()) for kind, loss in losses.items()}
+    assert sums["constant"] == pytest.approx(sums["dapo"] / 6)
+    assert float(losses["constant"].units) == 8
+
+
+def test_a_rollout_with_a_reward_model_resumes_to_the_bit(tree: Any, tiny: Any, tmp_path: Path) -> None:
+    from resilin.data.tokenizer import Tokenizer
+    from resilin.posttrain.reward_model import RewardModel, save_reward_model
+
+    words = Tokenizer.load(Path(tree["prompts"]["tokenizer"]))
+    reward = RewardModel(tiny(5, torch.float32, vocab_size=words.vocab_size, init_std=0.1))
+    with torch.no_grad():
+        reward.score.weight.normal_(generator=torch.Generator().manual_seed(0))
+    save_reward_model(reward, tmp_path / "reward")
+    words.save(tmp_path / "reward")
+    changes = {"updates": 2, "reward_model": str(tmp_path / "reward"), "reward_model_multiplier": 2.0}
+    whole = run_of(tree, tiny, steps=5, **changes)
+    whole.train()
+    first = run_of(tree, tiny, tmp_path / "run", steps=5, **changes)
+    first.pace = Pace(steps=3, micro_batch_size=8, clip_norm=1.0)
+    first.train()
+    first.checkpoints.close()
+    again = run_of(tree, tiny, tmp_path / "run", steps=5, **changes)
+    again.load_state_dict(again.checkpoints.load(3))
+    assert again.source.rollout["liked"].unique().numel() > 2
+    again.train()
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(again)[name]), name
+
+
+def test_a_reward_model_reads_prompt_answer_and_the_token_that_ends_it(tiny: Any) -> None:
+    from resilin.data.train_tokenizer import byte_tokenizer
+    from resilin.posttrain.reward_judge import RewardJudge
+    from resilin.posttrain.reward_model import RewardModel
+    from resilin.posttrain.rollout import Answer as Drawn
+
+    words = byte_tokenizer()
+    model = RewardModel(tiny(0, torch.float32, vocab_size=words.vocab_size, max_positions=64))
+    with torch.no_grad():
+        model.score.weight.fill_(0.7)
+    judge = RewardJudge(model, words)
+    rows = [{"prompt": "ab"}, {"messages": [{"role": "user", "content": "hi"}]}, {"prompt": "x" * 100}]
+    answers = [Drawn([1], [2], [0.0], ended) for ended in (False, True, True)]
+    texts = ["cd", "yes", "y"]
+    read = [judge.tokens(*parts) for parts in zip(rows, answers, texts, strict=True)]
+    assert read[0] == words.encode("abcd")
+    chat = words.chat([*rows[1]["messages"], {"role": "assistant", "content": "yes"}])
+    learnt = max(place for place, unit in enumerate(chat.units) if unit)
+    assert read[1] == list(chat.ids)[: learnt + 1]
+    assert read[2] == [*words.encode("x" * 100 + "y"), words.eos_id][-64:]
+    together = judge.scores(rows, answers, texts, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    alone = [judge.scores([rows[n]], [answers[n]], [texts[n]], cpu)[0] for n in range(3)]
+    assert together == pytest.approx(alone, rel=1e-5)
+    with torch.no_grad():
+        assert together[1] == pytest.approx(float(model(torch.tensor([read[1]]))[0, -1]), rel=1e-5)
+    as_message = RewardJudge(model, words, texts_are_messages=True).tokens(rows[0], answers[0], "cd")
+    assert as_message == [
+        *words.chat([{"role": "user", "content": "ab"}], add_generation_prompt=True).ids,
+        *words.encode("cd"),
+    ]

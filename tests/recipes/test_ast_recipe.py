@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.settings import ModelContext
 from resilin.recipes.ast import TITLES, analyse
 from resilin.recipes.cells import cells, check
 from resilin.recipes.findings import Evaluation, RunRecord, Study, Trial
 from resilin.recipes.recipe import load_recipe
+from resilin.sparsity.masks import sparse_layers
+from resilin.sparsity.settings import Sparse
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "ast"
 
@@ -62,3 +66,14 @@ def test_every_preset_s_runs_can_be_made_and_all_arms_share_one_dense_model() ->
     assert set(recipe.arms) == set(TITLES)
     dense = {str(cell.settings.model.model.run) for cell in cells(recipe, "cpu", seeds=(0,))}  # type: ignore[attr-defined]
     assert len(dense) == 1
+
+
+@pytest.mark.parametrize("preset", ["cpu", "gpu", "paper"])
+def test_the_dense_model_of_every_preset_takes_the_masks_and_corrections_of_every_arm(preset: str) -> None:
+    for cell in cells(load_recipe(FOLDER), preset, seeds=(0,)):
+        sparse = cell.settings.model
+        assert isinstance(sparse, Sparse)
+        dense = DecoderSettings(**{**sparse.model.run["model"], "vocab_size": 260, "layers": 1})  # type: ignore[attr-defined]
+        model = sparse.model_copy(update={"model": dense}).build(ModelContext(0, None))
+        assert all(layer.boost == sparse.slorb for _, layer in sparse_layers(model)), cell.arm
+        assert (sparse.slorb is not None) == (cell.arm == "ast_slorb")

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
 
 from resilin.models.huggingface import load_pretrained
 from resilin.models.plain import make_plain
 from resilin.sparsity.export import export_sparse, read_masks, zeroed
-from resilin.sparsity.kernels import semi_structured, why_not
+from resilin.sparsity.kernels import fits, semi_structured, why_not
 from resilin.sparsity.masks import sparse_layers
 from resilin.sparsity.settings import SparsityError
 
@@ -85,6 +89,26 @@ def test_other_machines_are_told_why_there_are_no_kernels(sparse_model: Any, mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert "float16 or bfloat16, not in float32" in str(why_not("cuda", torch.float32))
     assert why_not("cuda", torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_exported_weights_survive_the_packing_that_the_kernels_read(
+    sparse_model: Any, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """torch packs 2:4 weights (half the numbers, two bits of place each) on any machine; only the product needs one."""
+    model = sparse_model(dense={"hidden_size": 64, "mlp_size": 128, "heads": 4, "layers": 1})
+    export_sparse(model, tmp_path / "out", dtype=dtype)
+    again = load_pretrained(tmp_path / "out").to(dtype)
+    for name, layer in sparse_layers(model):
+        assert fits(layer) is None
+        weight = again.get_submodule(name).weight.detach()
+        packed, places = sparse_semi_structured_from_dense_cutlass(weight)
+        assert packed.shape == (layer.out_features, layer.in_features // 2)
+        assert torch.equal(sparse_semi_structured_to_dense_cutlass(packed, places), weight)
+    dense = torch.randn(64, 64).to(dtype)  # what is not 2:4 comes back changed: the test can fail
+    assert not torch.equal(
+        sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(dense)), dense
+    )
 
 
 @pytest.mark.gpu

@@ -147,9 +147,14 @@ def test_unstructured_keeps_the_larger_half_of_each_row(sparse_model: Any) -> No
 
 def test_inputs_that_m_does_not_divide(sparse_model: Any) -> None:
     with pytest.raises(
-        SparsityError, match=r"blocks\.0\.attention\.q has 16 inputs, which m = 5 does not divide.*'pad'"
+        SparsityError,
+        match=r"blocks\.0\.attention\.q has 16 inputs, which m = 5 does not divide: 2:4 fits all layers; or .*'pad'",
     ):
         sparse_model(m=5)
+    with pytest.raises(SparsityError, match=r"m = 12 does not divide: 6:8 fits all layers"):
+        sparse_model(n=6, m=12)
+    with pytest.raises(SparsityError, match=r"m = 20 does not divide: set remainder"):  # of 16 inputs none holds 17
+        sparse_model(n=17, m=20)
     padded = dict(sparse_layers(sparse_model(m=5, remainder="pad")))["blocks.0.attention.q"]
     assert (padded.mask[:, :15].view(16, 3, 5).sum(-1) == 2).all()
     assert padded.mask[:, 15:].all()
@@ -160,7 +165,7 @@ def test_inputs_that_m_does_not_divide(sparse_model: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"n": 5}, r"n \(5\) is larger than m \(4\)"),
+        ({"n": 5}, r"n \(5\) is larger than m \(4\).*use n = 1 to 4"),
         ({"slorb": {"init": "xavier"}}, "set train_pooling = true"),
         ({"density": 0}, "density"),
         ({"sloRB": {}}, "did you mean 'slorb'"),

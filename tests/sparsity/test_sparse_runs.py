@@ -10,10 +10,13 @@ import torch
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.models.plain import make_plain
+from resilin.models.settings import ModelContext
 from resilin.optim.adamw import AdamW
 from resilin.run.events import StepDone
 from resilin.run.start import resume_from_latest
+from resilin.sparsity.adamw import SparseAdamW
 from resilin.sparsity.masks import sparse_layers
+from resilin.transforms import OptimizerTransform
 
 
 def masks(model: Any) -> dict[str, torch.Tensor]:
@@ -138,3 +141,56 @@ def test_what_is_evaluated_at_the_end_is_what_is_exported(sparse_run: Any) -> No
     with torch.no_grad():
         trained = run.model(tokens).hidden_BTD
         assert torch.equal(make_plain(run.model)(tokens).hidden_BTD, trained)
+
+
+class ZeroedAfterwards(OptimizerTransform):
+    """Masked AdamW as it is usually done: an ordinary step, then zeros where the masks are False."""
+
+    def __init__(self, inner: Any, masks: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__(inner)
+        self.masks = masks
+        self._zero()
+
+    @torch.no_grad()
+    def _zero(self) -> None:
+        for weight, mask in self.masks:
+            weight.mul_(mask)
+
+    def step(self, step: int) -> Any:
+        logs = self.inner.step(step)
+        self._zero()
+        return logs
+
+
+def test_with_fixed_masks_and_no_decay_kept_weights_are_those_of_masked_adamw_to_the_bit(sparse_run: Any) -> None:
+    same: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
+    ours = sparse_run(steps=6, sparse={"update_every": 0}, optimizer=SparseAdamW(**same, ramp={"maximum": 0}))
+    theirs = sparse_run(steps=6, model=dense_like(ours.model), optimizer=AdamW(**same))
+    kept = {f"{name}.weight": layer.mask for name, layer in sparse_layers(ours.model)}
+    pairs = [(theirs.model.get_parameter(name), mask) for name, mask in kept.items()]
+    theirs.optimizer = ZeroedAfterwards(theirs.optimizer, pairs)
+    ours.train()
+    theirs.train()
+    for name, parameter in theirs.model.named_parameters():
+        found = ours.model.get_parameter(name).detach()
+        mask = kept.get(name, torch.ones_like(found, dtype=torch.bool))
+        assert torch.equal(found[mask], parameter.detach()[mask]), name
+
+
+def test_masks_that_keep_all_and_no_decay_are_the_dense_run_to_the_bit(sparse_run: Any) -> None:
+    same: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
+    ours = sparse_run(steps=6, sparse={"n": 4, "update_every": 2}, optimizer=SparseAdamW(**same, ramp={"maximum": 0}))
+    theirs = sparse_run(steps=6, model=dense_like(ours.model), optimizer=AdamW(**same))
+    before = [p.detach().clone() for p in theirs.model.parameters()]
+    ours.train()
+    theirs.train()
+    for name, parameter in theirs.model.named_parameters():
+        assert torch.equal(ours.model.get_parameter(name), parameter), name
+    assert all(not torch.equal(p, b) for p, b in zip(theirs.model.parameters(), before, strict=True))
+
+
+def dense_like(model: Any) -> Any:
+    """A decoder without masks that holds the same weights."""
+    dense = model.settings.build(ModelContext(9, None))
+    dense.load_state_dict({name: p.detach() for name, p in model.named_parameters()})
+    return dense

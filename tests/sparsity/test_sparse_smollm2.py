@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from resilin.models.huggingface import load_pretrained
 from resilin.models.original import make_original
 from resilin.models.plain import make_plain
 from resilin.models.pretrained import Pretrained
@@ -22,6 +23,7 @@ from resilin.run.run import Pace, Run
 from resilin.sparsity.adamw import SparseAdamW
 from resilin.sparsity.decay import Ramp
 from resilin.sparsity.export import export_sparse, read_masks
+from resilin.sparsity.kernels import fits
 from resilin.sparsity.masks import sparse_layers
 from resilin.sparsity.settings import Sparse
 
@@ -96,10 +98,22 @@ def test_smollm2_becomes_two_of_four_and_gets_better_in_a_few_steps(weights: Pat
         after = objective(model.eval(), batch, None)
     assert float(after.logs["nll"].value()) < float(before.logs["nll"].value())
     assert float(after.logs["kl"].value()) < float(before.logs["kl"].value())
-    export_sparse(model, tmp_path / "out", dtype=torch.bfloat16)
-    assert len(read_masks(tmp_path / "out")) == 210
-    for name, mask in read_masks(tmp_path / "out").items():
-        assert (mask.view(mask.shape[0], -1, 4).sum(-1) == 2).all(), name
     with torch.no_grad():
         trained = model(batch["tokens"]).hidden_BTD
+    export_sparse(model, tmp_path / "out")
+    again, masks = load_pretrained(tmp_path / "out"), read_masks(tmp_path / "out")
+    assert len(masks) == 210
+    blocks = {name: p for name, p in again.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
+    assert len(blocks) == 210
+    for (name, weight), mask in zip(sorted(blocks.items()), in_name_order(model), strict=True):
+        assert torch.equal(weight != 0, mask), name
+        assert ((weight != 0).view(len(weight), -1, 4).sum(-1) == 2).all(), name
+    assert all(fits(layer) is None for _, layer in sparse_layers(model))  # semi-structured kernels take every one
+    with torch.no_grad():
+        assert torch.equal(again.eval()(batch["tokens"]).hidden_BTD, trained)
         assert torch.equal(make_plain(model)(batch["tokens"]).hidden_BTD, trained)
+
+
+def in_name_order(model: Any) -> list[torch.Tensor]:
+    """The masks of a model by the names of its layers."""
+    return [layer.mask for _, layer in sorted(sparse_layers(model))]

@@ -31,6 +31,8 @@ class Row(Settings):
     """Whether a larger value of the unit is better (tokens/s) or a smaller one (seconds, bytes)."""
     target: float | None = None
     """The ratio that was aimed at; None: shown without a verdict."""
+    failed: str = ""
+    """Why the target counts as missed whatever the ratio is: what was timed did not do what was asked of it."""
     runs: dict[str, list[float]] = Field(default={})
     """Every single measurement, by contender."""
     note: str = ""
@@ -46,8 +48,8 @@ class Row(Settings):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def met(self) -> bool | None:
-        """Whether the ratio reaches the target."""
-        return None if self.target is None or self.ratio is None else self.ratio >= self.target
+        """Whether the ratio reaches the target, and nothing else was amiss."""
+        return None if self.target is None or self.ratio is None else self.ratio >= self.target and not self.failed
 
     @classmethod
     def from_turns(
@@ -118,7 +120,7 @@ def markdown_table(reports: Sequence[Report]) -> str:
     lines = ["| benchmark | measured | ours | peer | ratio | target | met |", "|---|---|---|---|---|---|---|"]
     for report in reports:
         for row in report.rows:
-            verdict = {True: "yes", False: "no", None: ""}[row.met]
+            verdict = {True: "yes", False: "no", None: ""}[row.met] + (f": {row.failed}" if row.failed else "")
             peer = f"{_number(row.peer)} ({row.peer_name})" if row.peer is not None else ""
             target = f"{row.target:.2g}x" if row.target is not None else ""
             ratio = f"{row.ratio:.2f}x" if row.ratio is not None else ""

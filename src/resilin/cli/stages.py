@@ -143,7 +143,7 @@ def _stage(defaults: Mapping[str, Any], given: StageArguments) -> None:
 
         _export_adapters(run.model, settings, path)
         reward_model = run.model if isinstance(run.model, RewardModel) else None
-        del run  # exporting makes copies of its own: half a gigabyte less for a model of 135 million parameters
+        del run  # exporting makes copies of its own
         _export(reward_model, path)
     finish(path, outcome)
 
@@ -151,14 +151,17 @@ def _stage(defaults: Mapping[str, Any], given: StageArguments) -> None:
 def _export(reward_model: RewardModel | None, path: Path) -> None:
     """The model of a finished run as `<run>/model`; a sentence where its form has no such folder."""
     from resilin.config.errors import UserError
+    from resilin.data.tokenizer import Tokenizer
     from resilin.posttrain.reward_model import save_reward_model
     from resilin.run.export import export_model
+    from resilin.run.folder import RunFolder
     from resilin.run.open_model import open_model
 
     target = path / "model"
     try:
         if reward_model is not None:
             save_reward_model(reward_model, target)
+            Tokenizer.load(RunFolder(path).tokenizer).save(target)
         else:
             opened = open_model(path, device="cpu")
             export_model(opened.model, opened.tokenizer, target, force=True)

@@ -88,7 +88,7 @@ class PromptTable:
             if isinstance(said, str) and settings.texts == "chat":
                 said = [{"role": "user", "content": said}]
             try:
-                ids = _prompt_ids(tokenizer, said)
+                ids = prompt_ids(tokenizer, said)
             except DataError as error:
                 raise row.error(str(error)) from None
             spoken = spoken or not isinstance(said, str)
@@ -117,7 +117,8 @@ class PromptTable:
         return len(self.rows)
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: str | list[dict[str, Any]]) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str | list[dict[str, Any]]) -> list[int]:
+    """A prompt as tokens that an answer follows: a text as it is, messages in the tokenizer's chat form."""
     if not isinstance(prompt, str):
         return encode_chat(tokenizer, prompt, add_generation_prompt=True).ids
     begin = [tokenizer.bos_id] if tokenizer.config.get("add_bos_token") is True and tokenizer.bos_id is not None else []

@@ -1,7 +1,7 @@
 """Continue prompts with a model, many at a time: tokens, their log-probabilities, and text as it appears.
 
 Greedy or sampled, a row's answer does not depend on the rows it is batched with: padding is never attended to, draws
-are keyed by the row's number, and rows that are done leave the batch.
+are keyed by the row's number. Rows that are done leave the batch, and others that wait take their places.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Piece:
         draw_logprob: under the distribution it was drawn from; 0 when greedy.
         text: what became certain with it: whole characters, nothing of a stop string; often "".
         reason: why the row ends with this token; None while it goes on.
+        found: the stop string that ended it.
     """
 
     row: int
@@ -43,6 +44,7 @@ class Piece:
     draw_logprob: float
     text: str
     reason: Reason | None
+    found: str | None = None
 
 
 @dataclass(slots=True)
@@ -92,6 +94,11 @@ class _Row:
         self._ids = stop.ids
         self._left = min(stop.max_new_tokens, limit)
         self._at_end: Reason = "max_new_tokens" if stop.max_new_tokens <= limit else "max_positions"
+
+    @property
+    def found(self) -> str | None:
+        """The stop string that ended the row."""
+        return self._strings.found
 
     def push(self, token: int) -> tuple[str, Reason | None]:
         """The text that is certain with this token, and why the row ends here, if it does."""
@@ -148,8 +155,9 @@ def stream(
     sampling: Sampling | None = None,
     tokenizer: Tokenizer | None = None,
     rows: Sequence[int] | None = None,
+    batch_rows: int | None = None,
 ) -> Iterator[Piece]:
-    """Continue all prompts side by side; yields every new token as soon as it is there.
+    """Continue prompts side by side; yields every new token as soon as it is there.
 
     Args:
         model: on any device; its mode is left as it was.
@@ -158,6 +166,8 @@ def stream(
         sampling: how tokens are chosen; None: greedy.
         tokenizer: gives the text; needed for stop strings.
         rows: the numbers by which the prompts' draws are keyed; None: their indices.
+        batch_rows: at most so many at a time, the others as places become free (the cache of keys and values grows
+            with them); None: all.
 
     Raises:
         PromptError: a prompt cannot be continued.
@@ -174,14 +184,15 @@ def stream(
     room = [model.settings.max_positions - len(prompt) for prompt in prompts]
     states = [_Row(tokenizer, stop, limit) for limit in room]
     longest = max((len(p) + min(stop.max_new_tokens, r) for p, r in zip(prompts, room, strict=True)), default=0)
-    decoding = Decoding(model, prompts, sampling, longest, rows)
-    while decoding.live:
+    decoding = Decoding(model, prompts, sampling, longest, rows, batch_rows)
+    while decoding.going:
         done = []
         for new in decoding.step():
-            text, reason = states[new.row].push(new.token)
+            state = states[new.row]
+            text, reason = state.push(new.token)
             if reason is not None:
                 done.append(new.row)
-            yield Piece(new.row, new.token, new.logprob, new.draw_logprob, text, reason)
+            yield Piece(new.row, new.token, new.logprob, new.draw_logprob, text, reason, state.found)
         decoding.drop(done)
 
 
@@ -204,32 +215,19 @@ def generate(
         sampling: as for `stream`.
         tokenizer: as for `stream`.
         rows: as for `stream`.
-        batch_rows: at most so many rows at a time (the cache of keys and values grows with them); rows of similar
-            prompt length go together.
+        batch_rows: as for `stream`.
 
     Returns:
         one `Continuation` for each prompt, in order.
     """
-    check_prompts(model, prompts)
-    numbers = list(range(len(prompts))) if rows is None else list(rows)
     results = [Continuation() for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
-    for start in range(0, len(order), batch_rows):
-        group = order[start : start + batch_rows]
-        pieces = stream(
-            model,
-            [prompts[row] for row in group],
-            stop,
-            sampling=sampling,
-            tokenizer=tokenizer,
-            rows=[numbers[row] for row in group],
-        )
-        for piece in pieces:
-            result = results[group[piece.row]]
-            result.tokens.append(piece.token)
-            result.logprobs.append(piece.logprob)
-            result.draw_logprobs.append(piece.draw_logprob)
-            result.text += piece.text
-            if piece.reason is not None:
-                result.reason = piece.reason
+    pieces = stream(model, prompts, stop, sampling=sampling, tokenizer=tokenizer, rows=rows, batch_rows=batch_rows)
+    for piece in pieces:
+        result = results[piece.row]
+        result.tokens.append(piece.token)
+        result.logprobs.append(piece.logprob)
+        result.draw_logprobs.append(piece.draw_logprob)
+        result.text += piece.text
+        if piece.reason is not None:
+            result.reason = piece.reason
     return results

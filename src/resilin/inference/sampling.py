@@ -4,7 +4,7 @@ The filters act in this order: repetition penalty, temperature, top-k, top-p, mi
 a row, a pure function of (seed, row, n), where `n` counts the tokens drawn so far for that row: what a row says does
 not depend on which rows are in its batch.
 
-Shape suffixes: R rows in the batch, V vocabulary, N candidates.
+Shape suffixes: R rows in the batch, V vocabulary, N candidates (or numbers, or tokens of a block), B blocks.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from resilin.config import Settings
-from resilin.keys import Keys
+from resilin.keys import hash64, philox
 
+_MASK = 0xFFFFFFFF
+_BLOCK = 64  # tokens whose probabilities a draw adds up before it looks closer
 _NUCLEUS_FIRST_LOOK = 256  # nearly every nucleus is smaller, and 256 candidates cost far less than sorting all
 
 
@@ -111,40 +114,88 @@ def keep_min_p(logits_RV: Tensor, min_p: float) -> Tensor:
 
 def filtered(logits_RV: Tensor, sampling: Sampling) -> Tensor:
     """Temperature, top-k, top-p and min-p applied; what is left is the distribution that is drawn from."""
-    logits_RV = logits_RV / sampling.temperature
+    if sampling.temperature != 1.0:
+        logits_RV = logits_RV / sampling.temperature
     if sampling.top_k:
         k = min(sampling.top_k, logits_RV.shape[1])
         logits_RV = keep_top_k(logits_RV, torch.full_like(logits_RV[:, 0], k, dtype=torch.int64), k)
     return keep_min_p(keep_top_p(logits_RV, sampling.top_p), sampling.min_p)
 
 
-def uniform_numbers(seed: int, rows_R: Tensor, n: int, device: torch.device | str = "cpu") -> Tensor:
-    """(R,) float64 in [0, 1) with 53 random bits, each a function of (seed, row, n) only."""
-    high_R, low_R = Keys(seed, n, rows_R, ("sample",)).bits((2,), device).unbind(1)
-    return ((high_R >> 5) * 2**26 + (low_R >> 6)).double() * 2.0**-53
+def uniform_numbers(seed: int, rows_R: Tensor, n_RN: Tensor) -> Tensor:
+    """Float64 in [0, 1) with 53 random bits, each a function of (seed, row, n) only: those of `Keys`.
+
+    Args:
+        seed: any non-negative integer.
+        rows_R: int64, the number by which each row's draws are keyed.
+        n_RN: int64 (R, N), which of the row's draws; computed together, many cost hardly more than one.
+
+    Returns:
+        (R, N).
+    """
+    key = hash64(seed, "sample")
+    counter_RN4 = torch.zeros(*n_RN.shape, 4, dtype=torch.int64, device=n_RN.device)
+    counter_RN4[..., 1] = (rows_R & _MASK)[:, None]
+    counter_RN4[..., 2] = n_RN & _MASK
+    counter_RN4[..., 3] = (n_RN >> 32) & _MASK
+    high_RN, low_RN, _, _ = philox(counter_RN4, (key & _MASK, key >> 32)).unbind(-1)
+    return ((high_RN >> 5) * 2**26 + (low_RN >> 6)).double() * 2.0**-53
 
 
-def draw(logits_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """The token of each row at which the cumulative probability passes the row's uniform number; int64 (R,)."""
-    cumulative_RV = logits_RV.softmax(1).cumsum(1, dtype=torch.float64)
-    total_R1 = cumulative_RV[:, -1:]
-    # u * total may round up to the total itself, beyond the last token.
-    below_total_R1 = torch.nextafter(total_R1, torch.zeros_like(total_R1))
-    target_R1 = torch.minimum(uniform_R[:, None] * total_R1, below_total_R1)
-    return torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0]
+def draw(logits_RV: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The token of each row at which the cumulative probability passes the row's uniform number.
+
+    Found in two steps, the block of tokens first: a running sum over all tokens in float64 costs five times as much
+    as everything else here.
+
+    Args:
+        logits_RV: float; -inf where nothing may be drawn.
+        uniform_R: float64 in [0, 1).
+
+    Returns:
+        int64 (R,) tokens, and their float32 (R,) log-probabilities.
+    """
+    vocabulary = logits_RV.shape[1]
+    top_R1 = logits_RV.amax(1, keepdim=True)
+    weights_RV = (logits_RV - top_R1).exp_()
+    weights_RBN = F.pad(weights_RV, (0, -vocabulary % _BLOCK)).view(len(weights_RV), -1, _BLOCK)
+    sums_RB = weights_RBN.sum(2).cumsum(1, dtype=torch.float64)
+    total_R1 = sums_RB[:, -1:]
+    block_R1 = _first_above(sums_RB, uniform_R[:, None] * total_R1)
+    before_R1 = torch.where(block_R1 > 0, sums_RB.gather(1, (block_R1 - 1).clamp(min=0)), 0.0)
+    inside_RN = weights_RBN.gather(1, block_R1[:, :, None].expand(-1, 1, _BLOCK))[:, 0]
+    place_R1 = _first_above(inside_RN.cumsum(1, dtype=torch.float64), uniform_R[:, None] * total_R1 - before_R1)
+    # Non-finite logits can pass through the search as one past the end; `choose` reports them.
+    tokens_R1 = (block_R1 * _BLOCK + place_R1).clamp(max=vocabulary - 1)
+    logprobs_R1 = logits_RV.gather(1, tokens_R1) - top_R1 - total_R1.log().to(logits_RV.dtype)
+    return tokens_R1[:, 0], logprobs_R1[:, 0]
+
+
+def _first_above(cumulative_RN: Tensor, target_R1: Tensor) -> Tensor:
+    """(R, 1): the first place whose running sum is above the target: one where the sum grows, never beyond the end."""
+    last_R1 = cumulative_RN[:, -1:]
+    # The target may round up to the total itself, beyond the last token.
+    below_R1 = torch.minimum(target_R1, torch.nextafter(last_R1, torch.zeros_like(last_R1)))
+    return torch.searchsorted(cumulative_RN, below_R1, right=True).clamp(max=cumulative_RN.shape[1] - 1)
 
 
 def choose(
-    logits_RV: Tensor, sampling: Sampling, rows_R: Tensor, n: int, seen_RV: Tensor | None
+    logits_RV: Tensor,
+    sampling: Sampling,
+    rows_R: Tensor,
+    n_R: Tensor,
+    seen_RV: Tensor | None = None,
+    uniform_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next token of each row.
 
     Args:
         logits_RV: the model's logits.
         sampling: how to choose.
-        rows_R: int64, the number by which each row's draws are keyed.
-        n: how many tokens were drawn for these rows before.
+        rows_R: int64 on the CPU, the number by which each row's draws are keyed.
+        n_R: int64 on the CPU, how many tokens were drawn for each row before.
         seen_RV: bool, tokens used so far; needed (not None) for a repetition penalty.
+        uniform_R: the rows' `uniform_numbers`, if they are there already.
 
     Returns:
         tokens_R int64; logprobs_R float32, the token's log-probability under the model (temperature 1, no filter);
@@ -159,20 +210,19 @@ def choose(
         shaped_RV = penalise_repetition(logits_RV, seen_RV, sampling.repetition_penalty)
     if sampling.greedy:
         tokens_R = shaped_RV.argmax(1)
+        draw_logprobs_R = torch.zeros_like(shaped_RV[:, 0])
     else:
+        if uniform_R is None:
+            uniform_R = uniform_numbers(sampling.seed, rows_R, n_R[:, None])[:, 0].to(logits_RV.device)
         shaped_RV = filtered(shaped_RV, sampling)
-        tokens_R = draw(shaped_RV, uniform_numbers(sampling.seed, rows_R, n, logits_RV.device))
-        # Non-finite logits can pass through the search as one past the end; they are reported below.
-        tokens_R = tokens_R.clamp(max=logits_RV.shape[1] - 1)
-    chosen_R1 = tokens_R[:, None]
-    logprobs_R = logits_RV.gather(1, chosen_R1)[:, 0] - logits_RV.logsumexp(1)
+        tokens_R, draw_logprobs_R = draw(shaped_RV, uniform_R)
+    logprobs_R = draw_logprobs_R
+    if sampling.greedy or shaped_RV is not logits_RV:
+        logprobs_R = logits_RV.gather(1, tokens_R[:, None])[:, 0] - logits_RV.logsumexp(1)
     if not bool(logprobs_R.isfinite().all()):
-        bad = rows_R[(~logprobs_R.isfinite()).cpu()].tolist()
+        wrong_R = (~logprobs_R.isfinite()).cpu()
         raise FloatingPointError(
-            f"the model gave logits that are not finite at new token {n} of row(s) {bad}: its weights may be "
-            "damaged, or its dtype too narrow (try float32)"
+            f"the model gave logits that are not finite at new token {n_R[wrong_R].tolist()} of row(s) "
+            f"{rows_R[wrong_R].tolist()}: its weights may be damaged, or its dtype too narrow (try float32)"
         )
-    if sampling.greedy:
-        return tokens_R, logprobs_R, torch.zeros_like(logprobs_R)
-    draw_logprobs_R = shaped_RV.gather(1, chosen_R1)[:, 0] - shaped_RV.logsumexp(1)
     return tokens_R, logprobs_R, draw_logprobs_R

@@ -1,4 +1,4 @@
-"""Softmax attention of given queries, keys and values, through one of five ways.
+"""Softmax attention of given queries, keys and values, through one of six ways.
 
 Shapes: B batch, H query heads, K key heads, Q queries, S keys, D head size.
 """
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resilin.models import one_query
 from resilin.models.block_attention import block_attention, takes
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.mask import Mask
@@ -47,6 +48,8 @@ class AttentionCore(nn.Module):
             return self._products(q_BHQD, k_BKSD, v_BKSD, mask)
         if mask.causal and takes(q_BHQD, k_BKSD):
             return block_attention(q_BHQD, k_BKSD, v_BKSD, self.scale)
+        if one_query.takes(q_BHQD, mask.causal):
+            return one_query.one_query(q_BHQD, k_BKSD, v_BKSD, mask.seen_BQS, self.scale)
         seen = None if mask.seen_BQS is None else mask.seen_BQS[:, None]
         return F.scaled_dot_product_attention(
             q_BHQD,

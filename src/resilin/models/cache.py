@@ -86,10 +86,18 @@ class KVCache:
 
     def store(self, layer: int, slots_BT: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
         """Write one layer's new keys and values."""
-        if not self.ragged:  # every row has `reach` tokens: a slice, three times faster than indices
-            new = slice(self.reach, self.reach + slots_BT.shape[1])
+        T = slots_BT.shape[1]
+        if not self.ragged:  # every row has `reach` tokens
+            new = slice(self.reach, self.reach + T)
             self.keys_LBKCD[layer, :, :, new] = k_BTKD.transpose(1, 2)
             self.values_LBKCD[layer, :, :, new] = v_BTKD.transpose(1, 2)
+            return
+        if T == 1:  # whole vectors are copied, as quick as a slice
+            heads_BK = torch.arange(k_BTKD.shape[0] * k_BTKD.shape[2], device=slots_BT.device).view(len(slots_BT), -1)
+            places = (heads_BK * (self.capacity + 1) + slots_BT).flatten()
+            for stored, new_BTKD in ((self.keys_LBKCD, k_BTKD), (self.values_LBKCD, v_BTKD)):
+                flat = stored[layer].view(-1, stored.shape[-1])
+                flat.index_copy_(0, places, new_BTKD.reshape(-1, stored.shape[-1]).to(stored.dtype))
             return
         rows = torch.arange(slots_BT.shape[0], device=slots_BT.device)[:, None]
         self.keys_LBKCD[layer].transpose(1, 2)[rows, slots_BT] = k_BTKD.to(self.keys_LBKCD.dtype)
@@ -107,8 +115,37 @@ class KVCache:
         else:
             self.length_B = self.length_B + real_BT.sum(1)
 
+    def enlarge(self, capacity: int) -> None:
+        """Make room for `capacity` tokens a row."""
+        for name in ("keys_LBKCD", "values_LBKCD"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:3], capacity + 1, old.shape[4])
+            new[..., : self.capacity, :] = old[..., : self.capacity, :]
+            setattr(self, name, new)
+        self.capacity = capacity
+
+    def free(self, rows: Tensor) -> None:
+        """Forget what these rows hold; they are read and written like the others until they are filled again."""
+        self.length_B = self.length_B.index_fill(0, rows, 0)
+        self.ragged = True
+
+    def fill(self, rows: Tensor, source: KVCache, of_source: Tensor, width: int) -> None:
+        """Put the first `width` tokens (fewer where there are fewer) of other rows in place of what these hold.
+
+        Args:
+            rows: of this cache.
+            source: a cache of the same model, or this one.
+            of_source: for each of `rows`, the row of `source`.
+            width: at most the capacity of either cache.
+        """
+        self.keys_LBKCD[:, rows, :, :width] = source.keys_LBKCD[:, of_source, :, :width]
+        self.values_LBKCD[:, rows, :, :width] = source.values_LBKCD[:, of_source, :, :width]
+        self.length_B = self.length_B.index_copy(0, rows, source.length_B[of_source].clamp(max=width))
+        self.ragged = True
+        self.reach = max(self.reach, width)
+
     def keep_rows(self, rows: Tensor) -> None:
         """Keep (or repeat, or reorder) the rows at these indices; the others' memory is released."""
-        self.keys_LBKCD = self.keys_LBKCD[:, rows]
-        self.values_LBKCD = self.values_LBKCD[:, rows]
+        self.keys_LBKCD = self.keys_LBKCD.index_select(1, rows)
+        self.values_LBKCD = self.values_LBKCD.index_select(1, rows)
         self.length_B = self.length_B[rows]

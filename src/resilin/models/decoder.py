@@ -17,7 +17,7 @@ from resilin.models.attention import Attention
 from resilin.models.cache import KVCache
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.initial import fill_parameters
-from resilin.models.linear import Embedding, Linear, project
+from resilin.models.linear import Embedding, Linear, PackedWeight, product
 from resilin.models.mask import Mask, cached_mask, flex_mask, span_masks, training_mask
 from resilin.models.mlp import MLP
 from resilin.models.moe import MoE
@@ -125,9 +125,14 @@ class Decoder(nn.Module):
         dtype: torch.dtype = self.norm.weight.dtype  # type: ignore[assignment]
         return dtype
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) after the final norm -> (..., V) logits, float32 at least, soft-capped where the settings say so."""
-        logits = project(hidden, self.head_weight)
+    def logits(self, hidden: Tensor, head: PackedWeight | None = None) -> Tensor:
+        """(..., D) after the final norm -> (..., V) logits, float32 at least, soft-capped where the settings say so.
+
+        Args:
+            hidden: after the final norm.
+            head: the head's weight, packed, where many products follow each other.
+        """
+        logits = product(hidden, self.head_weight) if head is None else head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.settings.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -24,6 +25,11 @@ class ModelContext:
 
 class ModelSettings(Settings):
     """The base of all model settings."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "build" in vars(cls) and "outline" not in vars(cls):  # an inherited one is of what the parent builds
+            cls.outline = ModelSettings.outline  # type: ignore[method-assign]
 
     def build(self, context: ModelContext) -> nn.Module:
         """The model on the CPU, with its initial weights."""

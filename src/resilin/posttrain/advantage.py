@@ -33,17 +33,24 @@ def equal_groups(scores_R: Tensor, size: int) -> Tensor:
     return scores_PG.amax(1) == scores_PG.amin(1)
 
 
-def group_advantages(scores_R: Tensor, size: int, norm: Literal["std", "centered"]) -> Tensor:
-    """(R,) float64: each score minus its group's mean, with `std` divided by the group's standard deviation.
+Norm = Literal["std", "batch_std", "centered"]
 
-    (Shao et al., DeepSeekMath, 2024, section 4.1; Liu et al., Dr. GRPO, 2025, for `centered`.) Nothing is added to
-    the deviation, so scaling all scores changes nothing; a group of equal scores gives exact zeros.
+
+def group_advantages(scores_R: Tensor, size: int, norm: Norm) -> Tensor:
+    """(R,) float64: each score minus its group's mean, divided by the standard deviation of the group (`std`), of all
+    scores (`batch_std`), or by nothing (`centered`).
+
+    (Shao et al., DeepSeekMath, 2024, section 4.1; Liu et al., Dr. GRPO, 2025, for `centered`; Hu et al.,
+    REINFORCE++, 2025, for the batch's deviation.) Nothing is added to the deviation, so scaling all scores changes
+    nothing; a group of equal scores gives exact zeros.
     """
     scores_PG = scores_R.double().view(-1, size)
     centred_PG = scores_PG - scores_PG.mean(1, keepdim=True)
     equal_P1 = equal_groups(scores_R, size)[:, None]
     if norm == "std" and size > 1:
         centred_PG = centred_PG / scores_PG.std(1, keepdim=True).where(~equal_P1, 1.0)
+    elif norm == "batch_std" and not bool(equal_P1.all()):
+        centred_PG = centred_PG / scores_PG.std()
     return centred_PG.where(~equal_P1, 0.0).flatten()
 
 

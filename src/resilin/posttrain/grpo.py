@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from resilin.nouns import Batch, Loss, Mean
 from resilin.objective.settings import ObjectiveContext
-from resilin.posttrain.advantage import KLEstimator, equal_groups, group_advantages
+from resilin.posttrain.advantage import KLEstimator, Norm, equal_groups, group_advantages
 from resilin.posttrain.policy import PolicyObjective, PolicySettings, valid_of
 from resilin.posttrain.policy_loss import PolicyTerms, PolicyTokens, rows_to_tokens
 from resilin.posttrain.sequences import label_states
@@ -26,10 +26,14 @@ class Grpo(PolicySettings):
     """Strength of the pull to the reference, a term of the loss; 0: there is none, and no reference model."""
     kl: KLEstimator = "k3"
     """How the divergence is estimated."""
-    advantage: Literal["std", "centered"] = "std"
-    """A score minus its group's mean, divided by the group's standard deviation, or not."""
-    token_loss: Literal["dapo", "sequence_mean"] = "dapo"
-    """dapo: every token of the batch counts the same; sequence_mean: every answer does."""
+    advantage: Norm = "std"
+    """A score minus its group's mean; divided by the standard deviation of the group, of all scores, or by nothing."""
+    token_loss: Literal["dapo", "sequence_mean", "constant"] = "dapo"
+    """dapo: every token of the batch counts the same; sequence_mean: every answer does; constant: the sum over an
+    answer's tokens is divided by source.max_new_tokens, so that long answers are not favoured (Dr. GRPO)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """token: each token has its own ratio of new to old probability; sequence: its answer's geometric mean (GSPO, which
+    clips at about 3e-4)."""
 
     def build(self, context: ObjectiveContext | None = None) -> GrpoLoss:
         """The loss; it needs the run."""
@@ -37,15 +41,22 @@ class Grpo(PolicySettings):
 
 
 class GrpoLoss(PolicyObjective):
-    """The loss summed over answer tokens (dapo; units are tokens) or answers (sequence_mean; units are answers)."""
+    """The loss summed over answer tokens (dapo; units are tokens) or answers (the others; units are answers)."""
 
     name = "GRPO"
 
     def __init__(self, settings: Grpo, context: ObjectiveContext | None) -> None:
-        super().__init__(
-            settings, context, PolicyTerms(settings.clip_low, settings.clip_high, settings.beta, settings.kl)
+        terms = PolicyTerms(
+            settings.clip_low,
+            settings.clip_high,
+            settings.beta,
+            settings.kl,
+            settings.clip_dual,
+            whole_answers=settings.ratio == "sequence",
         )
+        super().__init__(settings, context, terms)
         self.settings = settings
+        self.unit = "tokens" if settings.token_loss == "dapo" else "answers"
         self.group: int = self.source.settings.samples_per_prompt
         if self.group < 2:
             raise ValueError("GRPO compares answers to one prompt: set source.samples_per_prompt to 2 or more")
@@ -64,9 +75,11 @@ class GrpoLoss(PolicyObjective):
         units = counts_B.sum()
         if self.settings.token_loss == "sequence_mean":
             weight_B, units = weight_B / counts_B.clamp(min=1), (counts_B > 0).sum()
+        elif self.settings.token_loss == "constant":
+            weight_B, units = weight_B / self.source.settings.max_new_tokens, (counts_B > 0).sum()
         tokens = PolicyTokens(
             rows_to_tokens(batch["advantages"], states.counts),
-            rows_to_tokens(weight_B, states.counts),
+            rows_to_tokens(weight_B, states.counts) * self.weights(batch, valid_BT),
             self.old_logprobs(batch, valid_BT),
             self.reference_logprobs(batch, valid_BT),
         )

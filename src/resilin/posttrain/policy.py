@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from resilin.keys import Keys
@@ -30,7 +30,9 @@ class PolicySettings(ObjectiveSettings):
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     """The ratio of new to old probability may fall to 1 - clip_low before its gradient stops."""
     clip_high: float = Field(default=0.2, ge=0)
-    """It may rise to 1 + clip_high."""
+    """It may rise to 1 + clip_high; a greater bound than the lower one keeps rare tokens alive (DAPO)."""
+    clip_dual: float | None = Field(default=None, gt=1)
+    """Bounds the loss of tokens with a negative advantage at this many times the advantage (3 in dual-clip PPO)."""
     beta: float = Field(default=0.05, ge=0)
     """Strength of the pull to the reference; 0: there is none, and no reference model."""
     reference: Literal["live", "adapters_off"] = "live"
@@ -38,8 +40,17 @@ class PolicySettings(ObjectiveSettings):
     old_logprobs: Literal["auto", "sampled", "recomputed"] = "auto"
     """Where the probabilities before the updates come from: the draws, or another pass. auto: the draws, except in a
     narrow format or with filtered draws, whose numbers differ from those of training."""
+    importance_cap: float = Field(default=0.0, ge=0)
+    """Weigh each token by its probability in training over that of its draw, at most this (2 in Yao et al., 2025),
+    where the two differ: a narrow format, filtered draws. The old probabilities are then recomputed. 0: no weights."""
     chunk: int | None = Field(default=None, ge=0)
     """Tokens whose logits exist at once; left out: chosen; 0: all."""
+
+    @model_validator(mode="after")
+    def _weights_need_another_pass(self) -> PolicySettings:
+        if self.importance_cap and self.old_logprobs == "sampled":
+            raise ValueError("importance_cap compares training with the draws: set old_logprobs to auto or recomputed")
+        return self
 
 
 def rollouts_of(source: Any, what: str) -> Any:
@@ -94,13 +105,17 @@ class PolicyObjective(ABC):
         narrow = torch.is_autocast_enabled(device.type) or policy.embed.weight.dtype.itemsize < 4
         asked = self.common.old_logprobs
         again = asked == "recomputed" or (asked == "auto" and (narrow or self.source.settings.filtered))
-        if again and (self.needs_old or not self.once):
-            logp_N = frozen_logprobs(policy, tokens_RT, labels_RT, self.temperature)
-            rollout["old_logprobs"] = spread(logp_N, labels_RT).cpu()
+        cap = self.common.importance_cap
+        if cap or (again and (self.needs_old or not self.once)):
+            logp_RT = spread(frozen_logprobs(policy, tokens_RT, labels_RT, self.temperature), labels_RT).cpu()
+            if cap:
+                rollout["importance"] = torch.exp(logp_RT - rollout["old_logprobs"]).clamp(max=cap)
+            rollout["old_logprobs"] = logp_RT
         if self.reference is not None:
             logp_N = self.reference.token_logprobs(model, tokens_RT, labels_RT, self.temperature)
             rollout["reference_logprobs"] = spread(logp_N, labels_RT).cpu()
         self.advantages(model, rollout)
+        rollout["advantages"][rollout["muted"]] = 0.0
 
     @abstractmethod
     def advantages(self, model: nn.Module, rollout: dict[str, Tensor]) -> None:
@@ -141,6 +156,8 @@ class PolicyObjective(ABC):
         skills: dict[str, list[float]] = {}
         for place, row in enumerate(unpack_rows(batch["row_json"])):
             name = row.get("dataset", row.get("data_source"))
+            if name is None:
+                continue
             skill = "+".join(name) if isinstance(name, list) else str(name)
             for measure, of_rows in values.items():
                 skills.setdefault(f"{measure}/{skill}", []).append(of_rows[place])
@@ -159,11 +176,25 @@ class PolicyObjective(ABC):
         return batch["reference_logprobs"][valid_BT] if self.reference is not None else None
 
     @staticmethod
+    def weights(batch: Batch, valid_BT: Tensor) -> Tensor:
+        """(N,) float64: how much each token's draw counts."""
+        found = batch.get("importance")
+        weights_BT = torch.ones(valid_BT.shape, device=valid_BT.device) if found is None else found
+        return weights_BT[valid_BT].double()
+
+    @staticmethod
     def rollout_logs(batch: Batch) -> dict[str, Log]:
-        """`score`, `verified`, `stopped` and `length` per answer."""
+        """`score`, `verified`, `stopped`, `length` and, with a reward model, `reward_model` per answer; `importance`
+        per token where tokens are weighed.
+        """
         names = {"scores": "score", "verified": "verified", "stopped": "stopped", "lengths": "length"}
+        names |= {"liked": "reward_model"} if batch.get("liked") is not None else {}
         count = torch.tensor(float(len(batch)), dtype=torch.float64)
-        return {name: Mean(batch[field].double().sum(), count) for field, name in names.items()}
+        logs: dict[str, Log] = {name: Mean(batch[field].double().sum(), count) for field, name in names.items()}
+        if batch.get("importance") is not None:
+            valid_BT = valid_of(batch)
+            logs["importance"] = Mean(batch["importance"][valid_BT].double().sum(), valid_BT.sum())
+        return logs
 
     def state_dict(self) -> State:
         """Nothing: the reference is the initial model, the rollout belongs to the source."""

@@ -67,7 +67,8 @@ class PpoLoss(PolicyObjective):
 
     def __init__(self, settings: Ppo, context: ObjectiveContext | None) -> None:
         # The penalty stands in the rewards, so the loss itself has none.
-        super().__init__(settings, context, PolicyTerms(settings.clip_low, settings.clip_high, 0.0, settings.kl))
+        terms = PolicyTerms(settings.clip_low, settings.clip_high, 0.0, settings.kl, settings.clip_dual)
+        super().__init__(settings, context, terms)
         self.settings = settings
 
     def advantages(self, model: nn.Module, rollout: dict[str, Tensor]) -> None:
@@ -95,7 +96,7 @@ class PpoLoss(PolicyObjective):
         advantage_N = batch["advantages"][valid_BT]
         tokens = PolicyTokens(
             advantage_N,
-            torch.ones_like(advantage_N),
+            self.weights(batch, valid_BT),
             self.old_logprobs(batch, valid_BT),
             self.reference_logprobs(batch, valid_BT),
         )

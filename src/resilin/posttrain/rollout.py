@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resilin.inference.decoding import Decoding
-from resilin.inference.generate import check_prompts
+from resilin.data.tokenizer import Tokenizer
+from resilin.inference.generate import StopRule, stream
 from resilin.inference.sampling import Sampling
 from resilin.models.decoder import Decoder
 from resilin.objective.next_token import IGNORE
@@ -27,13 +27,20 @@ class Answer:
         prompt: its tokens.
         tokens: the new ones, the end token included where it came.
         logprobs: of each, under the distribution it was drawn from.
-        stopped: whether an end token came before the limit.
+        stopped: whether an end token or a stop string came before the limit.
+        stop: the stop string that ended it; its last token may say more, which `said` cuts off.
     """
 
     prompt: Sequence[int]
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
+    stop: str | None = None
+
+    def said(self, text: str) -> str:
+        """The answer's text, given that of its tokens: up to the stop string and with it."""
+        end = -1 if self.stop is None else text.find(self.stop)
+        return text if end < 0 else text[: end + len(self.stop or "")]
 
 
 def decoder_of(model: Any) -> Decoder:
@@ -56,6 +63,8 @@ def sample_answers(
     max_new_tokens: int,
     end_ids: frozenset[int],
     *,
+    stop: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
     numbers: Sequence[int] | None = None,
     batch_rows: int = 256,
 ) -> list[Answer]:
@@ -65,34 +74,28 @@ def sample_answers(
 
     Args:
         model: a decoder, or a model with one as its `policy`; its mode is left as it was.
-        prompts: token ids; equal prompts in one batch are read once.
+        prompts: token ids; equal prompts are read once.
         sampling: how tokens are drawn, and the seed.
         max_new_tokens: of an answer; fewer where the model has no more positions.
         end_ids: tokens that end an answer.
+        stop: texts that end an answer, wherever the borders between tokens fall.
+        tokenizer: needed for those.
         numbers: by which each answer's draws are keyed; None: 0, 1, 2, ...
-        batch_rows: answers that grow side by side (the cache of keys and values grows with them).
+        batch_rows: answers that grow side by side (the cache of keys and values grows with them); the others take the
+            places of those that are done.
     """
-    decoder = decoder_of(model)
-    check_prompts(decoder, prompts)
-    numbers = list(range(len(prompts))) if numbers is None else numbers
     answers = [Answer(prompt) for prompt in prompts]
-    rooms = [min(max_new_tokens, decoder.settings.max_positions - len(prompt)) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
-    for start in range(0, len(order), batch_rows):
-        rows = order[start : start + batch_rows]
-        longest = max(len(prompts[row]) + rooms[row] for row in rows)
-        decoding = Decoding(decoder, [prompts[row] for row in rows], sampling, longest, [numbers[row] for row in rows])
-        while decoding.live:
-            done = []
-            for new in decoding.step():
-                row = rows[new.row]
-                answer = answers[row]
-                answer.tokens.append(new.token)
-                answer.logprobs.append(new.draw_logprob)
-                answer.stopped = new.token in end_ids
-                if answer.stopped or len(answer.tokens) == rooms[row]:
-                    done.append(new.row)
-            decoding.drop(done)
+    rule = StopRule(max_new_tokens, end_ids, tuple(stop))
+    words = tokenizer if stop else None  # without stop strings nobody needs the text as it grows
+    pieces = stream(
+        decoder_of(model), prompts, rule, sampling=sampling, tokenizer=words, rows=numbers, batch_rows=batch_rows
+    )
+    for piece in pieces:
+        answer = answers[piece.row]
+        answer.tokens.append(piece.token)
+        answer.logprobs.append(piece.draw_logprob)
+        if piece.reason is not None:
+            answer.stopped, answer.stop = piece.reason in ("stop_token", "stop_string"), piece.found
     return answers
 
 

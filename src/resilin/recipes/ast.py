@@ -20,7 +20,7 @@ TITLES = {
     "static": "constant decay, teacher",
     "ast_ce": "AST, labels only",
     "ast": "AST",
-    "ast_slorb": "AST with SLoRB, k = 16",
+    "ast_slorb": "AST with SLoRB",
 }
 PAPER = {"fixed_kd": "32.93 (perplexity)", "static": "32.84", "ast_ce": "39.29", "ast": "32.23", "ast_slorb": "31.13"}
 NEAR_DENSE = 0.05

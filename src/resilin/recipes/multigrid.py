@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 from pydantic import Field
 
 from resilin.data.errors import DataError
@@ -20,7 +19,6 @@ from resilin.data.settings import SourceContext
 from resilin.multigrid.source import Multigrid
 from resilin.recipes.findings import Claim, Findings, Line, Plot, Row, RunRecord, Study
 from resilin.vision.grid import Grid
-from resilin.vision.images import Arrays
 from resilin.vision.labelled import LabelledSource, Split
 from resilin.vision.videos import Videos
 
@@ -88,33 +86,13 @@ class PackagedClips(Videos):
         return super().build(context)
 
 
-class Digits(Arrays):
-    """The 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships (BSD licence)."""
-
-    path: Path = Path(".data/digits.npz")
-    """Where they are written."""
-
-    def build(self, context: SourceContext) -> LabelledSource:
-        """The source of one split; the file is written on first use.
-
-        Raises:
-            DataError: scikit-learn is not installed.
-        """
-        if not self.path.exists():
-            try:
-                from sklearn.datasets import load_digits
-            except ImportError:
-                raise DataError("scikit-learn, which holds the digits, is not installed") from None
-            found = load_digits()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.path.with_suffix(f".{os.getpid()}.npz")
-            np.savez(aside, images=(found.images * 15).astype(np.uint8), labels=found.target.astype(np.int64))
-            aside.replace(self.path)
-        return super().build(context)
-
-
 METRIC, POINT = "top1", 0.01
-ARMS = {"plain": "plain", "multigrid": "multigrid", "coarse": "coarse shapes only"}
+ARMS = {
+    "plain": "plain",
+    "multigrid": "multigrid",
+    "short": "plain with multigrid's work",
+    "coarse": "coarse shapes only",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +145,11 @@ def curve(record: RunRecord) -> Curve:
     )
 
 
-def _curves(study: Study, grid: str) -> dict[str, dict[int, Curve]]:
+def _curves(study: Study) -> dict[str, dict[int, Curve]]:
     found: dict[str, dict[int, Curve]] = {}
-    for trial in study.select(grid):
+    for trial in study.trials:
         if trial.record.status == "finished":
-            found.setdefault(trial.arm.removeprefix("images_"), {})[trial.seed] = curve(trial.record)
+            found.setdefault(trial.arm, {})[trial.seed] = curve(trial.record)
     return found
 
 
@@ -198,11 +176,11 @@ def _wholes(curves: dict[str, dict[int, Curve]], which: int) -> list[float]:
     return [end(plain) / end(curves["multigrid"][seed]) for seed, plain in curves["plain"].items()]
 
 
-def _same_accuracy(curves: dict[str, dict[int, Curve]], what: str) -> Claim:
+def _same_accuracy(curves: dict[str, dict[int, Curve]]) -> Claim:
     gaps = [curves["multigrid"][s].accuracy[-1] - c.accuracy[-1] for s, c in curves["plain"].items()]
     return Claim(
-        name=f"as accurate{what}",
-        statement=f"multigrid ends within a point of the plain run's accuracy{what}",
+        name="as accurate",
+        statement="multigrid ends within a point of the plain run's accuracy",
         holds=statistics.fmean(gaps) >= -POINT,
         evidence=f"{100 * statistics.fmean(gaps):+.1f} points, standard error {100 * _standard_error(gaps):.1f}, "
         f"{len(gaps)} seeds",
@@ -222,12 +200,13 @@ def _cheaper(curves: dict[str, dict[int, Curve]], which: int) -> Claim:
     )
 
 
-def _coarse_is_worse(curves: dict[str, dict[int, Curve]]) -> Claim:
-    gaps = [curves["multigrid"][s].accuracy[-1] - c.accuracy[-1] for s, c in curves["coarse"].items()]
+def _is_worse(curves: dict[str, dict[int, Curve]], arm: str, name: str, statement: str) -> Claim:
+    """Whether an arm ends below multigrid by more than the standard error of the difference."""
+    gaps = [curves["multigrid"][s].accuracy[-1] - c.accuracy[-1] for s, c in curves[arm].items()]
     mean, error = statistics.fmean(gaps), _standard_error(gaps)
     return Claim(
-        name="coarse only is worse",
-        statement="without fine shapes and fine-tuning the accuracy at the default shape is lower",
+        name=name,
+        statement=statement,
         holds=mean > error,
         evidence=f"{100 * mean:.1f} points below multigrid, standard error {100 * error:.1f}, {len(gaps)} seeds",
     )
@@ -251,37 +230,31 @@ def _plot(curves: dict[str, dict[int, Curve]], which: int, title: str) -> Plot:
     return Plot(title=title, x_label=label, y_label="held-out accuracy", lines=tuple(lines))
 
 
-def _part(study: Study, grid: str, what: str) -> Findings:
-    curves = _curves(study, grid)
+def analyse(study: Study) -> Findings:
+    """Accuracy, processed B x T x H x W and wall clock of plain and multigrid training, and two arms with less work."""
+    curves = _curves(study)
     if not {"plain", "multigrid"} <= set(curves) or set(curves["plain"]) != set(curves["multigrid"]):
         return Findings()
     rows = [
-        Row.over_seeds(f"top-1 at the end, {ARMS[arm]}{what}", [100 * c.accuracy[-1] for c in by.values()], "%")
+        Row.over_seeds(f"top-1 at the end, {ARMS[arm]}", [100 * c.accuracy[-1] for c in by.values()], "%")
         for arm, by in curves.items()
     ]
     for which, (name, scale, unit) in enumerate((("processed", 1e9, "1e9 B T H W"), ("training", 1.0, "s"))):
         for arm, by in curves.items():
             ends = [(c.cost, c.seconds)[which][-1] / scale for c in by.values()]
-            rows.append(Row.over_seeds(f"{name}, {ARMS[arm]}{what}", ends, unit))
+            rows.append(Row.over_seeds(f"{name}, {ARMS[arm]}", ends, unit))
     rows += [
-        Row.over_seeds(f"less work, whole runs{what}", _wholes(curves, 0), "x", "" if what else "3.4x by its schedule"),
-        Row.over_seeds(f"less time, whole runs{what}", _wholes(curves, 1), "x", "" if what else "4.5x"),
-        Row.over_seeds(f"less work to plain's accuracy less a point{what}", _gains(curves, 0), "x"),
-        Row.over_seeds(f"less time to plain's accuracy less a point{what}", _gains(curves, 1), "x"),
+        Row.over_seeds("less work, whole runs", _wholes(curves, 0), "x", "3.4x by its schedule"),
+        Row.over_seeds("less time, whole runs", _wholes(curves, 1), "x", "4.5x"),
+        Row.over_seeds("less work to plain's accuracy less a point", _gains(curves, 0), "x"),
+        Row.over_seeds("less time to plain's accuracy less a point", _gains(curves, 1), "x"),
     ]
-    claims = [_same_accuracy(curves, what)]
-    if not what:  # images have no frames to leave out, and so less to save
-        claims += [_cheaper(curves, 0), _cheaper(curves, 1)]
-    claims += [_coarse_is_worse(curves)] if "coarse" in curves else []
-    plots = (_plot(curves, 0, f"Accuracy over work{what}"), _plot(curves, 1, f"Accuracy over time{what}"))
+    claims = [_same_accuracy(curves), _cheaper(curves, 0), _cheaper(curves, 1)]
+    if "short" in curves:
+        statement = "plain training with no more work than multigrid ends less accurate than multigrid"
+        claims.append(_is_worse(curves, "short", "better than a shorter plain run", statement))
+    if "coarse" in curves:
+        statement = "without fine shapes and fine-tuning the accuracy at the default shape is lower"
+        claims.append(_is_worse(curves, "coarse", "coarse only is worse", statement))
+    plots = (_plot(curves, 0, "Accuracy over work"), _plot(curves, 1, "Accuracy over time"))
     return Findings(rows=tuple(rows), claims=tuple(claims), plots=plots)
-
-
-def analyse(study: Study) -> Findings:
-    """Accuracy, processed B x T x H x W and wall clock of plain and multigrid training, on clips and on images."""
-    parts = [_part(study, "video", ""), _part(study, "images", ", images")]
-    return Findings(
-        rows=tuple(row for part in parts for row in part.rows),
-        claims=tuple(claim for part in parts for claim in part.claims),
-        plots=tuple(plot for part in parts for plot in part.plots),
-    )

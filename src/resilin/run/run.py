@@ -115,7 +115,7 @@ class Run:
         try:
             batch = self._next_batch()
         except Exception as error:
-            self._not_begun(error)
+            self._kept(error, "before_step")
             raise
         if batch is None:
             return self._completed(f"the source ended after {self.step} of {self.pace.steps} steps")
@@ -168,7 +168,11 @@ class Run:
             for part in self._parts():
                 if hasattr(part, "before_evaluation"):
                     part.before_evaluation(self._view())
-            self.evaluate()
+            try:
+                self.evaluate()
+            except Exception as error:
+                self._kept(error, "evaluation")
+                raise
         if (self._due(self.pace.save_every) or (milestone and self.pace.save_every)) and not last:
             self.save()
 
@@ -228,9 +232,9 @@ class Run:
         path = self.save() if self.checkpoints is not None and self.step else None
         return Outcome("failed", self.step, dict(self.metrics), path, message)
 
-    def _not_begun(self, error: Exception) -> None:
-        """A part (a selector, a file of data) failed before the step was computed: keep what was committed."""
-        self._tell(Failure(step=self.step, kind="before_step", message=str(error)))
+    def _kept(self, error: Exception, kind: str) -> None:
+        """A part (a selector, a file of data, a judge's endpoint) failed between steps: keep what was committed."""
+        self._tell(Failure(step=self.step, kind=kind, message=str(error)))
         if self.checkpoints is not None and self.step and self.checkpoints.latest() != self.step:
             self.save()
 

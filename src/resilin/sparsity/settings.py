@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
@@ -65,7 +66,10 @@ class Sparse(ModelSettings):
     @model_validator(mode="after")
     def _check(self) -> Sparse:
         if self.density is None and self.n > self.m:
-            raise ValueError(f"n ({self.n}) is larger than m ({self.m}): n of every m weights are kept")
+            raise ValueError(
+                f"n ({self.n}) is larger than m ({self.m}), but n of every m weights are kept: use n = 1 to {self.m} "
+                f"({self.m} keeps all)"
+            )
         return self
 
     def build(self, context: ModelContext) -> nn.Module:
@@ -78,8 +82,9 @@ class Sparse(ModelSettings):
         if any(True for _ in sparse_layers(model)):
             raise SparsityError("the model has masks already: use Sparse once")
         chosen = list(self._chosen(model))
+        common = math.gcd(*(linear.in_features for _, linear in chosen))
         for name, linear in chosen:
-            self._check_layer(name, linear)
+            self._check_layer(name, linear, common)
         if not chosen:
             names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
             raise SparsityError(
@@ -119,16 +124,27 @@ class Sparse(ModelSettings):
     def _divides(self, linear: nn.Linear) -> bool:
         return self.density is not None or linear.in_features % self.m == 0
 
-    def _check_layer(self, name: str, linear: nn.Linear) -> None:
+    def _check_layer(self, name: str, linear: nn.Linear, common: int) -> None:
+        """Args:
+        name: of the layer, for the message.
+        linear: the layer.
+        common: what divides the inputs of all chosen layers.
+        """
         if not self._divides(linear) and self.remainder == "refuse":
+            near = nearest_divisors(common, self.m, at_least=self.n)
+            fits = f"{self.n}:{near[0]} fits all layers; or " if near and near[0] > self.n else ""
             raise SparsityError(
-                f"{name} has {linear.in_features} inputs, which m = {self.m} does not divide: set remainder = 'pad' "
-                "(its last group is smaller) or 'dense' (the layer stays dense)"
+                f"{name} has {linear.in_features} inputs, which m = {self.m} does not divide: {fits}set remainder = "
+                "'pad' (its last group is smaller) or 'dense' (the layer stays dense)"
             )
         if self.slorb is not None and linear.in_features % self.slorb.k:
-            fits = [k for k in range(1, linear.in_features + 1) if linear.in_features % k == 0]
-            near = sorted(fits, key=lambda k: abs(k - self.slorb.k))[:2]  # type: ignore[union-attr]
+            use = " or ".join(map(str, sorted(nearest_divisors(common, self.slorb.k)[:2])))
             raise SparsityError(
-                f"slorb.k ({self.slorb.k}) does not divide the {linear.in_features} inputs of {name}: use "
-                f"{' or '.join(map(str, sorted(near)))}"
+                f"slorb.k ({self.slorb.k}) does not divide the {linear.in_features} inputs of {name}: use {use}"
             )
+
+
+def nearest_divisors(number: int, wanted: int, at_least: int = 1) -> list[int]:
+    """The divisors of a number that are not smaller than `at_least`, the one nearest to `wanted` first."""
+    divisors = (d for d in range(at_least, number + 1) if number % d == 0)
+    return sorted(divisors, key=lambda d: abs(d - wanted))

@@ -206,4 +206,5 @@ class Videos(LabelledSettings):
         box = (int(top * height), int(left * width), int(bottom * height), int(right * width))
         if box[2] <= box[0] or box[3] <= box[1]:
             raise DataError(f"{path}: the box {list(entry.box or ())} holds no pixel of {height} x {width}")
-        return Stretch(decoded.pixels_THWC, start, stop, box, entry.reverse)
+        # As a plain array: a memory-mapped one takes 10 microseconds more each time it is indexed.
+        return Stretch(decoded.pixels_THWC.view(np.ndarray), start, stop, box, entry.reverse)
