@@ -1,7 +1,7 @@
 """Post-training, adapters, sparsity, steered data and multigrid against their peers, same model and data, in turns.
 
-Each method's contenders are in `benchmarks/methods/<slug>.py`, as a function `rows(options)`; each is measured in a
-process of its own, so that none profits from or pays for what another left behind.
+Each method's contenders are in `benchmarks/methods/<slug>_rows.py`, as a function `rows(options)`; each is measured in
+a process of its own, so that none profits from or pays for what another left behind.
 
     resilin bench run methods
     resilin bench run methods --only bone tulu3 --rounds 3
@@ -22,12 +22,13 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "methods"
-SLUGS = sorted(path.stem for path in FOLDER.glob("*.py"))
+SUFFIX = "_rows"  # a module called `ast` would stand before the standard library's for whatever runs from the folder
+SLUGS = sorted(path.stem.removesuffix(SUFFIX) for path in FOLDER.glob(f"*{SUFFIX}.py"))
 
 
 def module_of(slug: str) -> ModuleType:
     """The contenders of one method."""
-    spec = importlib.util.spec_from_file_location(f"methods_{slug}", FOLDER / f"{slug}.py")
+    spec = importlib.util.spec_from_file_location(f"methods_{slug}", FOLDER / f"{slug}{SUFFIX}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

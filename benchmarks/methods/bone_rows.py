@@ -165,8 +165,7 @@ def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 
 def peak(who: str, method: str, folder: Path, options: argparse.Namespace) -> float:
     """Bytes at the peak of three steps, in a process of its own: above what the model and its set-up take."""
-    # -P: this folder has modules named like those of the standard library (ast).
-    command = [sys.executable, "-P", __file__, who, method, str(folder), options.device, str(options.threads)]
+    command = [sys.executable, __file__, who, method, str(folder), options.device, str(options.threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     return float(json.loads(done.stdout.splitlines()[-1]))

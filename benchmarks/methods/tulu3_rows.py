@@ -128,7 +128,7 @@ class Theirs:
         told = json.dumps({"device": options.device, "threads": options.threads})
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__, kind, str(folder), told],  # -P: this folder has a module called ast
+            [sys.executable, __file__, kind, str(folder), told],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
         )  # fmt: skip
         self._answer()  # ready
