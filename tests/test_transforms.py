@@ -141,3 +141,11 @@ def test_missing_and_superfluous_state_are_refused_by_name() -> None:
         Counting(Heard()).load_state_dict(Heard().state_dict())
     with pytest.raises(ValueError, match="the state of Counting"):
         SourceTransform(Heard()).load_state_dict(Counting(Heard()).state_dict())
+
+
+def test_a_transform_that_saves_what_it_cannot_take_back_is_refused_when_it_is_written() -> None:
+    with pytest.raises(TypeError, match=r"OneWay saves state .own_state. and cannot take it back"):
+
+        class OneWay(SourceTransform):
+            def own_state(self) -> dict[str, int]:
+                return {"count": 1}

@@ -26,6 +26,12 @@ class _Transform:
 
     inner: Any
 
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if cls.own_state is not _Transform.own_state and cls.load_own_state is _Transform.load_own_state:
+            # Now, and not when a run that saved such state for hours is to be resumed.
+            raise TypeError(f"{cls.__name__} saves state (own_state) and cannot take it back: define load_own_state")
+
     def before_step(self, view: StepView) -> None:
         """Passed on; an override calls `super().before_step(view)` first."""
         if hasattr(self.inner, "before_step"):
@@ -41,8 +47,7 @@ class _Transform:
         return {}
 
     def load_own_state(self, state: State) -> None:
-        """Take back what `own_state` gave."""
-        raise NotImplementedError(f"{type(self).__name__} has own_state but no load_own_state")
+        """Take back what `own_state` gave; a subclass that overrides one overrides the other."""
 
     def state_dict(self) -> State:
         """The state of what is wrapped and, where this transform has some, its own."""
