@@ -26,7 +26,7 @@ class Server:
     Attributes:
         asked: bodies, in the order in which they came.
         headers: of each.
-        most: calls that were in progress at once, at most.
+        most: calls that waited for their answer at once, at most.
     """
 
     def __init__(self) -> None:
@@ -45,11 +45,22 @@ class Server:
                     outer.headers.append(dict(self.headers))
                     outer.now += 1
                     outer.most = max(outer.most, outer.now)
+                self.waiting = True
                 try:
                     outer.respond(outer, self, body)
                 except (BrokenPipeError, ConnectionResetError):
                     pass
                 finally:
+                    self.answered()
+
+            def send_response(self, *args: Any) -> None:
+                self.answered()
+                super().send_response(*args)
+
+            def answered(self) -> None:
+                # A client that has its answer may call again before this thread ends.
+                if self.waiting:
+                    self.waiting = False
                     with outer.lock:
                         outer.now -= 1
 
@@ -77,6 +88,16 @@ def send(handler: BaseHTTPRequestHandler, body: Any, status: int = 200, **header
         handler.send_header(name.replace("_", "-"), value)
     handler.end_headers()
     handler.wfile.write(raw)
+
+
+def half_an_answer(handler: BaseHTTPRequestHandler) -> None:
+    """Fewer bytes of a body than were announced."""
+    raw = json.dumps(completion("half an answer")).encode()
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(raw)))
+    handler.end_headers()
+    handler.wfile.write(raw[: len(raw) // 2])
+    handler.wfile.flush()
 
 
 def echo(server: Server, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:

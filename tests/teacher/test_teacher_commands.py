@@ -26,7 +26,7 @@ from resilin.data.preference_rows import read_preference
 from resilin.data.row_files import read_rows, write_rows
 from resilin.posttrain.evaluations import answers
 
-from .conftest import Server, completion, send
+from .conftest import Server, completion, half_an_answer, send
 
 Respond = Callable[[Server, BaseHTTPRequestHandler, dict[str, Any]], None]
 
@@ -84,12 +84,7 @@ def said(path: str) -> list[str]:
 
 def reset(handler: BaseHTTPRequestHandler) -> None:
     """Half a body, and then the connection is not closed but reset."""
-    raw = json.dumps(completion("half an answer")).encode()
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(raw)))
-    handler.end_headers()
-    handler.wfile.write(raw[: len(raw) // 2])
-    handler.wfile.flush()
+    half_an_answer(handler)
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     handler.connection.close()
 

@@ -15,7 +15,7 @@ from resilin.teacher import ChatTeacher, Request, message
 from resilin.teacher.endpoint import Endpoint, EndpointTeacher
 from resilin.teacher.request import TeacherError
 
-from .conftest import Server, completion, send
+from .conftest import Server, completion, half_an_answer, send
 
 
 def ask(text: str, **kw: Any) -> Request:
@@ -154,13 +154,8 @@ def test_nonsense_is_asked_again_and_then_told(server: Server, body: Any) -> Non
 
 def test_an_answer_that_ends_half_way_is_asked_again(server: Server) -> None:
     def half(server: Server, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-        if len(server.asked) == 1:  # fewer bytes than announced
-            raw = json.dumps(completion("whole")).encode()
-            handler.send_response(200)
-            handler.send_header("Content-Length", str(len(raw)))
-            handler.end_headers()
-            handler.wfile.write(raw[: len(raw) // 2])
-            handler.wfile.flush()
+        if len(server.asked) == 1:
+            half_an_answer(handler)
             handler.connection.close()
         elif len(server.asked) == 2:  # nothing at all
             handler.connection.close()
