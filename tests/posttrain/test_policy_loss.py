@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from resilin.posttrain.logprob_loss import Part
 from resilin.posttrain.policy_loss import PolicyTerms, PolicyTokens
 from resilin.posttrain.rollout import Answer, rows_of
 from resilin.posttrain.sequences import frozen_logprobs, label_states
@@ -63,20 +64,22 @@ def test_loss_and_gradient_by_hand(tiny: Any, chunk: int | None) -> None:
     assert logs["ratio"].value() == pytest.approx(float(ratio.mean()))
 
 
+class StatesOf:
+    """Log-probabilities that are given, in place of a model's states."""
+
+    def __init__(self, logp_N: Tensor) -> None:
+        self.logp_N, self.labels_N = logp_N, torch.zeros(len(logp_N))
+
+    def loss(self, groups: list[int], score: Any, chunk: int | None) -> Tensor:
+        return score(self.logp_N, Part(slice(0, len(self.logp_N)), slice(0, len(groups))))
+
+
 def test_beyond_the_bounds_a_token_has_no_gradient() -> None:
     logp = torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=torch.float64, requires_grad=True)
     advantage = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
     tokens = PolicyTokens(advantage, torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
 
-    class States:
-        labels_N = torch.zeros(4)
-
-        def loss(self, groups: list[int], score: Any, chunk: int | None) -> Tensor:
-            from resilin.posttrain.logprob_loss import Part
-
-            return score(logp, Part(slice(0, 4), slice(0, len(groups))))
-
-    loss, _ = PolicyTerms(0.2, 0.2).loss(States(), tokens)  # type: ignore[arg-type]
+    loss, _ = PolicyTerms(0.2, 0.2).loss(StatesOf(logp), tokens)  # type: ignore[arg-type]
     (grad,) = torch.autograd.grad(loss, logp)
     assert grad.tolist()[:2] == [0.0, 0.0]  # already moved as far as they may
     assert all(grad[2:] != 0)  # moved the wrong way: they may come back
@@ -117,16 +120,8 @@ def test_the_second_bound_holds_only_the_loss_of_negative_advantages() -> None:
     advantage = torch.tensor([-1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
     tokens = PolicyTokens(advantage, torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
 
-    class States:
-        labels_N = torch.zeros(4)
-
-        def loss(self, groups: list[int], score: Any, chunk: int | None) -> Tensor:
-            from resilin.posttrain.logprob_loss import Part
-
-            return score(logp, Part(slice(0, 4), slice(0, len(groups))))
-
-    free, _ = PolicyTerms(0.2, 0.2).loss(States(), tokens)  # type: ignore[arg-type]
-    bound, logs = PolicyTerms(0.2, 0.2, clip_dual=3.0).loss(States(), tokens)  # type: ignore[arg-type]
+    free, _ = PolicyTerms(0.2, 0.2).loss(StatesOf(logp), tokens)  # type: ignore[arg-type]
+    bound, logs = PolicyTerms(0.2, 0.2, clip_dual=3.0).loss(StatesOf(logp), tokens)  # type: ignore[arg-type]
     assert float((free - bound).detach()) == pytest.approx(2.718281828459045**2 - 3.0)
     (grad,) = torch.autograd.grad(bound, logp)
     assert [value != 0 for value in grad.tolist()] == [False, False, True, False]

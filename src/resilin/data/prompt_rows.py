@@ -12,9 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from resilin.data.chat import check_messages
-from resilin.data.errors import DataError
 from resilin.data.row_files import Row
+from resilin.data.row_messages import messages_in
 
 PromptForm = Literal["open-instruct", "trl", "verl"]
 
@@ -61,11 +60,7 @@ def read_prompt(row: Row, *, needs_truth: bool = False) -> Prompt:
     if isinstance(given, str):
         prompt = given
     else:
-        try:
-            check_messages(given)
-        except DataError as error:
-            raise row.error(str(error)) from None
-        prompt = [{name: field for name, field in message.items() if field is not None} for message in given]
+        prompt = messages_in(row, "messages" if value.get("messages") is not None else "prompt", given)
         if prompt[-1]["role"] == "assistant":
             prompt.pop()
         if not any(message["role"] == "user" for message in prompt):

@@ -68,18 +68,21 @@ def _below(name: str, statement: str, ours: Row, theirs: Row) -> Claim:
     )
 
 
+def _target_losses(arms: dict[str, list[Trial]], where: str = "") -> dict[str, Row]:
+    """The loss on the held-out target at the end of each arm."""
+    return {
+        arm: Row.over_seeds(
+            f"held-out loss on the target, {arm}{where}", [t.record.final.get("loss") for t in trials], "nat/token"
+        )
+        for arm, trials in arms.items()
+    }
+
+
 def _selection(study: Study, grid: str, rest: str) -> _Part:
     arms = _arms(_finished(study.select(grid)))
     if "random" not in arms:
         return _Part()
-    losses = {
-        arm: Row.over_seeds(
-            f"held-out loss on the target, {arm}, pool with {rest}",
-            [t.record.final.get("loss") for t in trials],
-            "nat/token",
-        )
-        for arm, trials in arms.items()
-    }
+    losses = _target_losses(arms, f", pool with {rest}")
     shares = {
         arm: Row.over_seeds(f"relevant share picked, {arm}, pool with {rest}", [picked(t.record) for t in trials])
         for arm, trials in arms.items()
@@ -199,12 +202,7 @@ def _weighing(study: Study) -> _Part:
     arms = _arms(_finished(study.select("weigh")))
     if "unweighted" not in arms:
         return _Part()
-    losses = {
-        arm: Row.over_seeds(
-            f"held-out loss on the target, {arm}", [t.record.final.get("loss") for t in trials], "nat/token"
-        )
-        for arm, trials in arms.items()
-    }
+    losses = _target_losses(arms)
     claims = [
         _below(
             f"{arm} < unweighted", f"{arm} ends at a lower target loss than the same samples unweighted",
