@@ -249,25 +249,26 @@ class Local:
         """Each way's segments of the row-major order of the own tensor."""
         ways = segments.low.shape[1]
         shapes, alike = np.unique(self.shapes, axis=0, return_inverse=True)
-        alike = alike.reshape(-1)
-        ranks: list[Ints] = []
-        boxes: list[Boxes] = []
-        starts: list[Ints] = []
-        strides: list[Ints] = []
-        for v in range(len(self.shapes)):
-            mine = np.flatnonzero(self.rank == v)
-            shape = tuple(shapes[alike[v]].tolist())
-            steps = np.array(row_major(shape), dtype=np.int64)
-            low, high, base = (a[v].reshape(-1) for a in (segments.low, segments.high, segments.base))
-            way = np.repeat(np.arange(ways), segments.low.shape[2])
-            which, ranges = flat_ranges(shape, low, high)
-            piece, of, shared = overlaps(Boxes(self.own[mine], self.whole.sizes[mine]), ranges)
-            segment = which[of]
-            ranks.append(v * ways + way[segment])
-            moved = shared.offsets - self.own[mine][piece] + self.whole.offsets[mine][piece]
-            boxes.append(Boxes(moved, shared.sizes))
-            starts.append(shared.offsets @ steps - low[segment] + base[segment])
-            strides.append(np.broadcast_to(steps, moved.shape))
+        parts: list[tuple[Ints, Boxes, Ints, Ints]] = []
+        for number, sizes in enumerate(shapes):
+            virtual = np.flatnonzero(alike.reshape(-1) == number)
+            steps = np.array(row_major(tuple(sizes.tolist())), dtype=np.int64)
+            low, high, base = (a[virtual].reshape(-1) for a in (segments.low, segments.high, segments.base))
+            who, way = (a.reshape(-1) for a in np.indices((len(virtual), ways, segments.low.shape[2]))[:2])
+            segment, ranges = flat_ranges(tuple(sizes.tolist()), low, high)
+            mine = np.flatnonzero(np.isin(self.rank, virtual))
+            # The virtual rank is one more dimension, so that one search finds what every one of them has.
+            piece, of, shared = overlaps(
+                _in_front(self.rank[mine], Boxes(self.own[mine], self.whole.sizes[mine])),
+                _in_front(virtual[who[segment]], ranges),
+            )
+            shared = Boxes(shared.offsets[:, 1:], shared.sizes[:, 1:])
+            segment, piece = segment[of], mine[piece]
+            moved = shared.offsets - self.own[piece] + self.whole.offsets[piece]
+            at = shared.offsets @ steps - low[segment] + base[segment]
+            rank = self.rank[piece] * ways + way[segment]
+            parts.append((rank, Boxes(moved, shared.sizes), at, np.broadcast_to(steps, moved.shape)))
+        ranks, boxes, starts, strides = zip(*parts, strict=True)
         return replace(
             self,
             axes=(*self.axes, (axis, tuple(range(ways)))),
@@ -330,6 +331,14 @@ class Local:
             np.full(len(rows), buffer, dtype=np.int32),
             copies,
         )
+
+
+def _in_front(number: Ints, boxes: Boxes) -> Boxes:
+    """Boxes with one more dimension before the others, in which each is one index."""
+    first = number.astype(np.int64)[:, None]
+    return Boxes(
+        np.concatenate([first, boxes.offsets], axis=1), np.concatenate([np.ones_like(first), boxes.sizes], axis=1)
+    )
 
 
 def _given(
