@@ -8,7 +8,7 @@ from resilin.layout.census import Count, check, count, gaps
 from resilin.layout.cuts import Cut, Deal, Flat, Only, Part, Shard, Window
 from resilin.layout.errors import LayoutError
 from resilin.layout.holdings import Holdings
-from resilin.layout.layout import Holding, Layout, merge
+from resilin.layout.layout import Holding, Layout, merge, named
 from resilin.layout.mesh import Mesh
 from resilin.layout.moves import Move, Plan, Span, TensorMoves
 from resilin.layout.place import Place, file, host, rank
@@ -49,6 +49,7 @@ __all__ = [
     "layout_of",
     "merge",
     "missing",
+    "named",
     "plan",
     "rank",
     "row_major",
