@@ -106,16 +106,18 @@ def plan(
 
     \b
     resilin layout plan run.toml --mesh dp=4 --to-mesh dp=3
+    resilin layout plan run.toml --mesh dp=4 --to-mesh dp=3 --sharding dealt
     resilin layout plan run.toml --mesh pp=2,dp=2,tp=2 --sharding zero1 --to-mesh tp=4
     """
     from resilin.layout import Mesh
     from resilin.layout import plan as make_plan
     from resilin.layout.show import plan_table
-    from resilin.run.model_layout import lay_out
+    from resilin.run.model_layout import lay_out, owners_after
 
-    model = _model(what)
-    source = lay_out(model, Mesh.parse(mesh), sharding.value, vocabulary_multiple)
-    target = lay_out(model, Mesh.parse(to_mesh), (to_sharding or sharding).value, vocabulary_multiple)
+    model, here, there = _model(what), Mesh.parse(mesh), Mesh.parse(to_mesh)
+    source = lay_out(model, here, sharding.value, vocabulary_multiple)
+    owners = owners_after(here, there)
+    target = lay_out(model, there, (to_sharding or sharding).value, vocabulary_multiple, owners)
     names = _matching(list(target.tensors), tensor)
     typer.echo(plan_table(make_plan(source, target, names or None)))
     if picture is not None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 from resilin.layout import Cut, Deal, Flat, Mesh, ParamSpec, Part, Shard, SpecRule, flat_group, specs_of, staged
+from resilin.layout.dealing import deal
 from resilin.layout.errors import LayoutError
 from resilin.models.decoder_settings import DecoderSettings
 
@@ -70,7 +71,12 @@ def decoder_stages(names: Mapping[str, object], settings: DecoderSettings, stage
 
 
 def decoder_specs(
-    shapes: Shapes, settings: DecoderSettings, mesh: Mesh, sharding: Sharding = "none", vocabulary_multiple: int = 1
+    shapes: Shapes,
+    settings: DecoderSettings,
+    mesh: Mesh,
+    sharding: Sharding = "none",
+    vocabulary_multiple: int = 1,
+    owners: tuple[int, ...] | None = None,
 ) -> dict[str, ParamSpec]:
     """Specifications of a decoder's parameters, or of optimizer states of their shapes.
 
@@ -80,8 +86,9 @@ def decoder_specs(
         mesh: with any of the axes `pp`, `dp`, `ep`, `tp`; what it lacks is not cut.
         sharding: what the axis `dp` cuts: "none" (copies), "fsdp" (the first dimension), "zero1" and "zero2" (one flat
             buffer of all parameters in order; what ZeRO shards are the optimizer states, and the gradients), "zero3"
-            (each parameter flat), or "dealt" (virtual shards owned in turn, so that a loss moves few bytes).
+            (each parameter flat), or "dealt" (virtual shards owned through a table, so that a loss moves few bytes).
         vocabulary_multiple: rows of embedding and head are padded to a multiple of this.
+        owners: of "dealt", the owner of each virtual shard; None: four for every rank, in equal runs.
 
     Raises:
         LayoutError: naming the parameter that the mesh cannot cut.
@@ -94,12 +101,8 @@ def decoder_specs(
         specs = staged(specs, decoder_stages(shapes, settings, mesh.axis("pp")))
     if sharding in ("zero1", "zero2"):
         return flat_group(specs, mesh, "dp")
-    ways = mesh.axis("dp")
-    last: dict[str, Cut] = {
-        "fsdp": Shard("dp", 0),
-        "zero3": Flat("dp"),
-        "dealt": Deal("dp", tuple(shard % ways for shard in range(VIRTUAL_SHARDS_PER_RANK * ways))),
-    }
+    table = owners or deal(VIRTUAL_SHARDS_PER_RANK * mesh.axis("dp"), mesh.axis("dp"))
+    last: dict[str, Cut] = {"fsdp": Shard("dp", 0), "zero3": Flat("dp"), "dealt": Deal("dp", table)}
     if sharding == "none":
         return specs
     return {

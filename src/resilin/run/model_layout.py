@@ -8,10 +8,11 @@ from torch import nn
 
 from resilin.config import UserError, load_settings
 from resilin.layout import Layout, Mesh, layout_of
+from resilin.layout.dealing import deal, redeal
 from resilin.models.decoder import Decoder
 from resilin.models.pretrained import Pretrained
 from resilin.models.settings import ModelContext
-from resilin.parallel.decoder_specs import Shapes, Sharding, decoder_specs
+from resilin.parallel.decoder_specs import VIRTUAL_SHARDS_PER_RANK, Shapes, Sharding, decoder_specs
 from resilin.run.folder import RunFolder
 from resilin.run.settings import RunSettings
 
@@ -60,6 +61,19 @@ def shapes_of(model: nn.Module) -> Shapes:
     }
 
 
-def lay_out(model: Decoder, mesh: Mesh, sharding: Sharding, vocabulary_multiple: int = 1) -> Layout:
-    """The layout of a decoder's parameters on a mesh."""
-    return layout_of(decoder_specs(shapes_of(model), model.settings, mesh, sharding, vocabulary_multiple), mesh)
+def lay_out(
+    model: Decoder,
+    mesh: Mesh,
+    sharding: Sharding,
+    vocabulary_multiple: int = 1,
+    owners: tuple[int, ...] | None = None,
+) -> Layout:
+    """The layout of a decoder's parameters on a mesh; the options are those of `decoder_specs`."""
+    specs = decoder_specs(shapes_of(model), model.settings, mesh, sharding, vocabulary_multiple, owners)
+    return layout_of(specs, mesh)
+
+
+def owners_after(before: Mesh, after: Mesh) -> tuple[int, ...]:
+    """The table of "dealt" after the data axis has changed: the fewest virtual shards change hands."""
+    old = before.axis("dp")
+    return redeal(deal(VIRTUAL_SHARDS_PER_RANK * old, old), after.axis("dp"))
