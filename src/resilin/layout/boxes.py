@@ -93,8 +93,8 @@ def distinct(boxes: Boxes) -> tuple[Boxes, Ints]:
 def overlaps(first: Boxes, second: Boxes) -> tuple[Ints, Ints, Boxes]:
     """Every pair that shares elements.
 
-    Along the dimension that cuts `first` most, its boxes are sorted and each of `second` looks up the interval that
-    it can touch; so the cost is close to what comes out, not N times M.
+    Along one dimension the boxes of `first` are sorted, and each of `second` looks up the interval that it can touch;
+    the dimension that leaves the fewest candidates is taken. So the cost is close to what comes out, not N times M.
 
     Returns:
         (K,) row in `first`, (K,) row in `second`, and the K shared boxes, ordered by the row in `second`.
@@ -106,21 +106,25 @@ def overlaps(first: Boxes, second: Boxes) -> tuple[Ints, Ints, Boxes]:
     if not len(first) or not len(second):
         none = np.zeros(0, dtype=np.int64)
         return none, none, Boxes(np.zeros((0, first.dims), np.int64), np.zeros((0, first.dims), np.int64))
-    dim = int(np.argmax([len(np.unique(first.offsets[:, d])) for d in range(first.dims)]))
-    order = np.argsort(first.offsets[:, dim], kind="stable")
-    starts = first.offsets[order, dim]
-    reach = np.maximum.accumulate(starts + first.sizes[order, dim])
-    begin = np.searchsorted(reach, second.offsets[:, dim], side="right")
-    end = np.searchsorted(starts, second.offsets[:, dim] + second.sizes[:, dim], side="left")
-    counts = np.maximum(end - begin, 0)
+    searches = [_candidates(first, second, dim) for dim in range(first.dims)]
+    order, begin, counts = min(searches, key=lambda search: int(search[2].sum()))
     b = np.repeat(np.arange(len(second), dtype=np.int64), counts)
-    a = order.astype(np.int64)[
-        np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(begin, counts)
-    ]
+    nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    a = order[nth + np.repeat(begin, counts)]
     low = np.maximum(first.offsets[a], second.offsets[b])
     sizes = np.minimum(first.offsets[a] + first.sizes[a], second.offsets[b] + second.sizes[b]) - low
     real = (sizes > 0).all(axis=1)
     return a[real], b[real], Boxes(low[real], sizes[real])
+
+
+def _candidates(first: Boxes, second: Boxes, dim: int) -> tuple[Ints, Ints, Ints]:
+    """The order of `first` along a dimension; for each of `second` where its candidates begin there, and how many."""
+    order = np.argsort(first.offsets[:, dim], kind="stable").astype(np.int64)
+    starts = first.offsets[order, dim]
+    reach = np.maximum.accumulate(starts + first.sizes[order, dim])
+    begin = np.searchsorted(reach, second.offsets[:, dim], side="right")
+    end = np.searchsorted(starts, second.offsets[:, dim] + second.sizes[:, dim], side="left")
+    return order, begin.astype(np.int64), np.maximum(end - begin, 0).astype(np.int64)
 
 
 def flat_ranges(shape: Sequence[int], starts: Ints, ends: Ints) -> tuple[Ints, Boxes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -225,3 +225,14 @@ def _joined(parts: list[Holdings]) -> Holdings:
         np.concatenate([p.strides for p in parts]),
         np.concatenate([p.buffers for p in parts]),
     )
+
+
+def named(layout: Layout) -> Layout:
+    """The same layout with every buffer in the table of names, so that tensors may be viewed under other names."""
+    table = {name: row for row, name in enumerate(layout.buffers)}
+    tensors = {}
+    for name, held in layout.tensors.items():
+        own = held.buffers < 0
+        row = table.setdefault(name, len(table)) if own.any() else 0
+        tensors[name] = replace(held, buffers=np.where(own, np.int32(row), held.buffers))
+    return Layout(layout.places, tensors, tuple(table))

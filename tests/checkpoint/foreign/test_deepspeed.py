@@ -158,7 +158,7 @@ def test_a_state_without_a_rule_is_refused_by_name(deepspeed_checkpoints, tmp_pa
         content["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["row_factor"] = torch.ones(5)
 
     _changed(folder, "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", add)
-    with pytest.raises(CheckpointError, match="state 'row_factor' of group 0 is torch.float32 .5.: neither as long"):
+    with pytest.raises(CheckpointError, match=r"state 'row_factor' of group 0 is torch.float32 .5.: neither as long"):
         open_stored(folder)
 
 

@@ -53,7 +53,7 @@ def test_shards_with_an_index_open_in_transformers(tmp_path):
 
     _model(tied=False).save_pretrained(tmp_path / "model")
     (tmp_path / "cut").mkdir()
-    write_huggingface(open_stored(tmp_path / "model"), tmp_path / "cut", lambda: tmp_path / "none", 20_000)
+    write_huggingface(open_stored(tmp_path / "model"), tmp_path / "cut", 20_000)
     assert len(list((tmp_path / "cut").glob("model-0000*-of-0000*.safetensors"))) > 2
     assert torch.equal(_logits(tmp_path / "cut"), _logits(tmp_path / "model"))
 
@@ -81,7 +81,7 @@ def test_a_trained_state_needs_the_word_to_leave_its_optimizer_behind(deepspeed_
     options = {"target_format": "huggingface"}
     with pytest.raises(CheckpointError, match=r"no place for 'optimizer/.*--leave-out .* or --weights-only"):
         convert(deepspeed_checkpoints / "1-bf16", tmp_path / "out", Options(**options))
-    with pytest.raises(CheckpointError, match="needs a config.json.*--files"):
+    with pytest.raises(CheckpointError, match=r"needs a config.json.*--files"):
         convert(deepspeed_checkpoints / "1-bf16", tmp_path / "out", Options(**options, weights_only=True))
     assert not (tmp_path / "out").exists()
     _model(tied=True).save_pretrained(tmp_path / "base")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from resilin.checkpoint.foreign.beside import with_file
-from resilin.checkpoint.foreign.stored import FILES, MODEL, Stored, empty
+from resilin.checkpoint.foreign.stored import FILES, MODEL, Stored
 from resilin.checkpoint.tensor_record import DTYPE_NAMES, DTYPES
 from resilin.checkpoint.tensor_write import host_bytes
 from resilin.layout import Holdings
@@ -29,11 +28,9 @@ class _Cast(Stored):
         held = super().holdings(name)
         return replace(held, dtype=DTYPE_NAMES[self.dtype]) if self._is_cast(name) else held
 
-    def tensor(self, name: str, scratch: Path | None = None) -> Tensor:
-        if not self._is_cast(name):
-            return super().tensor(name, scratch)
-        made = empty(self.holdings(name), scratch)
-        return made.copy_(super().tensor(name))
+    def tensor(self, name: str) -> Tensor:
+        tensor = super().tensor(name)
+        return tensor.to(self.dtype) if self._is_cast(name) else tensor
 
 
 def with_dtype(stored: Stored, dtype: torch.dtype) -> Stored:

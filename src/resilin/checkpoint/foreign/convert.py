@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,12 +159,11 @@ def _write(stored: Stored, target: Path, form: Format) -> int:
         try:
             work = Path(mkdtemp(prefix=f".converting-{target.name}-", dir=target.parent))
             stack.callback(shutil.rmtree, work, ignore_errors=True)
-            scratch = _scratch(work)
             if form.own_commit:
-                return form.write(stored, target, scratch)
+                return form.write(stored, target)
             whole = work / target.name
             whole.mkdir()
-            written = form.write(stored, whole, scratch)
+            written = form.write(stored, whole)
             _sync(whole)
             if target.exists():
                 target.rmdir()
@@ -173,11 +172,6 @@ def _write(stored: Stored, target: Path, form: Format) -> int:
             return written
         except OSError as error:
             raise CheckpointError(f"{target}: could not be written ({error}); nothing is left of it") from error
-
-
-def _scratch(work: Path) -> Callable[[], Path]:
-    count = iter(range(1 << 62))
-    return lambda: work / f"scratch-{next(count)}"
 
 
 def _sync(folder: Path) -> None:

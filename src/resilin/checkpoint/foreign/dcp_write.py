@@ -35,9 +35,7 @@ from resilin.checkpoint.tree import put_together
 _MOST_FILE_BYTES = 5_000_000_000
 
 
-def write_dcp(
-    stored: Stored, target: Path, scratch: Callable[[], Path], most_file_bytes: int = _MOST_FILE_BYTES
-) -> int:
+def write_dcp(stored: Stored, target: Path, most_file_bytes: int = _MOST_FILE_BYTES) -> int:
     """Write a distributed checkpoint; the index comes last.
 
     Returns:

@@ -17,7 +17,7 @@ from resilin.checkpoint.foreign.resilin_format import is_resilin, read_resilin, 
 from resilin.checkpoint.foreign.stored import FILES, OPTIMIZER, OTHER, Stored
 from resilin.checkpoint.foreign.universal import is_universal, read_universal, write_universal
 
-Write = Callable[[Stored, Path, Callable[[], Path]], int]
+Write = Callable[[Stored, Path], int]
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from resilin.checkpoint.atomic import new_file, write_all, write_file
+from resilin.checkpoint.atomic import write_file
 from resilin.checkpoint.errors import CheckpointError, DamagedError
 from resilin.checkpoint.foreign.beside import SUFFIXES, file_tensor
 from resilin.checkpoint.foreign.buffers import Gathered
 from resilin.checkpoint.foreign.pickles import inside, load_pickle
 from resilin.checkpoint.foreign.stored import FILES, MODEL, LeftOut, Stored, weight
+from resilin.checkpoint.share import Piece
+from resilin.checkpoint.storage import folder_at
 from resilin.checkpoint.tensor_read import TensorFile
-from resilin.checkpoint.tensor_record import DTYPES, TensorRecord
-from resilin.checkpoint.tensor_write import host_bytes, in_order, tensor_header
+from resilin.checkpoint.tensor_record import DTYPES, TensorRecord, shape_in_torch
+from resilin.checkpoint.tensor_write import host_bytes, write_tensor_file
+from resilin.layout import Region
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -96,24 +100,19 @@ def _tensors(path: Path, allow: Iterable[str]) -> dict[str, Tensor]:
         if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(f"{path}: should hold a dict of tensors")
         return dict(content)
-    file = TensorFile(path)
+    file = TensorFile(folder_at(path.parent), path.name)
     try:
-        cpu = torch.device("cpu")
-        return {
-            name: file.read(_record(path.name, name, entry), cpu, mapped=True, verify=False)
-            for name, entry in file.entries.items()
-        }
+        found = {}
+        for name, entry in file.entries.items():
+            shape = shape_in_torch(entry["dtype"], entry["shape"])
+            tensor = file.mapped(TensorRecord.alone(entry["dtype"], shape, 0, name, -1, ()), 0, verify=False)
+            found[name] = torch.empty(shape, dtype=DTYPES[entry["dtype"]]) if tensor is None else tensor
+        return found
     finally:
         file.close()
 
 
-def _record(file: str, name: str, entry: Mapping[str, Any]) -> TensorRecord:
-    return TensorRecord(file, name, entry["dtype"], tuple(entry["shape"]), "")
-
-
-def write_huggingface(
-    stored: Stored, target: Path, scratch: Callable[[], Path], most_shard_bytes: int = _MOST_SHARD_BYTES
-) -> int:
+def write_huggingface(stored: Stored, target: Path, most_shard_bytes: int = _MOST_SHARD_BYTES) -> int:
     """Write weights as safetensors, in several files where there is much, and the files that go with them.
 
     A tied weight is written once, as `save_pretrained` does; config.json says that it is tied.
@@ -141,7 +140,8 @@ def write_huggingface(
     written, table = 0, {}
     for number, shard in enumerate(shards, 1):
         file = _WHOLE[0] if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        written += _write_shard(target / file, stored, shard)
+        with ThreadPoolExecutor(2) as pool:
+            written += _write_shard(target / file, stored, shard, pool)
         table.update({name.removeprefix(MODEL): file for name in shard})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(stored.bytes, names))}, "weight_map": table}
@@ -155,16 +155,12 @@ def write_huggingface(
     return written
 
 
-def _write_shard(path: Path, stored: Stored, names: list[str]) -> int:
-    shapes = {
-        name.removeprefix(MODEL): torch.empty(held.shape, dtype=DTYPES[held.dtype], device="meta")
-        for name in names
-        for held in [stored.holdings(name)]
-    }
-    ordered = in_order(shapes)
-    header = tensor_header(ordered)
-    with new_file(path) as handle:
-        write_all(handle, header)
-        for name in ordered:
-            write_all(handle, host_bytes(stored.tensor(weight(name))))
-    return len(header) + sum(map(stored.bytes, names))
+def _write_shard(path: Path, stored: Stored, names: list[str], pool: ThreadPoolExecutor) -> int:
+    pieces = {}
+    for name in names:
+        held = stored.holdings(name)
+        whole = Region.whole(held.shape)
+        piece = Piece(name, DTYPES[held.dtype], held.shape, whole, partial(stored.tensor, name))
+        pieces[name.removeprefix(MODEL)] = piece
+    record, _ = write_tensor_file(folder_at(path.parent), path.name, pieces, pool)
+    return record.bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,95 +10,127 @@ from torch import Tensor
 
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
-from resilin.checkpoint.foreign.buffers import Gathered
-from resilin.checkpoint.foreign.stored import FILES, MODEL, OPTIMIZER, Stored, moment, weight
-from resilin.checkpoint.index import INDEX_NAME, read_index
-from resilin.checkpoint.read import load_checkpoint
-from resilin.checkpoint.tree import put_together
+from resilin.checkpoint.foreign.shards import LayoutBuilder, Slice
+from resilin.checkpoint.foreign.stored import FILES, MODEL, OPTIMIZER, OTHER, Stored, moment, weight
+from resilin.checkpoint.index import INDEX_NAME
+from resilin.checkpoint.inspect import find_checkpoint
+from resilin.checkpoint.reader import CheckpointReader
+from resilin.checkpoint.tensor_record import DTYPES
+from resilin.checkpoint.tree import Deferred, escape, put_together
+from resilin.layout import Place, file
 
 
 def is_resilin(folder: Path) -> bool:
     """Whether a folder is a checkpoint of Resilin, or holds checkpoints by step."""
-    return (folder / INDEX_NAME).is_file() or any(folder.glob("step-*/" + INDEX_NAME))
+    return (folder / INDEX_NAME).is_file() or any(
+        any(folder.glob(f"{inner}step-*/{INDEX_NAME}")) for inner in ("", "checkpoints/")
+    )
 
 
-def _newest(folder: Path) -> Path:
-    if (folder / INDEX_NAME).is_file():
-        return folder
-    store = CheckpointFolder(folder)
-    step = store.latest()
-    if step is None:
-        raise CheckpointError(f"{folder}: none of its checkpoints is whole")
-    return store.step_path(step)
+class _Saved:
+    """Tensors of a checkpoint, each a place's buffer; checksums are compared when one is read."""
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self.reader = reader
+        self.builder = LayoutBuilder()
+        self.ties: dict[str, str] = {}
+        self._names: dict[str, str] = {}
+
+    def keep(self, name: str, saved: str) -> None:
+        """A tensor of the checkpoint under a name of `Stored`; the second name of one is a tie."""
+        first = self._names.setdefault(saved, name)
+        if first != name:
+            self.ties[name] = first
+            return
+        record = self.reader.record(saved)
+        if record.dtype == "F4":
+            raise CheckpointError(f"{self.reader.location}: tensor {saved!r} is F4, which other formats do not have")
+        self.builder.tensor(name, record.shape, record.dtype)
+        self.builder.shard(name, file(str(self.reader.location)), saved, Slice.whole(record.shape), 0)
+
+    def read(self, place: Place, buffer: str) -> Tensor:
+        """A whole tensor as a row."""
+        return self.reader.tensor(buffer, mapped=True).reshape(-1)
 
 
-def read_resilin(folder: Path) -> Stored:
-    """Open a checkpoint of Resilin: one step's folder, or the newest of several. Every checksum is compared.
+def read_resilin(location: Path) -> Stored:
+    """Open a checkpoint of Resilin: one step's folder, or the newest of a run. Checksums are compared as it is read.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    folder = _newest(folder)
-    index = read_index(folder)
-    tree = load_checkpoint(folder, mapped=True)
-    gathered = Gathered()
-    ties: dict[str, str] = {}
-    seen: dict[int, str] = {}
-    where = str(folder)
-
-    def keep(name: str, tensor: Tensor) -> None:
-        if id(tensor) in seen:
-            ties[name] = seen[id(tensor)]
-            return
-        seen[id(tensor)] = name
-        gathered.whole(name, where, name, tensor)
-
+    reader = CheckpointReader(find_checkpoint(location))
+    saved = _Saved(reader)
+    marks = reader.tree()
+    reader.names_in(marks)
+    tree: dict[str, Any] = put_together(marks, _Mark)
     for part in ("model", "frozen"):
-        for name, tensor in tree.pop(part, {}).items():
-            keep(weight(name), tensor)
+        for name, mark in tree.pop(part, {}).items():
+            saved.keep(weight(name), _named(mark, f"{part}/{name}"))
     optimizer = tree.pop("optimizer", {})
-    for name, moments in optimizer.get("parameters", {}).items():
-        for state, tensor in moments.items():
-            keep(moment(state, name), tensor)
-    groups = optimizer.get("groups", [])
-    for name, tensor in tree.pop("files", {}).items():
-        keep(FILES + name, tensor)
-    rest = {key: value for key, value in optimizer.items() if key not in ("parameters", "groups")}
-    other = gathered.marked({**tree, **({"optimizer": rest} if rest else {})}, where)
-    layout = gathered.builder.layout(folder)
-    return Stored("Resilin checkpoint", layout, gathered.read, index.step, groups, other, ties)
+    for name, moments in optimizer.pop("parameters", {}).items():
+        for state, mark in moments.items():
+            saved.keep(moment(state, name), _named(mark, f"optimizer/parameters/{name}/{state}"))
+    groups = optimizer.pop("groups", [])
+    for name, mark in tree.pop("files", {}).items():
+        saved.keep(FILES + name, _named(mark, f"files/{name}"))
+    if optimizer:
+        tree["optimizer"] = optimizer
+    other = _marked(saved, tree, ())
+    layout = saved.builder.layout(location)
+    return Stored("Resilin checkpoint", layout, saved.read, reader.index.step, groups, other, saved.ties)
 
 
-def write_resilin(stored: Stored, target: Path, scratch: Callable[[], Path]) -> int:
-    """Write a checkpoint of the step that `stored` is of, into a folder of checkpoints.
+class _Mark(str):
+    """The name of a tensor in a checkpoint's tree."""
 
-    Args:
-        stored: what to write.
-        target: the folder that will hold `step-.../`.
-        scratch: gives a new file name for a tensor that must be put together, so that no more than one is in memory.
+    __slots__ = ()
+
+
+def _named(value: object, where: str) -> str:
+    if not isinstance(value, _Mark):
+        raise CheckpointError(f"{where!r} is a {type(value).__name__}, not a tensor: nothing else has a place there")
+    return value
+
+
+def _marked(saved: _Saved, node: Any, path: tuple[str, ...]) -> Any:
+    if isinstance(node, _Mark):
+        name = OTHER + "/".join(escape(key) for key in path)
+        saved.keep(name, node)
+        return {"$tensor": saved.ties.get(name, name)}
+    if isinstance(node, dict):
+        return {key: _marked(saved, item, (*path, key)) for key, item in node.items()}
+    if isinstance(node, list):
+        return [_marked(saved, item, (*path, str(number))) for number, item in enumerate(node)]
+    return node
+
+
+def write_resilin(stored: Stored, target: Path) -> int:
+    """Write a checkpoint of the step that `stored` is of, into a folder of checkpoints, a tensor at a time.
 
     Returns:
         Bytes written.
+
+    Raises:
+        CheckpointError: it cannot be written, or a value would take the place of the model or optimizer.
     """
-    tensors: dict[str, Tensor] = {}
-    memory: set[int] = set()
-    for name in stored.names:
-        tensor = stored.tensor(name, scratch())
-        # One number that belongs to many parameters (their step) is not to be saved as a tied weight.
-        tensors[name] = tensor.clone() if tensor.numel() and tensor.data_ptr() in memory else tensor
-        memory.add(tensors[name].data_ptr())
+    late = {
+        name: Deferred(DTYPES[held.dtype], held.shape, partial(stored.tensor, name))
+        for name in stored.names
+        for held in [stored.holdings(name)]
+    }
     for alias, name in stored.ties.items():
-        tensors[alias] = tensors[name]
-    tree: dict[str, Any] = {"model": _under(tensors, MODEL)}
-    parameters: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _under(tensors, OPTIMIZER).items():
+        late[alias] = late[name]
+    tree: dict[str, Any] = {"model": _under(late, MODEL)}
+    parameters: dict[str, dict[str, Deferred]] = {}
+    for name, tensor in _under(late, OPTIMIZER).items():
         state, _, parameter = name.partition("/")
         parameters.setdefault(parameter, {})[state] = tensor
-    other = put_together(stored.other, tensors.__getitem__)
+    other = put_together(stored.other, late.__getitem__)
     optimizer = {"parameters": parameters, **({"groups": stored.groups} if stored.groups else {})}
     if parameters or stored.groups or "optimizer" in other:
         tree["optimizer"] = {**optimizer, **other.pop("optimizer", {})}
-    files = _under(tensors, FILES)
+    files = _under(late, FILES)
     if files:
         tree["files"] = files
     taken = sorted(set(tree) & set(other))
@@ -111,5 +143,5 @@ def write_resilin(stored: Stored, target: Path, scratch: Callable[[], Path]) -> 
         store.close()
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _under(tensors: dict[str, Deferred], prefix: str) -> dict[str, Deferred]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -9,11 +9,9 @@ Names of tensors:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,13 +113,11 @@ class Stored:
         held = self.holdings(name)
         return held.numel * held.item_bytes
 
-    def tensor(self, name: str, scratch: Path | None = None) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """A whole tensor, put together from its shards; each copy of an element must equal the others.
 
         Args:
-            name: a stored one.
-            scratch: a file to put it in instead of the process' own memory, made new; a tensor that lies in one piece
-                in its file is given as a view of that file either way.
+            name: a stored one. Where it lies in one piece in a mapped file, it is a view of that file.
 
         Raises:
             CheckpointError: when copies differ, a file is cut short, or a rounded copy is not the rounded tensor.
@@ -132,7 +128,7 @@ class Stored:
         held = self.layout.tensors[name]
         whole = self._one_piece(name, held)
         if whole is None:
-            whole = empty(held, scratch)
+            whole = torch.empty(held.shape, dtype=DTYPES[held.dtype])
             self._fill(name, whole)
         self._compare_copies(name, whole)
         if self.rounded is not None and name in self.rounded.tensors:
@@ -274,13 +270,3 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def _check_dtype(tensor: Tensor, held: Holdings, name: str, place: Place) -> None:
     if tensor.dtype != DTYPES[held.dtype]:
         raise DamagedError(f"{place}: {name!r} should be {held.dtype}, and is {tensor.dtype}")
-
-
-def empty(held: Holdings, scratch: Path | None) -> Tensor:
-    """Memory for a whole tensor: the process' own, or a new file's that is mapped."""
-    dtype = DTYPES[held.dtype]
-    count = math.prod(held.shape)
-    if scratch is None or count == 0:
-        return torch.empty(held.shape, dtype=dtype)
-    raw = torch.from_file(str(scratch), shared=True, size=count * dtype.itemsize, dtype=torch.uint8)
-    return raw.view(dtype).reshape(held.shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ def _groups(common: Mapping[str, Any], shapes: list[list[dict[str, tuple[int, ..
     return made
 
 
-def write_universal(stored: Stored, target: Path, scratch: Callable[[], Path]) -> int:
+def write_universal(stored: Stored, target: Path) -> int:
     """Write a universal folder: `TARGET/global_stepN_universal/` and the pointer to it, which comes last.
 
     Raises:
