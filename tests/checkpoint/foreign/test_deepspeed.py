@@ -129,7 +129,11 @@ def test_a_missing_and_a_doubled_fragment_are_found(deepspeed_checkpoints, tmp_p
     name = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     folder = _copy(deepspeed_checkpoints / "1-bf16", tmp_path / "missing")
     _changed(folder, name, lambda c: c["optimizer_state_dict"]["param_slice_mappings"][0].pop("down.weight"))
-    with pytest.raises(CheckpointError, match=r"tensor 'model/down.weight' \[7, 5\]: no place holds"):
+    with pytest.raises(CheckpointError, match=r"no file of model rank 00 has any part of 'down.weight' \[7, 5\]"):
+        open_stored(folder)
+    folder = _copy(deepspeed_checkpoints / "1-bf16", tmp_path / "part")
+    _changed(folder, name, lambda c: c["optimizer_state_dict"]["param_slice_mappings"][0].pop("embed.weight"))
+    with pytest.raises(CheckpointError, match=r"tensor 'model/embed.weight' \[13, 7\]: no place holds"):
         open_stored(folder)
     folder = _copy(deepspeed_checkpoints / "1-bf16", tmp_path / "doubled")
 
@@ -138,7 +142,7 @@ def test_a_missing_and_a_doubled_fragment_are_found(deepspeed_checkpoints, tmp_p
         fragments["embed.weight"].numel += 1
 
     _changed(folder, name, double)
-    with pytest.raises(CheckpointError, match=r"has 92 of its 91 elements"):
+    with pytest.raises(CheckpointError, match=r"fragment of 'embed.weight' the ranks have 92 of its 91 elements"):
         open_stored(folder)
 
 
@@ -159,6 +163,17 @@ def test_a_state_without_a_rule_is_refused_by_name(deepspeed_checkpoints, tmp_pa
 
     _changed(folder, "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", add)
     with pytest.raises(CheckpointError, match=r"state 'row_factor' of group 0 is torch.float32 .5.: neither as long"):
+        open_stored(folder)
+
+
+def test_a_state_that_one_rank_lost_is_found(deepspeed_checkpoints, tmp_path):
+    folder = _copy(deepspeed_checkpoints / "1-bf16", tmp_path / "lost")
+
+    def lose(content):
+        del content["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["exp_avg"]
+
+    _changed(folder, "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", lose)
+    with pytest.raises(CheckpointError, match=r"only one has exp_avg of 'embed.weight'"):
         open_stored(folder)
 
 

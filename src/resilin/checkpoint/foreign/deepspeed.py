@@ -48,6 +48,7 @@ def read_deepspeed(folder: Path, rules: Mapping[str, Any] | None = None, allow: 
             for pp in range(files.pipeline):
                 mp = pp * files.tensor + tp
                 (_stage_3 if stage_3 else _stage_1_or_2)(gathered, parameters, mp)
+        parameters.check_kept()
         groups = _groups(files, parameters, stage_3)
         title = f"DeepSpeed ZeRO-{3 if stage_3 else _stage(files)} ({files.data} data"
     else:
@@ -92,6 +93,7 @@ class Parameters:
     def __init__(self, files: DeepSpeedFiles, rules: Mapping[str, Any] | None) -> None:
         self.files = files
         self.averages: dict[str, tuple[str, ...]] = {}
+        self._kept: dict[tuple[int, str], tuple[set[str], str]] = {}
         self.shapes: list[list[dict[str, tuple[int, ...]]]] = []
         for mp in range(files.pipeline * files.tensor):
             name, content = files.model(mp)
@@ -155,6 +157,43 @@ class Parameters:
         self.averages[tensor] = tuple(f"{tensor} (tensor rank {rank})" for rank in range(union.copies))
         return part
 
+    def note(self, name: str, mp: int, states: set[str], where: str) -> None:
+        """Remember which states a file has of a parameter.
+
+        Raises:
+            CheckpointError: another file has other states of it.
+        """
+        known, other = self._kept.setdefault((mp, name), (states, where))
+        if known != states:
+            differing = ", ".join(sorted(known ^ states))
+            raise CheckpointError(f"{self.files.folder}: of {other} and {where} only one has {differing} of {name!r}")
+
+    def check_kept(self) -> None:
+        """That some file has each of the parameters, with the states that the rest of its group has.
+
+        Raises:
+            CheckpointError: naming one that none has.
+        """
+        for mp, groups in enumerate(self.shapes):
+            for group in groups:
+                first: tuple[str, set[str]] | None = None
+                for name, shape in group.items():
+                    if not math.prod(shape) or self.here(name, mp) is None:
+                        continue
+                    states, where = self._kept.get((mp, name), (set(), ""))
+                    if not states:
+                        raise CheckpointError(
+                            f"{self.files.folder}: no file of model rank {mp:02d} has any part of {name!r} "
+                            f"{list(shape)}: fragments are missing"
+                        )
+                    first = first or (name, states)
+                    if states != first[1]:
+                        differing = ", ".join(sorted(states ^ first[1]))
+                        raise CheckpointError(
+                            f"{self.files.folder / where}: of {first[0]!r} and {name!r}, which are of one group, only "
+                            f"one has {differing}"
+                        )
+
     def check_used(self) -> None:
         """That every rule matched a parameter.
 
@@ -202,6 +241,11 @@ def _stage_1_or_2(gathered: Gathered, parameters: Parameters, mp: int) -> None:
                 if found is None:
                     continue
                 flat = first, first + int(address.numel)
+                if flat[1] > math.prod(found[2].shape):
+                    raise CheckpointError(
+                        f"{files.folder / where}: with its fragment of {name!r} the ranks have {flat[1]} of its "
+                        f"{math.prod(found[2].shape)} elements: fragments are doubled, or of another checkpoint"
+                    )
                 _keep(gathered, parameters, found, mp, where, group, rows, singles, int(address.start), flat)
 
 
@@ -269,6 +313,8 @@ def _keep(
     flat: tuple[int, int],
 ) -> None:
     name, union, slice_ = found
+    if flat[1] > flat[0]:
+        parameters.note(name, mp, {*rows, *singles}, where)
     tp = mp % parameters.files.tensor
     for key, row in rows.items():
         tensor = weight(name) if key == "fp32" else moment(key, name)

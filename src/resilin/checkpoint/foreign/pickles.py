@@ -125,7 +125,7 @@ def _load(source: Any, allow: Iterable[str], where: object, map_location: str = 
         if match is None:
             raise DamagedError(f"{where}: cannot be read as a torch file ({_first_line(error)})") from None
         raise CheckpointError(refusal(where, match[1] or match[2])) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise DamagedError(f"{where}: is cut short or damaged ({_first_line(error)})") from None
 
 
