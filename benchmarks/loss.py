@@ -2,8 +2,9 @@
 
 The contenders take turns on the same hidden states, head and labels: whole logits with F.cross_entropy, torch's own
 chunked F.linear_cross_entropy (where this torch has it), and chunks whose logits are computed again in the backward
-pass. Memory is the largest sum of bytes of all tensors that are alive at once beside the inputs (not followed inside
-F.linear_cross_entropy, which is a single operation).
+pass. On a CPU all is float32; on a GPU products are in bfloat16, by autocast, as a training run has them. Memory is
+the largest sum of bytes of all tensors that are alive at once beside the inputs: on a GPU what its allocator counted,
+on a CPU what operations made (not followed inside F.linear_cross_entropy, which is a single operation).
 
     resilin bench run loss --help
 """
@@ -24,11 +25,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from resilin.bench.results import Report, Row
+from resilin.bench.results import Report, Row, results_name
 from resilin.objective.cross_entropy import CrossEntropyTerms, chunk_rows, chunked_cross_entropy
 
 # tokens, vocabulary, hidden size
-SHAPES = [(2048, 4096, 256), (1024, 8192, 512), (1024, 32768, 512)]
+SHAPES = {
+    "cpu": [(2048, 4096, 256), (1024, 8192, 512), (1024, 32768, 512)],
+    "cuda": [(32768, 32000, 768), (16384, 32000, 2048), (8192, 128256, 4096)],
+}
 OURS = "Resilin"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -93,7 +97,9 @@ class Alive(TorchDispatchMode):
 
 def take(loss: Loss, hidden: Tensor, head: Tensor, labels: Tensor) -> None:
     hidden.grad = head.grad = None
-    loss(hidden, head, labels).backward()
+    with torch.autocast(hidden.device.type, torch.bfloat16, enabled=hidden.is_cuda):
+        total = loss(hidden, head, labels)
+    total.backward()
 
 
 def seconds(loss: Loss, *inputs: Tensor) -> float:
@@ -107,6 +113,12 @@ def seconds(loss: Loss, *inputs: Tensor) -> float:
 
 
 def peak_bytes(loss: Loss, *inputs: Tensor) -> int:
+    if inputs[0].is_cuda:
+        inputs[0].grad = inputs[1].grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        take(loss, *inputs)
+        return torch.cuda.max_memory_allocated() - before
     with Alive() as alive:
         take(loss, *inputs)
     return alive.peak
@@ -125,8 +137,9 @@ def measure(shape: tuple[int, int, int], rounds: int, device: str) -> list[Row]:
             taken = seconds(loss, *inputs)
             if index:  # the first round warms up
                 times[name].append(taken * 1e3)
-    # The library's chunks live inside one operation, where they cannot be followed.
-    memory = {name: peak_bytes(loss, *inputs) / 2**20 for name, loss in everyone.items() if loss is not library}
+    # On a CPU the library's chunks live inside one operation, where they cannot be followed.
+    followed = {name: loss for name, loss in everyone.items() if device == "cuda" or loss is not library}
+    memory = {name: peak_bytes(loss, *inputs) / 2**20 for name, loss in followed.items()}
     label = f"{tokens} tokens, vocabulary {vocabulary}, hidden size {size}"
     rows = []
     for name in list(everyone)[1:]:
@@ -152,15 +165,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--name", default="loss", help="the results file")
+    parser.add_argument("--name", help="the results file; default: loss, loss-cuda on a GPU")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = [row for shape in SHAPES for row in measure(shape, args.rounds, args.device)]
+    rows = [row for shape in SHAPES[args.device] for row in measure(shape, args.rounds, args.device)]
     for row in rows:
         print(f"{row.name}: {row.ours:.1f} {row.unit}, {row.peer_name} {row.peer:.1f} {row.unit} ({row.ratio:.2f}x)")
-    settings = {"rounds": args.rounds, "device": args.device, "threads": args.threads, "dtype": "fp32"}
-    print(f"wrote {Report.of(args.name, settings, rows).write(args.output)}")
+    dtype = "bf16 by autocast" if args.device == "cuda" else "fp32"
+    settings = {"rounds": args.rounds, "device": args.device, "threads": args.threads, "dtype": dtype}
+    name = args.name or results_name("loss", args.device)
+    print(f"wrote {Report.of(name, settings, rows).write(args.output)}")
 
 
 if __name__ == "__main__":

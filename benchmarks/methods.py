@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--name", default="methods", help="the results file")
+    parser.add_argument("--name", help="the results file; default: methods, methods-cuda on a GPU")
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--rows-to", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -58,9 +58,10 @@ def main() -> None:
         options.rows_to.write_text(json.dumps(found), encoding="utf-8")
         return
 
-    from resilin.bench.results import Report, Row, read_report
+    from resilin.bench.results import Report, Row, read_report, results_name
 
-    file = options.output / f"{options.name}.json"
+    name = options.name or results_name("methods", options.device)
+    file = options.output / f"{name}.json"
     before = read_report(file) if file.exists() else None
     kept = [row for row in (before.rows if before else []) if row.name.split(":")[0] not in options.only]
     measured: dict[str, list[Row]] = {}
@@ -78,8 +79,9 @@ def main() -> None:
         # Written after each, so that a stop loses only what was under way.
         done = [*kept, *(row for rows in measured.values() for row in rows)]
         together = sorted(done, key=lambda row: row.name.split(":")[0])
-        settings = {"methods": SLUGS, "rounds": options.rounds, "threads": options.threads, "device": options.device}
-        Report.of(options.name, settings, together).write(options.output)
+        slugs = sorted({row.name.split(":")[0] for row in together})
+        settings = {"methods": slugs, "rounds": options.rounds, "threads": options.threads, "device": options.device}
+        Report.of(name, settings, together).write(options.output)
     print(f"wrote {file}")
 
 

@@ -26,8 +26,8 @@ LENGTH = 256
 SIZES = {
     "5M": (256, 6, 688, 4, 2, 4096, 8, 256),
     "30M": (512, 8, 1408, 8, 4, 8192, 8, 256),
-    "125M": (768, 12, 2048, 12, 12, 32000, 32, 1024),
-    "350M": (1024, 24, 2816, 16, 16, 32000, 16, 1024),
+    "125M": (768, 12, 2048, 12, 12, 32000, 16, 1024),
+    "350M": (1024, 24, 2816, 16, 16, 32000, 8, 1024),
     "1B": (2048, 18, 5632, 16, 8, 32000, 8, 1024),
 }
 CONTENDERS = {"ours": "Resilin", "trainer": "transformers Trainer", "plain": "plain loop"}
@@ -322,19 +322,22 @@ def measure(size: str, dtype: str, args: argparse.Namespace) -> Iterator[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["5M", "30M"], choices=list(SIZES))
-    parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: 5M 30M; 125M 350M on a GPU")
+    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], help="default: fp32; bf16 on a GPU")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--block", type=int, default=4, help="steps a turn")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--name", default="training", help="the results file")
+    parser.add_argument("--name", help="the results file; default: training, training-cuda on a GPU")
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--size", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    on_gpu = args.device == "cuda"
+    args.sizes = args.sizes or (["125M", "350M"] if on_gpu else ["5M", "30M"])
+    args.dtypes = args.dtypes or (["bf16"] if on_gpu else ["fp32"])
     if args.contender:
         import torch
 
@@ -347,12 +350,16 @@ def main() -> None:
         return
     import torch
 
-    from resilin.bench.results import Report
+    from resilin.bench.results import Report, results_name
 
     torch.set_num_threads(args.threads)
-    found = [row for dtype in args.dtypes for size in args.sizes for row in measure(size, dtype, args)]
     settings = {k: v for k, v in vars(args).items() if k not in ("contender", "size", "dtype", "output", "name")}
-    path = Report.of(args.name, {**settings, "sizes": {s: SIZES[s] for s in args.sizes}}, found).write(args.output)
+    settings["sizes"] = {s: SIZES[s] for s in args.sizes}
+    name, found = args.name or results_name("training", args.device), []
+    for dtype in args.dtypes:
+        for size in args.sizes:
+            found += measure(size, dtype, args)
+            path = Report.of(name, settings, found).write(args.output)  # a stop loses only what was under way
     print(f"wrote {path}")
 
 

@@ -2,6 +2,9 @@
 
 A step is a whole step of a run: source, forward, backward, clipping, optimizer, hooks. A turn is ten steps, so the mask
 update every tenth step is in each. The teacher is measured for itself: the target is for the masked step.
+
+On a GPU, what the masks are for: a forward pass of a wide sparse model whose weights are in the compressed form that
+its sparse tensor cores read, against the same model with its zeros stored.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
 BLOCK = 10
 SMALL = {"vocab_size": 4096, "hidden_size": 256, "layers": 6, "heads": 4, "mlp_size": 688}
 LARGE = {"vocab_size": 32000, "hidden_size": 768, "layers": 12, "heads": 12, "mlp_size": 2048}
-SHAPES = {"cpu": {**SMALL, "batch": 8, "length": 256}, "cuda": {**LARGE, "batch": 32, "length": 1024}}
+SHAPES = {"cpu": {**SMALL, "batch": 8, "length": 256}, "cuda": {**LARGE, "batch": 16, "length": 1024}}
+WIDE = {"vocab_size": 32000, "hidden_size": 4096, "layers": 4, "heads": 32, "mlp_size": 11008}
+PREFILL = (8, 2048)
 MOST = 1.35
 
 
@@ -94,6 +99,45 @@ def turn(run: Any) -> float:
     return (time.perf_counter() - began) / BLOCK  # each step ends by reading the loss from the device
 
 
+def kernels(rounds: int) -> Iterator[Row]:
+    """2:4 kernels against the same weights with their zeros, in a forward pass without the head."""
+    import torch
+
+    from resilin.bench.results import Row
+    from resilin.models.decoder_settings import DecoderSettings
+    from resilin.models.settings import ModelContext
+    from resilin.sparsity.export import zeroed
+    from resilin.sparsity.kernels import semi_structured
+    from resilin.sparsity.settings import Sparse
+
+    dtype = torch.bfloat16
+    model: Any = Sparse(model=DecoderSettings(**WIDE)).build(ModelContext(0, None)).to("cuda", dtype)
+    contenders = {"ours": semi_structured(model, dtype=dtype), "dense": zeroed(model).eval().requires_grad_(False)}
+    del model
+    generator = torch.Generator("cuda").manual_seed(0)
+    tokens = torch.randint(WIDE["vocab_size"], PREFILL, generator=generator, device="cuda")
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    with torch.no_grad():
+        for index in range(rounds + 1):
+            for name, contender in contenders.items():
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                for _ in range(BLOCK):
+                    contender(tokens)
+                torch.cuda.synchronize()
+                if index:  # the first round warms up
+                    seconds[name].append((time.perf_counter() - began) / BLOCK)
+    yield Row.from_turns(
+        f"2:4 kernels, forward pass of {PREFILL[0]} x {PREFILL[1]} tokens, hidden size {WIDE['hidden_size']}, bf16",
+        "s",
+        seconds["ours"],
+        seconds["dense"],
+        "the same weights, zeros stored",
+        better="lower",
+        target=1.0,
+    )
+
+
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """Compare with the dense step, all in turns."""
     from resilin.bench.results import Row
@@ -127,3 +171,6 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     yield Row.from_turns(name, ours=taught, peer=dense, peer_name="dense", **lower)
     name = "masks and teacher against the dense step with a teacher"
     yield Row.from_turns(name, ours=seconds["ast, teacher"], peer=taught, peer_name="dense with teacher", **lower)
+    if options.device == "cuda":
+        runs.clear()
+        yield from kernels(options.rounds)

@@ -1,8 +1,9 @@
 """Steered data: every sample's gradient in one pass, against a loop over samples and against torch.func.
 
-The small decoder of the recipe `dataflex` at the width of `one-epoch`: 3 layers of width 64 over bytes, rows of 32
-tokens. The peers compute the same gradients of the same losses and keep them the same way. Once for all parameters, and
-once for those of LoRA adapters alone (rank 8 on every linear map), as selection takes them in a fine-tuning run.
+On a CPU the small decoder of the recipe `dataflex` at the width of `one-epoch`: 3 layers of width 64 over bytes, rows
+of 32 tokens; on a GPU a larger one. The peers compute the same gradients of the same losses and keep them the same way.
+Once for all parameters, and once for those of LoRA adapters alone (rank 8 on every linear map), as selection takes them
+in a fine-tuning run.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-HIDDEN, LAYERS, HEADS, VOCABULARY, TOKENS, SAMPLES, RANK = 64, 3, 4, 260, 32, 64, 8
+SHAPES = {
+    "cpu": {"hidden": 64, "layers": 3, "heads": 4, "tokens": 32, "samples": 64},
+    "cuda": {"hidden": 512, "layers": 6, "heads": 8, "tokens": 128, "samples": 64},
+}
+VOCABULARY, RANK = 260, 8
 TARGET = 3.0
 
 
@@ -27,18 +32,23 @@ def rows(options: argparse.Namespace) -> Iterator[Any]:
     from resilin.nouns import Batch
 
     device = torch.device(options.device)
-    settings = DecoderSettings(vocab_size=VOCABULARY, hidden_size=HIDDEN, layers=LAYERS, heads=HEADS)
+    shape = SHAPES[options.device]
+    samples, tokens = shape["samples"], shape["tokens"]
+    settings = DecoderSettings(
+        vocab_size=VOCABULARY, hidden_size=shape["hidden"], layers=shape["layers"], heads=shape["heads"]
+    )
     adapted = Adapted(model=settings, adapters={"default": {"method": "lora", "rank": RANK}})
     text = torch.tensor(list(Path(__file__).read_bytes())) + 4
-    starts = torch.arange(SAMPLES) * ((len(text) - TOKENS - 1) // SAMPLES)
-    block = torch.stack([text[start : start + TOKENS + 1] for start in starts.tolist()]).to(device)
-    batch = Batch(torch.arange(SAMPLES), {"tokens": block[:, :-1], "labels": block[:, 1:]})
+    starts = torch.arange(samples) * ((len(text) - tokens - 1) // samples)
+    block = torch.stack([text[start : start + tokens + 1] for start in starts.tolist()]).to(device)
+    batch = Batch(torch.arange(samples), {"tokens": block[:, :-1], "labels": block[:, 1:]})
     for made, what in ((settings, "all parameters"), (adapted, f"LoRA of rank {RANK} alone")):
         model = made.build(ModelContext(0, None)).to(device)
-        yield from _compared(model, batch, what, options.rounds)
+        title = f"per-sample gradients, decoder {shape['layers']} x {shape['hidden']}, rows of {tokens}, {what}"
+        yield from _compared(model, batch, title, options.rounds)
 
 
-def _compared(model: Any, batch: Any, what: str, rounds: int) -> Iterator[Any]:
+def _compared(model: Any, batch: Any, title: str, rounds: int) -> Iterator[Any]:
     import torch
     import torch.nn.functional as F
     from torch.func import functional_call, grad, vmap
@@ -48,14 +58,14 @@ def _compared(model: Any, batch: Any, what: str, rounds: int) -> Iterator[Any]:
     from resilin.steer.sample_gradients import sample_gradients, trainable
 
     parameters, cuda = trainable(model), batch["tokens"].is_cuda
-    objective = NextToken().build()
+    objective, samples = NextToken().build(), len(batch.slots_B)
 
     def one_pass() -> dict[str, Any]:
         return sample_gradients(model, objective, batch, way="batched")
 
     def loop() -> dict[str, Any]:
         found = []
-        for row in range(SAMPLES):
+        for row in range(samples):
             logits = model.logits(model(batch["tokens"][row : row + 1]).hidden_BTD)[0]
             loss = F.cross_entropy(logits, batch["labels"][row])
             found.append(torch.autograd.grad(loss, list(parameters.values())))
@@ -97,7 +107,6 @@ def _compared(model: Any, batch: Any, what: str, rounds: int) -> Iterator[Any]:
             if cuda:
                 torch.cuda.synchronize()
             if turn:  # the first turn warms up
-                speeds[name].append(SAMPLES / (time.perf_counter() - began))
-    title = f"per-sample gradients, decoder {LAYERS} x {HIDDEN}, rows of {TOKENS}, {what}"
+                speeds[name].append(samples / (time.perf_counter() - began))
     yield Row.from_turns(title, "samples/s", speeds["ours"], speeds["loop"], "loop over samples", target=TARGET)
     yield Row.from_turns(title, "samples/s", speeds["ours"], speeds["vmap"], "torch.func.vmap(grad)")

@@ -8,7 +8,8 @@ successor, counted in the very batches that were learnt: padding is nobody's ach
 What trl is told is what its users would say for speed on this machine: no checkpointing of activations, the fused
 optimizer, the fused output layer (its default). Its SFT pads rows, which is its default too: its packing is meant for
 FlashAttention, which CPUs do not have. The row with rows grouped by length (an option of its trainer that draws other
-batches) is the hardest contender, and stands beside the default.
+batches) is the hardest contender, and stands beside the default. On a CPU all is float32; on a GPU the model and the
+batches are larger, and products are in bfloat16, by autocast.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
     from resilin.nouns import Batch
 
 PEER = "trl"
-LENGTH, ROWS, PAIRS, PROMPTS, GROUP, ANSWER = 256, 8, 4, 4, 8, 64
+LENGTH, PROMPTS, GROUP, ANSWER = 256, 4, 8, 64
+ROWS, PAIRS = {"cpu": 8, "cuda": 32}, {"cpu": 4, "cuda": 16}
+SMALL = {"hidden_size": 256, "layers": 6, "heads": 8, "mlp_size": 704}
+LARGE = {"hidden_size": 1024, "layers": 12, "heads": 16, "mlp_size": 2816}
+SIZES = {"cpu": SMALL, "cuda": LARGE}
 BLOCK = 3
 POOL = 96
 TEMPLATE = (
@@ -53,7 +58,7 @@ def texts(count: int) -> list[tuple[str, str]]:
     return found
 
 
-def prepare(folder: Path) -> list[tuple[str, str]]:
+def prepare(folder: Path, device: str = "cpu") -> list[tuple[str, str]]:
     """Rows, tokenizer and model, as files that both sides open."""
     from resilin.data.train_tokenizer import train_bpe
     from resilin.models.decoder_settings import DecoderSettings
@@ -63,9 +68,7 @@ def prepare(folder: Path) -> list[tuple[str, str]]:
     rows = texts(768)
     tokenizer = train_bpe([" ".join(row) for row in rows], 8192)
     tokenizer.config["chat_template"] = TEMPLATE
-    settings = DecoderSettings(
-        hidden_size=256, layers=6, heads=8, mlp_size=704, tie_embeddings=True, max_positions=1024
-    )
+    settings = DecoderSettings(**SIZES[device], tie_embeddings=True, max_positions=1024)
     model = settings.build(ModelContext(0, tokenizer.vocab_size))
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     save_pretrained(model, folder / "model", special_ids=ids)
@@ -97,7 +100,7 @@ class Ours:
         common = {
             "model": {"use": "resilin.models.pretrained:Pretrained", "path": str(folder / "model")},
             "optimizer": {"lr": 1e-5, "weight_decay": 0.0, "schedule": {"use": "resilin.optim.schedule:Constant"}},
-            "precision": {"compute": "fp32"},
+            "precision": {"compute": "bf16" if options.device == "cuda" else "fp32"},
             "evaluation": {"every": 0},
             "train": train,
         }
@@ -131,7 +134,13 @@ class Theirs:
             [sys.executable, __file__, kind, str(folder), told],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
         )  # fmt: skip
-        self._answer()  # ready
+        self._waits = False
+
+    def ready(self) -> None:
+        """Return once the trainer waits for its first steps."""
+        if not self._waits:
+            self._answer()
+            self._waits = True
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -204,7 +213,7 @@ def arguments(folder: Path, options: argparse.Namespace, **more: Any) -> dict[st
         "report_to": [],
         "disable_tqdm": True,
         "gradient_checkpointing": False,
-        "bf16": False,
+        "bf16": options.device == "cuda",
         "optim": "adamw_torch_fused",
         "max_grad_norm": 1.0,
         "include_num_input_tokens_seen": "non_padding",
@@ -241,13 +250,13 @@ def pair_units(batch: Batch) -> float:
 
 
 def sft(folder: Path, options: argparse.Namespace) -> Ours:
-    """Fine-tuning on answers only, conversations packed (the default): about as many tokens as ROWS conversations."""
+    """Fine-tuning on answers only, conversations packed (the default): about as many tokens as trl's rows."""
     from resilin.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder / "model")
     lines = (folder / "chats.jsonl").read_text(encoding="utf-8").splitlines()
     sizes = [min(LENGTH, len(tokenizer.chat(json.loads(line)["messages"]).ids)) for line in lines]
-    rows = max(1, round(ROWS * sum(sizes) / len(sizes) / (0.85 * LENGTH)))
+    rows = max(1, round(ROWS[options.device] * sum(sizes) / len(sizes) / (0.85 * LENGTH)))
     source = {
         "use": "resilin.data.chat_source:ChatSource", "paths": [str(folder / "chats.jsonl")],
         "tokenizer": {"path": str(folder / "model")}, "sequence_length": LENGTH, "long_documents": "truncate",
@@ -260,7 +269,7 @@ def trl_sft(folder: Path, options: argparse.Namespace, wait: Any, **more: Any) -
     """The same by trl, padded."""
     from trl import SFTConfig, SFTTrainer
 
-    more = {"per_device_train_batch_size": ROWS, "packing": False, **more}
+    more = {"per_device_train_batch_size": ROWS[options.device], "packing": False, **more}
     config = SFTConfig(**arguments(folder, options, **more), max_length=LENGTH, assistant_only_loss=True)
     return SFTTrainer(args=config, callbacks=[wait], **peer_parts(folder, "chats"))
 
@@ -277,7 +286,7 @@ def dpo(folder: Path, options: argparse.Namespace, reference: str) -> Ours:
         "tokenizer": str(folder / "model"), "sequence_length": LENGTH,
     }  # fmt: skip
     objective = {"use": "resilin.posttrain.preference_loss:Preference", "loss": "dpo", "reference": reference}
-    train = {"batch_size": PAIRS, "steps": 200}
+    train = {"batch_size": PAIRS[options.device], "steps": 200}
     return Ours(folder, options, pair_units, source=source, objective=objective, train=train)
 
 
@@ -286,7 +295,7 @@ def trl_dpo(folder: Path, options: argparse.Namespace, wait: Any, *, cached: boo
     from trl import DPOConfig, DPOTrainer
 
     config = DPOConfig(
-        **arguments(folder, options, per_device_train_batch_size=PAIRS),
+        **arguments(folder, options, per_device_train_batch_size=PAIRS[options.device]),
         max_length=LENGTH + 1, beta=0.1, precompute_ref_log_probs=cached,
     )  # fmt: skip
     return DPOTrainer(args=config, callbacks=[wait], **peer_parts(folder, "pairs"))
@@ -366,14 +375,19 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        prepare(folder)
+        prepare(folder, options.device)
+        # A trainer that waits takes no processor time. Two CPU cores lack the memory for all at once.
+        ahead = {plan[3]: Theirs(plan[3], folder, options) for plan in PLANS if options.device == "cuda"}
+        for other in ahead.values():
+            other.ready()
         for name, unit, make, peer, target in PLANS:
-            theirs = Theirs(peer, folder, options)
+            theirs = ahead.get(peer) or Theirs(peer, folder, options)
             try:
-                ours, other = in_turns(make(folder, options), theirs, options.rounds)
+                theirs.ready()
+                mine, others = in_turns(make(folder, options), theirs, options.rounds)
             finally:
                 theirs.close()
-            yield Row.from_turns(name, unit, ours, other, PEER, target=target)
+            yield Row.from_turns(name, unit, mine, others, PEER, target=target)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,11 @@ class Report(Settings):
         return path
 
 
+def results_name(benchmark: str, device: str) -> str:
+    """The name of a benchmark's results on a kind of device: those of a GPU stand beside the CPU's."""
+    return benchmark if device == "cpu" else f"{benchmark}-{device}"
+
+
 def read_report(path: Path) -> Report:
     """A written report; derived fields are computed anew, not believed."""
     try:
@@ -116,7 +121,14 @@ def _number(value: float | None) -> str:
 
 
 def markdown_table(reports: Sequence[Report]) -> str:
-    """The rows of several reports as one Markdown table, with the machine each was measured on."""
+    """The rows of several reports as Markdown tables, one for each machine that something was measured on."""
+    machines: dict[str, list[Report]] = {}
+    for report in reports:
+        machines.setdefault(_machine_in_words(report), []).append(report)
+    return "\n".join(f"Measured on {words}:\n\n{_table(group)}" for words, group in machines.items())
+
+
+def _table(reports: Sequence[Report]) -> str:
     lines = ["| benchmark | measured | ours | peer | ratio | target | met |", "|---|---|---|---|---|---|---|"]
     for report in reports:
         for row in report.rows:
@@ -128,17 +140,11 @@ def markdown_table(reports: Sequence[Report]) -> str:
                 f"| {report.benchmark} | {row.name} | {_number(row.ours)} {row.unit} | {peer} | {ratio} | {target} "
                 f"| {verdict} |"
             )
-    machines: dict[str, list[str]] = {}
-    for report in reports:
-        machines.setdefault(_machine_in_words(report), []).append(report.benchmark)
-    lines.append("")
-    lines.extend(f"Measured on {words}: {', '.join(names)}." for words, names in machines.items())
     return "\n".join(lines) + "\n"
 
 
 def _machine_in_words(report: Report) -> str:
     machine, torch = report.machine, report.versions.get("torch", "?")
-    where = (
-        machine.get("gpu") or f"{machine.get('cpu')} ({machine.get('cpu_capability')}), {machine.get('cores')} cores"
-    )
-    return f"{where}, torch {torch}"
+    cpu = f"{machine.get('cpu')} ({machine.get('cpu_capability')}), {machine.get('cores')} cores"
+    gpu = f"{machine['gpu']}, host " if machine.get("gpu") else ""
+    return f"{gpu}{cpu}, torch {torch}"

@@ -23,6 +23,12 @@ def _scripts(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.py"))}
 
 
+def _file(name: str, device: str) -> str:
+    from resilin.bench.results import results_name
+
+    return f"{results_name(name, device)}.json"
+
+
 def _one(folder: Path, name: str) -> Path:
     scripts = _scripts(folder)
     if name not in scripts:
@@ -37,7 +43,8 @@ def list_benchmarks(folder: Folder = HERE) -> None:
 
     for name, path in _scripts(folder).items():
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        done = "measured" if (folder / "results" / f"{name}.json").exists() else "not measured here yet"
+        found = [device for device in ("cpu", "cuda") if (folder / "results" / _file(name, device)).exists()]
+        done = f"measured on {' and '.join(found)}" if found else "not measured here yet"
         typer.echo(f"{name:14} {text.splitlines()[0] if text else ''} ({done})")
 
 
@@ -49,7 +56,7 @@ def run(context: typer.Context, name: str, folder: Folder = HERE) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str | None, typer.Argument(help="One benchmark; all when left out.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One benchmark, on every device; all when left out.")] = None,
     folder: Folder = HERE,
     readme: Annotated[
         Path | None, typer.Option(help="Replace the text between <!-- benchmarks --> marks of this file.")
@@ -61,7 +68,7 @@ def show(
 
     paths = sorted((folder / "results").glob("*.json"))
     if name is not None:
-        paths = [path for path in paths if path.stem == name]
+        paths = [path for path in paths if path.name in (_file(name, "cpu"), _file(name, "cuda"))]
     if not paths:
         raise UserError(
             f"{folder / 'results'}: no results{f' of {name!r}' if name else ''} yet: resilin bench run NAME"

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from resilin import __version__
-from resilin.cli import adapter, bench, data, recipes
+from resilin.cli import adapter, bench, data, layout, recipes
 from resilin.cli.evaluate import evaluate
 from resilin.cli.export import export
 from resilin.cli.generate import generate
@@ -60,6 +60,7 @@ app.command(rich_help_panel=USING)(export)
 app.add_typer(adapter.app, name="adapter", rich_help_panel=USING)
 app.add_typer(data.app, name="data", rich_help_panel=METHODS)
 app.command(rich_help_panel=METHODS)(plan)
+app.add_typer(layout.app, name="layout", rich_help_panel=METHODS)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=METHODS)
 app.command(rich_help_panel=METHODS)(reproduce)
 app.add_typer(bench.app, name="bench", rich_help_panel=METHODS)

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "accelerate", "datasets")
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "accelerate", "datasets", "peft", "trl")
 
 
 def machine() -> dict[str, str | int | float]:

@@ -1,0 +1,111 @@
+"""How a decoder lies over a mesh: tensor, expert and pipeline parallelism, with ZeRO or FSDP over the data axis.
+
+Attention and feed-forward are cut as in Megatron-LM (Shoeybi et al., 2019, section 3): queries, keys, values, gate and
+up by their outputs, whole heads to a rank; the projections back by their inputs; vocabulary by rows, padded until it
+divides. Names are those of `resilin.models.decoder.Decoder`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+from resilin.layout import Cut, Deal, Flat, Mesh, ParamSpec, Part, Shard, SpecRule, flat_group, specs_of, staged
+from resilin.layout.dealing import deal
+from resilin.layout.errors import LayoutError
+from resilin.models.decoder_settings import DecoderSettings
+
+Sharding = Literal["none", "fsdp", "zero1", "zero2", "zero3", "dealt"]
+VIRTUAL_SHARDS_PER_RANK = 4
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+Shapes = Mapping[str, tuple[tuple[int, ...], str]]
+
+
+def decoder_rules(settings: DecoderSettings, vocabulary_multiple: int = 1) -> list[SpecRule]:
+    """What the axes `tp` and `ep` cut.
+
+    Args:
+        settings: of the decoder.
+        vocabulary_multiple: rows of embedding and head are padded to a multiple of this.
+    """
+    width = settings.head_width
+    queries = (Part(settings.heads * width, unit=width),)
+    keys = (Part(settings.key_heads * width, unit=width, spare="copy"),)
+    pad = ((0, vocabulary_multiple),) if vocabulary_multiple > 1 else ()
+    rows = (Shard("tp", 0),)
+    return [
+        SpecRule(r"(embed|head)\.weight", rows, pad),
+        SpecRule(r"blocks\.\d+\.attention\.q\.(weight|bias)", (Shard("tp", 0, queries),)),
+        SpecRule(r"blocks\.\d+\.attention\.[kv]\.(weight|bias)", (Shard("tp", 0, keys),)),
+        SpecRule(r"blocks\.\d+\.attention\.o\.weight", (Shard("tp", 1),)),
+        SpecRule(r"blocks\.\d+\.(mlp|moe\.shared)\.(gate|up)\.(weight|bias)", rows),
+        SpecRule(r"blocks\.\d+\.(mlp|moe\.shared)\.down\.weight", (Shard("tp", 1),)),
+        SpecRule(r"blocks\.\d+\.moe\.experts\.(gate|up)", (Shard("ep", 0), Shard("tp", 1))),
+        SpecRule(r"blocks\.\d+\.moe\.experts\.down", (Shard("ep", 0), Shard("tp", 2))),
+    ]
+
+
+def decoder_stages(names: Mapping[str, object], settings: DecoderSettings, stages: int) -> dict[str, tuple[int, ...]]:
+    """The pipeline stages of every parameter: blocks in runs as equal as can be, embedding first, norm and head last.
+
+    Raises:
+        LayoutError: when there are more stages than blocks.
+    """
+    if stages > settings.layers:
+        raise LayoutError(f"{stages} pipeline stages cannot share {settings.layers} blocks; use at most as many")
+    base, more = divmod(settings.layers, stages)
+    ends = [(stage + 1) * base + min(stage + 1, more) for stage in range(stages)]
+    found: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        block = _BLOCK.match(name)
+        if block:
+            found[name] = (next(stage for stage, end in enumerate(ends) if int(block[1]) < end),)
+        elif name == "embed.weight":
+            found[name] = tuple(sorted({0, stages - 1})) if settings.tie_embeddings else (0,)
+        else:
+            found[name] = (stages - 1,)
+    return found
+
+
+def decoder_specs(
+    shapes: Shapes,
+    settings: DecoderSettings,
+    mesh: Mesh,
+    sharding: Sharding = "none",
+    vocabulary_multiple: int = 1,
+    owners: tuple[int, ...] | None = None,
+) -> dict[str, ParamSpec]:
+    """Specifications of a decoder's parameters, or of optimizer states of their shapes.
+
+    Args:
+        shapes: name -> (shape, dtype).
+        settings: of the decoder.
+        mesh: with any of the axes `pp`, `dp`, `ep`, `tp`; what it lacks is not cut.
+        sharding: what the axis `dp` cuts: "none" (copies), "fsdp" (the first dimension), "zero1" and "zero2" (one flat
+            buffer of all parameters in order; what ZeRO shards are the optimizer states, and the gradients), "zero3"
+            (each parameter flat), or "dealt" (virtual shards owned through a table, so that a loss moves few bytes).
+        vocabulary_multiple: rows of embedding and head are padded to a multiple of this.
+        owners: of "dealt", the owner of each virtual shard; None: four for every rank, in equal runs.
+
+    Raises:
+        LayoutError: naming the parameter that the mesh cannot cut.
+    """
+    if settings.moe and mesh.axis("ep") > settings.moe.experts:
+        raise LayoutError(f"axis 'ep' has {mesh.axis('ep')} ranks, but the model has {settings.moe.experts} experts")
+    rules = decoder_rules(settings, vocabulary_multiple)
+    specs = specs_of(shapes, rules, strict=False)
+    if mesh.axis("pp") > 1:
+        specs = staged(specs, decoder_stages(shapes, settings, mesh.axis("pp")))
+    if sharding in ("zero1", "zero2"):
+        return flat_group(specs, mesh, "dp")
+    table = owners or deal(VIRTUAL_SHARDS_PER_RANK * mesh.axis("dp"), mesh.axis("dp"))
+    last: dict[str, Cut] = {"fsdp": Shard("dp", 0), "zero3": Flat("dp"), "dealt": Deal("dp", table)}
+    if sharding == "none":
+        return specs
+    return {
+        name: replace(spec, cuts=(*spec.cuts, last["zero3" if sharding == "fsdp" and not spec.shape else sharding]))
+        for name, spec in specs.items()
+    }

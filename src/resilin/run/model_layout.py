@@ -1,0 +1,79 @@
+"""The parameters of whatever model lies at a path, laid out over a mesh: nothing is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from resilin.config import UserError, load_settings
+from resilin.layout import Layout, Mesh, layout_of
+from resilin.layout.dealing import deal, redeal
+from resilin.models.decoder import Decoder
+from resilin.models.pretrained import Pretrained
+from resilin.models.settings import ModelContext
+from resilin.parallel.decoder_specs import VIRTUAL_SHARDS_PER_RANK, Shapes, Sharding, decoder_specs
+from resilin.run.folder import RunFolder
+from resilin.run.settings import RunSettings
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+
+
+def outline_at(path: Path, overrides: list[str]) -> Decoder:
+    """The decoder at a path, on the meta device.
+
+    Args:
+        path: a run's settings, its folder, a Hugging Face folder, or a .gguf file.
+        overrides: of the settings, `model.layers=80`.
+
+    Raises:
+        UserError: when nothing known lies there, or the model is no decoder.
+    """
+    if path.suffix == ".toml":
+        model = _outline_of(load_settings(RunSettings, path, overrides), path)
+    elif overrides:
+        raise UserError(f"{path}: overrides ({overrides[0]}) go with a settings file only")
+    elif (path / "settings.toml").exists():
+        model = _outline_of(RunFolder(path).settings(), path)
+    elif path.suffix == ".gguf" or (path / "config.json").exists():
+        model = Pretrained(path=path).outline(ModelContext(0, None))
+    else:
+        raise UserError(f"{path}: is no settings file, run, Hugging Face folder or .gguf file")
+    decoder = next((module for module in model.modules() if isinstance(module, Decoder)), None)
+    if decoder is None:
+        raise UserError(f"{path}: its model is a {type(model).__name__}; a layout is known for a Decoder")
+    return decoder
+
+
+def _outline_of(settings: RunSettings, path: Path) -> nn.Module:
+    vocabulary = getattr(settings.model, "vocab_size", 0) or 32_000  # of a tokenizer that is not made yet
+    model = settings.model.outline(ModelContext(settings.seed, vocabulary))
+    if model is None:
+        raise UserError(f"{path}: a {type(settings.model).__name__} cannot be outlined without building it")
+    return model
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """Shape and dtype of every parameter, tied ones once."""
+    return {
+        name: (tuple(parameter.shape), _DTYPES[str(parameter.dtype).removeprefix("torch.")])
+        for name, parameter in model.named_parameters()
+    }
+
+
+def lay_out(
+    model: Decoder,
+    mesh: Mesh,
+    sharding: Sharding,
+    vocabulary_multiple: int = 1,
+    owners: tuple[int, ...] | None = None,
+) -> Layout:
+    """The layout of a decoder's parameters on a mesh; the options are those of `decoder_specs`."""
+    specs = decoder_specs(shapes_of(model), model.settings, mesh, sharding, vocabulary_multiple, owners)
+    return layout_of(specs, mesh)
+
+
+def owners_after(before: Mesh, after: Mesh) -> tuple[int, ...]:
+    """The table of "dealt" after the data axis has changed: the fewest virtual shards change hands."""
+    old = before.axis("dp")
+    return redeal(deal(VIRTUAL_SHARDS_PER_RANK * old, old), after.axis("dp"))
