@@ -1,94 +1,130 @@
-"""`resilin checkpoint convert`."""
+"""`resilin checkpoint inspect | verify | diff | convert | consolidate | prune`."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from resilin.cli.model_options import DTypeName
-from resilin.config.errors import UserError
+from resilin.cli.checkpoint_convert import convert
 
-if TYPE_CHECKING:
-    from resilin.checkpoint.foreign.convert import Report
+app = typer.Typer(help="Look at checkpoints, check, compare, convert and thin them out.", no_args_is_help=True)
 
-app = typer.Typer(name="checkpoint", help="Checkpoints: converted from and to other tools'.", no_args_is_help=True)
+Where = Annotated[str, typer.Argument(metavar="WHERE", help="A run, a folder or URL of checkpoints, or one of them.")]
+Step = Annotated[int | None, typer.Option(help="Which step; the newest that is whole when left out.")]
+
+EXIT_FOUND = 1
+"""There is a difference, or damage."""
 
 
 @app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint's folder, of any format.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="resilin, huggingface, dcp or universal (DeepSpeed).")] = "resilin",
-    source_format: Annotated[
-        str | None, typer.Option("--from", help="The source's format. Default: told by its files.")
-    ] = None,
-    weights_only: Annotated[bool, typer.Option(help="Take the model alone.")] = False,
-    leave_out: Annotated[
-        list[str] | None, typer.Option(help="Leave out what has this name; * is any text. Can be given again.")
-    ] = None,
-    tie: Annotated[list[str] | None, typer.Option(help="NAME=OTHER: NAME has the values of OTHER.")] = None,
-    dtype: Annotated[DTypeName | None, typer.Option(help="Of the written weights. Default: as they are.")] = None,
-    files: Annotated[
-        Path | None, typer.Option(help="A folder whose config.json and tokenizer go with the model.")
-    ] = None,
-    rules: Annotated[
-        Path | None, typer.Option(help="JSON or TOML: how tensor-parallel shards make up parameters.")
-    ] = None,
-    allow: Annotated[
-        list[str] | None, typer.Option(help="A class in the source's pickles to take as plain data.")
-    ] = None,
+def inspect(
+    where: Where, step: Step = None, tensors: Annotated[bool, typer.Option(help="Also list every tensor.")] = False
 ) -> None:
-    """Write a checkpoint of one tool as that of another.
-
-    Reads folders of Resilin, Hugging Face, torch.distributed.checkpoint and DeepSpeed (ZeRO 1 to 3, universal). Nothing
-    is dropped silently: what the target has no place for is named, and left out when told so.
+    """Tell what a checkpoint holds: parts, files, tensors and values; no tensor is read.
 
     \b
-    resilin checkpoint convert deepspeed-run/ checkpoints
-    resilin checkpoint convert deepspeed-run/ my-model --to huggingface --weights-only --files base-model
-    resilin checkpoint convert runs/chat/checkpoints for-torch --to dcp
+    resilin checkpoint inspect runs/shakespeare
+    resilin checkpoint inspect s3://bucket/run --step 200 --tensors
     """
-    import torch
+    from resilin.cli.inspect import print_facts
+    from resilin.run.look import at_checkpoint
 
-    from resilin.checkpoint.foreign.convert import Options
-    from resilin.checkpoint.foreign.convert import convert as carry_out
-    from resilin.checkpoint.foreign.formats import ReadOptions
-    from resilin.checkpoint.foreign.rules import load_rules
+    print_facts(at_checkpoint(where, step=step, tensors=tensors))
 
-    pairs = [one.partition("=") for one in tie or ()]
-    wrong = [name for name, equals, other in pairs if not (name and equals and other)]
-    if wrong:
-        raise UserError(f"--tie {wrong[0]!r}: expected NAME=OTHER")
-    options = Options(
-        source_format=source_format,
-        target_format=to,
-        weights_only=weights_only,
-        leave_out=leave_out or (),
-        ties={name: other for name, _, other in pairs},
-        dtype=None if dtype is None else getattr(torch, dtype),
-        files=files,
-        read=ReadOptions(None if rules is None else load_rules(rules), tuple(allow or ())),
+
+@app.command()
+def verify(
+    where: Where,
+    step: Step = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every checkpoint there, not the newest alone.")] = False,
+) -> None:
+    """Read every byte and name everything that is wrong, each with its file and tensor; exit code 1 if there is any.
+
+    \b
+    resilin checkpoint verify runs/shakespeare
+    resilin checkpoint verify runs/shakespeare --all
+    """
+    from resilin.checkpoint.inspect import find_checkpoint, list_checkpoints
+    from resilin.checkpoint.verify import damages
+
+    places = (
+        [line.path for line in list_checkpoints(where)] if everything else [find_checkpoint(where, step, whole=False)]
     )
-    _tell(source, target, carry_out(source, target, options))
+    found = 0
+    for place in places:
+        problems = list(damages(place))
+        found += len(problems)
+        typer.echo(f"{place}: {'every checksum agrees' if not problems else f'{len(problems)} damaged'}")
+        for problem in problems:
+            typer.secho(f"  {problem}", fg=typer.colors.RED)
+    if found:
+        raise typer.Exit(EXIT_FOUND)
 
 
-def _tell(source: Path, target: Path, report: Report) -> None:
-    from rich.console import Console
-    from rich.table import Table
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, a run, or a folder or URL of checkpoints.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    tolerance: Annotated[float, typer.Option(help="|a - b| that counts as equal; 0: bits must be equal.")] = 0.0,
+    part: Annotated[list[str] | None, typer.Option(help="Only this top-level key (model, optimizer, ...).")] = None,
+) -> None:
+    """Tell which tensors and values differ, by how much, and where; exit code 1 if any does.
 
-    typer.echo(f"{source}: {report.source} -> {target}: {report.target}")
-    table = Table(show_header=False, box=None)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    for kind, (count, size) in report.tensors.items():
-        table.add_row(kind, f"{count:,} {'tensor' if count == 1 else 'tensors'}", f"{size:,} bytes")
-    table.add_row("written", "", f"{report.written:,} bytes")
-    console = Console(highlight=False)
-    console.print(table)
-    for alias, name in report.ties.items():
-        typer.echo(f"tied: {alias} is {name}")
-    for one in report.left_out:
-        typer.echo(f"left out: {one.name} ({one.why})")
+    The two may have been saved by different numbers of processes in different layouts.
+
+    \b
+    resilin checkpoint diff runs/a runs/b --part model
+    resilin checkpoint diff runs/a/checkpoints/step-00000100 runs/a/checkpoints/step-00000200
+    """
+    from resilin.checkpoint.diff import differences
+    from resilin.checkpoint.inspect import find_checkpoint
+
+    count = 0
+    for difference in differences(find_checkpoint(first), find_checkpoint(second), tolerance=tolerance, parts=part):
+        typer.echo(str(difference))
+        count += 1
+    if count:
+        raise typer.Exit(EXIT_FOUND)
+    typer.echo("no difference")
+
+
+app.command()(convert)
+
+
+@app.command()
+def consolidate(
+    source: Where,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A folder or URL of checkpoints to write into.")],
+    step: Step = None,
+) -> None:
+    """Write what many processes saved as one would have: model.safetensors and so on, a tensor in memory at a time.
+
+    \b
+    resilin checkpoint consolidate runs/large whole
+    """
+    from resilin.checkpoint.consolidate import consolidate as write
+    from resilin.checkpoint.inspect import find_checkpoint
+
+    typer.echo(f"wrote {write(find_checkpoint(source, step), target).path}")
+
+
+@app.command()
+def prune(
+    where: Annotated[str, typer.Argument(metavar="WHERE", help="A run, or a folder or URL of checkpoints.")],
+    keep_last: Annotated[int, typer.Option(min=1, help="How many of the newest stay.")],
+    keep_every: Annotated[int, typer.Option(min=0, help="Steps divisible by this stay besides; 0: none.")] = 0,
+    dry_run: Annotated[bool, typer.Option(help="Only tell what would go.")] = False,
+) -> None:
+    """Remove old checkpoints; those that are damaged are not counted and stay.
+
+    \b
+    resilin checkpoint prune runs/shakespeare --keep-last 2 --keep-every 1000 --dry-run
+    """
+    from resilin.checkpoint.inspect import folder_of
+
+    folder = folder_of(where)
+    folder.keep_last, folder.keep_every = keep_last, keep_every
+    steps = folder.superfluous() if dry_run else folder.prune()
+    folder.close()
+    typer.echo(f"{'would remove' if dry_run else 'removed'}: {', '.join(map(str, steps)) or 'none'}")
