@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from resilin.checkpoint.errors import CheckpointError, DamagedError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.inspect import verify
-from resilin.checkpoint.read import load_checkpoint, verify_checkpoint
+from resilin.checkpoint.read import load_checkpoint
+from resilin.checkpoint.verify import verify_checkpoint
 
 Make = Callable[[int], dict[str, Any]]
 
@@ -124,22 +125,31 @@ def test_an_index_that_is_not_text_is_named(folder: CheckpointFolder, saved: Pat
 
 
 def test_a_newer_version_is_not_guessed_at(folder: CheckpointFolder, saved: Path) -> None:
-    edit_index(saved, lambda whole: whole.update(version=2))
-    with pytest.raises(CheckpointError, match=r"has version 2, and this Resilin reads version 1.*update Resilin"):
+    edit_index(saved, lambda whole: whole.update(version=3))
+    with pytest.raises(CheckpointError, match=r"has version 3, and this Resilin reads versions 1 to 2.*update Resilin"):
         folder.load(5)
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/b", "..", "", "a\\b", "x\0"])
 def test_an_index_cannot_lead_out_of_its_folder(folder: CheckpointFolder, saved: Path, name: str) -> None:
     def change(whole: dict[str, Any]) -> None:
-        content = whole["content"]
-        content["files"] = {name: content["files"]["model.safetensors"]}
-        for record in content["tensors"].values():
-            record["file"] = name
+        whole["content"]["files"][0]["name"] = name
 
     edit_index(saved, change)
     with pytest.raises(CheckpointError, match=r"not a plain name inside the checkpoint's folder"):
         folder.load(5)
+
+
+def norm(content: dict[str, Any]) -> dict[str, Any]:
+    return content["tensors"]["model/norm"]
+
+
+def piece(content: dict[str, Any]) -> list[Any]:
+    return norm(content)["pieces"][0]
+
+
+def resized(content: dict[str, Any], size: int) -> None:
+    norm(content)["shape"] = piece(content)[4] = [size]
 
 
 @pytest.mark.parametrize(
@@ -148,15 +158,25 @@ def test_an_index_cannot_lead_out_of_its_folder(folder: CheckpointFolder, saved:
         (lambda c: c.pop("files"), r"lacks what an index must have"),
         (lambda c: c.update(tensors=[]), r"lacks what an index must have"),
         (lambda c: c.update(tree=[]), r"its tree is not a dict"),
-        (lambda c: c["tensors"]["model/norm"].update(dtype="F99"), r"tensor 'model/norm' is F99"),
-        (lambda c: c["tensors"]["model/norm"].update(file="x.safetensors"), r"unknown here"),
-        (lambda c: c["tensors"]["model/norm"].update(shape=[6]), r"tensor 'norm' is BF16 \[5\], but the index says"),
-        (lambda c: c["tensors"]["model/norm"].update(name="nrom"), r"tensor 'nrom' is missing"),
+        (lambda c: c.update(block=10), r"checksums of blocks of 10 bytes"),
+        (lambda c: norm(c).update(dtype="F99"), r"tensor 'model/norm' is F99"),
+        (lambda c: piece(c).__setitem__(0, 7), r"tensor 'model/norm' lies in a file that is unknown here"),
+        (lambda c: piece(c).__setitem__(0, -1), r"tensor 'model/norm' lies in a file that is unknown here"),
+        (lambda c: piece(c).__setitem__(0, 1), r"optimizer.safetensors: tensor 'norm' is missing"),
+        (lambda c: piece(c).__setitem__(1, "nrom"), r"tensor 'nrom' is missing"),
+        (lambda c: piece(c).__setitem__(2, 64), r"tensor 'norm' begins at byte \d+, but the index says 64"),
+        (lambda c: piece(c).__setitem__(5, []), r"'model/norm' has 0 checksums for a piece of \[5\]"),
+        (lambda c: norm(c).update(shape=[4]), r"region \[0:5\] reaches outside a tensor of shape \[4\]"),
+        (lambda c: norm(c).update(shape=[6]), r"tensor 'model/norm' \[6\]: no place holds \[5:6\]"),
+        (lambda c: resized(c, 6), r"tensor 'norm' is BF16 \[5\], but the index says BF16 \[6\]"),
+        (lambda c: norm(c)["pieces"].clear(), r"tensor 'model/norm' \[5\]: no place holds \[0:5\]"),
+        (lambda c: norm(c)["pieces"].append(piece(c)), r"'model/norm' \[5\]: declared .* 1 times.*missing or doubled"),
         (lambda c: c["tensors"].pop("model/norm"), r"its tree names tensor 'model/norm', which it does not list"),
         (lambda c: c["tree"]["model"].update(norm={"$tensor": 3}), r"unknown mark '\$tensor'"),
         (lambda c: c["tree"].update(run={"$later": 1}), r"unknown mark '\$later'.*newer version"),
-        (lambda c: c["files"]["model.safetensors"].update(bytes=3), r"model.safetensors: has \d+ bytes, but 3"),
-        (lambda c: c["files"]["model.safetensors"].pop("bytes"), r"lacks what an index must have"),
+        (lambda c: c["files"][0].update(bytes=3), r"model.safetensors: has \d+ bytes, but 3"),
+        (lambda c: c["files"][0].pop("bytes"), r"lacks what an index must have"),
+        (lambda c: c["files"].append(c["files"][0]), r"names a file twice"),
     ],
 )
 def test_an_index_that_contradicts_the_files_is_refused(
@@ -175,7 +195,7 @@ def rewrite_header(file: Path, header: dict[str, Any] | bytes) -> None:
     new = len(raw).to_bytes(8, "little") + raw
     file.write_bytes(new + data[8 + length :])
     record = {"bytes": file.stat().st_size, "header_checksum": f"crc32:{zlib.crc32(new):08x}"}
-    edit_index(file.parent, lambda whole: whole["content"]["files"].update({file.name: record}))
+    edit_index(file.parent, lambda whole: whole["content"]["files"][0].update(record))
 
 
 ENTRY = {"dtype": "BF16", "shape": [5], "data_offsets": [0, 10]}

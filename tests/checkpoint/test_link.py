@@ -10,7 +10,7 @@ import torch
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.link import LINK_FROM
-from resilin.checkpoint.read import verify_checkpoint
+from resilin.checkpoint.verify import verify_checkpoint
 
 
 def tree(step: int) -> dict:

@@ -6,12 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.index import INDEX_NAME, Index
-from resilin.checkpoint.read import quick_check, verify_checkpoint
+from resilin.checkpoint.read import quick_check
+from resilin.checkpoint.storage import Location, as_location, folder_at
+from resilin.checkpoint.tensor_record import shape_in_file
 from resilin.checkpoint.tree import Json, escape
+from resilin.checkpoint.verify import verify_checkpoint
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class TensorLine:
         shape: of the whole tensor.
         bytes: of its data.
         shared: further places that hold this same tensor (tied weights).
+        pieces: that it lies in: more than one where several ranks wrote it.
     """
 
     name: str
@@ -31,6 +36,7 @@ class TensorLine:
     shape: tuple[int, ...]
     bytes: int
     shared: tuple[str, ...]
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Description:
     """A checkpoint without its tensors' values.
 
     Attributes:
-        path: its folder.
+        path: its folder, or URL.
         step: steps committed.
         bytes: of all its tensor files.
         saved_at: when it was completed, seconds since 1970.
@@ -66,7 +72,7 @@ class Description:
         values: every JSON value by its place in the tree; empty dicts and lists too.
     """
 
-    path: Path
+    path: Any
     step: int
     bytes: int
     saved_at: float
@@ -80,29 +86,37 @@ class CheckpointLine:
     """One checkpoint of a folder of them; `problem` says why it cannot be loaded, or is None."""
 
     step: int
-    path: Path
+    path: Any
     bytes: int
     problem: str | None
 
 
-def find_checkpoint(path: Path, step: int | None = None) -> Path:
-    """The folder of one checkpoint.
+def folder_of(path: Location) -> CheckpointFolder:
+    """The checkpoints of a run folder, or of a folder or URL of checkpoints."""
+    at = as_location(path)
+    inner = at / "checkpoints" if isinstance(at, Path) else None
+    return CheckpointFolder(inner if inner is not None and inner.is_dir() else at)
+
+
+def find_checkpoint(path: Location, step: int | None = None) -> Any:
+    """Where one checkpoint is: a path, or a URL.
 
     Args:
-        path: that folder itself, a folder of checkpoints, or a run folder.
+        path: that folder itself, a folder of checkpoints, or a run folder; or the URL of one of these.
         step: which of several; None: the newest that is whole.
 
     Raises:
         CheckpointError: when there is none, naming those there are.
     """
-    if (path / INDEX_NAME).exists() and step is None:
+    path = as_location(path)
+    if step is None and INDEX_NAME in folder_at(path).names():
         return path
-    inner = path / "checkpoints"
-    folder = CheckpointFolder(inner if inner.is_dir() else path)
+    folder = folder_of(path)
     if step is None:
         step = folder.latest()
         if step is None:
-            why = "there is no checkpoint that can be loaded" if path.exists() else "no such folder"
+            there = not isinstance(path, Path) or path.exists()
+            why = "there is no checkpoint that can be loaded" if there else "no such folder"
             raise CheckpointError(f"{path}: {why}")
     elif step not in folder.steps():
         have = ", ".join(map(str, folder.steps())) or "none"
@@ -111,16 +125,15 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     return folder.step_path(step)
 
 
-def list_checkpoints(path: Path) -> list[CheckpointLine]:
+def list_checkpoints(path: Location) -> list[CheckpointLine]:
     """Every checkpoint of a run folder or a folder of checkpoints, ascending, damaged ones with the reason."""
-    inner = path / "checkpoints"
-    folder = CheckpointFolder(inner if inner.is_dir() else path)
+    folder = folder_of(path)
     damaged = folder.damaged()
     lines = []
     for step in sorted({*folder.steps(), *damaged}):
         at = folder.step_path(step)
-        size = sum(file.stat().st_size for file in at.iterdir() if file.is_file())
-        lines.append(CheckpointLine(step, at, size, damaged.get(step)))
+        files = folder_at(at)
+        lines.append(CheckpointLine(step, at, sum(map(files.size, files.names())), damaged.get(step)))
     return lines
 
 
@@ -141,7 +154,7 @@ def _leaves(node: Json, path: tuple[str, ...]) -> Iterator[tuple[str, str | None
         yield where, None, node
 
 
-def _describe(path: Path, index: Index) -> Description:
+def _describe(path: Any, index: Index) -> Description:
     places: dict[str, list[str]] = {name: [] for name in index.tensors}
     values: dict[str, Json] = {}
     for where, tensor, value in _leaves(index.tree, ()):
@@ -150,7 +163,14 @@ def _describe(path: Path, index: Index) -> Description:
         elif tensor in places:
             places[tensor].append(where)
     tensors = tuple(
-        TensorLine(name, record.dtype, record.shape, record.bytes, tuple(p for p in places[name] if p != name))
+        TensorLine(
+            name,
+            record.dtype,
+            shape_in_file(record.dtype, record.shape),
+            record.bytes,
+            tuple(place for place in places[name] if place != name),
+            len(record),
+        )
         for name, record in index.tensors.items()
     )
     parts = []
@@ -160,11 +180,11 @@ def _describe(path: Path, index: Index) -> Description:
         count = sum(1 for where in values if where == escape(name) or where.startswith(escape(name) + "/"))
         numbers = sum(math.prod(line.shape) for line in inside)
         parts.append(PartLine(name, len(inside), numbers, sum(line.bytes for line in inside), count))
-    saved_at = (path / INDEX_NAME).stat().st_mtime
+    saved_at = folder_at(path).modified(INDEX_NAME)
     return Description(path, index.step, index.bytes, saved_at, tuple(parts), tensors, values)
 
 
-def describe(path: Path, step: int | None = None) -> Description:
+def describe(path: Location, step: int | None = None) -> Description:
     """What is in a checkpoint: parts, tensors, values; no tensor is read.
 
     Args:
@@ -175,10 +195,10 @@ def describe(path: Path, step: int | None = None) -> Description:
         CheckpointError: when there is none, or it is not whole.
     """
     at = find_checkpoint(path, step)
-    return _describe(at, quick_check(at))
+    return _describe(at, quick_check(folder_at(at)))
 
 
-def verify(path: Path, step: int | None = None) -> Description:
+def verify(path: Location, step: int | None = None) -> Description:
     """Read every byte of a checkpoint and compare every checksum.
 
     Returns:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from resilin.checkpoint.storage import Location
 from resilin.nouns import State
 
 
@@ -18,14 +18,14 @@ class SavedCheckpoint:
 
     Attributes:
         step: steps committed in it.
-        path: its folder.
+        path: its folder, or URL.
         bytes: its size.
         seconds: how long saving took.
         pruned: steps whose checkpoints were removed afterwards.
     """
 
     step: int
-    path: Path
+    path: Location
     bytes: int
     seconds: float
     pruned: tuple[int, ...]

@@ -1,49 +1,37 @@
-"""Writing safetensors files in a stream, with a checksum of every byte."""
+"""Writing safetensors files in a stream, with checksums of every byte."""
 
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resilin.checkpoint.atomic import new_file, write_all
-from resilin.checkpoint.errors import CheckpointError
-from resilin.checkpoint.tensor_record import DTYPE_NAMES, FileRecord, TensorRecord, checksum_text
+from resilin.checkpoint.share import Piece
+from resilin.checkpoint.storage import Folder
+from resilin.checkpoint.tensor_record import DTYPE_NAMES, FileRecord, block_checksums, checksum_text, shape_in_file
 
 _WRITE_BYTES = 8 << 20
 _SYNC_BYTES = 64 << 20
 _THREAD_BYTES = 1 << 20  # below this a checksum costs less than handing it to a thread
 
 
-def check_tensor(where: str, tensor: Tensor) -> None:
-    """Refuse a tensor whose elements safetensors cannot hold, before anything is written.
+@dataclass(frozen=True)
+class Written:
+    """One piece as it lies in its file.
 
-    Raises:
-        CheckpointError: naming the tensor and what to do.
+    Attributes:
+        begin: its first byte in the file.
+        checksums: of its blocks.
     """
-    reason = None
-    if tensor.is_meta:
-        reason = "it is on the meta device and has no values; initialise the model first"
-    elif tensor.layout != torch.strided or tensor.is_quantized:
-        reason = f"its layout is {tensor.layout} (quantized: {tensor.is_quantized}); save its parts as plain tensors"
-    elif type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        reason = f"it is a {type(tensor).__module__}.{type(tensor).__name__}; save the plain tensors it is made of"
-    elif tensor.dtype not in DTYPE_NAMES or (tensor.dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0):
-        reason = f"safetensors cannot hold {tensor.dtype} of this shape; save a view of it, such as view(torch.uint8)"
-    if reason:
-        raise CheckpointError(f"tensor {where!r} cannot be saved: {reason}")
 
-
-def _shape_in_file(tensor: Tensor) -> list[int]:
-    shape = list(tensor.shape)
-    return [*shape[:-1], shape[-1] * 2] if DTYPE_NAMES[tensor.dtype] == "F4" else shape
+    begin: int
+    checksums: tuple[int, ...]
 
 
 def host_bytes(tensor: Tensor) -> memoryview:
@@ -53,75 +41,71 @@ def host_bytes(tensor: Tensor) -> memoryview:
     if plain.element_size() == 1:
         plain = plain.view(torch.uint8)  # the narrowest types can do little but be viewed
     plain = plain.to("cpu").contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+    # As one row: a tensor of one element is contiguous whatever its stride.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
-def tensor_header(tensors: Mapping[str, Tensor]) -> bytes:
-    """What a file of these tensors, in this order, begins with."""
+def in_order(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+    """Large elements first, so that each piece is aligned to its elements without gaps; then by name."""
+    return dict(sorted(pieces.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+
+
+def tensor_header(ordered: Mapping[str, Piece]) -> bytes:
+    """What a file of these pieces, in this order, begins with."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": _shape_in_file(tensor),
-            "data_offsets": [offset, end],
-        }
+    for name, piece in ordered.items():
+        dtype, end = DTYPE_NAMES[piece.dtype], offset + piece.bytes
+        shape = list(shape_in_file(dtype, piece.region.sizes))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-(8 + len(raw)) % 64)  # the data begins at a multiple of 64 bytes
     return len(raw).to_bytes(8, "little") + raw
 
 
-def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Large elements first, so that each tensor's data is aligned to its elements without gaps."""
-    return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-
-
 def write_tensor_file(
-    path: Path, tensors: Mapping[str, Tensor], pool: ThreadPoolExecutor
-) -> tuple[FileRecord, dict[str, TensorRecord]]:
-    """Write a new safetensors file and bring it to disk.
+    folder: Folder, file: str, pieces: Mapping[str, Piece], pool: ThreadPoolExecutor
+) -> tuple[FileRecord, dict[str, Written]]:
+    """Write a new safetensors file and bring it to disk. One piece is in memory at a time, where it is not already.
 
     Args:
-        path: must not exist.
-        tensors: by their name in the file; checked with `check_tensor` before.
+        folder: where; it must not have the file.
+        file: its name.
+        pieces: by their name in the file.
         pool: threads for checksums and early syncing; two are enough.
 
     Returns:
-        The file's record and each tensor's, by name.
+        The file's record, and where each piece lies.
 
     Raises:
         OSError: whatever the system says; the unfinished file is left behind.
     """
-    ordered = in_order(tensors)
+    ordered = in_order(pieces)
     header = tensor_header(ordered)
-    sums: dict[str, int | Future[int]] = {}
+    written: dict[str, Written] = {}
     syncs: list[Future[None]] = []
-    unsynced = total = 0
-    with new_file(path) as handle:
+    unsynced, total = 0, len(header)
+    with folder.create(file) as sink:
         try:
-            write_all(handle, header)
-            total = len(header)
-            for name, tensor in ordered.items():
-                data = host_bytes(tensor)
-                sums[name] = pool.submit(zlib.crc32, data) if len(data) > _THREAD_BYTES else zlib.crc32(data)
+            sink.write(header)
+            for name, piece in ordered.items():
+                data = host_bytes(piece.read())
+                if len(data) != piece.bytes:
+                    raise ValueError(f"tensor {piece.tensor!r}: {len(data)} bytes came for {piece.region}")
+                sums = pool.submit(block_checksums, data) if len(data) > _THREAD_BYTES else None
                 for start in range(0, len(data), _WRITE_BYTES):
-                    piece = data[start : start + _WRITE_BYTES]
-                    write_all(handle, piece)
-                    unsynced += len(piece)
+                    part = data[start : start + _WRITE_BYTES]
+                    sink.write(part)
+                    unsynced += len(part)
                     if unsynced >= _SYNC_BYTES and all(sync.done() for sync in syncs):
                         # Keeps the disk busy from the start: 0.5 GiB is then on disk about a third sooner.
-                        syncs.append(pool.submit(os.fsync, handle))
+                        syncs.append(pool.submit(sink.sync))
                         unsynced = 0
+                # Waited for here, so that no more than this piece is held.
+                written[name] = Written(total, block_checksums(data) if sums is None else sums.result())
                 total += len(data)
         finally:
             for sync in syncs:
                 sync.result()
-    records = {}
-    for name, tensor in ordered.items():
-        value = sums[name]
-        checksum = checksum_text(value if isinstance(value, int) else value.result())
-        shape = tuple(_shape_in_file(tensor))
-        records[name] = TensorRecord(path.name, name, DTYPE_NAMES[tensor.dtype], shape, checksum)
-    return FileRecord(total, checksum_text(zlib.crc32(header))), records
+    return FileRecord(file, total, checksum_text(zlib.crc32(header))), written

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from resilin.checkpoint.errors import CheckpointError
@@ -32,6 +33,21 @@ def escape(key: str) -> str:
     return _SURROGATE.sub(lambda match: f"~u{ord(match[0]):04x}", key)
 
 
+@dataclass(frozen=True, eq=False)
+class Deferred:
+    """A tensor that is read or computed when it is its turn to be written, so that a state need not be in memory.
+
+    Attributes:
+        dtype: of its elements.
+        shape: of it.
+        read: gives it; asked once for each save.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
 @dataclass
 class TakenApart:
     """A tree without its tensors, and the tensors by name.
@@ -39,16 +55,20 @@ class TakenApart:
     Attributes:
         json: the tree as strict JSON.
         tensors: each stored tensor once, by the name of its first place in the tree.
-        parts: the (escaped) top-level key under which each of them was found.
     """
 
     json: Json = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    parts: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, Tensor | Deferred] = field(default_factory=dict)
 
 
-def _same_memory(tensor: Tensor) -> tuple[object, ...] | None:
+def _same_memory(tensor: Tensor | Deferred) -> object:
     """Equal for two tensors that show the same elements of the same memory in the same way: tied weights."""
+    if isinstance(tensor, Deferred):
+        return id(tensor)
+    if hasattr(tensor, "to_local"):  # a DTensor: shards of equal memory, empty ones too
+        local = tensor.to_local()
+        memory = local.untyped_storage()._cdata, local.storage_offset(), tuple(local.shape), local.stride()
+        return *memory, tensor.dtype, tuple(tensor.shape)
     if tensor.numel() == 0 or tensor.is_meta or tensor.is_sparse:
         return None
     device = str(tensor.device)
@@ -89,10 +109,14 @@ def _leaf(value: Any, where: str) -> Json:
     raise _refuse(where, value)
 
 
-def take_apart(tree: Mapping[str, Any]) -> TakenApart:
+def take_apart(tree: Mapping[str, Any], separate: Collection[str] = ()) -> TakenApart:
     """Separate the tensors of a tree from the rest.
 
     Tensors that are the same view of the same memory (tied weights, a parameter listed twice) are kept once.
+
+    Args:
+        tree: dicts with text keys and lists; at its leaves tensors, `Deferred` ones too, and JSON values.
+        separate: names of tensors that are kept as their own, whatever memory they lie in.
 
     Raises:
         CheckpointError: for a value or key that would not come back as it is, naming its place.
@@ -102,14 +126,11 @@ def take_apart(tree: Mapping[str, Any]) -> TakenApart:
 
     def visit(node: Any, path: tuple[str, ...]) -> Json:
         where = "/".join(path)
-        if isinstance(node, Tensor):
+        if isinstance(node, Tensor | Deferred):
             same = _same_memory(node)
-            name = seen.get(same, where) if same is not None else where
+            name = where if same is None or where in separate else seen.setdefault(same, where)
             if name == where:
                 result.tensors[name] = node
-                result.parts[name] = path[0]
-                if same is not None:
-                    seen[same] = name
             return {"$tensor": name}
         if isinstance(node, Mapping):
             out: dict[str, Any] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
+from resilin.checkpoint.storage import Location
 from resilin.keys import Keys
 from resilin.nouns import Batch, Objective, Optimizer, Source, State, StepView
 from resilin.run.events import (
@@ -56,7 +56,7 @@ class Outcome:
     reason: Reason
     step: int
     metrics: dict[str, float]
-    checkpoint: Path | None
+    checkpoint: Location | None
     message: str = ""
 
 
@@ -89,7 +89,7 @@ class Run:
     skipped: int = 0
     samples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    _saved: Path | None = None
+    _saved: Location | None = None
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -289,7 +289,7 @@ class Run:
             raise ValueError(f"the checkpoint was trained with seed {progress['seed']}, this run has seed {self.seed}")
         self.step, self.skipped, self.samples = progress["step"], progress["skipped"], progress["samples"]
 
-    def save(self) -> Path:
+    def save(self) -> Location:
         """Write a checkpoint of the committed state.
 
         Raises:

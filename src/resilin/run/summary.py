@@ -29,7 +29,7 @@ def summary(path: Path, outcome: Outcome) -> Table:
         ("checkpoint", outcome.checkpoint),
         ("tokenizer", folder.tokenizer),
     ):
-        if at is not None and at.exists():
+        if at is not None and (isinstance(at, str) or at.exists()):  # the text is a URL
             table.add_row(name, str(at))
     if outcome.reason == "completed":
         table.add_row("try next", folder.writes)

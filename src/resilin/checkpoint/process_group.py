@@ -1,0 +1,65 @@
+"""The ranks of a torch.distributed process group saving together."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from resilin.checkpoint.errors import CheckpointError
+
+
+class ProcessGroup:
+    """A `Coordinator` over a gloo group. Messages are JSON: nothing is pickled.
+
+    Args:
+        group: of its own, `dist.new_group(backend="gloo")`: an asynchronous save uses it from another thread, and must
+            not meet the messages of the training.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self._lead = dist.get_global_rank(group, 0)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Lengths first, then the texts, padded to the longest."""
+        raw = json.dumps(value).encode()
+        try:
+            length = torch.tensor([len(raw)])
+            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+            dist.all_gather(lengths, length, group=self._group)
+            longest = max(int(one) for one in lengths)
+            mine = torch.zeros(longest, dtype=torch.uint8)
+            mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+            all_of_them = [torch.empty_like(mine) for _ in range(self.world)] if self.rank == 0 else None
+            dist.gather(mine, all_of_them, dst=self._lead, group=self._group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        if all_of_them is None:
+            return None
+        return [
+            json.loads(text[: int(count)].numpy().tobytes()) for text, count in zip(all_of_them, lengths, strict=True)
+        ]
+
+    def broadcast(self, value: Any) -> Any:
+        """The length first, then the text."""
+        raw = json.dumps(value).encode() if self.rank == 0 else b""
+        try:
+            length = torch.tensor([len(raw)])
+            dist.broadcast(length, self._lead, group=self._group)
+            text = torch.empty(int(length), dtype=torch.uint8)
+            if self.rank == 0:
+                text.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+            dist.broadcast(text, self._lead, group=self._group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return json.loads(text.numpy().tobytes())
+
+    def _lost(self, error: RuntimeError) -> CheckpointError:
+        return CheckpointError(
+            f"rank {self.rank}: the ranks that save this checkpoint lost each other ({error}); nothing was committed, "
+            "and the checkpoints before it are still good"
+        )
