@@ -68,3 +68,19 @@ def folder(tmp_path: Path) -> Any:
     made = CheckpointFolder(tmp_path / "checkpoints")
     yield made
     made.close()
+
+
+@pytest.fixture
+def in_a_child() -> Callable[[Callable[[], None]], int]:
+    """Run something in a forked process; gives what waitpid says."""
+
+    def run(work: Callable[[], None]) -> int:
+        child = os.fork()
+        if child == 0:
+            try:
+                work()
+            finally:
+                os._exit(0)
+        return os.waitpid(child, 0)[1]
+
+    return run

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import Fault, fail
 
 from resilin.checkpoint.atomic import write_file
 from resilin.checkpoint.errors import CheckpointError
@@ -20,36 +21,6 @@ from resilin.checkpoint.folder import CheckpointFolder
 
 Make = Callable[[int], dict[str, Any]]
 Same = Callable[[Any, Any], bool]
-
-
-CALLS = ("open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir")
-
-
-class Fault:
-    """Counts the calls that change a disk and does something at the n-th."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, at: int | None, act: Callable[[], None]) -> None:
-        self.count = 0
-        self.log: list[str] = []
-        for name in CALLS:
-            patch.setattr(os, name, self._wrapped(name, getattr(os, name), at, act))
-
-    def _wrapped(self, name: str, real: Any, at: int | None, act: Callable[[], None]) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            number, self.count = self.count, self.count + 1
-            self.log.append(name)
-            if number == at:
-                act()
-            return real(*args, **kwargs)
-
-        return call
-
-
-def fail(number: int) -> Callable[[], None]:
-    def act() -> None:
-        raise OSError(number, os.strerror(number))
-
-    return act
 
 
 def leftovers(folder: CheckpointFolder) -> list[str]:
@@ -102,22 +73,6 @@ def test_any_failing_call_leaves_earlier_checkpoints_good(
         assert same_bits(folder.load(4), state(4))
         folder.close()
     assert outcomes == {"saved", "refused"}  # some calls only tidy up: failing there loses nothing
-
-
-@pytest.fixture
-def in_a_child() -> Callable[[Callable[[], None]], int]:
-    """Run something in a forked process; gives what waitpid says."""
-
-    def run(work: Callable[[], None]) -> int:
-        child = os.fork()
-        if child == 0:
-            try:
-                work()
-            finally:
-                os._exit(0)
-        return os.waitpid(child, 0)[1]
-
-    return run
 
 
 @pytest.mark.parametrize("step", [3, 2], ids=["a new step", "the same step again"])

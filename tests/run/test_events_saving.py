@@ -77,6 +77,44 @@ def test_a_disk_that_fills_up_is_told_and_the_run_goes_on_from_what_was_saved(
     assert (failure.kind, failure.step) == ("save", 4)
     run, outcome = start_run(settings, at, resume=True)
     assert (outcome.reason, run.step) == ("completed", 4)
-    assert [event.event for event in read_events(at) if event.event != "failure"] == [
-        "start", "step", "step", "save", "start", "step", "step", "save", "end",
-    ]  # fmt: skip
+    told = [event.event for event in read_events(at) if event.event not in ("failure", "stage")]
+    assert told == ["start", "step", "step", "save", "start", "step", "step", "save", "end"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_in_the_background_is_told_when_it_is_safe(
+    settings: RunSettings, tmp_path: Path, asynchronous: bool
+) -> None:
+    checkpoint = settings.checkpoint.model_copy(update={"asynchronous": asynchronous})
+    seen: list[tuple[str, int]] = []
+
+    def listen(event: Any) -> None:
+        if event.event in ("stage", "save"):
+            seen.append((event.event, event.step))
+        if event.event == "save":
+            assert event.step in CheckpointFolder(tmp_path / "run" / "checkpoints").steps()
+        if event.event == "end":  # nothing is under way any more
+            assert CheckpointFolder(tmp_path / "run" / "checkpoints").latest() == 4
+
+    start_run(settings.model_copy(update={"checkpoint": checkpoint}), tmp_path / "run", extra_listeners=(listen,))
+    assert [pair for pair in seen if pair[0] == "save"] == [("save", 2), ("save", 4)]
+    assert [pair for pair in seen if pair[0] == "stage"] == ([("stage", 2), ("stage", 4)] if asynchronous else [])
+
+
+def test_checkpoints_may_be_kept_elsewhere_and_a_resumed_run_finds_them(settings: RunSettings, tmp_path: Path) -> None:
+    elsewhere = settings.checkpoint.model_copy(update={"path": "memory://a-bucket/run"})
+    there = settings.model_copy(update={"checkpoint": elsewhere})
+    start_run(there, tmp_path / "run")
+    assert CheckpointFolder("memory://a-bucket/run").steps() == [2, 4]
+    assert CheckpointFolder(tmp_path / "run" / "checkpoints").steps() == []
+    longer = there.model_copy(update={"train": there.train.model_copy(update={"steps": 6})})
+    run, _ = start_run(longer, tmp_path / "run", resume=True, accept_changes=True)
+    assert run.started is not None
+    assert CheckpointFolder("memory://a-bucket/run").latest() == run.step == 6
+    back = longer.model_copy(update={"checkpoint": settings.checkpoint})  # the place is changed: the old one is read
+    steps: list[int] = []
+    run, _ = start_run(
+        back, tmp_path / "run", resume=True, extra_listeners=(lambda event: steps.append(getattr(event, "step", 6)),)
+    )
+    assert min(steps) == 6
+    assert CheckpointFolder(tmp_path / "run" / "checkpoints").steps() == [6]

@@ -367,13 +367,18 @@ class CheckpointFolder:
         """Remove what `keep_last` and `keep_every` do not keep.
 
         Args:
-            newest: the step that was saved last; None: the largest.
+            newest: the step that was just saved; None: none was, and damaged checkpoints are left alone.
 
         Returns:
             The steps removed.
         """
         self.lock()
-        return self._remove(superfluous(self._names(), self.keep_last, self.keep_every, newest))
+        return self._remove(self.superfluous(newest))
+
+    def superfluous(self, newest: int | None = None) -> list[int]:
+        """What `prune` would remove. Damaged ones count only after a save, whose result is known to be whole."""
+        steps = self.steps() if newest is None else self._names()
+        return superfluous(steps, self.keep_last, self.keep_every, newest)
 
     def _remove(self, steps: Collection[int]) -> tuple[int, ...]:
         removed = []

@@ -66,6 +66,7 @@ class Description:
         path: its folder, or URL.
         step: steps committed.
         bytes: of all its tensor files.
+        files: how many these are.
         saved_at: when it was completed, seconds since 1970.
         parts: by top-level key.
         tensors: every stored tensor.
@@ -75,6 +76,7 @@ class Description:
     path: Any
     step: int
     bytes: int
+    files: int
     saved_at: float
     parts: tuple[PartLine, ...]
     tensors: tuple[TensorLine, ...]
@@ -98,12 +100,13 @@ def folder_of(path: Location) -> CheckpointFolder:
     return CheckpointFolder(inner if inner is not None and inner.is_dir() else at)
 
 
-def find_checkpoint(path: Location, step: int | None = None) -> Any:
+def find_checkpoint(path: Location, step: int | None = None, *, whole: bool = True) -> Any:
     """Where one checkpoint is: a path, or a URL.
 
     Args:
         path: that folder itself, a folder of checkpoints, or a run folder; or the URL of one of these.
         step: which of several; None: the newest that is whole.
+        whole: whether a step that is asked for must be whole.
 
     Raises:
         CheckpointError: when there is none, naming those there are.
@@ -118,7 +121,7 @@ def find_checkpoint(path: Location, step: int | None = None) -> Any:
             there = not isinstance(path, Path) or path.exists()
             why = "there is no checkpoint that can be loaded" if there else "no such folder"
             raise CheckpointError(f"{path}: {why}")
-    elif step not in folder.steps():
+    elif step not in folder.steps() and (whole or step not in folder.damaged()):
         have = ", ".join(map(str, folder.steps())) or "none"
         why = folder.damaged().get(step, f"steps here: {have}")
         raise CheckpointError(f"{folder.path}: there is no checkpoint of step {step} that can be loaded; {why}")
@@ -137,7 +140,7 @@ def list_checkpoints(path: Location) -> list[CheckpointLine]:
     return lines
 
 
-def _leaves(node: Json, path: tuple[str, ...]) -> Iterator[tuple[str, str | None, Json]]:
+def leaves(node: Json, path: tuple[str, ...]) -> Iterator[tuple[str, str | None, Json]]:
     """Place, the name of the tensor there (or None), and the value."""
     where = "/".join(path)
     if isinstance(node, dict) and len(node) == 1 and "$tensor" in node:
@@ -146,10 +149,10 @@ def _leaves(node: Json, path: tuple[str, ...]) -> Iterator[tuple[str, str | None
         yield where, None, str(node["$float"])
     elif isinstance(node, dict) and node:
         for key, item in node.items():
-            yield from _leaves(item, (*path, escape(key[1:] if key.startswith("$") else key)))
+            yield from leaves(item, (*path, escape(key[1:] if key.startswith("$") else key)))
     elif isinstance(node, list) and node:
         for number, item in enumerate(node):
-            yield from _leaves(item, (*path, str(number)))
+            yield from leaves(item, (*path, str(number)))
     else:
         yield where, None, node
 
@@ -157,7 +160,7 @@ def _leaves(node: Json, path: tuple[str, ...]) -> Iterator[tuple[str, str | None
 def _describe(path: Any, index: Index) -> Description:
     places: dict[str, list[str]] = {name: [] for name in index.tensors}
     values: dict[str, Json] = {}
-    for where, tensor, value in _leaves(index.tree, ()):
+    for where, tensor, value in leaves(index.tree, ()):
         if tensor is None:
             values[where] = value
         elif tensor in places:
@@ -181,7 +184,7 @@ def _describe(path: Any, index: Index) -> Description:
         numbers = sum(math.prod(line.shape) for line in inside)
         parts.append(PartLine(name, len(inside), numbers, sum(line.bytes for line in inside), count))
     saved_at = folder_at(path).modified(INDEX_NAME)
-    return Description(path, index.step, index.bytes, saved_at, tuple(parts), tensors, values)
+    return Description(path, index.step, index.bytes, len(index.files), saved_at, tuple(parts), tensors, values)
 
 
 def describe(path: Location, step: int | None = None) -> Description:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from resilin.checkpoint.storage import Folder
 
 T = TypeVar("T")
-_INDEX = "index.json"
+_INDEX, _COPY = "index.json", "index.copy.json"
 _READ_BYTES = 32 << 20
 _SUFFIX = re.compile(r"~r(\d+)\.safetensors")
 
@@ -200,12 +200,14 @@ class ObjectRoot:
 
     def _drop_unlisted(self, name: str) -> None:
         folder = self.at(name)
-        kept = {_INDEX, "index.copy.json"}
+        kept = {_INDEX, _COPY}
         names = folder.names()
         if _INDEX in names:
             try:
                 content = json.loads(folder.read(_INDEX))["content"]["files"]
                 kept |= {entry["name"] for entry in content} if isinstance(content, list) else set(content)
+                if _COPY in names and folder.read(_COPY) != folder.read(_INDEX):  # of a replacement that failed
+                    folder.write(_COPY, folder.read(_INDEX))
             except (ValueError, KeyError, TypeError):
                 return  # damaged: then nothing is known to be superfluous
         else:

@@ -37,7 +37,7 @@ def inspect(
     file, overrides = split_settings(arguments)
     if file is None:
         raise UserError("inspect needs something to look at: a settings file, a folder, or a .gguf file")
-    _print(facts_of(file, overrides, verify=verify, stage=stage))
+    print_facts(facts_of(file, overrides, verify=verify, stage=stage))
 
 
 def facts_of(
@@ -60,7 +60,8 @@ def facts_of(
     return look.at_path(path, verify=verify)
 
 
-def _print(facts: dict[str, list[tuple[str, str]]]) -> None:
+def print_facts(facts: dict[str, list[tuple[str, str]]]) -> None:
+    """Show facts as a table: group, name, text."""
     from rich.console import Console
     from rich.table import Table
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from resilin import __version__
-from resilin.cli import adapter, bench, data, layout, recipes
+from resilin.cli import adapter, bench, checkpoint, data, layout, recipes
 from resilin.cli.evaluate import evaluate
 from resilin.cli.export import export
 from resilin.cli.generate import generate
@@ -57,6 +57,7 @@ app.command(rich_help_panel=TRAINING)(inspect)
 app.command(rich_help_panel=USING)(evaluate)
 app.command(rich_help_panel=USING)(generate)
 app.command(rich_help_panel=USING)(export)
+app.add_typer(checkpoint.app, name="checkpoint", rich_help_panel=TRAINING)
 app.add_typer(adapter.app, name="adapter", rich_help_panel=USING)
 app.add_typer(data.app, name="data", rich_help_panel=METHODS)
 app.command(rich_help_panel=METHODS)(plan)

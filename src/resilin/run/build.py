@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from resilin.checkpoint.background import BackgroundSaves
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.config import UserError
 from resilin.data.settings import SourceContext
@@ -143,12 +144,15 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     compiled = compile_model(model, settings.precision.compile, settings.precision.compile_mode)
     objective = settings.objective.build(context)
     unit = getattr(objective, "unit", "tokens")
-    store, pace = None, pace_of(settings)
+    store, saves, pace = None, None, pace_of(settings)
     if folder is None:
         pace = replace(pace, save_every=0)
     else:
         keep = settings.checkpoint
-        store = CheckpointFolder(folder.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
+        store = CheckpointFolder(
+            folder.checkpoints_of(settings), keep.keep_last, keep.keep_every, second_copy=keep.second_copy
+        )
+        saves = BackgroundSaves(store) if keep.asynchronous else None
     started = RunStarted(
         folder=str(folder.path) if folder is not None else "",
         settings=tree,
@@ -170,6 +174,7 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
         device=device,
         autocast=precision.autocast,
         checkpoints=store,
+        saves=saves,
         validation=sources.validation,
         listeners=listeners,
         started=started,

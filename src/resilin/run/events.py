@@ -113,14 +113,29 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Staged(Event):
+    """A state was copied and is being written in the background; `Saved` says when it is safe.
+
+    Attributes:
+        step: steps committed in it.
+        seconds: how long the run waited: for the copy, and for the save before it where that was still under way.
+    """
+
+    event: ClassVar[str] = "stage"
+
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Saved(Event):
     """A checkpoint is complete on disk.
 
     Attributes:
         step: steps committed in it.
-        path: its folder.
+        path: its folder, or URL.
         bytes: its size.
-        seconds: how long the run waited for it.
+        seconds: how long writing took; where it was `Staged` before, the run did not wait for it.
         pruned: older steps whose checkpoints were removed afterwards.
     """
 
@@ -190,7 +205,7 @@ class RunEnded(Event):
 Listener = Callable[[Event], None]
 """Receives every event in order, in the process that trains; slow work belongs elsewhere."""
 
-KINDS: tuple[type[Event], ...] = (RunStarted, StepDone, Evaluated, Saved, Failure, Interrupted, RunEnded)
+KINDS: tuple[type[Event], ...] = (RunStarted, StepDone, Evaluated, Staged, Saved, Failure, Interrupted, RunEnded)
 """The events Resilin itself raises."""
 
 

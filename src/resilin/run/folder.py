@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resilin.checkpoint.storage import Location, as_location
 from resilin.config import UserError, load_settings, settings_to_toml
 from resilin.run.settings import RunSettings
 
@@ -73,8 +74,13 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """One folder a saved step."""
+        """One folder a saved step, unless the settings name another place."""
         return self.path / "checkpoints"
+
+    def checkpoints_of(self, settings: RunSettings | None = None) -> Location:
+        """Where checkpoints are: there, or where the settings (None: those stored here) say."""
+        settings = self.settings() if settings is None and self.holds_run() else settings
+        return as_location(settings.checkpoint.path) if settings and settings.checkpoint.path else self.checkpoints
 
     @property
     def tokenizer(self) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from resilin.checkpoint.inspect import TensorLine
+from resilin.checkpoint.storage import Location
 from resilin.config import UserError
 from resilin.run.settings import RunSettings
 
@@ -60,11 +62,18 @@ def _in_words(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def at_checkpoint(path: Path, *, verify: bool) -> Facts:
-    """A checkpoint's parts, and its largest tensors."""
+def at_checkpoint(path: Location, *, verify: bool = False, step: int | None = None, tensors: bool = False) -> Facts:
+    """A checkpoint's parts, and its largest tensors.
+
+    Args:
+        path: a checkpoint, a run, or a folder or URL of checkpoints.
+        verify: read every byte and compare checksums.
+        step: which of several; None: the newest.
+        tensors: list every tensor and value.
+    """
     from resilin.checkpoint import inspect
 
-    found = inspect.verify(path) if verify else inspect.describe(path)
+    found = inspect.verify(path, step) if verify else inspect.describe(path, step)
     parts = [
         (
             part.name,
@@ -72,19 +81,27 @@ def at_checkpoint(path: Path, *, verify: bool) -> Facts:
         )
         for part in found.parts
     ]
-    largest = sorted(found.tensors, key=lambda line: -line.bytes)[:8]
-    return {
+    shown = found.tensors if tensors else sorted(found.tensors, key=lambda line: -line.bytes)[:8]
+    whole = "every checksum agrees" if verify else "index and file sizes agree (verify reads everything)"
+    facts: Facts = {
         "checkpoint": [
+            ("where", str(found.path)),
             ("step", f"{found.step:,}"),
-            ("size", f"{found.bytes / 2**20:.1f} MiB"),
-            (
-                "whole",
-                "every checksum agrees" if verify else "index and file sizes agree (--verify reads everything)",
-            ),
+            ("size", f"{found.bytes / 2**20:.1f} MiB in {found.files} files"),
+            ("whole", whole),
         ],
         "parts": parts,
-        "largest": [(line.name, f"{line.dtype} {list(line.shape)}") for line in largest],
+        "tensors" if tensors else "largest": [(line.name, _tensor_in_words(line)) for line in shown],
     }
+    if tensors:
+        facts["values"] = [(name, str(value)) for name, value in found.values.items()]
+    return facts
+
+
+def _tensor_in_words(line: TensorLine) -> str:
+    pieces = f" in {line.pieces} pieces" if line.pieces > 1 else ""
+    tied = f", the same as {', '.join(line.shared)}" if line.shared else ""
+    return f"{line.dtype} {list(line.shape)}{pieces}{tied}"
 
 
 def at_model(path: Path) -> Facts:

@@ -117,11 +117,11 @@ def _stored(run_settings: RunSettings, state: State, run: Path, plain: bool) -> 
 def _open_run(path: Path, step: int | None, plain: bool) -> tuple[Decoder, Tokenizer | None, int]:
     folder = RunFolder(path)
     settings = folder.settings()
-    store = CheckpointFolder(folder.checkpoints)
+    store = CheckpointFolder(folder.checkpoints_of(settings))
     if step is None:
         step = store.latest()
     if step is None:
-        raise OpenModelError(f"{path}: the run has no checkpoint yet (looked in {folder.checkpoints})")
+        raise OpenModelError(f"{path}: the run has no checkpoint yet (looked in {store.path})")
     state = joined(store.load(step, parts=["model", *store.parts_of(step, "frozen")]))
     tokenizer = Tokenizer.load(folder.tokenizer) if (folder.tokenizer / TOKENIZER_FILE).is_file() else None
     model = _stored(settings, state, path, plain)

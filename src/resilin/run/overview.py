@@ -35,9 +35,10 @@ def overview(path: Path) -> Facts:
         progress.append(
             (f"{name} loss", f"{first.metrics['loss']:.4f} at step {first.step}, {last.metrics['loss']:.4f} at last")
         )
-    saved = CheckpointFolder(folder.checkpoints).steps()
+    store = CheckpointFolder(folder.checkpoints_of(settings))
+    saved = store.steps()
     places = [("settings", str(folder.settings_file)), ("events", str(folder.events_file))]
-    places += [("checkpoints", f"{folder.checkpoints} (steps {', '.join(map(str, saved)) or 'none'})")]
+    places += [("checkpoints", f"{store.path} (steps {', '.join(map(str, saved)) or 'none'})")]
     places += [
         (name, str(at)) for name, at in (("curves", folder.tensorboard), ("tokenizer", folder.tokenizer)) if at.exists()
     ]

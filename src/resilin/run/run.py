@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from resilin.checkpoint.background import BackgroundSaves
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.storage import Location
+from resilin.checkpoint.store import SavedCheckpoint
 from resilin.keys import Keys
 from resilin.nouns import Batch, Objective, Optimizer, Source, State, StepView
 from resilin.run.events import (
@@ -24,6 +27,7 @@ from resilin.run.events import (
     RunEnded,
     RunStarted,
     Saved,
+    Staged,
     StepDone,
 )
 from resilin.run.frozen import joined, split_frozen
@@ -80,6 +84,8 @@ class Run:
     device: torch.device
     autocast: Autocast
     checkpoints: CheckpointFolder | None = None
+    saves: BackgroundSaves | None = None
+    """Saves into `checkpoints` while training goes on; None: training waits for each save."""
     validation: dict[str, Source] = field(default_factory=dict)
     listeners: Sequence[Listener] = ()
     started: RunStarted | None = None
@@ -90,6 +96,7 @@ class Run:
     samples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     _saved: Location | None = None
+    _told: CheckpointError | None = None
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -101,12 +108,17 @@ class Run:
             if self.step == 0 and self.pace.evaluate_at_start:
                 self.evaluate()
             began, outcome = time.perf_counter(), None
-            while outcome is None and self.step < self.pace.steps:
-                if interrupts.requested is not None:
-                    outcome = self._interrupted(interrupts.requested)
-                else:
-                    outcome = self._take_step()
-            outcome = outcome or self._completed()
+            try:
+                while outcome is None and self.step < self.pace.steps:
+                    if interrupts.requested is not None:
+                        outcome = self._interrupted(interrupts.requested)
+                    else:
+                        outcome = self._take_step()
+                outcome = outcome or self._completed()
+            except Exception:
+                with suppress(CheckpointError):  # what ended the run is told, and a save under way is not cut short
+                    self.wait_for_saves()
+                raise
             self._tell(RunEnded(step=self.step, reason=outcome.reason, seconds=time.perf_counter() - began))
         return outcome
 
@@ -173,6 +185,7 @@ class Run:
             except Exception as error:
                 self._kept(error, "evaluation")
                 raise
+        self._note_saved()
         if (self._due(self.pace.save_every) or (milestone and self.pace.save_every)) and not last:
             self.save()
 
@@ -202,12 +215,11 @@ class Run:
     # -- ways out -----------------------------------------------------------------------------------------------
 
     def _completed(self, message: str = "") -> Outcome:
-        if self.checkpoints is not None and self.checkpoints.latest() != self.step:
-            self.save()
+        self._save_if_new()
         return Outcome("completed", self.step, dict(self.metrics), self._saved, message)
 
     def _interrupted(self, signal_name: str) -> Outcome:
-        path = self.save() if self.checkpoints is not None else None
+        path = self._save_now()
         self._tell(Interrupted(step=self.step, signal=signal_name))
         return Outcome("interrupted", self.step, dict(self.metrics), path, f"{signal_name} after step {self.step}")
 
@@ -229,14 +241,14 @@ class Run:
             self.samples += self.source.slots(self.step)
             self.step, self.skipped = self.step + 1, self.skipped + 1
             return None
-        path = self.save() if self.checkpoints is not None and self.step else None
+        path = self._save_now() if self.step else None
         return Outcome("failed", self.step, dict(self.metrics), path, message)
 
     def _kept(self, error: Exception, kind: str) -> None:
         """A part (a selector, a file of data, a judge's endpoint) failed between steps: keep what was committed."""
         self._tell(Failure(step=self.step, kind=kind, message=str(error)))
-        if self.checkpoints is not None and self.step and self.checkpoints.latest() != self.step:
-            self.save()
+        if self.step:
+            self._save_if_new()
 
     # -- evaluating and saving ----------------------------------------------------------------------------------
 
@@ -289,30 +301,68 @@ class Run:
             raise ValueError(f"the checkpoint was trained with seed {progress['seed']}, this run has seed {self.seed}")
         self.step, self.skipped, self.samples = progress["step"], progress["skipped"], progress["samples"]
 
-    def save(self) -> Location:
-        """Write a checkpoint of the committed state.
+    def save(self) -> None:
+        """Write a checkpoint of the committed state; in the background, where `saves` is set.
 
         Raises:
-            CheckpointError: when it cannot be written; earlier ones are untouched.
+            CheckpointError: when it, or the one before it, cannot be written; earlier ones are untouched.
         """
         if self.checkpoints is None:
             raise ValueError("this run has no checkpoint folder: give it one, or do not ask it to save")
+        with self._telling_failures():
+            if self.saves is None:
+                self._tell_saved(self.checkpoints.save(self.step, self.state_dict()))
+            else:
+                pending = self.saves.save(self.step, self.state_dict())
+                self._note_saved()
+                self._tell(Staged(step=pending.step, seconds=pending.seconds))
+
+    def wait_for_saves(self) -> None:
+        """Return when everything that was saved is safe on disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self.saves is not None:
+            with self._telling_failures():
+                self.saves.wait()
+                self._note_saved()
+
+    def _note_saved(self) -> None:
+        """Tell of what became safe meanwhile."""
+        if self.saves is not None:
+            with self._telling_failures():
+                while (saved := self.saves.poll()) is not None:
+                    self._tell_saved(saved)
+
+    def _save_if_new(self) -> None:
+        """See to it that the present state is safe."""
+        self.wait_for_saves()
+        if self.checkpoints is not None and self.checkpoints.latest() != self.step:
+            self._save_now()
+
+    def _save_now(self) -> Location | None:
+        """Save, and wait until that is safe; gives the place, or None where there is none to save to."""
+        if self.checkpoints is None:
+            return None
+        self.save()
+        self.wait_for_saves()
+        return self._saved
+
+    @contextmanager
+    def _telling_failures(self) -> Iterator[None]:
         try:
-            saved = self.checkpoints.save(self.step, self.state_dict())
+            yield
         except CheckpointError as error:
-            self._tell(Failure(step=self.step, kind="save", message=str(error)))
+            if error is not self._told:
+                self._told = error
+                self._tell(Failure(step=self.step, kind="save", message=str(error)))
             raise
+
+    def _tell_saved(self, saved: SavedCheckpoint) -> None:
         self._saved = saved.path
-        self._tell(
-            Saved(
-                step=self.step,
-                path=str(saved.path),
-                bytes=saved.bytes,
-                seconds=saved.seconds,
-                pruned=tuple(saved.pruned),
-            )
-        )
-        return saved.path
+        path, pruned = str(saved.path), tuple(saved.pruned)
+        self._tell(Saved(step=saved.step, path=path, bytes=saved.bytes, seconds=saved.seconds, pruned=pruned))
 
     # -- small things -------------------------------------------------------------------------------------------
 

@@ -60,6 +60,13 @@ class CheckpointSettings(Settings):
     """Older checkpoints are removed once a newer one is safe."""
     keep_every: Count = 0
     """Checkpoints of steps divisible by this are never removed; 0: none."""
+    asynchronous: bool = True
+    """Write in the background: training waits only for a copy into host memory, which is as large as the state. False:
+    no such memory is needed, and training waits for the disk."""
+    second_copy: bool = True
+    """Write each index twice, so that damage to one of the two loses nothing."""
+    path: str = ""
+    """Where to keep them: a folder, or a URL that fsspec opens (s3://bucket/run); empty: in the run's folder."""
 
 
 class EvaluationSettings(Settings):

@@ -89,15 +89,19 @@ def start_run(
         writer = CheckpointFolder(folder.checkpoints)
         writer.lock()  # now, and not at the first save: until then two runs would share one event log
         stack.callback(writer.close)
+        before = folder.checkpoints_of()
         run = build_run(settings, folder)
         folder.store(settings)  # not before: a run whose data or model could not be built is none, and may begin anew
         assert run.checkpoints is not None
         stack.callback(run.checkpoints.close)
+        if run.saves is not None:
+            stack.callback(run.saves.close)
         tokenizer = getattr(run.source, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save(folder.tokenizer)
         if resume:
-            resume_from_latest(run, run.checkpoints)
+            # Settings may name another place than before: then the first checkpoint is still where it was.
+            resume_from_latest(run, run.checkpoints) or resume_from_latest(run, CheckpointFolder(before))
         listeners = listeners_of(settings, folder, run.step)
         for listener in listeners:
             stack.callback(listener.close)

@@ -1,0 +1,106 @@
+"""Saving while training goes on: what the run waits for is a copy into host memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+from resilin.checkpoint.folder import CheckpointFolder
+from resilin.checkpoint.sharded import Buffers
+from resilin.checkpoint.staging import Staging
+from resilin.checkpoint.store import SavedCheckpoint
+from resilin.layout import Layout
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A save that was begun.
+
+    Attributes:
+        step: steps committed in it.
+        seconds: how long the run waited: for the save before it, and for the copy.
+    """
+
+    step: int
+    seconds: float
+
+
+class BackgroundSaves:
+    """Saves into a `CheckpointFolder` from a thread of its own, one at a time.
+
+        saves = BackgroundSaves(CheckpointFolder("checkpoints"))
+        saves.save(100, state)  # returns when everything is copied; the tensors may change at once
+        saves.poll()            # a SavedCheckpoint once it is safe on disk, None before
+        saves.close()           # waits for what is under way
+
+    A save that comes while one is under way waits for it: checkpoints never pile up. An error in the background is
+    raised by the next `save`, `poll`, `wait` or `close`; what was committed before stays as it was, and the caller's
+    state is untouched, so that the same step can be saved again.
+
+    With several ranks each has one over a folder of the same coordinator, whose group is used from the thread: it must
+    be the group of nothing else.
+
+    Args:
+        folder: where to save.
+    """
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self.folder = folder
+        self._staging = Staging()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[SavedCheckpoint] | None = None
+        self._done: list[SavedCheckpoint] = []
+
+    def save(
+        self, step: int, tree: Mapping[str, Any], layout: Layout | None = None, *, buffers: Buffers | None = None
+    ) -> Pending:
+        """Copy a state and begin to write it; the arguments are those of `CheckpointFolder.save`.
+
+        Raises:
+            CheckpointError: the save before this one failed (this one is then not begun), or this state cannot be
+                saved.
+        """
+        started = time.perf_counter()
+        self._settle()
+        share = self._staging.copy(self.folder.prepare(step, tree, layout, buffers=buffers))
+        self._running = self._thread.submit(self.folder.write, step, share)
+        return Pending(step, time.perf_counter() - started)
+
+    def poll(self) -> SavedCheckpoint | None:
+        """A checkpoint that became safe since the last call, or None; never waits.
+
+        Raises:
+            CheckpointError: a save failed.
+        """
+        if self._running is not None and self._running.done():
+            self._settle()
+        return self._done.pop(0) if self._done else None
+
+    def wait(self) -> None:
+        """Wait until nothing is under way; `poll` then tells of what became safe.
+
+        Raises:
+            CheckpointError: a save failed.
+        """
+        self._settle()
+
+    def close(self) -> None:
+        """Wait for what is under way, and end the thread; the folder stays open.
+
+        Raises:
+            CheckpointError: a save failed.
+        """
+        try:
+            self._settle()
+        finally:
+            self._thread.shutdown()
+
+    def _settle(self) -> None:
+        if self._running is None:
+            return
+        wait([self._running])  # an interrupt here leaves it to be waited for again
+        running, self._running = self._running, None
+        self._done.append(running.result())
