@@ -6,6 +6,7 @@ is added by `partial_sums.py`, that of data parallelism by the run's micro-batch
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -26,9 +27,11 @@ from resilin.optim.adamw import AdamW
 from resilin.optim.settings import OptimizerSettings
 from resilin.parallel.decoder_specs import Sharding
 from resilin.recipes.universal_checkpointing.fused import Fused, fused_rules
-from resilin.recipes.universal_checkpointing.ranks import Grouped, Ranks, make_layout
+from resilin.recipes.universal_checkpointing.ranks import KINDS, Grouped, Ranks, make_layout
 
 Carry = Literal["universal", "weights", "naive"]
+TURNS = 3
+"""How often either way to save is timed; the median counts."""
 
 
 class Stretch(Settings):
@@ -134,23 +137,29 @@ class MeshedOptimizer:
         before = self.settings.stretches[self.current]
         naive = self.settings.carry == "naive"
         target = self._ranks(self.settings.stretches[later])
+        declared = self._ranks(before, naive=True).layout if naive else self.ranks.layout
         with tempfile.TemporaryDirectory() as at:
-            gathered = _timed(lambda: self._save_gathered(Path(at) / "gathered"))
-            declared = self._ranks(before, naive=True).layout if naive else self.ranks.layout
-            saved = _timed(lambda: self.ranks.save(Path(at) / "shards", declared))
-            loaded = _timed(lambda: target.load(Path(at) / "shards"))
+            gather, shards = self._gatherer(Path(at) / "gathered"), Path(at) / "shards"
+            save = self.ranks.saver(shards, declared)
+            save()  # the first save in a layout plans who writes what; all later ones find it planned
+            turns = [(_timed(gather), _timed(save)) for _ in range(TURNS)]
+            loaded = _timed(lambda: target.load(shards))
+        gathered, saved = (statistics.median(column) for column in zip(*turns, strict=True))
         if self.settings.carry == "weights":
             target.start_moments()
         self.ranks, self.current = target, later
         self._to_model()
         return {"mesh/gather_s": gathered, "mesh/save_s": saved, "mesh/load_s": loaded}
 
-    def _save_gathered(self, path: Path) -> None:
+    def _gatherer(self, path: Path) -> Callable[[], None]:
         """What is compared with: everything to rank 0, which writes it alone."""
-        tree = {kind: self.ranks.whole(kind) for kind in ("model", "exp_avg", "exp_avg_sq")}
-        folder = CheckpointFolder(path)
-        folder.save(self.ranks.steps, tree)
-        folder.close()
+
+        def save() -> None:
+            folder = CheckpointFolder(path)
+            folder.save(self.ranks.steps, {kind: self.ranks.whole(kind) for kind in KINDS})
+            folder.close()
+
+        return save
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

@@ -7,7 +7,7 @@ really missing elsewhere, and an element that was taken for padding, or the reve
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,8 +159,8 @@ class Ranks:
 
     # ---- through files ------------------------------------------------------------------------------------------
 
-    def save(self, path: Path, declared: Layout) -> float:
-        """Every rank writes its part of a checkpoint; returns its bytes.
+    def saver(self, path: Path, declared: Layout) -> Callable[[], None]:
+        """What saves as often as it is called: every rank writes its part, in a thread of its own.
 
         Args:
             path: of a folder of checkpoints.
@@ -168,17 +168,20 @@ class Ranks:
                 to be shown).
         """
         layout = state_layout(declared)
+        folders = [CheckpointFolder(path, coordinator=rank) for rank in Threads.of(len(declared.places))]
 
-        def one(coordinator: Threads) -> int:
-            place = declared.places[coordinator.rank]
+        def one(number: int) -> None:
+            place = declared.places[number]
             tree = {"step": self.steps, **self._tree(declared, place)}
             buffers = {f"{kind}/{n}": t for kind in KINDS for n, t in self.memory[kind][place].items()}
-            folder = CheckpointFolder(path, coordinator=coordinator)
-            saved = folder.save(self.steps, tree, layout, buffers=buffers)
-            folder.close()
-            return saved.bytes
+            folders[number].save(self.steps, tree, layout, buffers=buffers)
+            folders[number].close()
 
-        return float(_as_ranks(len(declared.places), one)[0])
+        def save() -> None:
+            with ThreadPoolExecutor(len(folders)) as pool:
+                list(pool.map(one, range(len(folders))))
+
+        return save
 
     def _tree(self, declared: Layout, place: Place) -> dict[str, Any]:
         tree: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
@@ -236,8 +239,3 @@ def _buffer_sizes(layout: Layout, specs: Mapping[str, ParamSpec], mesh: Mesh) ->
 
 def _padding(sizes: dict[Place, dict[str, int]]) -> Memory:
     return {place: {name: torch.full((n,), math.nan) for name, n in mine.items()} for place, mine in sizes.items()}
-
-
-def _as_ranks(world: int, work: Any) -> list[Any]:
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(work, Threads.of(world)))
