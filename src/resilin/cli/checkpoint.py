@@ -1,4 +1,4 @@
-"""`resilin checkpoint inspect | verify | diff | consolidate | prune`."""
+"""`resilin checkpoint inspect | verify | diff | convert | consolidate | prune`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Look at checkpoints, check, compare and thin them out.", no_args_is_help=True)
+from resilin.cli.checkpoint_convert import convert
+
+app = typer.Typer(help="Look at checkpoints, check, compare, convert and thin them out.", no_args_is_help=True)
 
 Where = Annotated[str, typer.Argument(metavar="WHERE", help="A run, a folder or URL of checkpoints, or one of them.")]
 Step = Annotated[int | None, typer.Option(help="Which step; the newest that is whole when left out.")]
@@ -85,6 +87,9 @@ def diff(
     if count:
         raise typer.Exit(EXIT_FOUND)
     typer.echo("no difference")
+
+
+app.command()(convert)
 
 
 @app.command()

@@ -1,0 +1,97 @@
+"""The formats there are: how each is recognised, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resilin.checkpoint.errors import CheckpointError, DamagedError
+from resilin.checkpoint.foreign.dcp import is_dcp, read_dcp
+from resilin.checkpoint.foreign.dcp_write import write_dcp
+from resilin.checkpoint.foreign.deepspeed import read_deepspeed
+from resilin.checkpoint.foreign.deepspeed_files import is_deepspeed
+from resilin.checkpoint.foreign.huggingface import is_huggingface, read_huggingface, write_huggingface
+from resilin.checkpoint.foreign.resilin_format import is_resilin, read_resilin, write_resilin
+from resilin.checkpoint.foreign.stored import FILES, OPTIMIZER, OTHER, Stored
+from resilin.checkpoint.foreign.universal import is_universal, read_universal, write_universal
+
+Write = Callable[[Stored, Path], int]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a user may say about a source.
+
+    Attributes:
+        rules: how tensor-parallel shards make up parameters; see `rules.py`.
+        allow: classes in its pickles to take as plain data.
+    """
+
+    rules: dict[str, Any] | None = None
+    allow: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        name: for the command line.
+        is_one: whether a folder is of it.
+        read: opens it.
+        write: writes it into an empty folder; None: it is only read.
+        cannot_hold: kinds of names it has no place for.
+        own_commit: its writer makes folders of its own inside the target, each whole or absent.
+    """
+
+    name: str
+    is_one: Callable[[Path], bool]
+    read: Callable[[Path, ReadOptions], Stored]
+    write: Write | None
+    cannot_hold: tuple[str, ...] = ()
+    own_commit: bool = False
+
+
+FORMATS = (
+    Format("resilin", is_resilin, lambda path, _: read_resilin(path), write_resilin, own_commit=True),
+    Format("dcp", is_dcp, lambda path, _: read_dcp(path), write_dcp),
+    Format("universal", is_universal, lambda path, o: read_universal(path, o.allow), write_universal, (FILES,)),
+    Format("deepspeed", is_deepspeed, lambda path, o: read_deepspeed(path, o.rules, o.allow), None),
+    Format(
+        "huggingface",
+        is_huggingface,
+        lambda path, o: read_huggingface(path, o.allow),
+        write_huggingface,
+        (OPTIMIZER, OTHER),
+    ),
+)
+
+
+def format_of(folder: Path) -> Format:
+    """Which format a folder is of.
+
+    Raises:
+        CheckpointError: none, or there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DamagedError(f"{folder}: there is no such folder")
+    for one in FORMATS:
+        if one.is_one(folder):
+            return one
+    raise CheckpointError(
+        f"{folder}: is no checkpoint of a format known here: {', '.join(one.name for one in FORMATS)}"
+    )
+
+
+def format_named(name: str) -> Format:
+    """A format by its name.
+
+    Raises:
+        CheckpointError: there is none of this name.
+    """
+    for one in FORMATS:
+        if one.name == name:
+            return one
+    raise CheckpointError(f"there is no format {name!r}; there are {', '.join(one.name for one in FORMATS)}")

@@ -1,0 +1,314 @@
+"""DeepSpeed universal folders: `zero/NAME/STATE.pt`, one whole tensor a file, beside a model file and the groups.
+
+Read as `ds_to_universal` writes them for any stage; written so that an engine of any ZeRO stage opens them with
+`{"checkpoint": {"load_universal": true}}`. DeepSpeed itself restores from such a folder only what its optimizer trains:
+frozen parameters and buffers are kept in the model file, from which Resilin reads them back.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resilin.checkpoint.atomic import write_file
+from resilin.checkpoint.errors import CheckpointError, DamagedError
+from resilin.checkpoint.foreign.buffers import Gathered, as_tensor, same_everywhere
+from resilin.checkpoint.foreign.deepspeed_files import tag_folder
+from resilin.checkpoint.foreign.deepspeed_rest import DEEPSPEED_VALUES, STRUCTURE
+from resilin.checkpoint.foreign.pickles import load_pickle, plain
+from resilin.checkpoint.foreign.shards import Slice
+from resilin.checkpoint.foreign.stored import MODEL, OPTIMIZER, LeftOut, Stored, dtype_name, moment, weight
+from resilin.checkpoint.tree import put_together
+
+POINTER = "latest_universal"
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_GLOBAL = "optimizer_state.pt"
+_PARAM = "param"
+# What the loaders of DeepSpeed ask for; the version only has to be later than 0.3.17.
+_VERSION = "0.19.8"
+
+
+def is_universal(folder: Path) -> bool:
+    """Whether a folder holds a universal checkpoint."""
+    return (tag_folder(folder, POINTER) / "zero").is_dir()
+
+
+def read_universal(folder: Path, allow: Iterable[str] = ()) -> Stored:
+    """Open a universal folder.
+
+    Raises:
+        CheckpointError: an atom is missing or damaged, or a value has no place elsewhere.
+    """
+    folder = tag_folder(folder, POINTER)
+    allow = tuple(allow)
+    models = {path.name: load_pickle(path, allow) for path in _model_files(folder)}
+    shapes = [_shapes(content) for content in models.values()]
+    trained: dict[str, tuple[int, ...]] = {name: shape for table in shapes for g in table for name, shape in g.items()}
+    gathered = Gathered()
+    ties: dict[str, str] = {}
+    atoms = _atoms(folder / "zero")
+    missing = sorted(name for name in trained if "fp32" not in atoms.get(name, {}))
+    if missing:
+        raise DamagedError(f"{folder / 'zero' / missing[0]}: has no fp32.pt, though the parameter is trained")
+    modules = {n: (file, t) for file, content in models.items() for n, t in (content.get("module") or {}).items()}
+    shared = {n: o for content in models.values() for n, o in (content.get("shared_params") or {}).items()}
+    for name, states in atoms.items():
+        if name in shared:
+            ties[weight(name)] = weight(shared[name])
+            continue
+        kept = modules.get(name)
+        if name not in trained and kept is not None and kept[1].numel():
+            continue  # a frozen parameter or buffer: the model file has it in its own precision
+        for state, path in states.items():
+            _keep(gathered, name, state, path, folder, trained.get(name), allow)
+    for name, (file, tensor) in modules.items():
+        if name not in trained and name not in shared and tensor.numel():
+            gathered.whole(weight(name), file, name, tensor, copies=None)
+    frozen = _keep_frozen(gathered, models, set(atoms) | {n for n, (_, t) in modules.items() if t.numel()})
+    held = {*trained, *shared, *frozen, *atoms}
+    unread = {
+        weight(name): f"{file} keeps no values under this name, and no atom has it"
+        for name, (file, tensor) in modules.items()
+        if name not in held and not tensor.numel()
+    }
+    common = load_pickle(folder / "zero" / _GLOBAL, allow)
+    tables = [(f, {k: plain(v, k) for k, v in c.items() if k not in STRUCTURE}) for f, c in models.items()]
+    chosen: Any = same_everywhere(tables, "the values beside the model") if tables else {}
+    own = {key: chosen.pop(key) for key in DEEPSPEED_VALUES if chosen.get(key) is not None}
+    own.update(chosen.pop("deepspeed", {}))
+    other = {key: value for key, value in chosen.items() if key not in DEEPSPEED_VALUES}
+    kept_values = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
+    own.update({key: plain(common[key], key) for key in kept_values if key in common})
+    first: Mapping[str, Any] = next(iter(models.values()))
+    left = (LeftOut("ds_config", "settings of the run that wrote it"),) if first.get("ds_config") else ()
+    return Stored(
+        "DeepSpeed universal folder",
+        gathered.builder.layout(folder),
+        gathered.read,
+        int(first.get("global_steps") or 0),
+        _groups(common, shapes),
+        gathered.marked({**other, "deepspeed": own}, "model states"),
+        ties,
+        left_out=left,
+        unread=unread,
+    )
+
+
+def _keep_frozen(gathered: Gathered, models: Mapping[str, Mapping[str, Any]], known: set[str]) -> set[str]:
+    """Frozen parameters that stage 3 cut over its ranks' model files."""
+    ranked = {int(match[1]): file for file in models if (match := _MODEL.fullmatch(file)) and match[1] is not None}
+    shapes = {
+        name: tuple(shape) for c in models.values() for name, shape in (c.get("frozen_param_shapes") or {}).items()
+    }
+    found = set()
+    for name, shape in shapes.items():
+        if name in known or sorted(ranked) != list(range(len(ranked))):
+            continue
+        count = math.prod(shape)
+        slot = -(-count // len(ranked))
+        for rank, file in ranked.items():
+            row = models[file]["frozen_param_fragments"][name].reshape(-1)
+            gathered.builder.tensor(weight(name), shape, dtype_name(row, file))
+            first = min(rank * slot, count)
+            gathered.keep_flat(weight(name), file, name, row, 0, Slice.whole(shape), (first, min(first + slot, count)))
+        found.add(name)
+    return found
+
+
+def _model_files(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.iterdir() if _MODEL.fullmatch(path.name))
+    if not found:
+        raise DamagedError(f"{folder}: has no mp_rank_*_model_states.pt")
+    return found
+
+
+def _shapes(content: Mapping[str, Any]) -> list[dict[str, tuple[int, ...]]]:
+    return [{name: tuple(shape) for name, shape in group.items()} for group in content.get("param_shapes") or []]
+
+
+def _atoms(zero: Path) -> dict[str, dict[str, Path]]:
+    """Name of parameter -> state -> file."""
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(zero.rglob("*.pt")):
+        if path.parent != zero:
+            found.setdefault(path.parent.relative_to(zero).as_posix(), {})[path.stem] = path
+    return found
+
+
+def _keep(
+    gathered: Gathered,
+    name: str,
+    state: str,
+    path: Path,
+    folder: Path,
+    shape: tuple[int, ...] | None,
+    allow: tuple[str, ...],
+) -> None:
+    value = load_pickle(path, allow)
+    where = path.relative_to(folder).as_posix()
+    if isinstance(value, dict):
+        if value.get("is_expert_param"):
+            shape = None
+        value = value.get(_PARAM)
+    if state == "step" or isinstance(value, (int, float)):
+        gathered.whole(moment(state, name), where, state, as_tensor(value))
+        return
+    if not isinstance(value, Tensor):
+        raise DamagedError(f"{path}: holds no tensor")
+    tensor = weight(name) if state == "fp32" else moment(state, name)
+    if value.dim() == 1 and shape is not None and tuple(value.shape) != shape:  # stage 3 writes them flat
+        count = math.prod(shape)
+        if value.numel() != count:
+            raise DamagedError(f"{path}: has {value.numel()} elements, and {name!r} is {list(shape)}")
+        gathered.builder.tensor(tensor, shape, dtype_name(value, path))
+        gathered.keep_flat(tensor, where, state, value, 0, Slice.whole(shape), (0, count))
+    else:
+        gathered.whole(tensor, where, state, value)
+
+
+def _groups(common: Mapping[str, Any], shapes: list[list[dict[str, tuple[int, ...]]]]) -> list[dict[str, Any]]:
+    inner = common.get("optimizer_state_dict")
+    groups = plain(common.get("param_groups") or (inner or {}).get("param_groups") or [], "param_groups")
+    made = []
+    for number, group in enumerate(groups):
+        listed = group.get("params", []) if inner and "fp32_flat_groups" in common else [number]
+        names: dict[str, None] = {}
+        for table in shapes:
+            for part in listed:
+                if part < len(table):
+                    names.update(dict.fromkeys(table[part]))
+        made.append({**{k: v for k, v in group.items() if k != "params"}, "parameters": list(names)})
+    return made
+
+
+def write_universal(stored: Stored, target: Path) -> int:
+    """Write a universal folder: `TARGET/global_stepN_universal/` and the pointer to it, which comes last.
+
+    Raises:
+        CheckpointError: the source has no optimizer, or its groups do not name the parameters.
+    """
+    names = [name for group in stored.groups for name in group["parameters"]]
+    moments = _moments(stored)
+    if not names:
+        raise CheckpointError(
+            f"a universal folder holds a run's optimizer, and this {stored.title} has no parameter groups; write "
+            "another format for weights alone"
+        )
+    lost = sorted(set(moments) - set(names))
+    if lost:
+        raise CheckpointError(f"no parameter group has {lost[0]!r}, though the optimizer keeps states of it")
+    absent = sorted(name for name in names if weight(name) not in stored.names)
+    if absent:
+        raise CheckpointError(f"a parameter group names {absent[0]!r}, and the model has no such tensor")
+    tag = f"global_step{stored.step or 0}_universal"
+    zero = target / tag / "zero"
+    zero.mkdir(parents=True)
+    written = 0
+    for name in names:
+        folder = zero / name
+        if not folder.resolve().is_relative_to(zero.resolve()):
+            raise CheckpointError(f"parameter {name!r} would be written outside {zero}")
+        folder.mkdir(parents=True)
+        states = {"fp32": weight(name), **moments.get(name, {})}
+        for state, tensor_name in states.items():
+            tensor = _own(stored.tensor(tensor_name))
+            content: Any = tensor if state == "step" else {"cat_dim": 0, _PARAM: _float32(tensor, tensor_name)}
+            written += _save(folder / f"{state}.pt", content)
+        if "step" not in states and stored.step is not None:
+            written += _save(folder / "step.pt", torch.tensor(float(stored.step)))
+    trained = set(names)
+    rest = {n.removeprefix(MODEL): n for n in stored.under(MODEL) if n.removeprefix(MODEL) not in trained}
+    for name, tensor_name in rest.items():
+        folder = zero / name
+        folder.mkdir(parents=True)
+        written += _save(folder / "fp32.pt", {_PARAM: _own(stored.tensor(tensor_name)).float()})
+    written += _save(zero / _GLOBAL, _common(stored, moments, names))
+    model = _model_states(stored, rest)
+    for file in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        written += _save(target / tag / file, model)
+    write_file(target / POINTER, tag)
+    return written
+
+
+def _moments(stored: Stored) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for name in stored.under(OPTIMIZER):
+        state, _, parameter = name.removeprefix(OPTIMIZER).partition("/")
+        if state == "fp32":
+            raise CheckpointError(f"{name!r}: a universal folder has another meaning for a state called fp32")
+        found.setdefault(parameter, {})[state] = name
+    return found
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A tensor whose storage is its own: `torch.save` writes the whole storage of a view."""
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _float32(tensor: Tensor, name: str) -> Tensor:
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        raise CheckpointError(f"{name!r} is {tensor.dtype}: atoms are float32, which does not hold its values")
+    return tensor.float()
+
+
+def _common(stored: Stored, moments: Mapping[str, Mapping[str, str]], names: list[str]) -> dict[str, Any]:
+    groups = []
+    for number, group in enumerate(stored.groups):
+        made = {key: value for key, value in group.items() if key != "parameters"}
+        if isinstance(made.get("betas"), list):
+            made["betas"] = tuple(made["betas"])
+        groups.append({**made, "params": [number]})
+    counted = [moments[name]["step"] for name in names if "step" in moments.get(name, {})]
+    step: Any = stored.tensor(counted[0]).clone() if counted else torch.tensor(float(stored.step or 0))
+    own = stored.other.get("deepspeed", {})
+    return {
+        "param_groups": groups,
+        "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": groups},
+        "ds_version": _VERSION,
+        **({"clip_grad": own["clip_grad"]} if "clip_grad" in own else {}),
+    }
+
+
+def _model_states(stored: Stored, rest: Mapping[str, str]) -> dict[str, Any]:
+    own = dict(stored.other.get("deepspeed", {}))
+    state = put_together({key: value for key, value in stored.other.items() if key != "deepspeed"}, stored.tensor)
+    # What DeepSpeed's own classes would hold (the loss scaler) is kept beside the user's values, for other readers.
+    rest_of_own = {key: value for key, value in own.items() if key not in (*DEEPSPEED_VALUES, "clip_grad")}
+    return {
+        **state,
+        **({"deepspeed": rest_of_own} if rest_of_own else {}),
+        "module": {name: _own(stored.tensor(tensor)) for name, tensor in rest.items()},
+        "buffer_names": [],
+        "optimizer": None,
+        "param_shapes": [
+            {name: torch.Size(stored.holdings(weight(name)).shape) for name in group["parameters"]}
+            for group in stored.groups
+        ],
+        "frozen_param_shapes": None,
+        "frozen_param_fragments": None,
+        "shared_params": {a.removeprefix(MODEL): n.removeprefix(MODEL) for a, n in stored.tied(MODEL).items()},
+        "lr_scheduler": own.get("lr_scheduler"),
+        "data_sampler": own.get("data_sampler"),
+        "random_ltd": own.get("random_ltd"),
+        "skipped_steps": own.get("skipped_steps", 0),
+        "global_steps": stored.step or 0,
+        "global_samples": own.get("global_samples", 0),
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "ds_config": {},
+        "ds_version": _VERSION,
+    }
+
+
+def _save(path: Path, content: Any) -> int:
+    with path.open("xb") as handle:
+        torch.save(content, handle)
+        handle.flush()
+        return handle.tell()

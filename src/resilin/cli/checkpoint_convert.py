@@ -1,0 +1,91 @@
+"""`resilin checkpoint convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from resilin.cli.model_options import DTypeName
+from resilin.config.errors import UserError
+
+if TYPE_CHECKING:
+    from resilin.checkpoint.foreign.convert import Report
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint's folder, of any format.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="resilin, huggingface, dcp or universal (DeepSpeed).")] = "resilin",
+    source_format: Annotated[
+        str | None, typer.Option("--from", help="The source's format. Default: told by its files.")
+    ] = None,
+    weights_only: Annotated[bool, typer.Option(help="Take the model alone.")] = False,
+    leave_out: Annotated[
+        list[str] | None, typer.Option(help="Leave out what has this name; * is any text. Can be given again.")
+    ] = None,
+    tie: Annotated[list[str] | None, typer.Option(help="NAME=OTHER: NAME has the values of OTHER.")] = None,
+    dtype: Annotated[DTypeName | None, typer.Option(help="Of the written weights. Default: as they are.")] = None,
+    files: Annotated[
+        Path | None, typer.Option(help="A folder whose config.json and tokenizer go with the model.")
+    ] = None,
+    rules: Annotated[
+        Path | None, typer.Option(help="JSON or TOML: how tensor-parallel shards make up parameters.")
+    ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="A class in the source's pickles to take as plain data.")
+    ] = None,
+) -> None:
+    """Write a checkpoint of one tool as that of another.
+
+    Reads folders of Resilin, Hugging Face, torch.distributed.checkpoint and DeepSpeed (ZeRO 1 to 3, universal). Nothing
+    is dropped silently: what the target has no place for is named, and left out when told so.
+
+    \b
+    resilin checkpoint convert deepspeed-run/ checkpoints
+    resilin checkpoint convert deepspeed-run/ my-model --to huggingface --weights-only --files base-model
+    resilin checkpoint convert runs/chat/checkpoints for-torch --to dcp
+    """
+    import torch
+
+    from resilin.checkpoint.foreign.convert import Options
+    from resilin.checkpoint.foreign.convert import convert as carry_out
+    from resilin.checkpoint.foreign.formats import ReadOptions
+    from resilin.checkpoint.foreign.rules import load_rules
+
+    pairs = [one.partition("=") for one in tie or ()]
+    wrong = [name for name, equals, other in pairs if not (name and equals and other)]
+    if wrong:
+        raise UserError(f"--tie {wrong[0]!r}: expected NAME=OTHER")
+    options = Options(
+        source_format=source_format,
+        target_format=to,
+        weights_only=weights_only,
+        leave_out=leave_out or (),
+        ties={name: other for name, _, other in pairs},
+        dtype=None if dtype is None else getattr(torch, dtype),
+        files=files,
+        read=ReadOptions(None if rules is None else load_rules(rules), tuple(allow or ())),
+    )
+    _tell(source, target, carry_out(source, target, options))
+
+
+def _tell(source: Path, target: Path, report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    typer.echo(f"{source}: {report.source} -> {target}: {report.target}")
+    table = Table(show_header=False, box=None)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    for kind, (count, size) in report.tensors.items():
+        table.add_row(kind, f"{count:,} {'tensor' if count == 1 else 'tensors'}", f"{size:,} bytes")
+    table.add_row("written", "", f"{report.written:,} bytes")
+    console = Console(highlight=False)
+    console.print(table)
+    for alias, name in report.ties.items():
+        typer.echo(f"tied: {alias} is {name}")
+    for one in report.left_out:
+        typer.echo(f"left out: {one.name} ({one.why})")

@@ -1,0 +1,117 @@
+"""Run by torchrun: trains a small model with the real DeepSpeed, saves it, and says what its ranks then hold.
+
+deepspeed_run.py save OUT stage:dtype ...      checkpoint in OUT/stage-dtype, its values in OUT/stage-dtype.safetensors
+deepspeed_run.py load OUT UNIVERSAL stage:dtype ...   opens a universal folder, the values of every parameter in OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class Model(nn.Module):
+    """Sizes that divide by nothing, tied embeddings, frozen parameters, a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 7)
+        self.up = nn.Linear(7, 5)
+        self.down = nn.Linear(5, 7)
+        self.norm = nn.LayerNorm(7)
+        self.frozen = nn.Linear(7, 7)
+        self.frozen.requires_grad_(False)
+        self.head = nn.Linear(7, 13, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.arange(1.0, 4.0))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.down(torch.relu(self.up(self.norm(x)))) + self.frozen(x) * self.scale[0]
+        return nn.functional.cross_entropy(self.head(x).float(), targets)
+
+
+def start(stage: int, dtype: str, universal: bool = False) -> deepspeed.DeepSpeedEngine:
+    torch.manual_seed(0)
+    model = Model()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for _, p in trained if p.dim() > 1], "weight_decay": 0.1, "lr": 1e-2},
+        {"params": [p for _, p in trained if p.dim() == 1], "weight_decay": 0.0, "lr": 2e-2},
+    ]
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_optimization": {"stage": stage, "sub_group_size": 60},
+        **({"bf16": {"enabled": True}} if dtype == "bf16" else {}),
+        **({"checkpoint": {"load_universal": True}} if universal else {}),
+    }
+    return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
+
+
+def values(engine: deepspeed.DeepSpeedEngine, trained_here: bool) -> dict[str, Tensor]:
+    """The masters and moments that all ranks together hold, by the names that Resilin gives them."""
+    found = {}
+    if trained_here and hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
+        # DeepSpeed links states to parameters after the first group's first step, when the others have none yet.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            found[f"model/{name}"] = safe_get_full_fp32_param(parameter).reshape(_shape(parameter)).clone()
+            for state in ("exp_avg", "exp_avg_sq"):
+                row = safe_get_full_optimizer_state(parameter, state)
+                found[f"optimizer/{state}/{name}"] = row.reshape(_shape(parameter)).clone()
+        else:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                found[f"model/{name}"] = parameter.detach().clone()
+    found.update({f"model/{name}": buffer.clone() for name, buffer in engine.module.named_buffers()})
+    return found
+
+
+def _shape(parameter: Tensor) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def train(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
+    generator = torch.Generator().manual_seed(engine.global_rank)
+    for _ in range(steps):
+        tokens = torch.randint(0, 13, (8,), generator=generator)
+        engine.backward(engine(tokens, torch.randint(0, 13, (8,), generator=generator)))
+        engine.step()
+
+
+def main(mode: str, out: Path, *rest: str) -> None:
+    deepspeed.init_distributed("gloo")
+    source, kinds = (rest[0], rest[1:]) if mode == "load" else ("", rest)
+    for kind in kinds:
+        stage, _, dtype = kind.partition(":")
+        engine = start(int(stage), dtype, universal=mode == "load")
+        name = f"{stage}-{dtype}"
+        if mode == "save":
+            train(engine, 3)
+            engine.save_checkpoint(str(out / name), tag="global_step3", client_state={"seen": {"tokens": 48}})
+        else:
+            path, state = engine.load_checkpoint(source)
+            assert path is not None
+            assert state["seen"] == {"tokens": 48}
+            assert engine.global_steps == 3
+            groups = engine.optimizer.param_groups
+            # Stage 3 of DeepSpeed gives every group the first one's settings when it opens a universal folder.
+            assert [g["lr"] for g in groups] == ([1e-2, 1e-2] if stage == "3" else [1e-2, 2e-2]), groups
+        found = values(engine, trained_here=mode == "save")
+        if engine.global_rank == 0:
+            save_file({key: value.contiguous() for key, value in found.items()}, out / f"{name}.safetensors")
+        if mode == "load":
+            train(engine, 1)  # and it goes on
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
