@@ -21,6 +21,7 @@ from torch import Tensor
 from resilin.checkpoint.errors import CheckpointError, DamagedError
 
 KNOWN_DATA = (
+    "_io.BytesIO",
     "argparse.Namespace",
     "types.SimpleNamespace",
     "deepspeed.checkpoint.universal_checkpoint.SubparamShape",
@@ -226,13 +227,13 @@ def buffer_of(tensor: Tensor) -> Tensor:
     return tensor.as_strided((count,), (1,), 0)
 
 
-def tensors_in(tree: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """Every tensor in nested dicts and lists, with the keys that lead to it."""
-    if isinstance(tree, Tensor):
-        yield prefix, tree
-    elif isinstance(tree, Mapping):
+def leaves(tree: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Everything in nested dicts and lists that is neither, with the keys that lead to it."""
+    if isinstance(tree, Mapping):
         for key, item in tree.items():
-            yield from tensors_in(item, (*prefix, str(key)))
+            yield from leaves(item, (*prefix, str(key)))
     elif isinstance(tree, (list, tuple)):
         for number, item in enumerate(tree):
-            yield from tensors_in(item, (*prefix, str(number)))
+            yield from leaves(item, (*prefix, str(number)))
+    else:
+        yield prefix, tree
