@@ -21,6 +21,7 @@ from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.foreign.beside import with_files
 from resilin.checkpoint.foreign.cast import with_dtype
 from resilin.checkpoint.foreign.formats import Format, ReadOptions, WriteOptions, format_named, format_of
+from resilin.checkpoint.foreign.resilin_format import TITLE as RUN_TITLE
 from resilin.checkpoint.foreign.stored import FILES, MODEL, OPTIMIZER, OTHER, LeftOut, Stored
 
 
@@ -98,6 +99,11 @@ def convert(source: Path, target: Path, options: Options | None = None) -> Repor
         raise CheckpointError(f"{form.name} is a format that is read only; write 'universal', which DeepSpeed opens")
     _check_target(target, form)
     stored = open_stored(source, options.source_format, options.read)
+    if form.name == "huggingface" and stored.title == RUN_TITLE and "run" in stored.other:
+        raise CheckpointError(
+            f"{source}: is of a Resilin run, whose model has Resilin's names; `resilin export` writes it with those "
+            "that Hugging Face knows"
+        )
     stored = _chosen(stored, options)
     _check_rest(stored, form)
     if options.dtype is not None:

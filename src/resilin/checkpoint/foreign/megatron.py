@@ -111,6 +111,7 @@ def read_megatron(folder: Path, rules: Mapping[str, Any] | None = None, allow: I
                 gathered.builder.tensor(tensor_name, union.shape, dtype, 1 if union.average else copies)
                 gathered.keep(tensor_name, where, name, tensor, union.slices[tp])
     other, step = _values(ranks[0], args)
+    other = gathered.marked(other, ranks[0].where)
     for key, why in _UNREAD.items():
         if ranks[0].content.get(key) is not None:
             unread[key] = why
@@ -123,7 +124,7 @@ def read_megatron(folder: Path, rules: Mapping[str, Any] | None = None, allow: I
         gathered.builder.layout(folder),
         gathered.read,
         step,
-        other=gathered.marked(other, ranks[0].where),
+        other=other,
         averages=averages,
         unread=unread,
     )

@@ -125,7 +125,8 @@ def _load(source: Any, allow: Iterable[str], where: object, map_location: str = 
         match = re.search(r"GLOBAL (\S+) was not an allowed|GLOBAL (\S+) whose module", str(error))
         if match is None:
             raise DamagedError(f"{where}: cannot be read as a torch file ({_first_line(error)})") from None
-        raise CheckpointError(refusal(where, match[1] or match[2])) from None
+        name = match[1] or match[2]
+        raise CheckpointError(refusal(where, name if "." in name else f"builtins.{name}")) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise DamagedError(f"{where}: is cut short or damaged ({_first_line(error)})") from None
 
