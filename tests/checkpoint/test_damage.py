@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from resilin.checkpoint.errors import CheckpointError, DamagedError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.inspect import verify
 from resilin.checkpoint.read import load_checkpoint
-from resilin.checkpoint.verify import verify_checkpoint
+from resilin.checkpoint.verify import damages, verify_checkpoint
 
 Make = Callable[[int], dict[str, Any]]
 
@@ -97,6 +98,40 @@ def test_a_file_cut_short_is_named_with_its_size(folder: CheckpointFolder, saved
         folder.load(5)
     with pytest.raises(CheckpointError, match=match):
         verify(saved)
+
+
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), which=st.sampled_from(["index", "copy"]))
+@settings(max_examples=60, deadline=None)
+def test_any_flipped_bit_in_one_index_is_survived_by_the_other(
+    tmp_path_factory: pytest.TempPathFactory, where: float, bit: int, which: str
+) -> None:
+    folder = CheckpointFolder(tmp_path_factory.mktemp("twice"), second_copy=True)
+    state = {"a": {"x": torch.arange(9.0)}, "b": [1.5, "text"]}
+    folder.save(1, state)
+    file = folder.step_path(1) / ("index.json" if which == "index" else "index.copy.json")
+    original = file.read_bytes()
+    raw = bytearray(original)
+    raw[int(where * len(raw))] ^= 1 << bit
+    file.write_bytes(raw)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        loaded = folder.load(1)
+    folder.close()
+    assert torch.equal(loaded["a"]["x"], state["a"]["x"])
+    assert loaded["b"] == state["b"]
+    same_meaning = json_or_none(raw) == json_or_none(original)
+    assert bool(warned) == (which == "index" and not same_meaning), warned
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert bool(list(damages(folder.step_path(1)))) or same_meaning
+
+
+def json_or_none(raw: bytes) -> Any:
+    try:
+        whole = json.loads(raw)
+        return {**whole, "checksum": whole["checksum"].lower()}
+    except (ValueError, KeyError, AttributeError):
+        return None
 
 
 def test_a_missing_file_is_named(folder: CheckpointFolder, saved: Path) -> None:
@@ -271,6 +306,34 @@ def test_an_unreadable_disk_is_named(folder: CheckpointFolder, saved: Path, monk
 
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(DamagedError, match=r"safetensors: cannot be read at byte \d+: Input/output error"):
+        folder.load(5)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES], ids=["read-only disk", "no permission"])
+def test_a_folder_that_cannot_be_written_is_named_and_what_is_there_stays(
+    folder: CheckpointFolder, saved: Path, state: Make, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", refuse)
+        words = (
+            rf"checkpoints: the checkpoint of step 6 could not be saved \(.*{os.strerror(number)}.*step 5 is still good"
+        )
+        with pytest.raises(CheckpointError, match=words):
+            folder.save(6, state(6))
+    assert folder.steps() == [5]
+
+
+def test_an_index_of_another_run_is_told_as_such(folder: CheckpointFolder, saved: Path, state: Make) -> None:
+    folder.save(9, state(9))  # the same shapes, so sizes and headers agree
+    shutil.copy(folder.step_path(9) / "index.json", saved / "index.json")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: .*'embed.weight'.*or of another save than"):
+        folder.load(5)
+    folder.save(8, {"model": {"w": torch.ones(3)}})  # other shapes
+    shutil.copy(folder.step_path(8) / "index.json", saved / "index.json")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: has \d+ bytes, but \d+ were written"):
         folder.load(5)
 
 

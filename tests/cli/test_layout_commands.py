@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cli.main import app
 from resilin.config import UserError
 
@@ -40,6 +42,15 @@ def test_plan_counts_what_moves(settings: Path) -> None:
     assert "0 B between places" in said
     assert "(100.0%) already there" in said
     assert "senders, the busiest" in call("plan", settings, "--mesh", "dp=4", "--to-mesh", "dp=2,tp=2")
+
+
+def test_a_checkpoint_shows_which_file_holds_what(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(7, {"model": {"w": torch.ones(4, 6)}, "optimizer": {"w": {"exp_avg": torch.ones(4, 6)}}})
+    said = call("show", folder.step_path(7), "--tensor", "^model/w$")
+    assert "model/w: F32 4x6" in said
+    assert "0 file model.safetensors" in said
+    assert "file optimizer.safetensors        1   96 B  50.00%" in said
 
 
 def test_what_cannot_be_shown_says_why(settings: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layout_strategies import layouts
 
-from resilin.layout import Layout, LayoutError, Region, merge, plan, rank
+from resilin.layout import Layout, LayoutError, Region, check, merge, plan, rank
 from resilin.layout.memory import apply, gather, scatter
 
 SHAPES = {"w": (6, 5), "b": (7,), "s": (), "t": (3, 2, 4)}
@@ -132,6 +132,17 @@ def test_survivors_and_snapshots_make_one_source():
 def fewest_rows(have: Layout, want: Layout) -> int:
     own = {(h.place, r) for h in have for r in range(h.region.offsets[0], h.region.ends[0])}
     return 4096 * len({(h.place, r) for h in want for r in range(h.region.offsets[0], h.region.ends[0])} - own)
+
+
+@given(st.data())
+def test_gathered_at_one_place_everything_is_there_whole(data):
+    source = data.draw(layouts(SHAPES, tangled=True))
+    whole = source.gathered(rank(9))
+    check(whole)
+    got = scatter(whole, {name: np.full(shape, np.nan, np.float32) for name, shape in SHAPES.items()})
+    apply(plan(source, whole), scatter(source, values()), got)
+    for name, array in gather(whole, got).items():
+        np.testing.assert_array_equal(array, values()[name])
 
 
 def test_what_cannot_be_planned_names_the_tensor_and_the_elements():

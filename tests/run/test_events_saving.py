@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
@@ -118,3 +119,21 @@ def test_checkpoints_may_be_kept_elsewhere_and_a_resumed_run_finds_them(settings
     )
     assert min(steps) == 6
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").steps() == [6]
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_tensor_and_nothing_is_lost(
+    settings: RunSettings, tmp_path: Path
+) -> None:
+    start_run(settings, tmp_path / "run")
+    before = CheckpointFolder(tmp_path / "run" / "checkpoints").load(4)
+    wide = settings.model_copy(update={"model": settings.model.model_copy(update={"hidden_size": 16})})
+    words = (
+        r"step-00000004: does not fit this run: tensor '.*' was saved with shape \[260, 8\].*model's has \[260, 16\]"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        start_run(wide, tmp_path / "run", resume=True, accept_changes=True)
+    deep = settings.model_copy(update={"model": settings.model.model_copy(update={"layers": 2})})
+    with pytest.raises(CheckpointError, match=r"does not fit this run: the model has '.*', which was not saved"):
+        start_run(deep, tmp_path / "run", resume=True, accept_changes=True)
+    after = CheckpointFolder(tmp_path / "run" / "checkpoints").load(4)
+    assert all(torch.equal(after["model"][name], tensor) for name, tensor in before["model"].items())

@@ -18,7 +18,7 @@ from resilin.checkpoint.tensor_record import TensorRecord, shape_in_file
 from resilin.checkpoint.tree import Json
 from resilin.layout import Region
 
-_BYTES = 32 << 20
+_BYTES = 4 << 20  # of each side at once; their differences in double precision take some times more
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ once, so pipeline stages, each with other tensors on its own part of the mesh, n
 
 from __future__ import annotations
 
-import itertools
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,10 @@ from torch import Tensor
 from resilin.checkpoint.coordinator import Coordinator, together
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.tensor_record import DTYPE_NAMES, layout_dtype
-from resilin.layout import Layout, Place, Region, rank
+from resilin.layout import Layout, Place, Region, merge, rank
+from resilin.layout.cuts import Shard
+from resilin.layout.mesh import Mesh
+from resilin.layout.spec import ParamSpec, layout_of
 
 Spec = list[Any]
 """Shape, dtype, mesh (nested ranks; None for a plain tensor), placements, as JSON."""
@@ -57,15 +60,16 @@ def spec_of(name: str, tensor: Any) -> Spec:
     return [shape, dtype, tensor.device_mesh.mesh.tolist(), placements]
 
 
-def regions_of(shape: Sequence[int], mesh: Sequence[int], placements: Sequence[Sequence[int]]) -> dict[Any, Region]:
-    """The region at every coordinate of a mesh.
+def param_spec(shape: Sequence[int], dtype: str, mesh: Sequence[int], placements: Sequence[Sequence[int]]) -> ParamSpec:
+    """What placements on a mesh (whose axes are called "0", "1", ...) say, in the words of the layout.
 
-    Each mesh dimension cuts its tensor dimension in chunks of ceil(size / n), as `torch.chunk` does, within what the
-    earlier ones left: from left to right, but a strided shard comes after those on its right whose number is its
-    split factor (FSDP after tensor parallelism).
+    Each mesh dimension cuts its tensor dimension as `torch.chunk` does, within what the earlier ones left: from left to
+    right, but a strided shard comes after those on its right whose number is its split factor (FSDP after tensor
+    parallelism).
 
     Args:
         shape: of the whole tensor.
+        dtype: its name in safetensors.
         mesh: its sizes.
         placements: for each mesh dimension the tensor's dimension (-1: replicated) and the split factor.
     """
@@ -79,17 +83,8 @@ def regions_of(shape: Sequence[int], mesh: Sequence[int], placements: Sequence[S
             before *= mesh[chain[position]]
             position += 1
         chain.insert(position, number)
-    found = {}
-    for coordinate in itertools.product(*(range(size) for size in mesh)):
-        offsets, sizes = [0] * len(shape), list(shape)
-        for dim, chain in order.items():
-            for number in chain:
-                chunk = -(-sizes[dim] // mesh[number])
-                start = min(chunk * coordinate[number], sizes[dim])
-                offsets[dim] += start
-                sizes[dim] = min(chunk, sizes[dim] - start)
-        found[coordinate] = Region(tuple(offsets), tuple(sizes))
-    return found
+    cuts = tuple(Shard(str(number), dim) for dim, chain in order.items() for number in chain)
+    return ParamSpec(tuple(shape), dtype, cuts)
 
 
 def layout_of_specs(by_rank: Sequence[Mapping[str, Spec]]) -> Layout:
@@ -98,29 +93,30 @@ def layout_of_specs(by_rank: Sequence[Mapping[str, Spec]]) -> Layout:
     Raises:
         CheckpointError: where ranks contradict each other, naming the tensor.
     """
-    tensors: dict[str, tuple[tuple[int, ...], str]] = {}
     first: dict[str, Spec] = {}
+    plain: dict[str, tuple[tuple[int, ...], str]] = {}
     held: list[tuple[str, Place, Region]] = []
-    cache: dict[str, list[tuple[int, Region]]] = {}
+    on_mesh: dict[str, dict[str, ParamSpec]] = {}
     for number, specs in enumerate(by_rank):
         for name, spec in specs.items():
             shape, dtype, mesh, placements = spec
-            if name in first and first[name] != spec:
+            if first.setdefault(name, spec) != spec:
                 raise CheckpointError(
                     f"tensor {name!r}: rank {number} says {spec} of it, and one before it {first[name]}"
                 )
             if mesh is None:
+                plain[name] = tuple(shape), dtype
                 held.append((name, rank(number), Region.whole(shape)))
-            elif name not in first:
-                key = repr((shape, mesh, placements))
-                if key not in cache:
-                    ranks = np.array(mesh)
-                    regions = regions_of(shape, ranks.shape, placements)
-                    cache[key] = [(int(ranks[at]), region) for at, region in regions.items()]
-                held += [(name, rank(one), region) for one, region in cache[key]]
-            first.setdefault(name, spec)
-            tensors[name] = tuple(shape), dtype
-    made = Layout.of(tensors, [(name, place, region) for name, place, region in held])
+            else:
+                sizes = np.array(mesh).shape
+                on_mesh.setdefault(json.dumps(mesh), {})[name] = param_spec(shape, dtype, sizes, placements)
+    layouts = [Layout.of(plain, held)]
+    for text, params in on_mesh.items():
+        ranks = np.array(json.loads(text))
+        mesh = Mesh(tuple((str(number), size) for number, size in enumerate(ranks.shape)))
+        places = ranks.reshape(-1).tolist()
+        layouts.append(layout_of(params, mesh, lambda number, places=places: rank(places[number])))  # type: ignore[misc]
+    made = merge(*layouts)
     missing = [place for place in map(rank, range(len(by_rank))) if place not in made.places]
     return Layout((*made.places, *missing), made.tensors, made.buffers)
 

@@ -127,7 +127,7 @@ def read_index(folder: Folder, *, fall_back: bool = True) -> Index:
         raise DamagedError(f"{join(folder.location, INDEX_NAME)}: cannot be read: {error.strerror or error}") from None
     try:
         return parse_index(raw, str(join(folder.location, INDEX_NAME)))
-    except DamagedError as error:
+    except CheckpointError as error:  # of another version too: one bit can make that
         if not fall_back or COPY_NAME not in folder.names():
             raise
         try:

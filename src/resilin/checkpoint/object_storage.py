@@ -20,7 +20,6 @@ from resilin.checkpoint.storage import Folder
 
 T = TypeVar("T")
 _INDEX, _COPY = "index.json", "index.copy.json"
-_READ_BYTES = 32 << 20
 _SUFFIX = re.compile(r"~r(\d+)\.safetensors")
 
 
@@ -47,14 +46,16 @@ def _asked(what: Callable[[], T]) -> T:
 class ObjectReader:
     """An object, read by ranges."""
 
+    request = 32 << 20
+
     def __init__(self, system: Any, path: str) -> None:
         self._system, self._path = system, path
         self.size = int(_asked(lambda: system.size(path)))
 
     def read_into(self, target: memoryview, start: int) -> None:
         """A request for each 32 MiB."""
-        for begin in range(0, len(target), _READ_BYTES):
-            piece = target[begin : begin + _READ_BYTES]
+        for begin in range(0, len(target), self.request):
+            piece = target[begin : begin + self.request]
             first = start + begin
             data = _asked(lambda: self._system.cat_file(self._path, start=first, end=first + len(piece)))  # noqa: B023
             if len(data) != len(piece):

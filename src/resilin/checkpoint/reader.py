@@ -116,7 +116,7 @@ class CheckpointReader:
         """
         record, device = self.record(name), torch.device(device)
         wanted = Region.whole(record.shape) if region is None else region
-        if wanted not in Region.whole(record.shape) or len(wanted.sizes) != len(record.shape):
+        if len(wanted.sizes) != len(record.shape) or wanted not in Region.whole(record.shape):
             raise CheckpointError(f"{self.location}: tensor {name!r} {list(record.shape)} has no region {wanted}")
         if region is None and record.is_whole and (mapped or device.type != "cpu"):
             with self.file(int(record.files[0])) as file:

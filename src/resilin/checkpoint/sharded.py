@@ -53,10 +53,7 @@ def owned(layout: Layout, place: Place) -> list[Owned]:
         LayoutError: naming a tensor of which elements are held by no place, or not as often as declared.
     """
     check(layout)
-    whole = Layout.of(
-        {name: (held.shape, held.dtype) for name, held in layout.tensors.items()},
-        [(name, file("all"), Region.whole(held.shape)) for name, held in layout.tensors.items()],
-    )
+    whole = layout.gathered(file("all"))
     found: list[Owned] = []
     if place not in layout.places:
         return found

@@ -28,6 +28,10 @@ class Reader(Protocol):
     def size(self) -> int:
         """Its bytes."""
 
+    @property
+    def request(self) -> int:
+        """How many bytes to ask for at once."""
+
     def read_into(self, target: memoryview, start: int) -> None:
         """Fill all of `target` with the bytes from `start` on.
 

@@ -191,6 +191,7 @@ class TensorFile:
             end = min(start + block, count)
             if at == start and high >= end:
                 stop = high if high == count else high // block * block
+                stop = min(stop, at + max(self._reader.request // block, 1) * block)
                 data = target[at - low : stop - low]
                 self._fill(data, begin + at)
                 self._compare(data, record, piece, begin, at)

@@ -26,12 +26,12 @@ def damages(location: Location) -> Iterator[str]:
         index = read_index(folder, fall_back=False)
     except CheckpointError as error:
         yield str(error)
-        if not isinstance(error, DamagedError) or COPY_NAME not in folder.names():
+        if COPY_NAME not in folder.names():
             return
         try:
             index = read_index(folder)
         except CheckpointError:
-            yield f"{join(folder.location, COPY_NAME)}: the second copy of the index is damaged too"
+            yield f"{join(folder.location, COPY_NAME)}: the second copy of the index is no better"
             return
     yield from _second_copy(folder, index)
     try:

@@ -29,6 +29,13 @@ class ShardingName(StrEnum):
 What = Annotated[
     list[str], typer.Argument(metavar="MODEL [KEY=VALUE]...", help="Settings file, run, Hugging Face folder or .gguf.")
 ]
+Shown = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="WHAT [KEY=VALUE]...",
+        help="Settings file, run, Hugging Face folder or .gguf; or a checkpoint, whose files hold its tensors.",
+    ),
+]
 MeshText = Annotated[str, typer.Option("--mesh", help="Axes from the outermost: pp=2,dp=4,ep=1,tp=8.")]
 Sharded = Annotated[ShardingName, typer.Option("--sharding", help="What the axis dp cuts.")]
 Pattern = Annotated[str | None, typer.Option("--tensor", help="Draw the tensors whose names match this pattern.")]
@@ -57,27 +64,35 @@ def _matching(names: list[str], pattern: str | None) -> list[str]:
     return found
 
 
+def _laid_out(arguments: list[str], mesh: str, sharding: str, vocabulary_multiple: int) -> Any:
+    from resilin.layout import Mesh
+    from resilin.run.model_layout import checkpoint_layout, lay_out
+
+    found = checkpoint_layout(Path(arguments[0])) if arguments else None
+    return found or lay_out(_model(arguments), Mesh.parse(mesh), sharding, vocabulary_multiple)  # type: ignore[arg-type]
+
+
 @app.command()
 def show(
-    what: What,
+    what: Shown,
     mesh: MeshText = "dp=4",
     sharding: Sharded = ShardingName.fsdp,
     tensor: Pattern = None,
     picture: Picture = None,
     vocabulary_multiple: Multiple = 1,
 ) -> None:
-    """Draw who holds what.
+    """Draw who holds what: the ranks of a mesh, or the files of a checkpoint.
 
     \b
     resilin layout show run.toml --mesh pp=2,dp=2,tp=2 --sharding zero1
     resilin layout show SmolLM2-135M --mesh dp=3,tp=3 --tensor 'blocks.0.attention'
     resilin layout show run.toml --mesh tp=4 --tensor embed --picture embed.svg
+    resilin layout show runs/shakespeare/checkpoints/step-00000300
     """
-    from resilin.layout import Mesh, check
+    from resilin.layout import check
     from resilin.layout.show import drawing, places_table, tensors_table
-    from resilin.run.model_layout import lay_out
 
-    layout = lay_out(_model(what), Mesh.parse(mesh), sharding.value, vocabulary_multiple)
+    layout = _laid_out(what, mesh, sharding.value, vocabulary_multiple)
     check(layout)
     names = _matching(list(layout.tensors), tensor)
     typer.echo(tensors_table(layout.select(names) if names else layout))

@@ -155,6 +155,15 @@ class Layout:
             raise LayoutError(f"this layout has no tensor {unknown[0]!r}")
         return Layout(self.places, {name: self.tensors[name] for name in listed}, self.buffers)
 
+    def gathered(self, place: Place) -> Layout:
+        """The same tensors, each whole at one place. Those of one shape and dtype share their holdings."""
+        made: dict[tuple[tuple[int, ...], str], Holdings] = {}
+        for held in self.tensors.values():
+            key = held.shape, held.dtype
+            if key not in made:
+                made[key] = Holdings.of(held.shape, held.dtype, [(0, Region.whole(held.shape))], copies=1)
+        return Layout((place,), {name: made[held.shape, held.dtype] for name, held in self.tensors.items()})
+
     def without(self, lost: Iterable[Place]) -> Layout:
         """What is left when places are gone: their holdings with them. Elements that only they held are missing then.
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
+from resilin.checkpoint.index import INDEX_NAME
+from resilin.checkpoint.reader import CheckpointReader
 from resilin.config import UserError, load_settings
 from resilin.layout import Layout, Mesh, layout_of
 from resilin.layout.dealing import deal, redeal
@@ -51,6 +53,18 @@ def _outline_of(settings: RunSettings, path: Path) -> nn.Module:
     if model is None:
         raise UserError(f"{path}: a {type(settings.model).__name__} cannot be outlined without building it")
     return model
+
+
+def checkpoint_layout(path: Path) -> Layout | None:
+    """Which files of a checkpoint hold which regions; None where no checkpoint lies at the path.
+
+    Raises:
+        CheckpointError: for one that is damaged.
+    """
+    if not (path / INDEX_NAME).is_file():
+        return None
+    with CheckpointReader(path) as saved:
+        return saved.layout()
 
 
 def shapes_of(model: nn.Module) -> Shapes:

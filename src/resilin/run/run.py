@@ -13,6 +13,7 @@ from torch import nn
 
 from resilin.checkpoint.background import BackgroundSaves
 from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.fits import check_fits
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.storage import Location
 from resilin.checkpoint.store import SavedCheckpoint
@@ -291,9 +292,15 @@ class Run:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what `state_dict` gave; data position and schedule follow from the step."""
-        self.model.load_state_dict(joined(state))
+        """Take back what `state_dict` gave; data position and schedule follow from the step.
+
+        Raises:
+            CheckpointError: the state is that of another model, by the name of a tensor; nothing is changed then.
+        """
+        weights = joined(state)
+        check_fits(self.model, weights)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.model.load_state_dict(weights)
         self.source.load_state_dict(state["source"])
         self.objective.load_state_dict(state["objective"])
         progress = state["run"]

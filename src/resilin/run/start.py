@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.precision.autocast import choose_precision
 from resilin.run.build import build_run
@@ -54,11 +55,19 @@ def settle(settings: RunSettings, folder: RunFolder, *, resume: bool) -> RunSett
 
 
 def resume_from_latest(run: Run, store: CheckpointFolder) -> bool:
-    """Load the newest checkpoint into the run; False where there is none."""
+    """Load the newest checkpoint into the run; False where there is none.
+
+    Raises:
+        CheckpointError: naming the checkpoint and what of it is damaged or does not fit this run.
+    """
     step = store.latest()
     if step is None:
         return False
-    run.load_state_dict(store.load(step))
+    state = store.load(step)
+    try:
+        run.load_state_dict(state)
+    except (CheckpointError, ValueError) as error:
+        raise CheckpointError(f"{store.step_path(step)}: does not fit this run: {error}") from error
     return True
 
 
