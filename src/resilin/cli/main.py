@@ -96,7 +96,7 @@ def main() -> None:
     # A user's own methods are found in the folder the command is given in, as `python -m` finds modules; last, so that
     # no file there can hide an installed package.
     sys.path.append(str(Path.cwd()))
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # the last arguments are only passed on
     try:
         app()
     except UserError as error:
