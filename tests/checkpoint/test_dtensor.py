@@ -65,6 +65,11 @@ def test_ranks_that_say_different_things_of_a_tensor_are_refused_by_name() -> No
         layout_of_specs([{"w": mine}, {"w": other}])
 
 
+def test_a_folder_without_all_the_ranks_is_told_so() -> None:
+    with pytest.raises(CheckpointError, match=r"tensor 'w' is a DTensor over rank 3, but 1 ranks save.*a coordinator"):
+        layout_of_specs([{"w": [[4], "F32", [0, 1, 2, 3], [[0, 1]]]}])
+
+
 def test_pipeline_stages_each_know_their_own_tensors() -> None:
     first, last = [[4], "F32", [0, 1], [[0, 1]]], [[6], "F32", [2, 3], [[0, 1]]]
     layout = layout_of_specs([{"a": first}, {"a": first}, {"b": last}, {"b": last}])

@@ -113,15 +113,15 @@ def test_a_rank_that_is_killed_while_it_writes_commits_nothing(tmp_path: Path, s
         folder = CheckpointFolder(tmp_path, coordinator=c)
         prepared = folder.prepare(2, share(2, c.rank), LAYOUT)
         if c.rank == 2:
-            real = folder._guarded
+            real = folder._saver._guarded
 
             def gone(step: int, part: Any, mine: Any, lead: Any) -> Any:
-                if lead.func.__name__ == "_conclude":
+                if lead.__name__ == "conclude":
                     c.leave()  # as a killed process: it never reports
                     raise SystemExit
                 return real(step, part, mine, lead)
 
-            folder._guarded = gone  # type: ignore[method-assign]
+            folder._saver._guarded = gone  # type: ignore[method-assign]
         try:
             folder.write(2, prepared)
         except SystemExit:

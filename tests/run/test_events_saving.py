@@ -12,6 +12,7 @@ import torch
 
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
+from resilin.checkpoint.inspect import find_checkpoint
 from resilin.config import parse_settings
 from resilin.run.events import Failure
 from resilin.run.history import read_events
@@ -108,6 +109,7 @@ def test_checkpoints_may_be_kept_elsewhere_and_a_resumed_run_finds_them(settings
     start_run(there, tmp_path / "run")
     assert CheckpointFolder("memory://a-bucket/run").steps() == [2, 4]
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").steps() == []
+    assert find_checkpoint(tmp_path / "run") == "memory://a-bucket/run/step-00000004"
     longer = there.model_copy(update={"train": there.train.model_copy(update={"steps": 6})})
     run, _ = start_run(longer, tmp_path / "run", resume=True, accept_changes=True)
     assert run.started is not None

@@ -94,6 +94,7 @@ def layout_of_specs(by_rank: Sequence[Mapping[str, Spec]]) -> Layout:
         CheckpointError: where ranks contradict each other, naming the tensor.
     """
     first: dict[str, Spec] = {}
+    checked: set[str] = set()
     plain: dict[str, tuple[tuple[int, ...], str]] = {}
     held: list[tuple[str, Place, Region]] = []
     on_mesh: dict[str, dict[str, ParamSpec]] = {}
@@ -104,6 +105,12 @@ def layout_of_specs(by_rank: Sequence[Mapping[str, Spec]]) -> Layout:
                 raise CheckpointError(
                     f"tensor {name!r}: rank {number} says {spec} of it, and one before it {first[name]}"
                 )
+            if mesh is not None and name not in checked and (largest := int(np.max(mesh))) >= len(by_rank):
+                raise CheckpointError(
+                    f"tensor {name!r} is a DTensor over rank {largest}, but {len(by_rank)} ranks save or load here; "
+                    "give every CheckpointFolder a coordinator of all ranks"
+                )
+            checked.add(name)
             if mesh is None:
                 plain[name] = tuple(shape), dtype
                 held.append((name, rank(number), Region.whole(shape)))

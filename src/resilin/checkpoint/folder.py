@@ -6,50 +6,31 @@ it, what is called `step-*` and has an index is whole; leftovers go with the nex
 
 from __future__ import annotations
 
-import errno
-import re
-import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from resilin.checkpoint.coordinator import Alone, Coordinator, together
-from resilin.checkpoint.dtensor import DTensorLayouts, is_dtensor, local_part
+from resilin.checkpoint.coordinator import Alone, Coordinator
+from resilin.checkpoint.dtensor import DTensorLayouts
 from resilin.checkpoint.errors import CheckpointError, DamagedError
-from resilin.checkpoint.index import INDEX_NAME, read_index
+from resilin.checkpoint.index import read_index
 from resilin.checkpoint.load import Part, load_part, put_into
 from resilin.checkpoint.read import load_checkpoint, quick_check
 from resilin.checkpoint.retention import superfluous
-from resilin.checkpoint.sharded import Buffers, Owned, owned, rank_share
-from resilin.checkpoint.share import Piece, Share, whole_share
+from resilin.checkpoint.save import Saver
+from resilin.checkpoint.sharded import Buffers
+from resilin.checkpoint.share import Share
+from resilin.checkpoint.steps import committed_steps, step_name
 from resilin.checkpoint.storage import Location, root_at
 from resilin.checkpoint.store import SavedCheckpoint
-from resilin.checkpoint.tensor_write import host_bytes
 from resilin.checkpoint.tree import take_apart
-from resilin.checkpoint.write import assemble, write_files, write_index
-from resilin.layout import Layout, LayoutError, Region, rank
+from resilin.layout import Layout, rank
 from resilin.nouns import State
 
 T = TypeVar("T")
-_STEP = re.compile(r"step-(\d{8,})")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def step_name(step: int) -> str:
-    """The folder name of a step."""
-    return f"step-{step:08d}"
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 class CheckpointFolder:
@@ -81,10 +62,9 @@ class CheckpointFolder:
         self.path = self._root.location
         self.keep_last = keep_last
         self.keep_every = keep_every
-        self.second_copy = second_copy
         self.coordinator: Coordinator = coordinator or Alone()
         self._layouts = DTensorLayouts(self.coordinator)
-        self._writes: tuple[Layout, list[Owned]] | None = None
+        self._saver = Saver(self._root, self.coordinator, self._layouts, second_copy=second_copy)
         self._locked = False
 
     def lock(self) -> None:
@@ -112,11 +92,7 @@ class CheckpointFolder:
         return self._root.at(step_name(step)).location
 
     def _names(self) -> list[int]:
-        try:
-            names = self._root.names()
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be listed: {error.strerror or error}") from error
-        return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
+        return committed_steps(self._root)
 
     def steps(self) -> list[int]:
         """The steps whose checkpoints are whole (index readable, every file present with its size), ascending."""
@@ -243,29 +219,7 @@ class CheckpointFolder:
         """
         if step < 0:
             raise ValueError(f"step ({step}) cannot be negative")
-        # Each part is agreed on, so that ranks never wait for one that refused its own state.
-        apart = self._agreed(lambda: take_apart(tree, separate=() if layout is None else layout.tensors.keys()))
-        if layout is None:
-            if self.coordinator.world == 1 and not any(map(is_dtensor, apart.tensors.values())):
-                return whole_share(apart)
-            layout = self._layouts.of(apart.tensors)
-            apart = replace(apart, tensors={name: local_part(tensor) for name, tensor in apart.tensors.items()})
-        known, place = layout, rank(self.coordinator.rank)
-        return self._agreed(lambda: rank_share(apart, known, place, buffers, self._owned(known)))
-
-    def _owned(self, layout: Layout) -> list[Owned]:
-        if self._writes is None or self._writes[0] is not layout:
-            try:
-                self._writes = layout, owned(layout, rank(self.coordinator.rank))
-            except LayoutError as error:
-                raise CheckpointError(f"{self.path}: the layout of this save is wrong: {error}") from None
-        return self._writes[1]
-
-    def _agreed(self, make: Callable[[], T]) -> T:
-        """What `make` gives, once it succeeded at every rank."""
-        made: list[T] = []
-        together(self.coordinator, lambda: made.append(make()), lambda _: None)
-        return made[0]
+        return self._saver.prepare(tree, layout, buffers)
 
     def write(self, step: int, share: Share) -> SavedCheckpoint:
         """The second half of `save`: write and commit, together with the other ranks.
@@ -273,84 +227,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: as `save` does.
         """
-        started = time.perf_counter()
-        name, coordinator = step_name(step), self.coordinator
-        try:
-            begun = self._guarded(step, share, lambda: _declare(share), partial(self._begin, step))
-            suffix = f"-{coordinator.rank + 1:05d}-of-{coordinator.world:05d}" if coordinator.world > 1 else ""
-            pieces = [*share.pieces, *_scalars(share, begun["writers"], coordinator.rank)]
-            folder, earlier = self._root.draft(name), begun["earlier"]
-
-            def mine() -> dict[str, Any]:
-                before = None if earlier is None else self._root.at(step_name(earlier))
-                return write_files(folder, pieces, suffix + begun["suffix"], before) | {"tree": share.tree}
-
-            done = self._guarded(step, share, mine, partial(self._conclude, step))
-        except BaseException:
-            if coordinator.rank == 0 and self._locked:  # otherwise the draft may be another process's
-                self._root.abort(name)
-            raise
-        seconds = time.perf_counter() - started
-        return SavedCheckpoint(step, self.step_path(step), done["bytes"], seconds, tuple(done["pruned"]))
-
-    def _guarded(self, step: int, share: Share, mine: Any, lead: Any) -> Any:
-        """One phase of a save, whose system errors are told in words."""
-
-        def worded(part: Any) -> Any:
-            def call(*given: Any) -> Any:
-                try:
-                    return part(*given)
-                except OSError as error:
-                    raise CheckpointError(self._failure(step, share, error)) from error
-
-            return call
-
-        return together(self.coordinator, worded(mine), worded(lead))
-
-    def _begin(self, step: int, shares: list[dict[str, Any]]) -> dict[str, Any]:
-        digests = {share["digest"] for share in shares}
-        if len(digests) > 1:
-            raise CheckpointError(
-                f"{self.path}: the ranks that save step {step} do not agree on the layout: each must give the same, of "
-                "all ranks and all tensors"
-            )
-        writers: dict[str, int] = {}
-        values: dict[str, tuple[int, str]] = {}
-        for number, share in enumerate(shares):
-            for name, value in share["scalars"].items():
-                before = values.setdefault(name, (number, value))
-                if before[1] != value:
-                    raise CheckpointError(
-                        f"tensor {name!r} has no dimensions, so every rank must have the same value; ranks {before[0]} "
-                        f"and {number} have different ones"
-                    )
-                if name in share["unlisted"]:
-                    writers.setdefault(name, number)
-        self.lock()
-        self._root.clean()
-        suffix = self._root.begin(step_name(step))
-        others = [other for other in self._names() if other != step]
-        return {"suffix": suffix, "writers": writers, "earlier": others[-1] if others else None}
-
-    def _conclude(self, step: int, written: list[dict[str, Any]]) -> dict[str, Any]:
-        index = assemble(step, [part["tree"] for part in written], written)
-        size = write_index(self._root.draft(step_name(step)), index, second_copy=self.second_copy)
-        self._root.commit(step_name(step))
-        return {"bytes": size, "pruned": list(self.prune(step))}
-
-    def _failure(self, step: int, share: Share, error: OSError) -> str:
-        good = [
-            other for other in self._names() if other != step or INDEX_NAME in self._root.at(step_name(step)).names()
-        ]
-        still = f"the checkpoint of step {good[-1]} is still good" if good else "there is no earlier checkpoint"
-        if error.errno not in _FULL:
-            return f"{self.path}: the checkpoint of step {step} could not be saved ({error}); {still}"
-        free = self._root.free()
-        left = f" and {_size(free)} are free" if free is not None else ""
-        return (
-            f"{self.path}: the disk is full: the checkpoint of step {step} needs {_size(share.bytes)}{left} "
-            f"({error.strerror}); {still}. Free some space, or keep fewer checkpoints, and resume"
-        )
+        return self._saver.write(step, share, self.lock, partial(self.prune, step))
 
     # -- removing -----------------------------------------------------------------------------------------------
 
@@ -390,17 +267,3 @@ class CheckpointFolder:
             except OSError as error:
                 warnings.warn(f"{path}: an old checkpoint could not be removed ({error})", stacklevel=3)
         return tuple(removed)
-
-
-def _declare(share: Share) -> dict[str, Any]:
-    scalars = {name: f"{tensor.dtype} {bytes(host_bytes(tensor)).hex()}" for name, tensor in share.scalars.items()}
-    return {"digest": share.digest, "scalars": scalars, "unlisted": sorted(share.unlisted)}
-
-
-def _scalars(share: Share, writers: Mapping[str, int], number: int) -> list[Piece]:
-    """The 0-d tensors that no layout lists, at the rank that was chosen to write them."""
-    return [
-        Piece(name, tensor.dtype, (), Region((), ()), partial(torch.clone, tensor))
-        for name, tensor in share.scalars.items()
-        if writers.get(name) == number
-    ]

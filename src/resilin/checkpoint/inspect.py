@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +95,27 @@ class CheckpointLine:
 
 
 def folder_of(path: Location) -> CheckpointFolder:
-    """The checkpoints of a run folder, or of a folder or URL of checkpoints."""
+    """The checkpoints of a run folder, or of a folder or URL of checkpoints.
+
+    Raises:
+        CheckpointError: the place cannot be used.
+    """
     at = as_location(path)
-    inner = at / "checkpoints" if isinstance(at, Path) else None
-    return CheckpointFolder(inner if inner is not None and inner.is_dir() else at)
+    if isinstance(at, Path):
+        elsewhere = _named_place(at / "settings.toml")
+        if elsewhere:
+            return CheckpointFolder(elsewhere)
+        if (at / "checkpoints").is_dir():
+            at = at / "checkpoints"
+    return CheckpointFolder(at)
+
+
+def _named_place(settings: Path) -> str:
+    """Where the settings of a run say that checkpoints are; empty: they do not. All else in them is not looked at."""
+    try:
+        return str(tomllib.loads(settings.read_text(encoding="utf-8")).get("checkpoint", {}).get("path", ""))
+    except (OSError, ValueError):
+        return ""
 
 
 def find_checkpoint(path: Location, step: int | None = None, *, whole: bool = True) -> Any:

@@ -119,6 +119,8 @@ def rank_share(
     """
     tensors = {name: tensor for name, tensor in apart.tensors.items() if isinstance(tensor, Tensor)}
     late = [name for name, tensor in apart.tensors.items() if isinstance(tensor, Deferred)]
+    if late:
+        raise CheckpointError(f"tensor {late[0]!r} is deferred; where several ranks save, each gives its own memory")
     scalars: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         check_tensor(name, tensor)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from resilin.checkpoint.foreign.buffers import Gathered, same_everywhere
 from resilin.checkpoint.foreign.deepspeed_files import DeepSpeedFiles
-from resilin.checkpoint.foreign.pickles import plain, tensors_in
+from resilin.checkpoint.foreign.pickles import leaves, plain
 from resilin.checkpoint.foreign.stored import LeftOut, dtype_name, weight
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def model_rest(
                 )
             else:
                 _keep_model(files, parameters, gathered, name, mp, where, tensor)
-        for name, key, tensor in _layers(files, mp):
-            if name in trained:
-                _keep_rounded(parameters, rounded, name, mp, where, tensor)
+        for name, key, value in _layers(files, mp):
+            if name in trained and isinstance(value, Tensor):
+                _keep_rounded(parameters, rounded, name, mp, where, value)
             else:
                 unread[weight(key)] = "it lies in a pipeline layer's file, and is no trained parameter's copy"
         if not files.optimizers and content.get("optimizer"):
@@ -93,14 +93,15 @@ def _module(files: DeepSpeedFiles, mp: int, unread: dict[str, str]) -> list[tupl
     return []
 
 
-def _layers(files: DeepSpeedFiles, mp: int) -> list[tuple[str, str, Tensor]]:
-    """Tensors of the files that a pipeline keeps its layers in, with the names they have in the module and the file."""
+def _layers(files: DeepSpeedFiles, mp: int) -> list[tuple[str, str, Any]]:
+    """Everything in the files that a pipeline keeps its layers in, with its names in the module and in the file."""
     found = []
     for (layer, tp), (where, content) in files.layers.items():
         if tp == mp % files.tensor:
-            for path, tensor in tensors_in(content):
+            for path, value in leaves(content):
                 key = ".".join(path)
-                found.append((f"{layer}.{key}", f"{where}/{key}", tensor))
+                if value is not None:
+                    found.append((f"{layer}.{key}", f"{where}/{key}", value))
     return found
 
 
