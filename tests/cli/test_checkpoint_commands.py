@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def test_verify_finds_each_damage_and_names_it(run: Path, how: str) -> None:
     at = run / "checkpoints" / "step-00000300"
     change, words = BROKEN[how]
     change(at)
-    for arguments in ((at.parent, "--step", 300), (run, "--all")):
+    for arguments in ((at.parent, "--step", 300), (run, "--all"), (run,)):
         found = checkpoint("verify", *arguments)
         assert found.exit_code == 1, found.output
         assert words in found.output.replace("\n", "")
@@ -114,3 +116,12 @@ def test_a_url_works_as_a_folder_does() -> None:
     CheckpointFolder("memory://cli/run").save(1, {"m": {"w": torch.ones(2)}})
     assert checkpoint("verify", "memory://cli/run").output == "memory://cli/run/step-00000001: every checksum agrees\n"
     assert checkpoint("inspect", "memory://cli/run").exit_code == 0
+
+
+def test_a_warning_is_one_line_without_the_place_in_our_code(run: Path) -> None:
+    (run / "checkpoints" / "step-00000300" / "optimizer.safetensors").unlink()
+    command = [sys.executable, "-m", "resilin", "checkpoint", "inspect", str(run)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stderr
+    assert said.startswith("warning: the checkpoint of step 300 is passed over: ")
+    assert "UserWarning" not in said
+    assert len(said.splitlines()) == 1

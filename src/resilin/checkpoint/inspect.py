@@ -123,8 +123,8 @@ def find_checkpoint(path: Location, step: int | None = None, *, whole: bool = Tr
 
     Args:
         path: that folder itself, a folder of checkpoints, or a run folder; or the URL of one of these.
-        step: which of several; None: the newest that is whole.
-        whole: whether a step that is asked for must be whole.
+        step: which of several; None: the newest.
+        whole: only those that are whole count; a newer one that is not is warned of.
 
     Raises:
         CheckpointError: when there is none, naming those there are.
@@ -134,7 +134,7 @@ def find_checkpoint(path: Location, step: int | None = None, *, whole: bool = Tr
         return path
     folder = folder_of(path)
     if step is None:
-        step = folder.latest()
+        step = folder.latest() if whole else max([*folder.steps(), *folder.damaged()], default=None)
         if step is None:
             there = not isinstance(path, Path) or path.exists()
             why = "there is no checkpoint that can be loaded" if there else "no such folder"

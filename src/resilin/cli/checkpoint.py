@@ -41,6 +41,8 @@ def verify(
 ) -> None:
     """Read every byte and name everything that is wrong, each with its file and tensor; exit code 1 if there is any.
 
+    Of several checkpoints the newest is read, also where a run would pass over it.
+
     \b
     resilin checkpoint verify runs/shakespeare
     resilin checkpoint verify runs/shakespeare --all

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint's folder, of any format.")],
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="resilin, huggingface, dcp or universal (DeepSpeed).")] = "resilin",
+    to: Annotated[str, typer.Option(help="resilin, huggingface, dcp, universal (DeepSpeed) or megatron.")] = "resilin",
     source_format: Annotated[
         str | None, typer.Option("--from", help="The source's format. Default: told by its files.")
     ] = None,
@@ -33,14 +33,16 @@ def convert(
     rules: Annotated[
         Path | None, typer.Option(help="JSON or TOML: how tensor-parallel shards make up parameters.")
     ] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Tensor ranks of a Megatron target.")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(min=1, help="Pipeline ranks of a Megatron target.")] = 1,
     allow: Annotated[
         list[str] | None, typer.Option(help="A class in the source's pickles to take as plain data.")
     ] = None,
 ) -> None:
     """Write a checkpoint of one tool as that of another.
 
-    Reads folders of Resilin, Hugging Face, torch.distributed.checkpoint and DeepSpeed (ZeRO 1 to 3, universal). Nothing
-    is dropped silently: what the target has no place for is named, and left out when told so.
+    Reads folders of Resilin, Hugging Face, torch.distributed.checkpoint, DeepSpeed (ZeRO 1 to 3, universal) and
+    Megatron. Nothing is dropped silently: what the target has no place for is named, and left out when told so.
 
     \b
     resilin checkpoint convert deepspeed-run/ checkpoints
@@ -51,7 +53,7 @@ def convert(
 
     from resilin.checkpoint.foreign.convert import Options
     from resilin.checkpoint.foreign.convert import convert as carry_out
-    from resilin.checkpoint.foreign.formats import ReadOptions
+    from resilin.checkpoint.foreign.formats import ReadOptions, WriteOptions
     from resilin.checkpoint.foreign.rules import load_rules
 
     pairs = [one.partition("=") for one in tie or ()]
@@ -67,6 +69,7 @@ def convert(
         dtype=None if dtype is None else getattr(torch, dtype),
         files=files,
         read=ReadOptions(None if rules is None else load_rules(rules), tuple(allow or ())),
+        write=WriteOptions(tensor_parallel, pipeline_parallel),
     )
     _tell(source, target, carry_out(source, target, options))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import typer
@@ -79,11 +80,23 @@ def _root(
 ) -> None: ...
 
 
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *place: object) -> None:
+    """Ours as one line for people; those of other packages as Python shows them."""
+    if issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1]):
+        typer.secho(f"warning: {message}", fg=typer.colors.YELLOW, err=True)
+    else:
+        _python_shows(message, category, filename, *place)  # type: ignore[arg-type]
+
+
+_python_shows = warnings.showwarning
+
+
 def main() -> None:
     """Run the command line; what a user can mend is told without a traceback, with exit code 2."""
     # A user's own methods are found in the folder the command is given in, as `python -m` finds modules; last, so that
     # no file there can hide an installed package.
     sys.path.append(str(Path.cwd()))
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # the last arguments are only passed on
     try:
         app()
     except UserError as error:

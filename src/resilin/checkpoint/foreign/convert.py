@@ -18,9 +18,11 @@ import torch
 
 from resilin.checkpoint.atomic import sync_folder
 from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.foreign.beside import with_files
 from resilin.checkpoint.foreign.cast import with_dtype
-from resilin.checkpoint.foreign.formats import Format, ReadOptions, format_named, format_of
+from resilin.checkpoint.foreign.formats import Format, ReadOptions, WriteOptions, format_named, format_of
+from resilin.checkpoint.foreign.resilin_format import TITLE as RUN_TITLE
 from resilin.checkpoint.foreign.stored import FILES, MODEL, OPTIMIZER, OTHER, LeftOut, Stored
 
 
@@ -36,6 +38,7 @@ class Options:
         dtype: of the floating-point weights in the target; None: as they are.
         files: a folder whose config.json, tokenizer and the like go with the model.
         read: about the source.
+        write: about the target.
     """
 
     source_format: str | None = None
@@ -46,6 +49,7 @@ class Options:
     dtype: torch.dtype | None = None
     files: Path | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
+    write: WriteOptions = field(default_factory=WriteOptions)
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,18 @@ def convert(source: Path, target: Path, options: Options | None = None) -> Repor
         raise CheckpointError(f"{form.name} is a format that is read only; write 'universal', which DeepSpeed opens")
     _check_target(target, form)
     stored = open_stored(source, options.source_format, options.read)
+    if form.name == "huggingface" and stored.title == RUN_TITLE and "run" in stored.other:
+        raise CheckpointError(
+            f"{source}: is of a Resilin run, whose model has Resilin's names; `resilin export` writes it with those "
+            "that Hugging Face knows"
+        )
     stored = _chosen(stored, options)
     _check_rest(stored, form)
     if options.dtype is not None:
         stored = with_dtype(stored, options.dtype)
-    written = _write(stored, target, form)
+    if form.own_commit and (stored.step or 0) in CheckpointFolder(target).steps():
+        raise CheckpointError(f"{target}: has a checkpoint of step {stored.step or 0} already; name another folder")
+    written = _write(stored, target, form, options.write)
     kinds = {"model": MODEL, "optimizer": OPTIMIZER, "files": FILES, "other": OTHER}
     counts = {kind: stored.under(prefix) for kind, prefix in kinds.items()}
     tensors = {kind: (len(names), sum(map(stored.bytes, names))) for kind, names in counts.items() if names}
@@ -116,9 +127,11 @@ def _chosen(stored: Stored, options: Options) -> Stored:
     if options.ties:
         stored = stored.with_ties(options.ties)
     if options.weights_only:
-        prefixes = (OPTIMIZER, OTHER)
+        keep = options.target_format  # a tool's own values (Megatron's arguments) are part of a model of that tool
+        values = [OTHER + key for key in stored.other if key != keep]
+        prefixes = [OPTIMIZER, *(f"{value}/" for value in values)]
         names = [name for prefix in prefixes for name in stored.under(prefix)]
-        names += ["optimizer/groups"] * bool(stored.groups) + [OTHER + key for key in stored.other]
+        names += ["optimizer/groups"] * bool(stored.groups) + values
         names += [name for name in stored.unread if not name.startswith(MODEL)]
         stored = stored.without(_escaped(dict.fromkeys(names)))
     stored = stored.without(options.leave_out)
@@ -139,6 +152,8 @@ def _check_rest(stored: Stored, form: Format) -> None:
     homeless = [name for prefix in form.cannot_hold for name in stored.under(prefix)]
     if OPTIMIZER in form.cannot_hold and stored.groups:
         homeless.append("optimizer/groups")
+    if form.name == "megatron":
+        homeless += [OTHER + key for key in stored.other if key != "megatron"]
     if OTHER in form.cannot_hold:
         homeless += [OTHER + key for key in stored.other]
     if homeless:
@@ -152,7 +167,7 @@ def _check_rest(stored: Stored, form: Format) -> None:
         )
 
 
-def _write(stored: Stored, target: Path, form: Format) -> int:
+def _write(stored: Stored, target: Path, form: Format, options: WriteOptions) -> int:
     assert form.write is not None
     target.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -160,10 +175,10 @@ def _write(stored: Stored, target: Path, form: Format) -> int:
             work = Path(mkdtemp(prefix=f".converting-{target.name}-", dir=target.parent))
             stack.callback(shutil.rmtree, work, ignore_errors=True)
             if form.own_commit:
-                return form.write(stored, target)
+                return form.write(stored, target, options)
             whole = work / target.name
             whole.mkdir()
-            written = form.write(stored, whole)
+            written = form.write(stored, whole, options)
             _sync(whole)
             if target.exists():
                 target.rmdir()

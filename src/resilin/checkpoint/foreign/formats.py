@@ -13,11 +13,11 @@ from resilin.checkpoint.foreign.dcp_write import write_dcp
 from resilin.checkpoint.foreign.deepspeed import read_deepspeed
 from resilin.checkpoint.foreign.deepspeed_files import is_deepspeed
 from resilin.checkpoint.foreign.huggingface import is_huggingface, read_huggingface, write_huggingface
+from resilin.checkpoint.foreign.megatron import is_megatron, read_megatron
+from resilin.checkpoint.foreign.megatron_write import write_megatron
 from resilin.checkpoint.foreign.resilin_format import is_resilin, read_resilin, write_resilin
 from resilin.checkpoint.foreign.stored import FILES, OPTIMIZER, OTHER, Stored
 from resilin.checkpoint.foreign.universal import is_universal, read_universal, write_universal
-
-Write = Callable[[Stored, Path], int]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,21 @@ class ReadOptions:
 
     rules: dict[str, Any] | None = None
     allow: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """What a user may say about a target.
+
+    Attributes:
+        tensor, pipeline: ranks that Megatron's shards are for.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+
+
+Write = Callable[[Stored, Path, WriteOptions], int]
 
 
 @dataclass(frozen=True)
@@ -55,15 +70,28 @@ class Format:
 
 
 FORMATS = (
-    Format("resilin", is_resilin, lambda path, _: read_resilin(path), write_resilin, own_commit=True),
-    Format("dcp", is_dcp, lambda path, _: read_dcp(path), write_dcp),
-    Format("universal", is_universal, lambda path, o: read_universal(path, o.allow), write_universal, (FILES,)),
-    Format("deepspeed", is_deepspeed, lambda path, o: read_deepspeed(path, o.rules, o.allow), None),
+    Format("resilin", is_resilin, lambda at, _: read_resilin(at), lambda s, to, _: write_resilin(s, to), (), True),
+    Format("dcp", is_dcp, lambda at, _: read_dcp(at), lambda s, to, _: write_dcp(s, to)),
+    Format(
+        "universal",
+        is_universal,
+        lambda at, o: read_universal(at, o.allow),
+        lambda s, to, _: write_universal(s, to),
+        (FILES,),
+    ),
+    Format("deepspeed", is_deepspeed, lambda at, o: read_deepspeed(at, o.rules, o.allow), None),
+    Format(
+        "megatron",
+        is_megatron,
+        lambda at, o: read_megatron(at, o.rules, o.allow),
+        lambda s, to, o: write_megatron(s, to, o.tensor, o.pipeline),
+        (OPTIMIZER, FILES),
+    ),
     Format(
         "huggingface",
         is_huggingface,
-        lambda path, o: read_huggingface(path, o.allow),
-        write_huggingface,
+        lambda at, o: read_huggingface(at, o.allow),
+        lambda s, to, _: write_huggingface(s, to),
         (OPTIMIZER, OTHER),
     ),
 )

@@ -21,6 +21,7 @@ from torch import Tensor
 from resilin.checkpoint.errors import CheckpointError, DamagedError
 
 KNOWN_DATA = (
+    "_io.BytesIO",
     "argparse.Namespace",
     "types.SimpleNamespace",
     "deepspeed.checkpoint.universal_checkpoint.SubparamShape",
@@ -124,7 +125,8 @@ def _load(source: Any, allow: Iterable[str], where: object, map_location: str = 
         match = re.search(r"GLOBAL (\S+) was not an allowed|GLOBAL (\S+) whose module", str(error))
         if match is None:
             raise DamagedError(f"{where}: cannot be read as a torch file ({_first_line(error)})") from None
-        raise CheckpointError(refusal(where, match[1] or match[2])) from None
+        name = match[1] or match[2]
+        raise CheckpointError(refusal(where, name if "." in name else f"builtins.{name}")) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise DamagedError(f"{where}: is cut short or damaged ({_first_line(error)})") from None
 
@@ -191,7 +193,10 @@ def plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, Tensor)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): plain(item, f"{where}/{key}") for key, item in value.items()}
+        made = {str(key): plain(item, f"{where}/{key}") for key, item in value.items()}
+        if len(made) < len(value):
+            raise CheckpointError(f"{where}: has keys that differ by their type alone (1 and '1'); leave it out")
+        return made
     if isinstance(value, (list, tuple, set, frozenset)):
         items = sorted(value) if isinstance(value, (set, frozenset)) else value
         return [plain(item, f"{where}/{number}") for number, item in enumerate(items)]
@@ -226,13 +231,13 @@ def buffer_of(tensor: Tensor) -> Tensor:
     return tensor.as_strided((count,), (1,), 0)
 
 
-def tensors_in(tree: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """Every tensor in nested dicts and lists, with the keys that lead to it."""
-    if isinstance(tree, Tensor):
-        yield prefix, tree
-    elif isinstance(tree, Mapping):
+def leaves(tree: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Everything in nested dicts and lists that is neither, with the keys that lead to it."""
+    if isinstance(tree, Mapping):
         for key, item in tree.items():
-            yield from tensors_in(item, (*prefix, str(key)))
+            yield from leaves(item, (*prefix, str(key)))
     elif isinstance(tree, (list, tuple)):
         for number, item in enumerate(tree):
-            yield from tensors_in(item, (*prefix, str(number)))
+            yield from leaves(item, (*prefix, str(number)))
+    else:
+        yield prefix, tree

@@ -19,6 +19,8 @@ from resilin.checkpoint.tensor_record import DTYPES
 from resilin.checkpoint.tree import Deferred, escape, put_together
 from resilin.layout import Place, file
 
+TITLE = "Resilin checkpoint"
+
 
 def is_resilin(folder: Path) -> bool:
     """Whether a folder is a checkpoint of Resilin, or holds checkpoints by step."""
@@ -78,7 +80,7 @@ def read_resilin(location: Path) -> Stored:
         tree["optimizer"] = optimizer
     other = _marked(saved, tree, ())
     layout = saved.builder.layout(location)
-    return Stored("Resilin checkpoint", layout, saved.read, reader.index.step, groups, other, saved.ties)
+    return Stored(TITLE, layout, saved.read, reader.index.step, groups, other, saved.ties)
 
 
 class _Mark(str):

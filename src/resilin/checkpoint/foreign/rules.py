@@ -11,7 +11,8 @@ A table has lists of regular expressions on parameter names, which must match fr
     sub_param_shard_widths                      {pattern: [[width on each rank] for each of the several]}
     vocabulary_parameter_patterns               rows beyond `original_vocab_size` are padding
     pipeline_replicated_parameter_patterns      tied over pipeline stages: the first stage's is taken
-Anything else is cut along dimension 0.
+    parameter_with_column_parallelism_patterns  cut along dimension 0
+Anything else is cut along dimension 0 too, or refused where the table has a list of those that are (the last one).
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ TWO = "parameter_with_2_sub_params_cat_dim_0"
 SUB_PARAMS = "parameter_with_sub_params"
 WIDTHS = "sub_param_shard_widths"
 VOCABULARY = "vocabulary_parameter_patterns"
+COLUMNS = "parameter_with_column_parallelism_patterns"
 PIPELINE = "pipeline_replicated_parameter_patterns"
 VOCABULARY_SIZE = "original_vocab_size"
-_LISTS = (REPLICATED, AVERAGE, ROWS, TWO, VOCABULARY, PIPELINE)
-_CUTS = (REPLICATED, AVERAGE, ROWS, TWO)
-_KNOWN_NAMES = {*_LISTS, SUB_PARAMS, WIDTHS, VOCABULARY_SIZE, "universal_checkpoint_version", "affine_map"}
+_LISTS = (REPLICATED, AVERAGE, ROWS, TWO, COLUMNS, VOCABULARY, PIPELINE)
+_CUTS = (REPLICATED, AVERAGE, ROWS, TWO, COLUMNS)
+_SILENT = {"universal_checkpoint_version", "affine_map", "padded_vocab_size"}
+_KNOWN_NAMES = {*_LISTS, SUB_PARAMS, WIDTHS, VOCABULARY_SIZE, *_SILENT}
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,11 @@ class Rules:
             kinds = [*found, *([SUB_PARAMS] if sub else [])]
             raise CheckpointError(f"{self.where}: {name!r} matches rules of {kinds[0]} and of {kinds[1]}: leave it one")
         kind = found[0] if found else None
+        if kind is None and sub is None and COLUMNS in self.table and len(shapes) > 1:
+            raise CheckpointError(
+                f"{self.where}: no rule says how the shards {_listed(shapes)} of {name!r} make it up: give a table "
+                "that does with --rules"
+            )
         if kind in (REPLICATED, AVERAGE):
             if len(set(shapes)) > 1:
                 raise CheckpointError(f"{self.where}: {kind}: {name!r} has several shapes: {_listed(shapes)}")
@@ -133,6 +141,18 @@ class Rules:
         if self._match(VOCABULARY, name):
             made = self._clipped(name, made)
         return made
+
+    def dimension(self, name: str) -> int | None:
+        """The dimension that a parameter is cut along; None: every rank has all of it."""
+        found = [kind for kind in _CUTS if self._match(kind, name)]
+        sub = self._sub_params(name)
+        if found and found[0] in (REPLICATED, AVERAGE):
+            return None
+        return 1 if found and found[0] == ROWS else int(sub[1]["partition_dim"]) if sub else 0
+
+    def is_vocabulary(self, name: str) -> bool:
+        """Whether rows of its shards may be padding."""
+        return self._match(VOCABULARY, name) is not None
 
     def _widths(
         self, name: str, kind: str | None, sub: tuple[str, Mapping[str, Any]] | None, shapes: Sequence[Shape]

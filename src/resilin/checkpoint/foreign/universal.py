@@ -87,13 +87,14 @@ def read_universal(folder: Path, allow: Iterable[str] = ()) -> Stored:
     own.update({key: plain(common[key], key) for key in kept_values if key in common})
     first: Mapping[str, Any] = next(iter(models.values()))
     left = (LeftOut("ds_config", "settings of the run that wrote it"),) if first.get("ds_config") else ()
+    marked = gathered.marked({**other, "deepspeed": own}, "model states")
     return Stored(
         "DeepSpeed universal folder",
         gathered.builder.layout(folder),
         gathered.read,
         int(first.get("global_steps") or 0),
         _groups(common, shapes),
-        gathered.marked({**other, "deepspeed": own}, "model states"),
+        marked,
         ties,
         left_out=left,
         unread=unread,

@@ -1,0 +1,216 @@
+"""Conversion as a whole: what it refuses, what an interruption leaves, how much memory it takes, what it says."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.folder import CheckpointFolder
+from resilin.checkpoint.foreign.convert import Options, convert, open_stored
+from resilin.checkpoint.foreign.formats import ReadOptions
+from resilin.checkpoint.foreign.stored import Stored
+
+
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """A small checkpoint of Resilin with optimizer, groups, other values, and a tied weight."""
+    torch.manual_seed(0)
+    a, b = torch.randn(5, 3), torch.randn(7)
+    moments = {
+        name: {"exp_avg": torch.randn(shape), "step": torch.tensor(4.0)} for name, shape in (("a", (5, 3)), ("b", 7))
+    }
+    state = {
+        "model": {"a": a, "b": b, "head": a},
+        "optimizer": {"parameters": moments, "groups": [{"lr": 0.1, "parameters": ["a", "b"]}]},
+        "run": {"samples": 9, "noise": torch.arange(3)},
+    }
+    CheckpointFolder(tmp_path / "trained").save(4, state)
+    return tmp_path / "trained"
+
+
+@pytest.mark.parametrize("target", ["dcp", "universal"])
+def test_there_and_back_is_the_same_checkpoint(trained, tmp_path, canonical_bytes, target):
+    convert(trained, tmp_path / "there", Options(target_format=target))
+    left = ["model/head"] if target == "dcp" else []  # which writes a tied weight twice, and says nothing of it
+    convert(tmp_path / "there", tmp_path / "back", Options(leave_out=left))
+    assert canonical_bytes(tmp_path / "back") == canonical_bytes(trained)
+    first, last = open_stored(trained), open_stored(tmp_path / "back")
+    assert last.step == first.step == 4
+    assert last.groups == first.groups
+    assert last.other["run"] == first.other["run"]
+
+
+class _Runs:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_a_pickle_that_would_run_code_is_refused_by_name(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "pytorch_model.bin"
+    torch.save({"a": torch.ones(2), "b": _Runs()}, path)
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: holds a builtins.print, which is neither"):
+        open_stored(tmp_path / "model")
+    # Even when it is allowed, what comes of it is a record: nothing is called.
+    with pytest.raises(CheckpointError, match="should hold a dict of tensors"):
+        open_stored(tmp_path / "model", None, ReadOptions(allow=("builtins.print",)))
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_a_folder_of_nothing_known_is_refused(tmp_path):
+    (tmp_path / "some").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint of a format known here: resilin, dcp, universal"):
+        convert(tmp_path / "some", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        convert(tmp_path / "none", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_is_there_is_not_touched(trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(CheckpointError, match="is there already, and not an empty folder"):
+        convert(trained, tmp_path / "out", Options(target_format="dcp"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_name_to_leave_out_that_matches_nothing_is_refused(trained, tmp_path):
+    with pytest.raises(CheckpointError, match="--leave-out 'model/z' matches nothing"):
+        convert(trained, tmp_path / "out", Options(leave_out=["model/z"]))
+
+
+@pytest.mark.parametrize("target", ["resilin", "dcp", "universal"])
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_an_interrupted_conversion_leaves_nothing_to_read(trained, tmp_path, monkeypatch, target, failure, after):
+    count = iter(range(100))
+    whole = Stored.tensor
+
+    def tensor(self, name):
+        if next(count) == after:
+            raise failure
+        return whole(self, name)
+
+    monkeypatch.setattr(Stored, "tensor", tensor)
+    expected = CheckpointError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        convert(trained, tmp_path / "out", Options(target_format=target))
+    monkeypatch.undo()
+    left = [path for path in (tmp_path / "out").rglob("*") if not path.name.startswith(".")]
+    assert left == []
+    assert not list(tmp_path.glob(".converting-*"))
+    convert(trained, tmp_path / "out", Options(target_format=target))
+    assert open_stored(tmp_path / "out").names
+
+
+def test_a_killed_conversion_leaves_nothing_to_read(trained, tmp_path):
+    code = f"""
+import os, signal
+from pathlib import Path
+from resilin.checkpoint.foreign import dcp_write
+from resilin.checkpoint.foreign.convert import Options, convert
+dcp_write.pickle.dumps = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+convert(Path({str(trained)!r}), Path({str(tmp_path / "out")!r}), Options(target_format="dcp"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == -9
+    assert not (tmp_path / "out").exists()
+    (half,) = tmp_path.glob(".converting-*")
+    with pytest.raises(CheckpointError):
+        open_stored(half / "out")
+
+
+MEMORY = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from resilin.checkpoint.foreign.convert import Options, convert
+
+def anonymous():
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("RssAnon:")[1].split()[0]) * 1024
+
+convert(Path(sys.argv[1]), Path(sys.argv[2]) / "first", Options(target_format=sys.argv[3]))  # imports, pools
+base, peak, done = anonymous(), [0], False
+def watch():
+    while not done:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+convert(Path(sys.argv[1]), Path(sys.argv[2]) / "second", Options(target_format=sys.argv[3]))
+done = True
+thread.join()
+print(peak[0] - base)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("target", ["resilin", "dcp"])
+def test_memory_holds_a_few_of_the_largest_tensor_not_the_model(tmp_path, target):
+    """24 tensors of 8 MiB: a quarter of the model would be too much."""
+    import torch.distributed.checkpoint as dcp
+
+    largest, tensors = 8 << 20, 24
+    dcp.save(
+        {f"t{n}": torch.full((largest // 4,), float(n)) for n in range(tensors)}, checkpoint_id=tmp_path / "source"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "source"), str(tmp_path), target],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 6 * largest
+
+
+def test_the_command_says_what_it_read_wrote_and_left_out(trained, tmp_path):
+    from resilin.cli.main import app
+
+    arguments = [
+        "checkpoint",
+        "convert",
+        str(trained),
+        str(tmp_path / "out"),
+        "--to",
+        "dcp",
+        "--leave-out",
+        "other/run",
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.output.split())
+    assert "Resilin checkpoint ->" in words
+    assert "model 2 tensors 88 bytes" in words
+    assert "optimizer 4 tensors 96 bytes" in words
+    assert "tied: model/head is model/a" in words
+    assert "left out: other/run (asked for)" in words
+    assert sorted(open_stored(tmp_path / "out").other) == []
+
+
+def test_a_runs_own_model_is_not_taken_for_a_hugging_face_model(trained, tmp_path):
+    options = Options(target_format="huggingface", weights_only=True)
+    with pytest.raises(CheckpointError, match="resilin export"):
+        convert(trained, tmp_path / "out", options)
+
+
+def test_a_step_that_the_target_has_already_is_not_replaced(trained, tmp_path):
+    convert(trained, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="has a checkpoint of step 4 already"):
+        convert(trained, tmp_path / "out")
+
+
+def test_a_pointer_that_leads_out_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest").write_text("../other")
+    with pytest.raises(CheckpointError, match=r"names the file '../other', which leads out of"):
+        open_stored(tmp_path / "run")
