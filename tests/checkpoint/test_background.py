@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import as_ranks
+from ranks import as_ranks, outcomes
 
 from resilin.checkpoint.background import BackgroundSaves
 from resilin.checkpoint.coordinator import Threads
@@ -198,3 +198,25 @@ def test_a_gpu_state_may_change_as_soon_as_save_returns(saves: BackgroundSaves, 
     saves.wait()
     assert torch.equal(folder.load(1)["m"]["w"], torch.ones(4_000_000))
     assert saves._staging._memory.is_pinned()
+
+
+def test_a_rank_without_memory_for_its_copy_fails_all_at_once(tmp_path: Path) -> None:
+    layout = Layout.of({"m/w": ((8, 3), "F32")}, [("m/w", rank(r), Region((2 * r, 0), (2, 3))) for r in range(4)])
+
+    def work(c: Threads) -> None:
+        saves = BackgroundSaves(CheckpointFolder(tmp_path, coordinator=c))
+        if c.rank == 2:
+
+            def none_left(share: Any) -> Any:
+                raise MemoryError("no memory for 24 bytes")
+
+            saves._staging.copy = none_left  # type: ignore[method-assign]
+        try:
+            saves.save(1, {"m": {"w": torch.ones(2, 3)}}, layout)
+        finally:
+            saves.close()
+
+    found = outcomes(4, work)
+    assert [type(error) for error in found] == [CheckpointError, CheckpointError, MemoryError, CheckpointError]
+    assert all("rank 2: MemoryError: no memory" in str(found[number]) for number in (0, 1, 3))
+    assert CheckpointFolder(tmp_path).steps() == []

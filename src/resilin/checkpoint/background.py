@@ -41,7 +41,7 @@ class BackgroundSaves:
     state is untouched, so that the same step can be saved again.
 
     With several ranks each has one over a folder of the same coordinator, whose group is used from the thread: it must
-    be the group of nothing else.
+    be the group of nothing else, and `wait` comes before anything else that the ranks do with the folder together.
 
     Args:
         folder: where to save.
@@ -65,7 +65,7 @@ class BackgroundSaves:
         """
         started = time.perf_counter()
         self._settle()
-        share = self._staging.copy(self.folder.prepare(step, tree, layout, buffers=buffers))
+        share = self.folder.prepare(step, tree, layout, buffers=buffers, copy=self._staging.copy)
         self._running = self._thread.submit(self.folder.write, step, share)
         return Pending(step, time.perf_counter() - started)
 

@@ -210,16 +210,29 @@ class CheckpointFolder:
         return self.write(step, self.prepare(step, tree, layout, buffers=buffers))
 
     def prepare(
-        self, step: int, tree: Mapping[str, Any], layout: Layout | None = None, *, buffers: Buffers | None = None
+        self,
+        step: int,
+        tree: Mapping[str, Any],
+        layout: Layout | None = None,
+        *,
+        buffers: Buffers | None = None,
+        copy: Callable[[Share], Share] = lambda share: share,
     ) -> Share:
-        """The first half of `save`: what this rank will write. Nothing is copied; `write` is the second half.
+        """The first half of `save`: what this rank will write; `write` is the second half.
+
+        Args:
+            step: as for `save`.
+            tree: as for `save`.
+            layout: as for `save`.
+            buffers: as for `save`.
+            copy: what to make of it; so as it is, it shares the memory of the tree.
 
         Raises:
-            CheckpointError: for what cannot be saved, by name.
+            CheckpointError: for what cannot be saved, by name; at all ranks, where one of them fails.
         """
         if step < 0:
             raise ValueError(f"step ({step}) cannot be negative")
-        return self._saver.prepare(tree, layout, buffers)
+        return self._saver.prepare(tree, layout, buffers, copy)
 
     def write(self, step: int, share: Share) -> SavedCheckpoint:
         """The second half of `save`: write and commit, together with the other ranks.

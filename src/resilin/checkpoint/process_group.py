@@ -15,8 +15,8 @@ class ProcessGroup:
     """A `Coordinator` over a gloo group. Messages are JSON: nothing is pickled.
 
     Args:
-        group: of its own, `dist.new_group(backend="gloo")`: an asynchronous save uses it from another thread, and must
-            not meet the messages of the training.
+        group: of all ranks, and of its own, `dist.new_group(backend="gloo")`: a save in the background uses it from
+            another thread, and must not meet the messages of the training. Layouts number ranks as this group does.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:

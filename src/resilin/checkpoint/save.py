@@ -49,21 +49,29 @@ class Saver:
         self._second_copy = second_copy
         self._writes: tuple[Layout, list[Owned]] | None = None
 
-    def prepare(self, tree: Mapping[str, Any], layout: Layout | None, buffers: Buffers | None) -> Share:
-        """What this rank will write; nothing is copied.
+    def prepare(
+        self, tree: Mapping[str, Any], layout: Layout | None, buffers: Buffers | None, copy: Callable[[Share], Share]
+    ) -> Share:
+        """What this rank will write.
+
+        Args:
+            tree: this rank's.
+            layout: of all ranks; None: the DTensors say it.
+            buffers: named ones of the layout.
+            copy: gives what `prepare` gives: the same, or the same over copies.
 
         Raises:
-            CheckpointError: for what cannot be saved, by name.
+            CheckpointError: for what cannot be saved, by name; at all ranks, where one of them fails.
         """
         # Each part is agreed on, so that ranks never wait for one that refused its own state.
         apart = self._agreed(lambda: take_apart(tree, separate=() if layout is None else layout.tensors.keys()))
         if layout is None:
             if self._coordinator.world == 1 and not any(map(is_dtensor, apart.tensors.values())):
-                return whole_share(apart)
+                return copy(whole_share(apart))
             layout = self._layouts.of(apart.tensors)
             apart = replace(apart, tensors={name: local_part(tensor) for name, tensor in apart.tensors.items()})
         known, place = layout, rank(self._coordinator.rank)
-        return self._agreed(lambda: rank_share(apart, known, place, buffers, self._owned(known)))
+        return self._agreed(lambda: copy(rank_share(apart, known, place, buffers, self._owned(known))))
 
     def _owned(self, layout: Layout) -> list[Owned]:
         if self._writes is None or self._writes[0] is not layout:

@@ -87,14 +87,18 @@ def local_view(tensor: str, buffer: Tensor, start: int, strides: tuple[int, ...]
     Raises:
         CheckpointError: when it reaches past the buffer.
     """
+    _check_inside(tensor, buffer, start, strides, sizes)
     flat = buffer.detach().contiguous().reshape(-1)
+    return flat.as_strided(sizes, strides, flat.storage_offset() + start)
+
+
+def _check_inside(tensor: str, buffer: Tensor, start: int, strides: tuple[int, ...], sizes: tuple[int, ...]) -> None:
     last = start + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    if all(sizes) and not 0 <= start <= last < flat.numel():
+    if all(sizes) and not 0 <= start <= last < buffer.numel():
         raise CheckpointError(
             f"tensor {tensor!r}: the layout says that elements {start} to {last} of this rank's buffer belong to it, "
-            f"but the buffer has {flat.numel()} ({list(buffer.shape)})"
+            f"but the buffer has {buffer.numel()} ({list(buffer.shape)})"
         )
-    return flat.as_strided(sizes, strides, flat.storage_offset() + start)
 
 
 def rank_share(
@@ -150,9 +154,9 @@ def rank_share(
         dtype = DTYPE_NAMES[buffer.dtype]
         if layout_dtype(dtype) != held.dtype:
             raise CheckpointError(f"tensor {one.tensor!r} is {held.dtype} in the layout, but {dtype} at {place}")
+        # Whatever does not fit is found before anything is written.
+        _check_inside(one.tensor, buffer, one.start, one.strides, one.region.sizes)
         read = partial(local_view, one.tensor, buffer, one.start, one.strides, one.region.sizes)
-        if buffer.is_contiguous():
-            read()  # whatever does not fit is found before anything is written
         pieces.append(Piece(one.tensor, buffer.dtype, held.shape, one.region, read))
     if place == rank(0):  # no element, so no owner: but the tensor is there, with its shape
         for name, held in layout.tensors.items():
