@@ -3,8 +3,8 @@
 Both save the state of one model under AdamW with ZeRO-1 from real processes (gloo), and open it on another number of
 processes. DeepSpeed's way is `save_checkpoint`, `ds_to_universal`, `load_checkpoint` with load_universal; ours is a
 save and a load: every rank reads the byte ranges that are its own. What is timed is the work and not the start of
-processes, imports or engines: inside DeepSpeed's functions, and the slowest rank counts. DeepSpeed trains in float32, so that both
-hold weights and two moments of four bytes; it writes the weights once more, as the module's state.
+processes, imports or engines: inside DeepSpeed's functions, and the slowest rank counts. DeepSpeed trains in float32,
+so that both hold weights and two moments of four bytes; it writes the weights once more, as the module's state.
 
     resilin bench run resuming --help
 """
