@@ -26,6 +26,7 @@ from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.load import load_part
 from resilin.checkpoint.reader import CheckpointReader
+from resilin.checkpoint.verify import damages
 from resilin.layout import Layout, Place, Region, rank
 from resilin.layout.memory import gather, scatter
 
@@ -329,3 +330,42 @@ def test_a_layout_that_does_not_fit_the_checkpoint_is_refused_by_name(tmp_path: 
         load_part(at, more, rank(0))
     with pytest.raises(CheckpointError, match=r"holds tensor 'model/w', which is not in the layout"):
         load_part(at, Layout.of({}, []), rank(0))
+
+
+def test_a_missing_shard_is_named_and_parts_that_do_not_need_it_load(tmp_path: Path) -> None:
+    weights = torch.arange(30.0).reshape(6, 5)
+
+    def work(c: Threads) -> None:
+        tree = {"model": {"w": weights[3 * c.rank :][:3]}}
+        CheckpointFolder(tmp_path, coordinator=c).save(1, tree, HALVES)
+
+    as_ranks(2, work)
+    folder = CheckpointFolder(tmp_path)
+    at = folder.step_path(1)
+    (at / "model-00002-of-00002.safetensors").unlink()
+    missing = r"model-00002-of-00002.safetensors: the file is missing"
+    with pytest.raises(CheckpointError, match=missing):
+        folder.load(1)
+    with pytest.raises(CheckpointError, match=missing):
+        load_part(at, HALVES, rank(1))
+    assert [words for words in damages(at) if re.search(missing, words)] == list(damages(at))
+    assert torch.equal(load_part(at, HALVES, rank(0)).tree["model"]["w"], weights[:3])  # it opens its own file only
+    assert list(folder.damaged()) == [1]
+
+
+def test_what_a_tree_is_loaded_like_must_be_in_the_checkpoint(tmp_path: Path) -> None:
+    folder, w = CheckpointFolder(tmp_path), torch.ones(4, 2)
+    folder.save(1, {"m": {"a": w, "b": w * 2, "list": [w * 3]}, "run": {"step": 7, "best": math.nan}})
+    found = folder.load_like(1, {"m": {"b": torch.zeros(4, 2), "list": [torch.zeros(4, 2)]}, "run": {"best": 0.0}})
+    assert torch.equal(found["m"]["b"], w * 2)
+    assert torch.equal(found["m"]["list"][0], w * 3)
+    assert math.isnan(found["run"]["best"])
+    for like, words in (
+        ({"m": {"c": w}}, r"has no 'm/c', which is wanted"),
+        ({"m": {"a": torch.ones(4, 3)}}, r"tensor 'm/a' has shape \[4, 2\], but \[4, 3\] is wanted"),
+        ({"run": {"step": w}}, r"has no tensor at 'run/step', where one is wanted"),
+        ({"m": {"a": w, "b": w}}, r"'m/b' and 'm/a' are one tensor here, but two in the checkpoint"),
+        ({"m": {"list": [w.clone(), w.clone()]}}, r"a list of 2 at 'm/list' is wanted, and it has 1"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            folder.load_like(1, like)

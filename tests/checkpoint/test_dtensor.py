@@ -170,3 +170,46 @@ def test_four_processes_save_and_three_load(tmp_path: Path, monkeypatch: pytest.
         assert state["model"]["tied"] is state["model"]["up"]
         assert list(damages(folder.step_path(step))) == []
         assert describe(folder.path, step).files == {2: 8, 3: 6}[step]
+
+
+def one_dies(rank: int, world: int, meeting: str, path: str) -> None:
+    """Rank 2 is gone once its files are written; the others must be told, and leave without it."""
+    import torch.distributed as dist
+
+    from resilin.checkpoint.process_group import ProcessGroup
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    folder = CheckpointFolder(path, coordinator=ProcessGroup(dist.group.WORLD))
+    state = {"model": {"w": torch.arange(300_000.0)}, "run": {"step": 1}}
+    folder.save(1, state)
+    if rank == 2:
+        real = folder._saver._guarded
+
+        def dying(step: int, share: Any, mine: Any, lead: Any) -> Any:
+            if lead.__name__ == "conclude":
+                mine()
+                os._exit(0)
+            return real(step, share, mine, lead)
+
+        folder._saver._guarded = dying  # type: ignore[method-assign]
+    try:
+        folder.save(2, state)
+    except CheckpointError as error:
+        Path(f"{meeting}-{rank}").write_text(str(error))
+    os._exit(0)  # the group is beyond repair, and so is its ending
+
+
+def test_a_process_that_dies_during_a_save_costs_nothing_saved_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path, meeting = tmp_path / "checkpoints", tmp_path / "meeting"
+    mp.spawn(one_dies, (3, str(meeting), str(path)), nprocs=3)
+    for rank in (0, 1):
+        assert "lost each other" in Path(f"{meeting}-{rank}").read_text()
+    folder = CheckpointFolder(path)
+    assert folder.steps() == [1]
+    assert torch.equal(folder.load(1)["model"]["w"], torch.arange(300_000.0))
+    folder.save(3, folder.load(1))
+    assert sorted(file.name for file in path.iterdir()) == [".lock", "step-00000001", "step-00000003"]

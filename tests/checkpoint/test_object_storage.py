@@ -6,6 +6,7 @@ import errno
 import itertools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -19,6 +20,8 @@ from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.inspect import describe, find_checkpoint, list_checkpoints
 from resilin.checkpoint.load import load_part
+from resilin.checkpoint.object_storage import ObjectRoot
+from resilin.checkpoint.read import load_checkpoint
 from resilin.checkpoint.reader import CheckpointReader
 from resilin.checkpoint.verify import damages
 from resilin.layout import Layout, Region, rank
@@ -70,11 +73,21 @@ def test_the_bytes_are_those_of_a_local_disk(url: str, memory: Any, folder: Chec
         assert memory.cat_file(f"{url.removeprefix('memory:/')}/step-00000001/{file.name}") == file.read_bytes()
 
 
-def test_a_local_url_is_a_local_disk(tmp_path: Any, state: Make) -> None:
+def test_a_local_url_is_a_local_disk(tmp_path: Path, state: Make) -> None:
     folder = CheckpointFolder(f"file://{tmp_path}/run")
     folder.save(1, state(1))
     assert (tmp_path / "run" / "step-00000001" / "index.json").exists()
     folder.close()
+
+
+def test_a_store_that_has_folders_is_served_as_well(tmp_path: Path, state: Make, same_bits: Same) -> None:
+    folder = CheckpointFolder("memory://unused", keep_last=2)
+    folder._root = folder._saver._root = ObjectRoot(f"file://{tmp_path}/deep/run")  # as SFTP or HDFS are
+    for step in (1, 2, 3, 3):
+        folder.save(step, state(step))
+    assert folder.steps() == [2, 3]
+    assert same_bits(load_checkpoint(tmp_path / "deep" / "run" / "step-00000003"), state(3))
+    assert sorted(file.name for file in (tmp_path / "deep" / "run").iterdir()) == ["step-00000002", "step-00000003"]
 
 
 def test_a_step_saved_again_replaces_the_first_in_one_step(url: str, memory: Any, state: Make, same_bits: Same) -> None:

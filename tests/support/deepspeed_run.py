@@ -11,6 +11,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -91,8 +92,65 @@ def train(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 
+class Embedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(13, 7))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return nn.functional.embedding(tokens, self.weight)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(7)
+        self.inner = nn.Linear(7, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.norm(x))
+
+
+def pipeline(out: Path) -> None:
+    torch.manual_seed(0)
+    tied = {"forward_fn": lambda module, x: x @ module.weight.t(), "tied_weight_attr": "weight"}
+    layers = [
+        TiedLayerSpec("embed", Embedding, tied_weight_attr="weight"),
+        *(LayerSpec(Layer) for _ in range(3)),
+        TiedLayerSpec("embed", Embedding, **tied),
+    ]
+    model = PipelineModule(
+        layers=layers,
+        num_stages=2,
+        loss_fn=lambda x, y: nn.functional.cross_entropy(x.view(-1, 13).float(), y.view(-1)),
+        partition_method="uniform",
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+    }
+    engine = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=settings)[0]
+    generator = torch.Generator().manual_seed(0)
+    batches = iter([torch.randint(0, 13, (2, 2, 4), generator=generator) for _ in range(4)])
+    pairs = ((batch[0], batch[1]) for batch in batches)
+    for _ in range(2):
+        engine.train_batch(pairs)
+    engine.save_checkpoint(str(out), tag="global_step2")
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        found[f"model/{name}"] = safe_get_full_fp32_param(parameter)
+        found[f"optimizer/exp_avg/{name}"] = safe_get_full_optimizer_state(parameter, "exp_avg")
+    save_file(found, out / f"rank-{engine.global_rank}.safetensors")
+
+
 def main(mode: str, out: Path, *rest: str) -> None:
     deepspeed.init_distributed("gloo")
+    if mode == "pipeline":
+        pipeline(out)
+        return
     source, kinds = (rest[0], rest[1:]) if mode == "load" else ("", rest)
     for kind in kinds:
         stage, _, dtype = kind.partition(":")

@@ -175,7 +175,11 @@ def _matched(saved: CheckpointReader, node: Any, there: Any, path: tuple[str, ..
             if key not in there:
                 raise CheckpointError(f"{saved.location}: has no {'/'.join((*path, key))!r}, which is wanted")
         return {key: _matched(saved, item, there[key], (*path, key), names) for key, item in node.items()}
-    if isinstance(node, list) and isinstance(there, list) and len(node) == len(there):
+    if isinstance(node, list) and isinstance(there, list):
+        if len(node) != len(there):
+            raise CheckpointError(
+                f"{saved.location}: a list of {len(node)} at {where!r} is wanted, and it has {len(there)} items"
+            )
         return [
             _matched(saved, item, other, (*path, str(number)), names)
             for number, (item, other) in enumerate(zip(node, there, strict=True))

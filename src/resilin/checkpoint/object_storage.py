@@ -119,7 +119,7 @@ class ObjectFolder:
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[ObjectSink]:
         """An upload that is complete when the block ends; one that failed is dropped, or left without an index."""
-        file = _asked(lambda: self._system.open(self._at(name), "wb"))
+        file = self._placed(lambda: self._system.open(self._at(name), "wb"))
         try:
             yield ObjectSink(file)
         except BaseException:
@@ -130,7 +130,20 @@ class ObjectFolder:
 
     def write(self, name: str, data: bytes) -> None:
         """One request: there completely or not at all."""
-        _asked(lambda: self._system.pipe_file(self._at(name), data))
+        self._placed(lambda: self._system.pipe_file(self._at(name), data))
+
+    def _placed(self, write: Callable[[], T]) -> T:
+        """What `write` gives; where the store has folders after all (SFTP, HDFS), they are made."""
+        try:
+            return _asked(write)
+        except FileNotFoundError:
+            _asked(lambda: self._system.makedirs(self._path, exist_ok=True))
+            return _asked(write)
+
+    def vanish(self) -> None:
+        """Remove the empty folder, where the store has folders."""
+        with contextlib.suppress(Exception):
+            self._system.rmdir(self._path)
 
     def link(self, source: Folder, name: str) -> bool:
         """Objects have one name."""
@@ -180,6 +193,7 @@ class ObjectRoot:
             if re.fullmatch(r"step-\d{8,}", name) and _INDEX not in folder.names():
                 for file in folder.names():
                     folder.remove(file)
+                folder.vanish()
 
     def begin(self, name: str) -> str:
         """A number that no file there has, where there are some."""
@@ -223,6 +237,7 @@ class ObjectRoot:
         folder.remove(_INDEX)
         for file in folder.names():
             folder.remove(file)
+        folder.vanish()
 
     def free(self) -> int | None:
         """Nobody knows."""

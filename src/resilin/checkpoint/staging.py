@@ -16,7 +16,7 @@ class Staging:
     """Host memory that is kept from save to save.
 
     A copy is always a copy: a CPU tensor is cloned, never aliased, and a GPU's is on the host, complete, when `copy`
-    returns. On a machine with a GPU the memory is pinned, so that the transfer runs at the speed of the bus.
+    returns. Memory for a state on a GPU is pinned, so that the transfer runs at the speed of the bus.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,8 @@ class Staging:
             total += -(-piece.bytes // _ALIGN) * _ALIGN
         if self._memory.numel() < total:
             self._memory = torch.empty(0, dtype=torch.uint8)  # the old memory is free before the new is asked for
-            self._memory = torch.empty(total, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            on_gpu = any(piece.read().is_cuda for piece in share.pieces[:1])
+            self._memory = torch.empty(total, dtype=torch.uint8, pin_memory=on_gpu)
         devices: set[torch.device] = set()
         pieces = tuple(self._staged(piece, start, devices) for piece, start in zip(share.pieces, starts, strict=True))
         for device in devices:

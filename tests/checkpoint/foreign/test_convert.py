@@ -201,3 +201,16 @@ def test_a_runs_own_model_is_not_taken_for_a_hugging_face_model(trained, tmp_pat
     options = Options(target_format="huggingface", weights_only=True)
     with pytest.raises(CheckpointError, match="resilin export"):
         convert(trained, tmp_path / "out", options)
+
+
+def test_a_step_that_the_target_has_already_is_not_replaced(trained, tmp_path):
+    convert(trained, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="has a checkpoint of step 4 already"):
+        convert(trained, tmp_path / "out")
+
+
+def test_a_pointer_that_leads_out_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest").write_text("../other")
+    with pytest.raises(CheckpointError, match=r"names the file '../other', which leads out of"):
+        open_stored(tmp_path / "run")

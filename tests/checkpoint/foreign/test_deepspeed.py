@@ -190,3 +190,33 @@ def test_any_state_as_long_as_the_masters_is_cut_like_them(deepspeed_checkpoints
     stored = open_stored(folder)
     for name in stored.under("optimizer/exp_avg/"):
         assert torch.equal(stored.tensor(name.replace("exp_avg", "third_moment")), stored.tensor(name) * 2)
+
+
+def test_a_pipeline_with_tied_embeddings_is_put_together(run_on_ranks, canonical_bytes, tmp_path):
+    pytest.importorskip("deepspeed")
+    run_on_ranks("deepspeed_run.py", "pipeline", tmp_path / "pipeline")
+    stored = open_stored(tmp_path / "pipeline")
+    told = [load_file(tmp_path / "pipeline" / f"rank-{rank}.safetensors") for rank in range(2)]
+    both = told[0].keys() & told[1].keys()
+    assert both == {"model/tied_modules.embed.weight", "optimizer/exp_avg/tied_modules.embed.weight"}
+    names = {n for n in stored.names if n.startswith(("model/", "optimizer/exp_avg/"))}
+    assert names == told[0].keys() | told[1].keys()
+    for rank in told:
+        for name, tensor in rank.items():
+            assert torch.equal(stored.tensor(name), tensor), name
+    convert(tmp_path / "pipeline", tmp_path / "resilin")
+    assert canonical_bytes(tmp_path / "resilin") == canonical_bytes(stored)
+
+    def mix(content):
+        content["inner.weight"] += 1
+
+    _changed(tmp_path / "pipeline" / "global_step2", "layer_01-model_states.pt", mix)
+    with pytest.raises(CheckpointError, match=r"layer_01-model_states.pt.* copy of 'model/1.inner.weight' .* not the"):
+        convert(tmp_path / "pipeline", tmp_path / "mixed")
+
+
+def test_a_file_of_states_of_an_unknown_kind_is_refused(deepspeed_checkpoints, tmp_path):
+    folder = _copy(deepspeed_checkpoints / "1-bf16", tmp_path / "more")
+    (folder / "other_model_states.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"other_model_states.pt: is a file of states, but of no kind"):
+        open_stored(folder)

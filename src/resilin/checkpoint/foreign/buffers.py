@@ -103,16 +103,17 @@ def same_everywhere(values: Sequence[tuple[str, object]], what: str) -> object:
     """
     first_file, first = values[0]
     for other_file, other in values[1:]:
-        if not _equal(first, other):
+        if not equal(first, other):
             raise CheckpointError(f"{what} of {first_file} and {other_file} differ: they are of different checkpoints")
     return first
 
 
-def _equal(a: object, b: object) -> bool:
+def equal(a: object, b: object) -> bool:
+    """Whether two trees of values and tensors are the same."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and a == b

@@ -18,6 +18,7 @@ import torch
 
 from resilin.checkpoint.atomic import sync_folder
 from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.foreign.beside import with_files
 from resilin.checkpoint.foreign.cast import with_dtype
 from resilin.checkpoint.foreign.formats import Format, ReadOptions, WriteOptions, format_named, format_of
@@ -108,6 +109,8 @@ def convert(source: Path, target: Path, options: Options | None = None) -> Repor
     _check_rest(stored, form)
     if options.dtype is not None:
         stored = with_dtype(stored, options.dtype)
+    if form.own_commit and (stored.step or 0) in CheckpointFolder(target).steps():
+        raise CheckpointError(f"{target}: has a checkpoint of step {stored.step or 0} already; name another folder")
     written = _write(stored, target, form, options.write)
     kinds = {"model": MODEL, "optimizer": OPTIMIZER, "files": FILES, "other": OTHER}
     counts = {kind: stored.under(prefix) for kind, prefix in kinds.items()}

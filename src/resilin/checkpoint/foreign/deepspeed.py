@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from resilin.checkpoint.foreign.shards import Slice
 from resilin.checkpoint.foreign.stored import Stored, dtype_name, moment, weight
 
 _STAGE_3 = "fp32_flat_groups"
+TIED = "tied_modules."
 
 
 def read_deepspeed(folder: Path, rules: Mapping[str, Any] | None = None, allow: Iterable[str] = ()) -> Stored:
@@ -55,7 +57,7 @@ def read_deepspeed(folder: Path, rules: Mapping[str, Any] | None = None, allow: 
         title = f"DeepSpeed without ZeRO ({files.data} data"
     title += f", {files.tensor} tensor, {files.pipeline} pipeline ranks)"
     ties, unread = model_rest(files, parameters, gathered, rounded)
-    other, left_out = other_values(files, gathered)
+    other, left_out = other_values(files, gathered, unread)
     parameters.check_used()
     return Stored(
         title,
@@ -145,6 +147,9 @@ class Parameters:
             return None
         shapes = [self.all_shapes(stage * tensor + rank)[name] for rank in range(tensor)]
         union = self.union(name, shapes)
+        if name.startswith(TIED):  # DeepSpeed's own name for what several stages keep equal; the copies are compared
+            stages = sum(name in self.all_shapes(other * tensor) for other in range(pipeline))
+            union = replace(union, copies=union.copies * stages)
         return name, union, union.slices[tp]
 
     def declare(self, gathered: Gathered, tensor: str, union: Union, tp: int, dtype: str) -> str:
@@ -154,7 +159,7 @@ class Parameters:
             return tensor
         part = f"{tensor} (tensor rank {tp})"
         gathered.builder.tensor(part, union.shape, dtype)
-        self.averages[tensor] = tuple(f"{tensor} (tensor rank {rank})" for rank in range(union.copies))
+        self.averages[tensor] = tuple(f"{tensor} (tensor rank {rank})" for rank in range(self.files.tensor))
         return part
 
     def note(self, name: str, mp: int, states: set[str], where: str) -> None:
@@ -227,6 +232,8 @@ def _stage_1_or_2(gathered: Gathered, parameters: Parameters, mp: int) -> None:
         masters = state["single_partition_of_fp32_groups"]
         base = state["base_optimizer_state"]
         for group, fragments in enumerate(state["param_slice_mappings"]):
+            if not fragments:
+                continue
             padding = state.get("group_paddings", [0] * len(masters))[group]
             rows = {"fp32": masters[group]}
             moments = _states(base["state"] if isinstance(base, dict) else base, group, where)
@@ -287,7 +294,7 @@ def _sort(
     """
     singles = {}
     for key, value in moments.items():
-        if isinstance(value, Tensor) and value.dim() == 1 and value.numel() in lengths and value.numel() != 1:
+        if key != "step" and isinstance(value, Tensor) and value.dim() == 1 and value.numel() in lengths:
             rows[key] = value
         elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
             singles[key] = as_tensor(value)

@@ -14,7 +14,7 @@ from resilin.checkpoint.foreign.pickles import inside, load_pickle
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _MODEL_3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+_LAYER = re.compile(r"layer_(\d+)-model(?:_(\d+))?(?:-model)?_states\.pt")
 
 
 def tag_folder(folder: Path, pointer: str = "latest") -> Path:
@@ -82,7 +82,7 @@ def open_files(folder: Path, allow: Iterable[str] = ()) -> DeepSpeedFiles:
         for name in names:
             match = pattern.fullmatch(name)
             if match:
-                numbers = [int(text) for text in match.groups()]
+                numbers = [int(text or 0) for text in match.groups()]
                 key = (0, numbers[0]) if len(numbers) == 1 else (numbers[0], numbers[1])
                 if key in found:
                     raise CheckpointError(f"{folder}: both {found[key][0]} and {name} are of rank {key}: remove one")
@@ -94,6 +94,10 @@ def open_files(folder: Path, allow: Iterable[str] = ()) -> DeepSpeedFiles:
 
     optimizers, layers = load(_OPTIMIZER), load(_LAYER)
     models = load(_MODEL) or load(_MODEL_3)
+    known = {name for table in (models, optimizers, layers) for name, _ in table.values()}
+    strange = [name for name in names if name.endswith("_states.pt") and name not in known]
+    if strange and models:
+        raise CheckpointError(f"{folder / strange[0]}: is a file of states, but of no kind that is known here")
     if not models:
         raise DamagedError(f"{folder}: has no mp_rank_*_model_states.pt")
     _complete(folder, "model_states", models)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from resilin.checkpoint.foreign.buffers import Gathered, same_everywhere
+from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.foreign.buffers import Gathered, equal
 from resilin.checkpoint.foreign.deepspeed_files import DeepSpeedFiles
 from resilin.checkpoint.foreign.pickles import leaves, plain
-from resilin.checkpoint.foreign.stored import LeftOut, dtype_name, weight
+from resilin.checkpoint.foreign.stored import OTHER, LeftOut, dtype_name, weight
 
 if TYPE_CHECKING:
     from resilin.checkpoint.foreign.deepspeed import Parameters
@@ -66,16 +68,12 @@ def model_rest(
                 )
             else:
                 _keep_model(files, parameters, gathered, name, mp, where, tensor)
-        for name, key, value in _layers(files, mp):
-            if name in trained and isinstance(value, Tensor):
-                _keep_rounded(parameters, rounded, name, mp, where, value)
-            else:
-                unread[weight(key)] = "it lies in a pipeline layer's file, and is no trained parameter's copy"
         if not files.optimizers and content.get("optimizer"):
             unread["optimizer"] = (
                 f"{where} keeps optimizer states by position, without the parameters' names (ZeRO stage 0); save it "
                 "with ZeRO stage 1 to convert them"
             )
+    _layers(files, parameters, rounded, unread)
     return ties, unread
 
 
@@ -93,16 +91,37 @@ def _module(files: DeepSpeedFiles, mp: int, unread: dict[str, str]) -> list[tupl
     return []
 
 
-def _layers(files: DeepSpeedFiles, mp: int) -> list[tuple[str, str, Any]]:
-    """Everything in the files that a pipeline keeps its layers in, with its names in the module and in the file."""
-    found = []
+def _layers(files: DeepSpeedFiles, parameters: Parameters, rounded: Gathered, unread: dict[str, str]) -> None:
+    """The files that a pipeline keeps its layers in: copies of trained parameters, and what else is in them."""
+    stages: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for stage in reversed(range(files.pipeline)):
+        shapes = parameters.all_shapes(stage * files.tensor)
+        stages.update({name: (stage, shape) for name, shape in shapes.items()})
     for (layer, tp), (where, content) in files.layers.items():
-        if tp == mp % files.tensor:
-            for path, value in leaves(content):
-                key = ".".join(path)
-                if value is not None:
-                    found.append((f"{layer}.{key}", f"{where}/{key}", value))
-    return found
+        for path, value in leaves(content):
+            inner = ".".join(path)
+            if value is None:
+                continue
+            name: str | None = f"{layer}.{inner}"
+            if name not in stages and isinstance(value, Tensor):
+                name = _tied_name({n: shape for n, (_, shape) in stages.items()}, inner, value)
+            if name in stages and isinstance(value, Tensor):
+                mp = stages[name][0] * files.tensor + tp
+                _keep_rounded(parameters, rounded, name, mp, f"{where}: {inner}", value)
+            else:
+                unread[f"model/{where}/{inner}"] = (
+                    "it is no trained parameter's copy, and its name in the whole is not known"
+                )
+
+
+def _tied_name(trained: Mapping[str, tuple[int, ...]], inner: str, value: Tensor) -> str | None:
+    """The tied parameter that a layer's file keeps a copy of, if there is only one it can be; the copy is compared."""
+    found = [
+        one
+        for one, shape in trained.items()
+        if one.startswith("tied_modules.") and one.endswith("." + inner) and shape == tuple(value.shape)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _keep_rounded(parameters: Parameters, rounded: Gathered, name: str, mp: int, where: str, tensor: Tensor) -> None:
@@ -110,7 +129,7 @@ def _keep_rounded(parameters: Parameters, rounded: Gathered, name: str, mp: int,
     if found is None or found[1].average or tuple(tensor.shape) != found[2].shape:
         return  # ZeRO-3 leaves an empty placeholder
     _, union, slice_ = found
-    rounded.builder.tensor(weight(name), union.shape, dtype_name(tensor, where), union.copies)
+    rounded.builder.tensor(weight(name), union.shape, dtype_name(tensor, where), copies=None)
     rounded.keep(weight(name), where, name, tensor, slice_)
 
 
@@ -152,15 +171,30 @@ def _frozen(files: DeepSpeedFiles, parameters: Parameters, gathered: Gathered, m
     return set(shapes)
 
 
-def other_values(files: DeepSpeedFiles, gathered: Gathered) -> tuple[dict[str, Any], tuple[LeftOut, ...]]:
-    """Everything that is no tensor of the model or optimizer: the user's own state, schedules, counters, scalers."""
-    tables = []
-    for mp in range(files.pipeline * files.tensor):
-        where, content = files.model(mp)
-        tables.append((where, {k: plain(v, k) for k, v in content.items() if k not in STRUCTURE}))
-    chosen = same_everywhere(tables, "the values beside the model")
-    assert isinstance(chosen, dict)
-    own = {key: chosen.pop(key) for key in DEEPSPEED_VALUES if chosen.get(key) is not None}
+def other_values(
+    files: DeepSpeedFiles, gathered: Gathered, unread: dict[str, str]
+) -> tuple[dict[str, Any], tuple[LeftOut, ...]]:
+    """Everything that is no tensor of the model or optimizer: the user's own state, schedules, counters, scalers.
+
+    What model ranks have different values of is added to `unread`.
+    """
+    tables = [files.model(mp) for mp in range(files.pipeline * files.tensor)]
+    chosen = {}
+    for key, value in tables[0][1].items():
+        if key in STRUCTURE:
+            continue
+        values = [plain(content.get(key), key) for _, content in tables]
+        if any(not equal(values[0], other) for other in values[1:]):
+            unread[OTHER + key] = "the ranks have different values of it, which mean nothing on other ranks"
+        else:
+            chosen[key] = plain(value, key)
+    for where, content in tables[1:]:
+        more = sorted(set(content) - set(tables[0][1]) - STRUCTURE)
+        unread.update({OTHER + key: f"only {where} has it, not {tables[0][0]}" for key in more})
+    own = chosen.pop("deepspeed", {})
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{tables[0][0]}: 'deepspeed' is a name that is needed for DeepSpeed's own values")
+    own.update({key: chosen.pop(key) for key in DEEPSPEED_VALUES if chosen.get(key) is not None})
     for key in DEEPSPEED_VALUES:
         chosen.pop(key, None)
     if files.optimizers:

@@ -193,7 +193,10 @@ def plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, Tensor)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): plain(item, f"{where}/{key}") for key, item in value.items()}
+        made = {str(key): plain(item, f"{where}/{key}") for key, item in value.items()}
+        if len(made) < len(value):
+            raise CheckpointError(f"{where}: has keys that differ by their type alone (1 and '1'); leave it out")
+        return made
     if isinstance(value, (list, tuple, set, frozenset)):
         items = sorted(value) if isinstance(value, (set, frozenset)) else value
         return [plain(item, f"{where}/{number}") for number, item in enumerate(items)]

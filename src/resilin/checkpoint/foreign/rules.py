@@ -42,7 +42,8 @@ PIPELINE = "pipeline_replicated_parameter_patterns"
 VOCABULARY_SIZE = "original_vocab_size"
 _LISTS = (REPLICATED, AVERAGE, ROWS, TWO, COLUMNS, VOCABULARY, PIPELINE)
 _CUTS = (REPLICATED, AVERAGE, ROWS, TWO, COLUMNS)
-_KNOWN_NAMES = {*_LISTS, SUB_PARAMS, WIDTHS, VOCABULARY_SIZE, "universal_checkpoint_version", "affine_map"}
+_SILENT = {"universal_checkpoint_version", "affine_map", "padded_vocab_size"}
+_KNOWN_NAMES = {*_LISTS, SUB_PARAMS, WIDTHS, VOCABULARY_SIZE, *_SILENT}
 
 
 @dataclass(frozen=True)
