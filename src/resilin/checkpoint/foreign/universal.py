@@ -56,6 +56,7 @@ def read_universal(folder: Path, allow: Iterable[str] = ()) -> Stored:
     missing = sorted(name for name in trained if "fp32" not in atoms.get(name, {}))
     if missing:
         raise DamagedError(f"{folder / 'zero' / missing[0]}: has no fp32.pt, though the parameter is trained")
+    lacking = _lacking(folder, atoms, shapes)
     modules = {n: (file, t) for file, content in models.items() for n, t in (content.get("module") or {}).items()}
     shared = {n: o for content in models.values() for n, o in (content.get("shared_params") or {}).items()}
     for name, states in atoms.items():
@@ -76,8 +77,11 @@ def read_universal(folder: Path, allow: Iterable[str] = ()) -> Stored:
         weight(name): f"{file} keeps no values under this name, and no atom has it"
         for name, (file, tensor) in modules.items()
         if name not in held and not tensor.numel()
-    }
+    } | lacking
     common = load_pickle(folder / "zero" / _GLOBAL, allow)
+    for table in shapes[:1]:
+        for number, group in enumerate(table):
+            _keep_step(gathered, common, number, [name for name in group if "step" not in atoms[name]])
     tables = [(f, {k: plain(v, k) for k, v in c.items() if k not in STRUCTURE}) for f, c in models.items()]
     chosen: Any = same_everywhere(tables, "the values beside the model") if tables else {}
     own = {key: chosen.pop(key) for key in DEEPSPEED_VALUES if chosen.get(key) is not None}
@@ -99,6 +103,37 @@ def read_universal(folder: Path, allow: Iterable[str] = ()) -> Stored:
         left_out=left,
         unread=unread,
     )
+
+
+def _keep_step(gathered: Gathered, common: Mapping[str, Any], number: int, names: list[str]) -> None:
+    """The step of a sub-group of stage 3, for which `ds_to_universal` writes no atoms."""
+    states = (common.get("optimizer_state_dict") or {}).get("state", {})
+    step = states.get(number, {}).get("step")
+    for name in names if step is not None else ():
+        gathered.whole(moment("step", name), f"zero/{_GLOBAL}", f"step of {number}", as_tensor(step), copies=None)
+
+
+def _lacking(
+    folder: Path, atoms: Mapping[str, Mapping[str, Path]], shapes: list[list[dict[str, tuple[int, ...]]]]
+) -> dict[str, str]:
+    """Trained parameters without any optimizer state, though others of their group have some.
+
+    Raises:
+        DamagedError: a parameter has some of the states of its group, not all.
+    """
+    found = {}
+    for group in (group for table in shapes for group in table):
+        usual = {state for name in group for state in atoms.get(name, {})} - {"fp32"}
+        for name in group:
+            states = set(atoms.get(name, {})) - {"fp32"}
+            if states and states != usual:
+                missing = min(usual - states)
+                raise DamagedError(
+                    f"{folder / 'zero' / name / missing}.pt: the file is missing; others of its group have it"
+                )
+            if usual and not states:
+                found[f"{OPTIMIZER}*/{name}"] = "there is no optimizer state of it, though others of its group have one"
+    return found
 
 
 def _keep_frozen(gathered: Gathered, models: Mapping[str, Mapping[str, Any]], known: set[str]) -> set[str]:
@@ -280,6 +315,11 @@ def _common(stored: Stored, moments: Mapping[str, Mapping[str, str]], names: lis
 def _model_states(stored: Stored, rest: Mapping[str, str]) -> dict[str, Any]:
     own = dict(stored.other.get("deepspeed", {}))
     state = put_together({key: value for key, value in stored.other.items() if key != "deepspeed"}, stored.tensor)
+    taken = sorted(set(state) & ({*STRUCTURE, *DEEPSPEED_VALUES, "deepspeed"} - {"global_steps"}))
+    if taken:
+        raise CheckpointError(
+            f"'other/{taken[0]}' has the name of something that DeepSpeed keeps itself; leave it out with --leave-out"
+        )
     # What DeepSpeed's own classes would hold (the loss scaler) is kept beside the user's values, for other readers.
     rest_of_own = {key: value for key, value in own.items() if key not in (*DEEPSPEED_VALUES, "clip_grad")}
     return {
