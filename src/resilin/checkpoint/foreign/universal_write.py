@@ -1,8 +1,8 @@
 """Writing DeepSpeed universal folders: an engine of any ZeRO stage opens one under `checkpoint: load_universal: true`.
 
 They are for engines without tensor parallelism, or that know themselves how they cut (AutoTP): an atom says that it is
-cut along dimension 0, since nothing else is known of it here. DeepSpeed itself restores from such a folder only what its
-optimizer trains: frozen parameters and buffers are kept in the model file, from which Resilin reads them back.
+cut along dimension 0, since nothing else is known of it here. DeepSpeed itself restores from such a folder only what
+its optimizer trains: frozen parameters and buffers are kept in the model file, from which Resilin reads them back.
 """
 
 from __future__ import annotations
