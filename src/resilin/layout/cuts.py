@@ -18,7 +18,7 @@ from resilin.layout.errors import LayoutError
 Rule = Literal["ceil", "even"]
 
 
-def intervals(length: Ints, ways: int, rule: Rule = "ceil", unit: int = 1) -> tuple[Ints, Ints]:
+def intervals(length: Ints, ways: int, rule: Rule = "ceil", unit: int = 1, align: int = 1) -> tuple[Ints, Ints]:
     """(..., ways) where each way's interval of `length` begins and ends.
 
     Args:
@@ -26,15 +26,17 @@ def intervals(length: Ints, ways: int, rule: Rule = "ceil", unit: int = 1) -> tu
         ways: into how many.
         rule: "ceil" is `torch.chunk` and DTensor: all as long as the first, the last ones shorter or empty (10 into
             4: 3, 3, 3, 1); "even" lengths differ by one at most (3, 3, 2, 2).
-        unit: cut at multiples of this only.
+        unit: `length` is made of such units, and none is cut.
+        align: cut at multiples of so many units, but for the last end.
     """
     units = length[..., None] // unit
+    blocks = -(-units // align)
     way = np.arange(ways + 1, dtype=np.int64)
     if rule == "ceil":
-        edges = np.minimum(way * -(-units // ways), units)
+        edges = way * -(-blocks // ways)
     else:
-        edges = way * (units // ways) + np.minimum(way, units % ways)
-    edges = edges * unit
+        edges = way * (blocks // ways) + np.minimum(way, blocks % ways)
+    edges = np.minimum(edges * align, units) * unit
     return edges[..., :-1], edges[..., 1:]
 
 
@@ -97,12 +99,17 @@ class Deal:
         owners: for each virtual shard the coordinate that holds it.
         dim: the dimension that is cut into virtual shards; None: the row-major order of all elements.
         rule: how lengths are cut that do not divide.
+        align: shards begin at multiples of so many indices (elements, where `dim` is None). Element-wise kernels work
+            on vectors of up to 16 float32 and round the few elements that are left over in another way (torch's fused
+            AdamW on a CPU does): with shards that begin at such multiples an update does not depend on the cuts, to
+            the bit.
     """
 
     axis: str
     owners: tuple[int, ...]
     dim: int | None = None
     rule: Rule = "ceil"
+    align: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,11 +122,13 @@ class Flat:
         axis: of the mesh.
         buffer: name of the buffer the slots lie in, one parameter's after the other's; "" is the tensor's own.
         offset: of this parameter's slot in the buffer, in elements.
+        align: slots are as long as a multiple of this; see `Deal`.
     """
 
     axis: str
     buffer: str = ""
     offset: int = 0
+    align: int = 1
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class Local:
         if not cut.owners or not all(0 <= owner < ways for owner in cut.owners):
             raise LayoutError(f"a table of owners has coordinates of axis {cut.axis!r}, 0 to {ways - 1}: {cut.owners}")
         length = self.shapes.prod(axis=1) if cut.dim is None else self.shapes[:, self._dim(cut.dim)]
-        low, high = intervals(length, len(cut.owners), cut.rule)
+        low, high = intervals(length, len(cut.owners), cut.rule, align=cut.align)
         owners = np.array(cut.owners)
         most = int(np.bincount(owners, minlength=ways).max())
         mine = np.full((ways, most), -1)
@@ -202,8 +202,8 @@ class Local:
 
     def _flat(self, cut: Flat, ways: int) -> Local:
         total = self.shapes.prod(axis=1)
-        low, high = intervals(total, ways)
-        slot = -(-total // ways)
+        low, high = intervals(total, ways, align=cut.align)
+        slot = -(-total // (ways * cut.align)) * cut.align
         made = self._flatten(
             cut.axis,
             Segments.joined(low[..., None], high[..., None]),

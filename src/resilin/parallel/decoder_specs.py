@@ -19,6 +19,8 @@ from resilin.models.decoder_settings import DecoderSettings
 
 Sharding = Literal["none", "fsdp", "zero1", "zero2", "zero3", "dealt"]
 VIRTUAL_SHARDS_PER_RANK = 4
+ALIGN = 16
+"""Elements at whose multiples virtual shards begin: an update is then the same to the bit, however they are owned."""
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
@@ -102,7 +104,7 @@ def decoder_specs(
     if sharding in ("zero1", "zero2"):
         return flat_group(specs, mesh, "dp")
     table = owners or deal(VIRTUAL_SHARDS_PER_RANK * mesh.axis("dp"), mesh.axis("dp"))
-    last: dict[str, Cut] = {"fsdp": Shard("dp", 0), "zero3": Flat("dp"), "dealt": Deal("dp", table)}
+    last: dict[str, Cut] = {"fsdp": Shard("dp", 0), "zero3": Flat("dp"), "dealt": Deal("dp", table, align=ALIGN)}
     if sharding == "none":
         return specs
     return {

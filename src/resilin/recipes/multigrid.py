@@ -90,6 +90,7 @@ METRIC, POINT = "top1", 0.01
 ARMS = {
     "plain": "plain",
     "multigrid": "multigrid",
+    "longer": "multigrid, more epochs",
     "short": "plain with multigrid's work",
     "coarse": "coarse shapes only",
 }
@@ -157,46 +158,50 @@ def _standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def _gains(curves: dict[str, dict[int, Curve]], which: int) -> list[float | None]:
-    """By seed: what plain training spent until its final accuracy less a point, over what multigrid did."""
+def _gains(curves: dict[str, dict[int, Curve]], which: int, arm: str = "multigrid") -> list[float | None]:
+    """By seed: what plain training spent until its final accuracy less a point, over what an arm did."""
     gains: list[float | None] = []
     for seed, plain in curves["plain"].items():
         target = plain.accuracy[-1] - POINT
-        ours, theirs = curves["multigrid"][seed].to(target), plain.to(target)
+        ours, theirs = curves[arm][seed].to(target), plain.to(target)
         gains.append(None if ours is None or theirs is None else theirs[which] / ours[which])
     return gains
 
 
-def _wholes(curves: dict[str, dict[int, Curve]], which: int) -> list[float]:
-    """By seed: the whole plain run over the whole multigrid run, in cost (0) or seconds (1)."""
+def _wholes(curves: dict[str, dict[int, Curve]], which: int, arm: str = "multigrid") -> list[float]:
+    """By seed: the whole plain run over the whole run of an arm, in cost (0) or seconds (1)."""
 
     def end(c: Curve) -> float:
         return (c.cost, c.seconds)[which][-1]
 
-    return [end(plain) / end(curves["multigrid"][seed]) for seed, plain in curves["plain"].items()]
+    return [end(plain) / end(curves[arm][seed]) for seed, plain in curves["plain"].items()]
 
 
-def _same_accuracy(curves: dict[str, dict[int, Curve]]) -> Claim:
-    gaps = [curves["multigrid"][s].accuracy[-1] - c.accuracy[-1] for s, c in curves["plain"].items()]
+def _named(name: str, arm: str) -> str:
+    return name if arm == "multigrid" else f"{name}, {arm}"
+
+
+def _same_accuracy(curves: dict[str, dict[int, Curve]], arm: str) -> Claim:
+    gaps = [curves[arm][s].accuracy[-1] - c.accuracy[-1] for s, c in curves["plain"].items()]
     return Claim(
-        name="as accurate",
-        statement="multigrid ends within a point of the plain run's accuracy",
+        name=_named("as accurate", arm),
+        statement=f"{ARMS[arm]} ends within a point of the plain run's accuracy",
         holds=statistics.fmean(gaps) >= -POINT,
         evidence=f"{100 * statistics.fmean(gaps):+.1f} points, standard error {100 * _standard_error(gaps):.1f}, "
         f"{len(gaps)} seeds",
     )
 
 
-def _cheaper(curves: dict[str, dict[int, Curve]], which: int) -> Claim:
-    gains, unit = _gains(curves, which), ("processed B x T x H x W", "wall clock of training")[which]
+def _cheaper(curves: dict[str, dict[int, Curve]], which: int, arm: str) -> Claim:
+    gains, unit = _gains(curves, which, arm), ("processed B x T x H x W", "wall clock of training")[which]
     known = [gain for gain in gains if gain is not None]
     return Claim(
-        name=f"half the {('work', 'time')[which]}",
-        statement=f"multigrid reaches the plain run's final accuracy less a point with half the {unit}",
+        name=_named(f"half the {('work', 'time')[which]}", arm),
+        statement=f"{ARMS[arm]} reaches the plain run's final accuracy less a point with half the {unit}",
         holds=len(known) == len(gains) and statistics.fmean(known) >= 2,
         evidence="ratio "
         + ", ".join("never reached" if gain is None else f"{gain:.2f}" for gain in gains)
-        + f"; whole runs {statistics.fmean(_wholes(curves, which)):.2f}",
+        + f"; whole runs {statistics.fmean(_wholes(curves, which, arm)):.2f}",
     )
 
 
@@ -243,13 +248,19 @@ def analyse(study: Study) -> Findings:
         for arm, by in curves.items():
             ends = [(c.cost, c.seconds)[which][-1] / scale for c in by.values()]
             rows.append(Row.over_seeds(f"{name}, {ARMS[arm]}", ends, unit))
-    rows += [
-        Row.over_seeds("less work, whole runs", _wholes(curves, 0), "x", "3.4x by its schedule"),
-        Row.over_seeds("less time, whole runs", _wholes(curves, 1), "x", "4.5x"),
-        Row.over_seeds("less work to plain's accuracy less a point", _gains(curves, 0), "x"),
-        Row.over_seeds("less time to plain's accuracy less a point", _gains(curves, 1), "x"),
-    ]
-    claims = [_same_accuracy(curves), _cheaper(curves, 0), _cheaper(curves, 1)]
+    claims = []
+    for arm in ("multigrid", "longer"):
+        if set(curves.get(arm, ())) != set(curves["plain"]):
+            continue
+        paper = ("3.4x by its schedule", "4.5x") if arm == "multigrid" else ("", "")
+        for which, what in enumerate(("work", "time")):
+            rows += [
+                Row.over_seeds(f"less {what}, whole runs, {ARMS[arm]}", _wholes(curves, which, arm), "x", paper[which]),
+                Row.over_seeds(
+                    f"less {what} to plain's accuracy less a point, {ARMS[arm]}", _gains(curves, which, arm), "x"
+                ),
+            ]
+        claims += [_same_accuracy(curves, arm), _cheaper(curves, 0, arm), _cheaper(curves, 1, arm)]
     if "short" in curves:
         statement = "plain training with no more work than multigrid ends less accurate than multigrid"
         claims.append(_is_worse(curves, "short", "better than a shorter plain run", statement))

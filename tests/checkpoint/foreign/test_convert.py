@@ -203,6 +203,51 @@ def test_a_runs_own_model_is_not_taken_for_a_hugging_face_model(trained, tmp_pat
         convert(trained, tmp_path / "out", options)
 
 
+def test_an_atom_that_is_missing_or_cut_is_named(trained, tmp_path):
+    convert(trained, tmp_path / "universal", Options(target_format="universal", leave_out=["model/head"]))
+    zero = tmp_path / "universal" / "global_step4_universal" / "zero"
+    whole = (zero / "a" / "exp_avg.pt").read_bytes()
+    (zero / "a" / "exp_avg.pt").write_bytes(whole[:100])
+    with pytest.raises(CheckpointError, match=r"a/exp_avg.pt: is cut short or damaged"):
+        open_stored(tmp_path / "universal")
+    (zero / "a" / "exp_avg.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"a/exp_avg.pt: the file is missing; others of its group have it"):
+        open_stored(tmp_path / "universal")
+    (zero / "a" / "step.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"optimizer/\*/a cannot be converted: there is no optimizer state of it"):
+        convert(tmp_path / "universal", tmp_path / "out")
+    (zero / "a" / "fp32.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"a: has no fp32.pt, though the parameter is trained"):
+        open_stored(tmp_path / "universal")
+
+
+def test_a_universal_folder_of_tensor_parallel_ranks_is_read(trained, tmp_path):
+    """Its model files have the shapes of shards, its atoms those of the whole."""
+    convert(trained, tmp_path / "universal", Options(target_format="universal", leave_out=["model/head"]))
+    folder = tmp_path / "universal" / "global_step4_universal"
+    (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").unlink()
+    content = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)
+    content["param_shapes"] = [{"a": torch.Size([5, 2]), "b": torch.Size([4])}]
+    for rank in range(2):
+        content["module"] = {"scale": torch.ones(3), "frozen": torch.full((2,), float(rank))}
+        torch.save(content, folder / f"mp_rank_{rank:02d}_model_states.pt")
+    stored, first = open_stored(tmp_path / "universal"), open_stored(trained)
+    for name in ("model/a", "model/b", "optimizer/exp_avg/a", "optimizer/exp_avg/b"):
+        assert torch.equal(stored.tensor(name), first.tensor(name)), name
+    assert torch.equal(stored.tensor("model/scale"), torch.ones(3))
+    with pytest.raises(CheckpointError, match=r"model/frozen cannot be converted: .* have different values of it"):
+        convert(tmp_path / "universal", tmp_path / "out")
+
+
+def test_a_value_with_a_name_of_deepspeeds_own_is_refused(tmp_path):
+    groups = [{"lr": 0.1, "parameters": ["a"]}]
+    state = {"model": {"a": torch.ones(2)}, "optimizer": {"groups": groups}, "lr_scheduler": {"mine": 1}}
+    CheckpointFolder(tmp_path / "run").save(1, state)
+    with pytest.raises(CheckpointError, match="'other/lr_scheduler' has the name of something that DeepSpeed keeps"):
+        convert(tmp_path / "run", tmp_path / "out", Options(target_format="universal"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_step_that_the_target_has_already_is_not_replaced(trained, tmp_path):
     convert(trained, tmp_path / "out")
     with pytest.raises(CheckpointError, match="has a checkpoint of step 4 already"):

@@ -134,3 +134,21 @@ def test_an_object_among_the_values_is_refused_by_name(tmp_path):
     dcp.save({"model": {"a": torch.ones(2)}, "extra": Path("x")}, checkpoint_id=tmp_path / "object")
     with pytest.raises(CheckpointError, match=r"extra: holds a pathlib"):
         open_stored(tmp_path / "object")
+
+
+def test_other_values_come_back_as_they_were(tmp_path):
+    from resilin.checkpoint.folder import CheckpointFolder
+
+    other = {
+        "numbers": {"0": 1, "1": [2.5, None]},
+        "nothing": {},
+        "lists": [[], {"a": True, "b": {}}, torch.arange(3), [1, [2]]],
+        "text": "x.y",
+    }
+    CheckpointFolder(tmp_path / "run").save(2, {"model": {"a.b": torch.ones(2)}, "mine": other, "empty": {}})
+    convert(tmp_path / "run", tmp_path / "dcp", Options(target_format="dcp"))
+    convert(tmp_path / "dcp", tmp_path / "back")
+    back = CheckpointFolder(tmp_path / "back").load(2)
+    assert torch.equal(back["mine"]["lists"].pop(2), other["lists"].pop(2))
+    assert back["mine"] == other
+    assert back["empty"] == {}

@@ -115,3 +115,16 @@ def test_a_file_name_that_leads_out_of_the_folder_is_not_written(tmp_path):
     with pytest.raises(CheckpointError, match=r"'files/../out.json' is no name for a file"):
         convert(tmp_path / "run", tmp_path / "model", Options(target_format="huggingface"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_other_views_of_the_same_memory_are_no_ties(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    a = torch.arange(12.0).reshape(3, 4)
+    torch.save({"a": a, "same": a, "turned": a.t(), "flat": a.reshape(-1)}, tmp_path / "model" / "pytorch_model.bin")
+    stored = open_stored(tmp_path / "model")
+    assert stored.ties == {"model/same": "model/a"}
+    convert(tmp_path / "model", tmp_path / "out")
+    back = open_stored(tmp_path / "out")
+    assert torch.equal(back.tensor("model/turned"), a.t())
+    assert torch.equal(back.tensor("model/flat"), a.reshape(-1))

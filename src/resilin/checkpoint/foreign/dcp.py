@@ -255,7 +255,7 @@ def _stored(
             gathered.whole(name, METADATA, name, as_tensor(value))
         else:
             _put(other, path, gathered.marked(plain(value, where), METADATA, tuple(map(str, path))))
-    other = {key: _lists(value) for key, value in other.items()}
+    other = {str(key): _lists(value) for key, value in other.items()}
     groups = _groups(other, kinds)
     steps = [other[key] for key in _STEP_KEYS if isinstance(other.get(key), int)]
     if isinstance(other.get("step"), int):
@@ -276,18 +276,18 @@ def _groups(other: dict[str, Any], kinds: Mapping[str, str]) -> list[dict[str, A
     return found
 
 
-def _put(tree: dict[str, Any], path: tuple[str | int, ...], value: Any) -> None:
+def _put(tree: dict[Any, Any], path: tuple[str | int, ...], value: Any) -> None:
     node = tree
     for key in path[:-1]:
-        node = node.setdefault(str(key), {})
-    node[str(path[-1])] = value
+        node = node.setdefault(key, {})
+    node[path[-1]] = value
 
 
 def _lists(node: Any) -> Any:
-    """Dicts that were lists (their keys count from zero) as lists again."""
+    """What were lists (their keys are numbers, not text) as lists again."""
     if not isinstance(node, dict) or "$tensor" in node:
         return node
-    made = {key: _lists(value) for key, value in node.items()}
-    if made and list(made) == [str(number) for number in range(len(made))]:
-        return list(made.values())
-    return made
+    made = {key: _lists(node[key]) for key in node}
+    if made and sorted(map(str, made)) == sorted(map(str, range(len(made)))) and all(isinstance(k, int) for k in made):
+        return [made[number] for number in range(len(made))]
+    return {str(key): value for key, value in made.items()}

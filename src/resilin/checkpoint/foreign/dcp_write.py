@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,7 +51,11 @@ def write_dcp(stored: Stored, target: Path, most_file_bytes: int = _MOST_FILE_BY
         keep.append(empty)
         return empty
 
-    flat, paths = flatten_state_dict(_tree(stored, named))
+    tree = _tree(stored, named)
+    flat, paths = flatten_state_dict(tree)
+    for path, value in _empty(tree):  # torch leaves them out
+        key = ".".join(map(str, path))
+        flat[key], paths[key] = value, path
     entries: dict[str, STORAGE_TYPES] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     number, written = 0, 0
@@ -89,6 +93,14 @@ def write_dcp(stored: Stored, target: Path, most_file_bytes: int = _MOST_FILE_BY
         handle.flush()
         os.fsync(handle.fileno())
     return written + len(raw)
+
+
+def _empty(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    if isinstance(node, (dict, list)):
+        if not node and len(path) and path != ("model",):
+            yield path, node
+        for key, item in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _empty(item, (*path, key))
 
 
 def _save_tensor(tensor: Tensor, handle: IO[bytes]) -> None:

@@ -20,9 +20,12 @@ _LAYER = re.compile(r"layer_(\d+)-model(?:_(\d+))?(?:-model)?_states\.pt")
 def tag_folder(folder: Path, pointer: str = "latest") -> Path:
     """The folder of a checkpoint: `folder` itself, or the one that its pointer file names."""
     path = folder / pointer
-    if path.is_file():
-        return inside(folder, path.read_text().strip(), path)
-    return folder
+    if not path.is_file():
+        return folder
+    named = inside(folder, path.read_text().strip(), path)
+    if not named.is_dir():
+        raise DamagedError(f"{path}: names {named.name!r}, and there is no such folder")
+    return named
 
 
 def is_deepspeed(folder: Path) -> bool:
@@ -66,8 +69,6 @@ def open_files(folder: Path, allow: Iterable[str] = ()) -> DeepSpeedFiles:
         CheckpointError: a rank's file is missing, unreadable, or of a kind that is not read.
     """
     folder = tag_folder(folder)
-    if not folder.is_dir():
-        raise DamagedError(f"{folder}: there is no such folder, though 'latest' names it")
     names = sorted(path.name for path in folder.iterdir())
     experts = [name for name in names if name.startswith("layer_") and "_expert_" in name]
     if experts:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.foreign.buffers import Gathered, equal
 from resilin.checkpoint.foreign.deepspeed_files import DeepSpeedFiles
+from resilin.checkpoint.foreign.deepspeed_parameters import TIED, Parameters
 from resilin.checkpoint.foreign.pickles import leaves, plain
 from resilin.checkpoint.foreign.stored import OTHER, LeftOut, dtype_name, weight
-
-if TYPE_CHECKING:
-    from resilin.checkpoint.foreign.deepspeed import Parameters
 
 STRUCTURE = {
     "module",
@@ -119,7 +117,7 @@ def _tied_name(trained: Mapping[str, tuple[int, ...]], inner: str, value: Tensor
     found = [
         one
         for one, shape in trained.items()
-        if one.startswith("tied_modules.") and one.endswith("." + inner) and shape == tuple(value.shape)
+        if one.startswith(TIED) and one.endswith("." + inner) and shape == tuple(value.shape)
     ]
     return found[0] if len(found) == 1 else None
 

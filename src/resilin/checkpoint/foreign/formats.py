@@ -17,7 +17,8 @@ from resilin.checkpoint.foreign.megatron import is_megatron, read_megatron
 from resilin.checkpoint.foreign.megatron_write import write_megatron
 from resilin.checkpoint.foreign.resilin_format import is_resilin, read_resilin, write_resilin
 from resilin.checkpoint.foreign.stored import FILES, OPTIMIZER, OTHER, Stored
-from resilin.checkpoint.foreign.universal import is_universal, read_universal, write_universal
+from resilin.checkpoint.foreign.universal import is_universal, read_universal
+from resilin.checkpoint.foreign.universal_write import write_universal
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,9 @@ def read_huggingface(folder: Path, allow: Iterable[str] = ()) -> Stored:
         absent = sorted((promised or set()) - set(tensors))
         if absent:
             raise DamagedError(f"{folder / name}: tensor {absent[0]!r} is missing, which the index promises")
-        memory: dict[tuple[int, int], str] = {}
+        memory: dict[object, str] = {}
         for tensor_name, tensor in tensors.items():
-            key = tensor.data_ptr(), tensor.numel()
+            key = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
             if tensor.numel() and key in memory:
                 ties[weight(tensor_name)] = memory[key]
                 continue

@@ -132,7 +132,7 @@ def _load(source: Any, allow: Iterable[str], where: object, map_location: str = 
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
 
 
 def refusal(where: object, name: str) -> str:

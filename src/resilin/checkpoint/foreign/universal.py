@@ -1,8 +1,6 @@
-"""DeepSpeed universal folders: `zero/NAME/STATE.pt`, one whole tensor a file, beside a model file and the groups.
+"""Reading DeepSpeed universal folders, as `ds_to_universal` writes them for any stage, or `universal_write.py`.
 
-Read as `ds_to_universal` writes them for any stage; written so that an engine of any ZeRO stage opens them with
-`{"checkpoint": {"load_universal": true}}`. DeepSpeed itself restores from such a folder only what its optimizer trains:
-frozen parameters and buffers are kept in the model file, from which Resilin reads them back.
+They have `zero/NAME/STATE.pt`, one whole tensor a file, beside model files and the settings of the parameter groups.
 """
 
 from __future__ import annotations
@@ -13,25 +11,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from resilin.checkpoint.atomic import write_file
-from resilin.checkpoint.errors import CheckpointError, DamagedError
-from resilin.checkpoint.foreign.buffers import Gathered, as_tensor, same_everywhere
+from resilin.checkpoint.errors import DamagedError
+from resilin.checkpoint.foreign.buffers import Gathered, as_tensor, equal, same_everywhere
 from resilin.checkpoint.foreign.deepspeed_files import tag_folder
 from resilin.checkpoint.foreign.deepspeed_rest import DEEPSPEED_VALUES, STRUCTURE
 from resilin.checkpoint.foreign.pickles import load_pickle, plain
 from resilin.checkpoint.foreign.shards import Slice
-from resilin.checkpoint.foreign.stored import MODEL, OPTIMIZER, LeftOut, Stored, dtype_name, moment, weight
-from resilin.checkpoint.tree import put_together
+from resilin.checkpoint.foreign.stored import OPTIMIZER, LeftOut, Stored, dtype_name, moment, weight
 
 POINTER = "latest_universal"
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
-_GLOBAL = "optimizer_state.pt"
-_PARAM = "param"
-# What the loaders of DeepSpeed ask for; the version only has to be later than 0.3.17.
-_VERSION = "0.19.8"
+GLOBAL = "optimizer_state.pt"
+PARAM = "param"
 
 
 def is_universal(folder: Path) -> bool:
@@ -56,7 +49,8 @@ def read_universal(folder: Path, allow: Iterable[str] = ()) -> Stored:
     missing = sorted(name for name in trained if "fp32" not in atoms.get(name, {}))
     if missing:
         raise DamagedError(f"{folder / 'zero' / missing[0]}: has no fp32.pt, though the parameter is trained")
-    modules = {n: (file, t) for file, content in models.items() for n, t in (content.get("module") or {}).items()}
+    lacking = _lacking(folder, atoms, shapes)
+    modules, unread = _modules(models)
     shared = {n: o for content in models.values() for n, o in (content.get("shared_params") or {}).items()}
     for name, states in atoms.items():
         if name in shared:
@@ -72,12 +66,16 @@ def read_universal(folder: Path, allow: Iterable[str] = ()) -> Stored:
             gathered.whole(weight(name), file, name, tensor, copies=None)
     frozen = _keep_frozen(gathered, models, set(atoms) | {n for n, (_, t) in modules.items() if t.numel()})
     held = {*trained, *shared, *frozen, *atoms}
-    unread = {
+    unread |= lacking
+    unread |= {
         weight(name): f"{file} keeps no values under this name, and no atom has it"
         for name, (file, tensor) in modules.items()
         if name not in held and not tensor.numel()
     }
-    common = load_pickle(folder / "zero" / _GLOBAL, allow)
+    common = load_pickle(folder / "zero" / GLOBAL, allow)
+    for table in shapes[:1]:
+        for number, group in enumerate(table):
+            _keep_step(gathered, common, number, [name for name in group if "step" not in atoms[name]])
     tables = [(f, {k: plain(v, k) for k, v in c.items() if k not in STRUCTURE}) for f, c in models.items()]
     chosen: Any = same_everywhere(tables, "the values beside the model") if tables else {}
     own = {key: chosen.pop(key) for key in DEEPSPEED_VALUES if chosen.get(key) is not None}
@@ -99,6 +97,54 @@ def read_universal(folder: Path, allow: Iterable[str] = ()) -> Stored:
         left_out=left,
         unread=unread,
     )
+
+
+def _modules(models: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, tuple[str, Tensor]], dict[str, str]]:
+    """What the model files hold, and what of it differs between them."""
+    found: dict[str, tuple[str, Tensor]] = {}
+    unread = {}
+    for file, content in models.items():
+        trained = {name for group in content.get("param_shapes") or [] for name in group}
+        for name, tensor in (content.get("module") or {}).items():
+            if not isinstance(tensor, Tensor):
+                if tensor is not None:
+                    unread[weight(name)] = f"it is a {type(tensor).__name__}, not a tensor"
+                continue
+            known = found.setdefault(name, (file, tensor))
+            if name not in trained and not equal(known[1], tensor):
+                unread[weight(name)] = f"{known[0]} and {file} have different values of it: they are parts, or copies"
+    return {name: one for name, one in found.items() if weight(name) not in unread}, unread
+
+
+def _keep_step(gathered: Gathered, common: Mapping[str, Any], number: int, names: list[str]) -> None:
+    """The step of a sub-group of stage 3, for which `ds_to_universal` writes no atoms."""
+    states = (common.get("optimizer_state_dict") or {}).get("state", {})
+    step = states.get(number, {}).get("step")
+    for name in names if step is not None else ():
+        gathered.whole(moment("step", name), f"zero/{GLOBAL}", f"step of {number}", as_tensor(step), copies=None)
+
+
+def _lacking(
+    folder: Path, atoms: Mapping[str, Mapping[str, Path]], shapes: list[list[dict[str, tuple[int, ...]]]]
+) -> dict[str, str]:
+    """Trained parameters without any optimizer state, though others of their group have some.
+
+    Raises:
+        DamagedError: a parameter has some of the states of its group, not all.
+    """
+    found = {}
+    for group in (group for table in shapes for group in table):
+        usual = {state for name in group for state in atoms.get(name, {})} - {"fp32"}
+        for name in group:
+            states = set(atoms.get(name, {})) - {"fp32"}
+            if states and states != usual:
+                missing = min(usual - states)
+                raise DamagedError(
+                    f"{folder / 'zero' / name / missing}.pt: the file is missing; others of its group have it"
+                )
+            if usual and not states:
+                found[f"{OPTIMIZER}*/{name}"] = "there is no optimizer state of it, though others of its group have one"
+    return found
 
 
 def _keep_frozen(gathered: Gathered, models: Mapping[str, Mapping[str, Any]], known: set[str]) -> set[str]:
@@ -154,9 +200,8 @@ def _keep(
     value = load_pickle(path, allow)
     where = path.relative_to(folder).as_posix()
     if isinstance(value, dict):
-        if value.get("is_expert_param"):
-            shape = None
-        value = value.get(_PARAM)
+        shape = None  # it has its own: that of the whole, where the model file has a tensor-parallel shard's
+        value = value.get(PARAM)
     if state == "step" or isinstance(value, (int, float)):
         gathered.whole(moment(state, name), where, state, as_tensor(value))
         return
@@ -186,130 +231,3 @@ def _groups(common: Mapping[str, Any], shapes: list[list[dict[str, tuple[int, ..
                     names.update(dict.fromkeys(table[part]))
         made.append({**{k: v for k, v in group.items() if k != "params"}, "parameters": list(names)})
     return made
-
-
-def write_universal(stored: Stored, target: Path) -> int:
-    """Write a universal folder: `TARGET/global_stepN_universal/` and the pointer to it, which comes last.
-
-    Raises:
-        CheckpointError: the source has no optimizer, or its groups do not name the parameters.
-    """
-    names = [name for group in stored.groups for name in group["parameters"]]
-    moments = _moments(stored)
-    if not names:
-        raise CheckpointError(
-            f"a universal folder holds a run's optimizer, and this {stored.title} has no parameter groups; write "
-            "another format for weights alone"
-        )
-    lost = sorted(set(moments) - set(names))
-    if lost:
-        raise CheckpointError(f"no parameter group has {lost[0]!r}, though the optimizer keeps states of it")
-    absent = sorted(name for name in names if weight(name) not in stored.names)
-    if absent:
-        raise CheckpointError(f"a parameter group names {absent[0]!r}, and the model has no such tensor")
-    tag = f"global_step{stored.step or 0}_universal"
-    zero = target / tag / "zero"
-    zero.mkdir(parents=True)
-    written = 0
-    for name in names:
-        folder = zero / name
-        if not folder.resolve().is_relative_to(zero.resolve()):
-            raise CheckpointError(f"parameter {name!r} would be written outside {zero}")
-        folder.mkdir(parents=True)
-        states = {"fp32": weight(name), **moments.get(name, {})}
-        for state, tensor_name in states.items():
-            tensor = _own(stored.tensor(tensor_name))
-            content: Any = tensor if state == "step" else {"cat_dim": 0, _PARAM: _float32(tensor, tensor_name)}
-            written += _save(folder / f"{state}.pt", content)
-        if "step" not in states and stored.step is not None:
-            written += _save(folder / "step.pt", torch.tensor(float(stored.step)))
-    trained = set(names)
-    rest = {n.removeprefix(MODEL): n for n in stored.under(MODEL) if n.removeprefix(MODEL) not in trained}
-    for name, tensor_name in rest.items():
-        folder = zero / name
-        folder.mkdir(parents=True)
-        written += _save(folder / "fp32.pt", {_PARAM: _own(stored.tensor(tensor_name)).float()})
-    written += _save(zero / _GLOBAL, _common(stored, moments, names))
-    model = _model_states(stored, rest)
-    for file in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
-        written += _save(target / tag / file, model)
-    write_file(target / POINTER, tag)
-    return written
-
-
-def _moments(stored: Stored) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
-    for name in stored.under(OPTIMIZER):
-        state, _, parameter = name.removeprefix(OPTIMIZER).partition("/")
-        if state == "fp32":
-            raise CheckpointError(f"{name!r}: a universal folder has another meaning for a state called fp32")
-        found.setdefault(parameter, {})[state] = name
-    return found
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A tensor whose storage is its own: `torch.save` writes the whole storage of a view."""
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _float32(tensor: Tensor, name: str) -> Tensor:
-    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
-        raise CheckpointError(f"{name!r} is {tensor.dtype}: atoms are float32, which does not hold its values")
-    return tensor.float()
-
-
-def _common(stored: Stored, moments: Mapping[str, Mapping[str, str]], names: list[str]) -> dict[str, Any]:
-    groups = []
-    for number, group in enumerate(stored.groups):
-        made = {key: value for key, value in group.items() if key != "parameters"}
-        if isinstance(made.get("betas"), list):
-            made["betas"] = tuple(made["betas"])
-        groups.append({**made, "params": [number]})
-    counted = [moments[name]["step"] for name in names if "step" in moments.get(name, {})]
-    step: Any = stored.tensor(counted[0]).clone() if counted else torch.tensor(float(stored.step or 0))
-    own = stored.other.get("deepspeed", {})
-    return {
-        "param_groups": groups,
-        "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": groups},
-        "ds_version": _VERSION,
-        **({"clip_grad": own["clip_grad"]} if "clip_grad" in own else {}),
-    }
-
-
-def _model_states(stored: Stored, rest: Mapping[str, str]) -> dict[str, Any]:
-    own = dict(stored.other.get("deepspeed", {}))
-    state = put_together({key: value for key, value in stored.other.items() if key != "deepspeed"}, stored.tensor)
-    # What DeepSpeed's own classes would hold (the loss scaler) is kept beside the user's values, for other readers.
-    rest_of_own = {key: value for key, value in own.items() if key not in (*DEEPSPEED_VALUES, "clip_grad")}
-    return {
-        **state,
-        **({"deepspeed": rest_of_own} if rest_of_own else {}),
-        "module": {name: _own(stored.tensor(tensor)) for name, tensor in rest.items()},
-        "buffer_names": [],
-        "optimizer": None,
-        "param_shapes": [
-            {name: torch.Size(stored.holdings(weight(name)).shape) for name in group["parameters"]}
-            for group in stored.groups
-        ],
-        "frozen_param_shapes": None,
-        "frozen_param_fragments": None,
-        "shared_params": {a.removeprefix(MODEL): n.removeprefix(MODEL) for a, n in stored.tied(MODEL).items()},
-        "lr_scheduler": own.get("lr_scheduler"),
-        "data_sampler": own.get("data_sampler"),
-        "random_ltd": own.get("random_ltd"),
-        "skipped_steps": own.get("skipped_steps", 0),
-        "global_steps": stored.step or 0,
-        "global_samples": own.get("global_samples", 0),
-        "dp_world_size": 1,
-        "mp_world_size": 1,
-        "ds_config": {},
-        "ds_version": _VERSION,
-    }
-
-
-def _save(path: Path, content: Any) -> int:
-    with path.open("xb") as handle:
-        torch.save(content, handle)
-        handle.flush()
-        return handle.tell()
