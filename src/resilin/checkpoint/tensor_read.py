@@ -17,6 +17,7 @@ from resilin.checkpoint.tensor_record import (
     DTYPES,
     FileRecord,
     TensorRecord,
+    block_checksum,
     checksum_text,
     data_bytes,
     shape_in_file,
@@ -208,7 +209,8 @@ class TensorFile:
         block = max(len(data), 1) if record.whole_checksums else BLOCK_BYTES
         for start in range(0, len(data), block):
             part = data[start : start + block]
-            if zlib.crc32(part) != record.checksums[piece][(low + start) // block]:
+            found = zlib.crc32(part) if record.whole_checksums else block_checksum(part)
+            if found != record.checksums[piece][(low + start) // block]:
                 at = begin + low + start
                 raise DamagedError(
                     f"{self.path}: the checksum of tensor {record.names[piece]!r} (bytes {at} to {at + len(part)}) is "

@@ -9,12 +9,12 @@ when the disk is full. Tests read these files with the library, and the library'
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import xxhash
 
 from resilin.layout import Boxes, Holdings, Region
 from resilin.layout.boxes import Ints
@@ -49,15 +49,20 @@ BLOCK_BYTES = 1 << 20
 
 
 def checksum_text(value: int) -> str:
-    """A CRC-32 as the index writes it. CRC-32 runs at 2.9 GB/s here (SHA-256 1.5, BLAKE2b 0.6); the danger is
-    accident, not forgery, and every error of up to 32 neighbouring bits is found.
-    """
+    """The CRC-32 of an index or a header as the index writes it: every error of up to 32 neighbouring bits is found."""
     return f"crc32:{value:08x}"
 
 
+def block_checksum(data: memoryview) -> int:
+    """The lower 32 bits of XXH3-64, which runs as fast as memory is read, where CRC-32 makes 2.6 GB/s a core and a load
+    wait for it. The danger is accident, not forgery: one damaged block in four thousand million passes.
+    """
+    return int(xxhash.xxh3_64_intdigest(data)) & 0xFFFFFFFF
+
+
 def block_checksums(data: memoryview) -> tuple[int, ...]:
-    """The CRC-32 of each block of a piece's bytes, the last one shorter; none for no bytes."""
-    return tuple(zlib.crc32(data[start : start + BLOCK_BYTES]) for start in range(0, len(data), BLOCK_BYTES))
+    """The checksum of each block of a piece's bytes, the last one shorter; none for no bytes."""
+    return tuple(block_checksum(data[start : start + BLOCK_BYTES]) for start in range(0, len(data), BLOCK_BYTES))
 
 
 def shape_in_file(dtype: str, shape: Sequence[int]) -> tuple[int, ...]:
