@@ -174,9 +174,11 @@ class Turn:
         self.uncached()
 
         def work() -> None:
+            held = []  # a load ends with all tensors in memory of their own, not in one buffer used again
             with (self.at / "plain").open("rb", buffering=0) as file:
                 for tensor in tensors_of(self.state):
                     target = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    held.append(target)
                     view = memoryview(target.reshape(-1).view(torch.uint8).numpy())
                     while len(view):
                         view = view[file.readinto(view) :]
