@@ -31,7 +31,8 @@ def convert(
         Path | None, typer.Option(help="A folder whose config.json and tokenizer go with the model.")
     ] = None,
     rules: Annotated[
-        Path | None, typer.Option(help="JSON or TOML: how tensor-parallel shards make up parameters.")
+        Path | None,
+        typer.Option(help="JSON or TOML: how tensor-parallel shards make up parameters (also in a universal target)."),
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Tensor ranks of a Megatron target.")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(min=1, help="Pipeline ranks of a Megatron target.")] = 1,
@@ -60,6 +61,7 @@ def convert(
     wrong = [name for name, equals, other in pairs if not (name and equals and other)]
     if wrong:
         raise UserError(f"--tie {wrong[0]!r}: expected NAME=OTHER")
+    table = None if rules is None else load_rules(rules)
     options = Options(
         source_format=source_format,
         target_format=to,
@@ -68,8 +70,8 @@ def convert(
         ties={name: other for name, _, other in pairs},
         dtype=None if dtype is None else getattr(torch, dtype),
         files=files,
-        read=ReadOptions(None if rules is None else load_rules(rules), tuple(allow or ())),
-        write=WriteOptions(tensor_parallel, pipeline_parallel),
+        read=ReadOptions(table, tuple(allow or ())),
+        write=WriteOptions(tensor_parallel, pipeline_parallel, table),
     )
     _tell(source, target, carry_out(source, target, options))
 

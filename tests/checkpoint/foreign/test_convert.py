@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.foreign.convert import Options, convert, open_stored
-from resilin.checkpoint.foreign.formats import ReadOptions
+from resilin.checkpoint.foreign.formats import ReadOptions, WriteOptions
 from resilin.checkpoint.foreign.stored import Stored
 
 
@@ -219,6 +219,33 @@ def test_an_atom_that_is_missing_or_cut_is_named(trained, tmp_path):
     (zero / "a" / "fp32.pt").unlink()
     with pytest.raises(CheckpointError, match=r"a: has no fp32.pt, though the parameter is trained"):
         open_stored(tmp_path / "universal")
+
+
+def test_rules_say_how_atoms_are_cut_again(trained, tmp_path):
+    table = {
+        "parameter_with_row_parallelism_patterns": ["a"],
+        "parameter_with_2_sub_params_cat_dim_0": ["b"],
+        "vocabulary_parameter_patterns": ["a"],
+    }
+    write = WriteOptions(rules=table)
+    convert(trained, tmp_path / "universal", Options(target_format="universal", write=write))
+    zero = tmp_path / "universal" / "global_step4_universal" / "zero"
+    marks = {
+        name: {k: v for k, v in torch.load(zero / name / "exp_avg.pt", weights_only=True).items() if k != "param"}
+        for name in ("a", "b")
+    }
+    assert marks == {"a": {"cat_dim": 1, "vocab_tensor": True}, "b": {"cat_dim": 0, "param_n_sub_params": 2}}
+    for wrong, message in (
+        ({"parameter_with_row_parallelism_patterns": ["gone"]}, "'gone' matches no trained parameter"),
+        (
+            {"parameter_with_sub_params": [{"patterns": ["a"], "shape": [[2, 3], -1], "partition_dim": 0}]},
+            "'a' is several parameters in one .* only its own ds_to_universal writes that",
+        ),
+    ):
+        options = Options(target_format="universal", write=WriteOptions(rules=wrong))
+        with pytest.raises(CheckpointError, match=message):
+            convert(trained, tmp_path / "other", options)
+        assert not (tmp_path / "other").exists()
 
 
 def test_a_universal_folder_of_tensor_parallel_ranks_is_read(trained, tmp_path):

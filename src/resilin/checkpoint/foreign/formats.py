@@ -40,10 +40,12 @@ class WriteOptions:
 
     Attributes:
         tensor, pipeline: ranks that Megatron's shards are for.
+        rules: how tensor-parallel ranks will cut the parameters of a universal folder; see `rules.py`.
     """
 
     tensor: int = 1
     pipeline: int = 1
+    rules: dict[str, Any] | None = None
 
 
 Write = Callable[[Stored, Path, WriteOptions], int]
@@ -77,7 +79,7 @@ FORMATS = (
         "universal",
         is_universal,
         lambda at, o: read_universal(at, o.allow),
-        lambda s, to, _: write_universal(s, to),
+        lambda s, to, o: write_universal(s, to, o.rules),
         (FILES,),
     ),
     Format("deepspeed", is_deepspeed, lambda at, o: read_deepspeed(at, o.rules, o.allow), None),

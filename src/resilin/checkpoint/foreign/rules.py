@@ -150,6 +150,26 @@ class Rules:
             return None
         return 1 if found and found[0] == ROWS else int(sub[1]["partition_dim"]) if sub else 0
 
+    def marks(self, name: str) -> dict[str, Any]:
+        """What an atom of a universal folder says of how it is cut again.
+
+        Raises:
+            CheckpointError: for several parameters in one with shapes of their own, which the folder keeps as an object
+                of DeepSpeed's.
+        """
+        if self._sub_params(name) is not None:
+            raise CheckpointError(
+                f"{self.where}: {name!r} is several parameters in one ({SUB_PARAMS}), which a universal folder keeps "
+                "as an object of DeepSpeed's; only its own ds_to_universal writes that"
+            )
+        two = self._match(TWO, name) is not None
+        marks: dict[str, Any] = {"cat_dim": self.dimension(name) or 0}
+        return (
+            marks
+            | ({"param_n_sub_params": 2} if two else {})
+            | ({"vocab_tensor": True} if self.is_vocabulary(name) else {})
+        )
+
     def is_vocabulary(self, name: str) -> bool:
         """Whether rows of its shards may be padding."""
         return self._match(VOCABULARY, name) is not None

@@ -1,8 +1,9 @@
 """Writing DeepSpeed universal folders: an engine of any ZeRO stage opens one under `checkpoint: load_universal: true`.
 
-They are for engines without tensor parallelism, or that know themselves how they cut (AutoTP): an atom says that it is
-cut along dimension 0, since nothing else is known of it here. DeepSpeed itself restores from such a folder only what
-its optimizer trains: frozen parameters and buffers are kept in the model file, from which Resilin reads them back.
+An atom says how tensor-parallel ranks cut it, by the rules that are given; without them along dimension 0, which is
+right for engines without tensor parallelism, or that know themselves how they cut (AutoTP). DeepSpeed itself restores
+from such a folder only what its optimizer trains: frozen parameters and buffers are kept in the model file, from which
+Resilin reads them back.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from resilin.checkpoint.atomic import write_file
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.foreign.deepspeed_rest import DEEPSPEED_VALUES, STRUCTURE
+from resilin.checkpoint.foreign.rules import Rules
 from resilin.checkpoint.foreign.stored import MODEL, OPTIMIZER, Stored, weight
 from resilin.checkpoint.foreign.universal import GLOBAL, PARAM, POINTER
 from resilin.checkpoint.tree import put_together
@@ -25,11 +27,16 @@ from resilin.checkpoint.tree import put_together
 _VERSION = "0.19.8"
 
 
-def write_universal(stored: Stored, target: Path) -> int:
+def write_universal(stored: Stored, target: Path, table: Mapping[str, Any] | None = None) -> int:
     """Write a universal folder: `TARGET/global_stepN_universal/` and the pointer to it, which comes last.
 
+    Args:
+        stored: what to write.
+        target: an empty folder.
+        table: how tensor-parallel ranks will cut the parameters; see `rules.py`. Every pattern must match one.
+
     Raises:
-        CheckpointError: the source has no optimizer, or its groups do not name the parameters.
+        CheckpointError: the source has no optimizer, its groups do not name the parameters, or the rules do not fit.
     """
     names = [name for group in stored.groups for name in group["parameters"]]
     moments = _moments(stored)
@@ -44,6 +51,10 @@ def write_universal(stored: Stored, target: Path) -> int:
     absent = sorted(name for name in names if weight(name) not in stored.names)
     if absent:
         raise CheckpointError(f"a parameter group names {absent[0]!r}, and the model has no such tensor")
+    rules = Rules(table or {}, "the rules for the universal folder")
+    marks = {name: rules.marks(name) for name in names}
+    if rules.unused():
+        raise CheckpointError(f"{rules.where}: {rules.unused()[0]!r} matches no trained parameter; was one renamed?")
     tag = f"global_step{stored.step or 0}_universal"
     zero = target / tag / "zero"
     zero.mkdir(parents=True)
@@ -56,7 +67,7 @@ def write_universal(stored: Stored, target: Path) -> int:
         states = {"fp32": weight(name), **moments.get(name, {})}
         for state, tensor_name in states.items():
             tensor = _own(stored.tensor(tensor_name))
-            content: Any = tensor if state == "step" else {"cat_dim": 0, PARAM: _float32(tensor, tensor_name)}
+            content: Any = tensor if state == "step" else {**marks[name], PARAM: _float32(tensor, tensor_name)}
             written += _save(folder / f"{state}.pt", content)
         if "step" not in states and stored.step is not None:
             written += _save(folder / "step.pt", torch.tensor(float(stored.step)))
