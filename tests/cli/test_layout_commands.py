@@ -44,6 +44,14 @@ def test_plan_counts_what_moves(settings: Path) -> None:
     assert "senders, the busiest" in call("plan", settings, "--mesh", "dp=4", "--to-mesh", "dp=2,tp=2")
 
 
+def test_the_vocabulary_is_the_tokenizer_s_or_has_to_be_said(settings: Path) -> None:
+    settings.write_text(SETTINGS.replace("vocab_size = 96\n", ""), encoding="utf-8")
+    known = call("show", settings, "source.tokenizer.kind=bpe", "source.tokenizer.vocab_size=300", "--tensor", "embed")
+    assert "embed.weight  F32 300x16" in known
+    with pytest.raises(UserError, match=r"say model\.vocab_size="):
+        call("show", settings, "source.tokenizer.kind=characters")
+
+
 def test_a_checkpoint_shows_which_file_holds_what(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     folder.save(7, {"model": {"w": torch.ones(4, 6)}, "optimizer": {"w": {"exp_avg": torch.ones(4, 6)}}})

@@ -59,7 +59,9 @@ def test_a_dropped_or_doubled_fragment_of_declared_copies_is_refused():
 
 
 def test_a_tensor_without_elements_is_complete():
-    check(Layout.of({"w": ((0, 4), "F32")}, [], copies=1))
+    layout = Layout.of({"w": ((0, 4), "F32")}, [], copies=1)
+    check(layout)
+    assert (count(layout.tensors["w"]).least, gaps(layout.tensors["w"])) == (1, ())
 
 
 def test_misplaced_regions_are_refused_by_name():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from hypothesis import strategies as st
 
 from resilin.layout import Layout, Place, Region, rank
@@ -59,7 +57,3 @@ def layouts(draw: st.DrawFn, tensors: dict[str, tuple[int, ...]], places: int = 
                 left = [rest for one in left for rest in one - other]
         clean += [(name, place, rest) for rest in left]
     return Layout.of({name: (shape, "F32") for name, shape in tensors.items()}, clean)
-
-
-def numel(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)

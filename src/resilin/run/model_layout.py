@@ -9,6 +9,9 @@ from torch import nn
 from resilin.checkpoint.index import INDEX_NAME
 from resilin.checkpoint.reader import CheckpointReader
 from resilin.config import UserError, load_settings
+from resilin.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from resilin.data.tokenizer_settings import TokenizerSettings
+from resilin.data.train_tokenizer import byte_tokenizer
 from resilin.layout import Layout, Mesh, layout_of
 from resilin.layout.dealing import deal, redeal
 from resilin.models.decoder import Decoder
@@ -48,11 +51,27 @@ def outline_at(path: Path, overrides: list[str]) -> Decoder:
 
 
 def _outline_of(settings: RunSettings, path: Path) -> nn.Module:
-    vocabulary = getattr(settings.model, "vocab_size", 0) or 32_000  # of a tokenizer that is not made yet
-    model = settings.model.outline(ModelContext(settings.seed, vocabulary))
+    try:
+        model = settings.model.outline(ModelContext(settings.seed, None))
+    except ValueError:  # the model has as many tokens as the source's tokenizer
+        model = settings.model.outline(ModelContext(settings.seed, _vocabulary(settings, path)))
     if model is None:
         raise UserError(f"{path}: a {type(settings.model).__name__} cannot be outlined without building it")
     return model
+
+
+def _vocabulary(settings: RunSettings, path: Path) -> int:
+    """How many tokens the source's tokenizer has, or will have; no data is opened to learn it."""
+    stored = RunFolder(path).tokenizer
+    if path.is_dir() and (stored / TOKENIZER_FILE).is_file():
+        return Tokenizer.load(stored).vocab_size
+    tokenizer = getattr(settings.source, "tokenizer", None)
+    if isinstance(tokenizer, TokenizerSettings):
+        if tokenizer.path is not None:
+            return Tokenizer.load(tokenizer.path).vocab_size
+        if tokenizer.kind != "characters":
+            return byte_tokenizer().vocab_size if tokenizer.kind == "bytes" else tokenizer.vocab_size
+    raise UserError(f"{path}: its data would have to be opened to learn the vocabulary: say model.vocab_size=...")
 
 
 def checkpoint_layout(path: Path) -> Layout | None:

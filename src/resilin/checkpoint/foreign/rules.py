@@ -18,7 +18,6 @@ Anything else is cut along dimension 0 too, or refused where the table has a lis
 from __future__ import annotations
 
 import json
-import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -254,11 +253,6 @@ def _listed(shapes: Sequence[Shape]) -> str:
 def unsharded(shape: Shape) -> Union:
     """A parameter that one rank has whole."""
     return Union(shape, (Slice.whole(shape),))
-
-
-def numel(shape: Shape) -> int:
-    """Elements of a tensor."""
-    return math.prod(shape)
 
 
 def load_rules(path: Path) -> dict[str, Any]:
