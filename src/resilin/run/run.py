@@ -19,6 +19,7 @@ from resilin.checkpoint.storage import Location
 from resilin.checkpoint.store import SavedCheckpoint
 from resilin.keys import Keys
 from resilin.nouns import Batch, Objective, Optimizer, Source, State, StepView
+from resilin.parallel.step import Autocast, StepGradient, gradient_of_step, merge_logs, non_finite_slots
 from resilin.run.events import (
     Evaluated,
     Event,
@@ -33,7 +34,6 @@ from resilin.run.events import (
 )
 from resilin.run.frozen import joined, split_frozen
 from resilin.run.interrupts import Interrupts
-from resilin.run.step import Autocast, StepGradient, gradient_of_step, merge_logs, non_finite_slots
 
 Reason = Literal["completed", "interrupted", "failed"]
 
