@@ -19,6 +19,7 @@ from resilin.optim.muon import Muon
 from resilin.optim.settings import OptimizerSettings
 from resilin.optim.sgd import SGD
 from resilin.parallel.assemble import assemble
+from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.step import OneProcess
 from resilin.parallel.workers import WholeModel
@@ -87,14 +88,11 @@ def together(rank, degrees, optimizer, steps, count, micro, clip, exact):
     model = SIZES.build(ModelContext(SEED, 61))
     settings, objective = OPTIMIZERS[optimizer], NextToken().build()
     cpu = torch.device("cpu")
-    names = [name for name, _ in model.named_parameters()]
     made = assemble(
         world,
         WholeModel(model, objective, model, device=cpu, autocast=_plain),
-        {},
+        Blueprint.uncut(model, degrees, settings.keeps_whole(model)),
         lambda owned: settings.build_owned(model, steps, owned),
-        order=names,
-        keep_whole=settings.keeps_whole(model),
         objective=objective,
         micro_batch_size=micro,
         clip_norm=clip,

@@ -1,8 +1,8 @@
 """The global norm of all gradients, and scaling by it.
 
 Floating-point sums depend on their order, and a gradient may be spread over any number of ranks. So the order is that
-of virtual shards (`resilin.layout.dealing`): every one is added up by itself, in whole, by whoever owns it, and the sums
-are added in the order of parameters and shards.
+of virtual shards (`resilin.layout.dealing`): each is added up by itself, in whole, by whoever owns it, and the sums are
+added in the order of parameters and shards.
 
 Shapes: P parameters, V virtual shards of each, S of them in a run.
 """
@@ -51,7 +51,8 @@ def shard_norms(
     Args:
         run: the elements of those shards, flat.
         elements: of the whole tensor.
-        first, stop: which shards.
+        first: the first of the shards.
+        stop: one past the last.
         shards: how many the whole tensor has.
     """
     dtype = torch.float64 if run.dtype == torch.float64 else torch.float32

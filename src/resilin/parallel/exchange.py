@@ -25,7 +25,8 @@ def swap(
     Args:
         received: (sum of received_sizes,), by sender.
         sent: (sum of sent_sizes,), by receiver; must not change before the wait.
-        received_sizes, sent_sizes: one for each rank of the group.
+        received_sizes: elements from each rank of the group.
+        sent_sizes: elements for each.
         group: all of its ranks call together.
     """
     if group.size == 1:
@@ -36,7 +37,8 @@ def swap(
         received, sent, list(received_sizes), list(sent_sizes), group=group.process_group, async_op=True
     )
     assert work is not None
-    return work.wait
+    wait: Wait = work.wait
+    return wait
 
 
 def share(parts: Sequence[Tensor], group: Group) -> Wait:

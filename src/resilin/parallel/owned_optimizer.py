@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from resilin.nouns import Optimizer, State
+from resilin.nouns import Optimizer
 from resilin.parallel.reduction import Reduction
 from resilin.transforms import OptimizerTransform
 
@@ -34,9 +34,3 @@ class OwnedOptimizer(OptimizerTransform):
         for reduction in self.reductions:
             for parameter in reduction.parameters:
                 parameter.grad = None
-
-    def load_state_dict(self, state: State) -> None:
-        """Take saved moments back, and the shards' weights from the parameters, which are loaded by now."""
-        self.inner.load_state_dict(state)
-        for reduction in self.reductions:
-            reduction.read()

@@ -5,14 +5,10 @@ Every parameter is cut on its own, so that a lost owner, or a layer that moves, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from resilin.layout import Cut, Deal, Only
-from resilin.layout.dealing import ALIGN, VIRTUAL_SHARDS, deal
 from resilin.optim.clip import shard_edges
-from resilin.parallel.errors import ParallelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +17,10 @@ class Run:
 
     Attributes:
         parameter: its number.
-        first, stop: the shards, `stop` exclusive.
-        begin, end: the elements, in row-major order.
+        first: the first of the shards.
+        stop: one past the last.
+        begin: the first element, in row-major order.
+        end: one past the last.
     """
 
     parameter: int
@@ -54,44 +52,8 @@ class Ownership:
     whole: tuple[int | None, ...]
     ranks: int
 
-    @classmethod
-    def of(
-        cls,
-        sizes: Sequence[int],
-        ranks: int,
-        *,
-        keep_whole: Sequence[bool] = (),
-        owners: tuple[int, ...] | None = None,
-    ) -> Ownership:
-        """Fair shares.
-
-        Args:
-            sizes: elements of each parameter.
-            ranks: how many there are.
-            keep_whole: which parameters cannot be cut; each goes to whom has least of those before it.
-            owners: the table of the others; None: equal runs of shards.
-
-        Raises:
-            ParallelError: there are more ranks than shards.
-        """
-        if owners is None and ranks > VIRTUAL_SHARDS:
-            raise ParallelError(
-                f"{ranks} ranks cannot share the {VIRTUAL_SHARDS} virtual shards of a parameter: use sharding = fsdp"
-            )
-        load, whole = [0] * ranks, []
-        for size, kept in zip(sizes, keep_whole or [False] * len(sizes), strict=True):
-            owner = min(range(ranks), key=lambda rank: (load[rank], rank)) if kept else None
-            if owner is not None:
-                load[owner] += size
-            whole.append(owner)
-        return cls(tuple(sizes), owners or deal(VIRTUAL_SHARDS, ranks), tuple(whole), ranks)
-
-    def runs(self, rank: int) -> list[Run]:
-        """What a rank owns, in the order of parameters and elements."""
-        return [run for parameter in range(len(self.sizes)) for run in self.runs_of(parameter, rank)]
-
     def runs_of(self, parameter: int, rank: int) -> list[Run]:
-        """What a rank owns of one parameter."""
+        """What a rank owns of one parameter, in order."""
         size, owner = self.sizes[parameter], self.whole[parameter]
         if owner is not None:
             return [Run(parameter, 0, len(self.owners), 0, size)] if owner == rank else []
@@ -112,10 +74,3 @@ class Ownership:
                 found[self.owners[first]].append((first, shard))
                 first = shard
         return found
-
-    def cut(self, parameter: int, axis: str) -> Cut:
-        """How an axis of the mesh cuts the optimizer's states of a parameter."""
-        owner = self.whole[parameter]
-        if owner is not None:
-            return Only(axis, (owner,))
-        return Deal(axis, self.owners, rule="even", align=ALIGN)

@@ -110,6 +110,5 @@ class Report:
             rows.append(Loss(total, units, found))
         if not rows:
             raise ValueError("no worker computed a loss")
-        loss = float(tree_sum([row.sum for row in rows]))
-        units = float(tree_sum([row.units for row in rows]))
-        return Summed(loss, units, merge_logs(rows), rows)
+        total, units = (tree_sum(parts) for parts in ([row.sum for row in rows], [row.units for row in rows]))
+        return Summed(float(total), float(units), merge_logs(rows), rows)

@@ -1,7 +1,7 @@
 """The gradient of one step: micro-batches in, one canonical sum out.
 
-`Engine` is what a run needs of whoever computes its steps; `OneProcess` does it alone, `resilin.parallel.workers` as one
-of many.
+`Engine` is what a run needs of whoever computes its steps: `OneProcess` does it alone, `resilin.parallel.workers` as
+one of many.
 """
 
 from __future__ import annotations
@@ -74,6 +74,9 @@ class Engine(Protocol):
     def agreed(self, value: int) -> int:
         """The largest of what all workers give."""
 
+    def loaded(self) -> None:
+        """The model's weights were filled from a checkpoint."""
+
 
 class OneProcess:
     """Computes everything itself.
@@ -138,6 +141,9 @@ class OneProcess:
     def agreed(self, value: int) -> int:
         """Its own."""
         return value
+
+    def loaded(self) -> None:
+        """There is no other copy of them."""
 
 
 def gradient_of_step(

@@ -206,8 +206,7 @@ class Workers:
         ]
         losses = self.passes.train(parts, lambda chunk: sums[chunk].collect())
         self._reduce([each.blocks() for each in sums], count)
-        told = self._tell(losses, mine, len(micros))
-        return told
+        return self._tell(losses, mine, len(micros))
 
     def _reduce(self, nodes: Sequence[Sequence[Node]], count: int) -> None:
         blocks = [node[:2] for node in nodes[0]]
@@ -251,7 +250,9 @@ class Workers:
 
     def _tell(self, losses: Sequence[Loss], mine: range, micros: int) -> StepGradient:
         context, part = self.world.axis("cp"), self.world.coordinate("cp")
-        rows = {number * context + part: loss for number, loss in zip(mine, losses)} if self.passes.speaks else {}
+        rows = dict(
+            zip((number * context + part for number in mine), losses, strict=True) if self.passes.speaks else ()
+        )
         used, squares = self._facts()
         summed, more = self._report.exchange(rows, micros * context, torch.cat([used, squares.reshape(-1)]))
         check_units(summed.units)
@@ -303,6 +304,11 @@ class Workers:
         rows = {(dp * rounds + n) * context + part: loss for n, loss in enumerate(losses)} if self.passes.speaks else {}
         summed, _ = self._report.exchange(rows, len(everything) * context)
         return summed
+
+    def loaded(self) -> None:
+        """Shards take their weights from the parameters."""
+        for reduction in self.reductions.values():
+            reduction.read()
 
     def agreed(self, value: int) -> int:
         """The largest of all."""
