@@ -6,6 +6,8 @@ from resilin.parallel.pipeline.messages import Message, Op, Receive, Send, check
 from resilin.parallel.pipeline.replay import replay
 from resilin.parallel.pipeline.schedule import Action, Kind, Schedule, loop, vee
 from resilin.parallel.pipeline.simulate import Costs, simulate
+from resilin.parallel.pipeline.slots import SlotTable, Transfer, in_blocks, in_turns, slots_of, transfers
+from resilin.parallel.pipeline.split import Split, balanced, by_count, even
 from resilin.parallel.pipeline.timeline import Record, Time, Timeline
 from resilin.parallel.pipeline.validate import peak_in_flight, validate
 from resilin.parallel.pipeline.zero_bubble import split_backward
@@ -23,17 +25,27 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Send",
+    "SlotTable",
+    "Split",
     "Time",
     "Timeline",
+    "Transfer",
+    "balanced",
     "build",
+    "by_count",
     "check_rendezvous",
+    "even",
+    "in_blocks",
+    "in_turns",
     "loop",
     "lower",
     "peak_in_flight",
     "replay",
     "result_of",
     "simulate",
+    "slots_of",
     "split_backward",
+    "transfers",
     "validate",
     "vee",
 ]
