@@ -133,8 +133,8 @@ class _Writer:
             if chosen is not None and made != chosen:
                 differing = min(set(made.items()) ^ set(chosen.items()))[0]
                 raise CheckpointError(
-                    f"of {first!r} and {name!r}, which are of one parameter group, only one has {differing}: ZeRO keeps "
-                    "the states of a group in one row"
+                    f"of {first!r} and {name!r}, which are of one parameter group, only one has {differing}: ZeRO "
+                    "keeps the states of a group in one row"
                 )
             chosen = made
         return chosen or {}
@@ -224,7 +224,8 @@ class _Writer:
         for rank in range(self.zero.ranks if self.zero.stage == 3 else 1):
             of_rank = f"zero_pp_rank_{rank}_" if self.zero.stage == 3 else ""
             frozen = None if self.stored.frozen is None else self.fragments[rank]
-            content = model_states(self.stored, self.module, shapes, self.zero.ranks, frozen, apart=KEPT_OF_OPTIMIZER)
+            apart = (*KEPT_OF_OPTIMIZER, "dtype")
+            content = model_states(self.stored, self.module, shapes, self.zero.ranks, frozen, apart)
             written += save_pickle(folder / f"{of_rank}mp_rank_00_model_states.pt", content)
             self.fragments[rank].clear()
         self.module.clear()
@@ -299,7 +300,7 @@ class _Writer:
         if scaler is None and self.dtype == torch.float16:
             raise CheckpointError(
                 f"stage 3 of DeepSpeed takes its loss scaler from the folder, and this {self.stored.title} has "
-                "none for float16: write stage 1 or 2, whose engines keep the one of their settings, or a 'universal' folder"
+                "none for float16: write stage 1 or 2, whose engines keep the one of their settings, or 'universal'"
             )
         return {
             "zero_stage": 3,
