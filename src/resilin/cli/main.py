@@ -93,7 +93,7 @@ _python_shows = warnings.showwarning
 
 
 def _left_reason(error: Exception) -> bool:
-    """Whether this process is a worker, whose launcher tells why the first one failed; its reason is then left there."""
+    """Whether this process is a worker, whose launcher tells why one failed; its reason is then left there."""
     from resilin.cluster.local import REPORT, report_failure
 
     if REPORT not in os.environ:
