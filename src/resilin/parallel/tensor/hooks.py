@@ -7,9 +7,10 @@ after each region, which move the same bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from resilin.keys import Keys
@@ -92,5 +93,6 @@ class Call:
         named = {name: value for name, value in named.items() if name not in self.hints}
         keys = named.get("keys")
         if isinstance(keys, Keys):  # each rank draws its own positions' part of the mask
-            named["keys"] = replace(keys, begin=self.stream.group.index * (length // size))
+            places_T = torch.arange(length) if keys.places_T is None else keys.places_T
+            named["keys"] = keys.at(places_T.chunk(size)[self.stream.group.index])
         return arguments, named
