@@ -218,9 +218,7 @@ def measure(size: Size, rounds: int, device: str) -> list[Row]:
     rows = []
     for name in list(everyone)[1:]:
         target = next(ratio for start, ratio in TARGETS.items() if name.startswith(start))
-        rows.append(
-            Row.from_turns(f"MoE, {size}", "tokens/s", speeds[OURS], speeds[name], name, target=target)
-        )
+        rows.append(Row.from_turns(f"MoE, {size}", "tokens/s", speeds[OURS], speeds[name], name, target=target))
     return rows
 
 

@@ -215,7 +215,7 @@ class _Mixed(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, beta: float) -> None:
-    """total = beta * total + left @ right."""
+    """Total = beta * total + left @ right."""
     if beta:
         total.addmm_(left, right)
     else:

@@ -6,6 +6,8 @@ rows sorted by expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -32,8 +34,18 @@ def route(logits_NE: Tensor, moe: MoESettings) -> tuple[Tensor, Tensor]:
     return weights_Nk, chosen_Nk
 
 
+Dispatch = Callable[[Callable[[Tensor, Tensor | None, Tensor], Tensor], Tensor, Tensor | None, Tensor], Tensor]
+"""`dispatch(local, x_ND, weights_Nk, chosen_Nk)`: the same as `local(...)`, where experts lie in several places."""
+
+
 class Experts(nn.Module):
-    """E feed-forwards without biases, their matrices stacked: `gate`, `up` (E, F, D) and `down` (E, D, F)."""
+    """E feed-forwards without biases, their matrices stacked: `gate`, `up` (E, F, D) and `down` (E, D, F).
+
+    Attributes:
+        dispatch: where only some of the experts are here: brings rows to whoever has them, and back.
+    """
+
+    dispatch: Dispatch | None = None
 
     def __init__(self, settings: DecoderSettings, moe: MoESettings, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -53,6 +65,11 @@ class Experts(nn.Module):
             weights_Nk: of the choices; None: each token has one, which counts as it is.
             chosen_Nk: numbers of experts, below E.
         """
+        if self.dispatch is not None:
+            return self.dispatch(self._mix, x_ND, weights_Nk, chosen_Nk)
+        return self._mix(x_ND, weights_Nk, chosen_Nk)
+
+    def _mix(self, x_ND: Tensor, weights_Nk: Tensor | None, chosen_Nk: Tensor) -> Tensor:
         groups = group_choices(chosen_Nk, len(self.up))
         matrices = self.gate, self.up, self.down
 
@@ -102,4 +119,4 @@ class MoE(nn.Module):
             if self.shared_gate is not None:
                 shared_ND = torch.sigmoid(self.shared_gate(x_ND)) * shared_ND
             out_ND = out_ND + shared_ND
-        return out_ND.view(x_BTD.shape), router_NE.view(*x_BTD.shape[:-1], -1)
+        return out_ND.view(x_BTD.shape), router_NE.view(*x_BTD.shape[:-1], router_NE.shape[1])
