@@ -71,18 +71,17 @@ class Experts(nn.Module):
 
     def _mix(self, x_ND: Tensor, weights_Nk: Tensor | None, chosen_Nk: Tensor) -> Tensor:
         groups = group_choices(chosen_Nk, len(self.up))
-        matrices = self.gate, self.up, self.down
 
-        def written(x_ND: Tensor, weights_Nk: Tensor | None, *matrices: Tensor | None) -> Tensor:
-            mixed_RD = feed_forward(spread(x_ND, groups), *matrices, groups, self.activation)
+        def written(x_ND: Tensor, weights_Nk: Tensor | None, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
+            mixed_RD = feed_forward(spread(x_ND, groups), gate, up, down, groups, self.activation)
             by_token_NkD = gather(mixed_RD, groups, chosen_Nk.shape[1])
             if weights_Nk is None:
                 return by_token_NkD.squeeze(1)
             return (weights_Nk[:, None].to(by_token_NkD.dtype) @ by_token_NkD).squeeze(1)
 
         if takes(x_ND):
-            return mix_experts(x_ND, weights_Nk, matrices, groups, self.activation, written)
-        return written(x_ND, weights_Nk, *matrices)
+            return mix_experts(x_ND, weights_Nk, (self.gate, self.up, self.down), groups, self.activation, written)
+        return written(x_ND, weights_Nk, self.gate, self.up, self.down)
 
 
 def feed_forward(

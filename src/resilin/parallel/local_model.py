@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,6 +17,17 @@ from resilin.parallel.group import Group
 
 _BUCKET = 2**24
 """Elements of gradients that are summed at once."""
+
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every parameter, tied ones once."""
+    return {
+        name: (tuple(parameter.shape), _DTYPES[str(parameter.dtype).removeprefix("torch.")])
+        for name, parameter in model.named_parameters()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +66,9 @@ class LocalModel:
     @classmethod
     def of(cls, module: nn.Module) -> LocalModel:
         """A model of which this rank has everything."""
-        from safetensors.torch import _TYPES  # name -> dtype, as files spell them
-
-        names = {dtype: name for name, dtype in _TYPES.items()}
         return cls(
             module,
-            {
-                name: LocalParameter(name, ParamSpec(tuple(p.shape), names[p.dtype]))
-                for name, p in module.named_parameters()
-            },
+            {name: LocalParameter(name, ParamSpec(*known)) for name, known in shapes_of(module).items()},
         )
 
     @property
@@ -182,6 +188,7 @@ def _filled(pieces: list[Piece], shape: tuple[int, ...]) -> bool:
     return sum(int(np.prod(size, dtype=np.int64)) for size in sizes) == int(np.prod(shape, dtype=np.int64))
 
 
+@cache
 def holders(spec: ParamSpec, mesh: Mesh) -> list[tuple[int, ...]]:
     """For each rank of a mesh the ranks, it among them, that hold the same part of a tensor."""
     local = spec.local(mesh)
