@@ -11,6 +11,7 @@ import torch.distributed as dist
 from forked import run_ranks
 
 from resilin.models.decoder import Decoder
+from resilin.models.decoder_plan import decoder_plan
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.models.initial import fill_parameters
 from resilin.models.moe import MoE
@@ -18,9 +19,11 @@ from resilin.nouns import Batch
 from resilin.objective.next_token import NextToken
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.errors import ParallelError
+from resilin.parallel.exchange import add_up
 from resilin.parallel.expert import Dispatch, ExpertTable, FlatExchange, TwoLevelExchange, parallelise_experts
 from resilin.parallel.group import Group, make_groups
 from resilin.parallel.local_model import LocalModel
+from resilin.parallel.tensor import parallelise
 from resilin.parallel.world import World
 
 
@@ -58,7 +61,7 @@ def one_case(rank: int, name: str, exchange: Any, dtype: torch.dtype) -> dict[st
     begin = sum(tokens[:rank])
     mine = slice(begin, begin + tokens[rank])
     part = copy.deepcopy(whole)
-    local = parallelise_experts(LocalModel.of(part), exchange.group, exchange)
+    local = parallelise_experts(part, exchange.group, exchange)
     my_x = x.detach()[:, mine].clone().requires_grad_()
     out, router = part(my_x)
     (out * pull[:, mine]).sum().backward()
@@ -107,7 +110,7 @@ def test_outputs_and_gradients_are_those_of_one_process(two_level):
 
 def held(rank: int) -> dict[str, tuple[int, ...]]:
     part = layer(MoESettings(experts=5, expert_size=10))
-    parallelise_experts(LocalModel.of(part), Group.of())
+    parallelise_experts(part, Group.of())
     return {name: tuple(p.shape) for name, p in part.named_parameters()}
 
 
@@ -136,38 +139,52 @@ def step(model: Decoder, rows: slice) -> torch.Tensor:
     return loss.sum.detach()
 
 
-def decoder_case(rank: int, expert: int, recompute: str) -> dict[str, float]:
-    world = World(Degrees(data=4, expert=expert), rank)
+def decoder_case(rank: int, degrees: Degrees, recompute: str, sequence: bool) -> dict[str, float]:
+    world = World(degrees, rank)
     whole = decoder()
     want = step(whole, slice(0, 8))
     model = decoder(recompute)
-    local = parallelise_experts(LocalModel.of(model), world.group("ep"))
-    loss = step(model, slice(2 * rank, 2 * rank + 2))
-    dist.all_reduce(loss)
+    local = parallelise_experts(model, world.group("ep"))
+    local = parallelise(local, decoder_plan(model.settings), world.group("tp"), sequence=sequence)
+    rows, data = 8 // degrees.data, world.coordinate("dp")
+    loss = step(model, slice(rows * data, rows * (data + 1)))
+    add_up(loss, world.group("dp"))
+    local.sum_gradients()
     found = {"loss": float(abs(loss - want) / want)}
     wholes = dict(whole.named_parameters())
     for name, parameter in model.named_parameters():
         known = local.parameters[name]
         experts = any(cut.axis == "ep" for cut in known.spec.cuts)
-        assert experts == (".experts." in name and expert > 1)
-        grad, group = parameter.grad, world.group("edp") if experts else world.everyone
+        assert experts == (".experts." in name)
+        grad = parameter.grad
         assert grad is not None
-        if group.size > 1:
-            dist.all_reduce(grad, group=group.process_group)
-        full = local.part(name, wholes[name].grad)
+        add_up(grad, world.group("edp") if experts else world.group("dp"))
+        full = wholes[name].grad
+        assert full is not None
+        full = local.part(name, full)
         found[name] = float((grad - full).norm()) / (float(full.norm()) or 1.0)
     return found
 
 
-@pytest.mark.parametrize(("expert", "recompute"), [(4, "none"), (2, "block"), (2, "selective")])
-def test_a_decoder_with_router_losses_has_the_loss_and_gradients_of_one_process(expert, recompute):
-    for found in run_ranks(4, decoder_case, expert, recompute):
+@pytest.mark.parametrize(
+    ("degrees", "recompute", "sequence"),
+    [
+        (Degrees(data=4, expert=4), "none", False),
+        (Degrees(data=4, expert=2), "block", False),
+        (Degrees(data=4, expert=2), "selective", False),
+        (Degrees(data=2, expert=2, tensor=2), "none", False),
+        (Degrees(data=2, expert=2, tensor=2), "none", True),
+    ],
+    ids=str,
+)
+def test_a_decoder_with_router_losses_has_the_loss_and_gradients_of_one_process(degrees, recompute, sequence):
+    for found in run_ranks(4, decoder_case, degrees, recompute, sequence):
         assert {name: off for name, off in found.items() if not off < 1e-5} == {}
 
 
 def twice(rank: int) -> bool:
     part = layer(MoESettings(experts=3, expert_size=10))
-    parallelise_experts(LocalModel.of(part), Group.of())
+    parallelise_experts(part, Group.of())
     x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(rank))
     results = []
     for _ in range(2):
@@ -193,7 +210,7 @@ def refused(rank: int) -> list[str]:
     said = []
     for module in (torch.nn.Linear(2, 2), layer(MoESettings(experts=1, experts_per_token=1))):
         try:
-            parallelise_experts(LocalModel.of(module), Group.of())
+            parallelise_experts(module, Group.of())
         except ParallelError as error:
             said.append(str(error))
     return said

@@ -15,7 +15,7 @@ from resilin.parallel.local_model import LocalModel
 AXIS = "ep"
 
 
-def parallelise_experts(local: LocalModel, group: Group, exchange: Exchange | None = None) -> LocalModel:
+def parallelise_experts(model: nn.Module | LocalModel, group: Group, exchange: Exchange | None = None) -> LocalModel:
     """Give each rank its run of every layer's experts, in place; everything else stays whole.
 
     The ranks of the group have different tokens. A rank's gradient of its experts sums over the tokens of them all, so
@@ -23,7 +23,7 @@ def parallelise_experts(local: LocalModel, group: Group, exchange: Exchange | No
     "dp" and "cp". That a parameter is an expert's is seen in its spec: a cut of the axis "ep".
 
     Args:
-        local: the model, whole or already cut over other axes.
+        model: with all its experts. Where tensor parallelism cuts them too, it comes after this.
         group: the axis "ep"; a group of one changes nothing.
         exchange: how rows travel among the group; None: one all-to-all.
 
@@ -33,6 +33,7 @@ def parallelise_experts(local: LocalModel, group: Group, exchange: Exchange | No
     Raises:
         ParallelError: the model has no experts, or a layer has fewer than there are ranks.
     """
+    local = model if isinstance(model, LocalModel) else LocalModel.of(model)
     layers = {name: module for name, module in local.module.named_modules() if isinstance(module, Experts)}
     if group.size == 1:
         return local
