@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from resilin.keys import Keys
@@ -103,6 +103,7 @@ class PipelinePasses:
         device: where batches go.
         autocast: the format of the step.
         speaks: whether the losses that this rank computes are counted.
+        prepare: takes this rank's part of a batch, where rows are divided.
 
     Attributes:
         measure: whether to keep when each action runs.
@@ -122,13 +123,14 @@ class PipelinePasses:
         device: torch.device,
         autocast: Autocast,
         speaks: bool = True,
+        prepare: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
         self._stages = {stage.number: stage for stage in stages}
         self._chunk = {stage.number: place for place, stage in enumerate(stages)}
-        self.chunks = [stage.module for stage in stages]
+        self.chunks: Sequence[nn.Module] = [stage.module for stage in stages]
         self._ops_for, self._rank_of, self._objective = ops_for, rank_of, objective
         self._peers, self._number, self._process_group = peers, number, process_group
-        self._device, self._autocast = device, autocast
+        self._device, self._autocast, self._prepare = device, autocast, prepare
         self._last = any(stage.span.last for stage in stages)
         self.speaks = speaks and self._last
         self._tagged = len(peers) > 1 and dist.get_backend(process_group) == "gloo"
@@ -162,7 +164,7 @@ class PipelinePasses:
         return self._go(ops, [(batch, None) for batch in batches], lambda _: None, training=False)
 
     def _go(self, ops: Sequence[Op], micros: Sequence[Micro], collect: Collect, *, training: bool) -> list[Loss]:
-        on_device = [(batch.to(self._device), keys) for batch, keys in micros]
+        on_device = [(self._prepare(batch.to(self._device)), keys) for batch, keys in micros]
         stage = next(iter(self._stages.values()))
         with self._autocast():
             shapes = [stage.shape(partial(self._call, stage, micro)) for micro in on_device]

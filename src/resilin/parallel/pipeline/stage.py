@@ -28,8 +28,8 @@ def decoder_in(model: nn.Module) -> Decoder:
     found = [module for module in model.modules() if isinstance(module, Decoder)]
     if len(found) != 1:
         raise ParallelError(
-            f"a pipeline divides the blocks of a Decoder, but this {type(model).__name__} has {len(found)} of them: use "
-            "parallel.pipeline = 1"
+            f"a pipeline divides the blocks of a Decoder, but this {type(model).__name__} has {len(found)} of them: "
+            "use parallel.pipeline = 1"
         )
     return found[0]
 
