@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from resilin.checkpoint.background import BackgroundSaves
+from resilin.checkpoint.background import BackgroundSaves, Pending
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.fits import check_fits
 from resilin.checkpoint.folder import CheckpointFolder
@@ -33,7 +33,9 @@ from resilin.run.events import (
 )
 from resilin.run.frozen import joined, split_frozen
 from resilin.run.interrupts import Interrupts
+from resilin.run.steady import steady_tensors
 from resilin.run.step import Autocast, StepGradient, gradient_of_step, merge_logs, non_finite_slots
+from resilin.transforms import may_change_weights
 
 Reason = Literal["completed", "interrupted", "failed"]
 
@@ -98,6 +100,8 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     _saved: Location | None = None
     _told: CheckpointError | None = None
+    _pending: Pending | None = None
+    """The save whose state is perhaps not all copied yet."""
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -151,6 +155,7 @@ class Run:
                 self.model, self.objective, batch, keys, device=self.device, autocast=self.autocast
             )
             return self._not_committed(gradient, slots_found)
+        self._finish_staging()
         applied = self.optimizer.step(self.step)
         self.step, self.samples = self.step + 1, self.samples + len(batch)
         self._after_commit(gradient, applied, began)
@@ -161,6 +166,8 @@ class Run:
         view = self._view()
         for part in self._parts():
             if hasattr(part, "before_step"):  # an isinstance check of a protocol costs ten times as much
+                if self._pending is not None and may_change_weights(part):
+                    self._finish_staging()
                 part.before_step(view)
         slots = range(self.source.slots(self.step))
         return self.source.fetch(self.step, slots) if slots else None
@@ -188,7 +195,7 @@ class Run:
                 raise
         self._note_saved()
         if (self._due(self.pace.save_every) or (milestone and self.pace.save_every)) and not last:
-            self.save()
+            self._begin_save()
 
     def _step_event(self, gradient: StepGradient, logs: dict[str, float], lr: float, seconds: float) -> StepDone:
         started, mfu = self.started, None
@@ -256,6 +263,7 @@ class Run:
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
         """The objective and its logs on the held-out batches, without any randomness."""
+        self._finish_staging()
         results = {}
         self.model.eval()
         for name, source in self.validation.items():
@@ -297,6 +305,7 @@ class Run:
         Raises:
             CheckpointError: the state is that of another model, by the name of a tensor; nothing is changed then.
         """
+        self._finish_staging()
         weights = joined(state)
         check_fits(self.model, weights)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -314,15 +323,29 @@ class Run:
         Raises:
             CheckpointError: when it, or the one before it, cannot be written; earlier ones are untouched.
         """
+        self._begin_save()
+        self._finish_staging()
+
+    def _begin_save(self) -> None:
+        """Save, but what the next step does not change before its update may be copied until then."""
         if self.checkpoints is None:
             raise ValueError("this run has no checkpoint folder: give it one, or do not ask it to save")
+        self._finish_staging()
         with self._telling_failures():
+            state = self.state_dict()
             if self.saves is None:
-                self._tell_saved(self.checkpoints.save(self.step, self.state_dict()))
+                self._tell_saved(self.checkpoints.save(self.step, state))
             else:
-                pending = self.saves.save(self.step, self.state_dict())
+                steady = steady_tensors(self.model, state["optimizer"])
+                self._pending = self.saves.save(self.step, state, steady=steady)
                 self._note_saved()
-                self._tell(Staged(step=pending.step, seconds=pending.seconds))
+
+    def _finish_staging(self) -> None:
+        """Before anything that may change what is trained: all of a state that is being saved is copied."""
+        if self._pending is not None and self.saves is not None:
+            pending, waited = self._pending, self.saves.staged()
+            self._pending = None
+            self._tell(Staged(step=pending.step, seconds=pending.seconds + waited))
 
     def wait_for_saves(self) -> None:
         """Return when everything that was saved is safe on disk.
@@ -331,6 +354,7 @@ class Run:
             CheckpointError: it could not be written.
         """
         if self.saves is not None:
+            self._finish_staging()
             with self._telling_failures():
                 self.saves.wait()
                 self._note_saved()
