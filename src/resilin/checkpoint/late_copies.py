@@ -119,7 +119,7 @@ class LateCopies:
                 self._events[device] = stream.record_event()
 
     def finish(self) -> None:
-        """Return when the memory may be changed: by anyone, but that of a GPU only by what its current stream does next."""
+        """Return when the memory may be changed; that of a GPU, by what its current stream is told from now on."""
         self._copy_all()
         for device, event in self._events.items():
             torch.cuda.current_stream(device).wait_event(event)
@@ -138,10 +138,10 @@ class LateCopies:
         self._from_gpu.clear()  # held until here: freed memory might have been used again
         if self._changed is not None:
             raise CheckpointError(
-                f"tensor {self._changed!r} was changed while it was being saved: its copy may be part old, part new, so "
-                "this state is not saved. What is trained may be changed by the optimizer's step and by a `before_step` "
-                "that is not marked `keeps_weights`; who saves without a run calls `BackgroundSaves.staged` before any "
-                "change"
+                f"tensor {self._changed!r} was changed while it was being saved: its copy may be part old, part new, "
+                "so this state is not saved. What is trained may be changed by the optimizer's step and by a "
+                "`before_step` that is not marked `keeps_weights`; who saves without a run calls "
+                "`BackgroundSaves.staged` before any change"
             )
 
     def _copy_all(self) -> None:
