@@ -1,6 +1,8 @@
 """Run by torchrun: trains a small model with the real DeepSpeed, saves it, and says what its ranks then hold.
 
 deepspeed_run.py save OUT stage:dtype ...      checkpoint in OUT/stage-dtype, its values in OUT/stage-dtype.safetensors
+                                               and after two steps more in OUT/stage-dtype-later.safetensors
+deepspeed_run.py resume OUT stage:dtype=FOLDER ...    opens ZeRO folders and goes on; values in OUT as those of `save`
 deepspeed_run.py load OUT UNIVERSAL stage:dtype ...   opens a universal folder, the values of every parameter in OUT
 """
 
@@ -56,11 +58,12 @@ def start(stage: int, dtype: str, universal: bool = False) -> deepspeed.DeepSpee
     return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
 
 
-def values(engine: deepspeed.DeepSpeedEngine, trained_here: bool) -> dict[str, Tensor]:
+def values(engine: deepspeed.DeepSpeedEngine, link: bool) -> dict[str, Tensor]:
     """The masters and moments that all ranks together hold, by the names that Resilin gives them."""
     found = {}
-    if trained_here and hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
-        # DeepSpeed links states to parameters after the first group's first step, when the others have none yet.
+    if link and hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
+        # DeepSpeed links states to parameters after the first group's first step, when the others have none yet,
+        # and not at all when it has opened a ZeRO folder.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.module.named_parameters():
@@ -81,7 +84,7 @@ def _shape(parameter: Tensor) -> torch.Size:
 
 
 def train(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
-    generator = torch.Generator().manual_seed(engine.global_rank)
+    generator = torch.Generator().manual_seed(engine.global_rank + 100 * engine.global_steps)
     for _ in range(steps):
         tokens = torch.randint(0, 13, (8,), generator=generator)
         engine.backward(engine(tokens, torch.randint(0, 13, (8,), generator=generator)))
@@ -146,13 +149,21 @@ def pipeline(out: Path) -> None:
     save_file(found, out / f"rank-{engine.global_rank}.safetensors")
 
 
+def _tell(engine: deepspeed.DeepSpeedEngine, path: Path, link: bool) -> None:
+    found = values(engine, link)
+    if engine.global_rank == 0:
+        save_file({key: value.contiguous() for key, value in found.items()}, path)
+
+
 def main(mode: str, out: Path, *rest: str) -> None:
     deepspeed.init_distributed("gloo")
+    out.mkdir(exist_ok=True)
     if mode == "pipeline":
         pipeline(out)
         return
     source, kinds = (rest[0], rest[1:]) if mode == "load" else ("", rest)
     for kind in kinds:
+        kind, _, folder = kind.partition("=")
         stage, _, dtype = kind.partition(":")
         engine = start(int(stage), dtype, universal=mode == "load")
         name = f"{stage}-{dtype}"
@@ -160,18 +171,17 @@ def main(mode: str, out: Path, *rest: str) -> None:
             train(engine, 3)
             engine.save_checkpoint(str(out / name), tag="global_step3", client_state={"seen": {"tokens": 48}})
         else:
-            path, state = engine.load_checkpoint(source)
+            path, state = engine.load_checkpoint(folder or source)
             assert path is not None
             assert state["seen"] == {"tokens": 48}
             assert engine.global_steps == 3
             groups = engine.optimizer.param_groups
             # Stage 3 of DeepSpeed gives every group the first one's settings when it opens a universal folder.
-            assert [g["lr"] for g in groups] == ([1e-2, 1e-2] if stage == "3" else [1e-2, 2e-2]), groups
-        found = values(engine, trained_here=mode == "save")
-        if engine.global_rank == 0:
-            save_file({key: value.contiguous() for key, value in found.items()}, out / f"{name}.safetensors")
-        if mode == "load":
-            train(engine, 1)  # and it goes on
+            shared = mode == "load" and stage == "3"
+            assert [g["lr"] for g in groups] == ([1e-2, 1e-2] if shared else [1e-2, 2e-2]), groups
+        _tell(engine, out / f"{name}.safetensors", link=mode != "load")
+        train(engine, 2)
+        _tell(engine, out / f"{name}-later.safetensors", link=mode != "load")
     torch.distributed.barrier()
 
 

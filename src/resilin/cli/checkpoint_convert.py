@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint's folder, of any format.")],
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="resilin, huggingface, dcp, universal (DeepSpeed) or megatron.")] = "resilin",
+    to: Annotated[
+        str, typer.Option(help="resilin, huggingface, dcp, deepspeed, universal (DeepSpeed) or megatron.")
+    ] = "resilin",
     source_format: Annotated[
         str | None, typer.Option("--from", help="The source's format. Default: told by its files.")
     ] = None,
@@ -26,7 +28,10 @@ def convert(
         list[str] | None, typer.Option(help="Leave out what has this name; * is any text. Can be given again.")
     ] = None,
     tie: Annotated[list[str] | None, typer.Option(help="NAME=OTHER: NAME has the values of OTHER.")] = None,
-    dtype: Annotated[DTypeName | None, typer.Option(help="Of the written weights. Default: as they are.")] = None,
+    dtype: Annotated[
+        DTypeName | None,
+        typer.Option(help="Of the written weights; what a deepspeed target's model computes in. Default: as they are."),
+    ] = None,
     files: Annotated[
         Path | None, typer.Option(help="A folder whose config.json and tokenizer go with the model.")
     ] = None,
@@ -36,6 +41,15 @@ def convert(
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Tensor ranks of a Megatron target.")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(min=1, help="Pipeline ranks of a Megatron target.")] = 1,
+    zero_stage: Annotated[int, typer.Option(min=1, max=3, help="ZeRO stage of a deepspeed target.")] = 1,
+    data_parallel: Annotated[int, typer.Option(min=1, help="Data-parallel ranks of a deepspeed target.")] = 1,
+    sub_group_size: Annotated[
+        int, typer.Option(min=1, help="DeepSpeed's setting of this name (a deepspeed target of stage 3).")
+    ] = 1_000_000_000,
+    frozen: Annotated[
+        list[str] | None,
+        typer.Option(help="Parameters that are not trained, where the source does not say; * is any text, '' is none."),
+    ] = None,
     allow: Annotated[
         list[str] | None, typer.Option(help="A class in the source's pickles to take as plain data.")
     ] = None,
@@ -49,11 +63,13 @@ def convert(
     resilin checkpoint convert deepspeed-run/ checkpoints
     resilin checkpoint convert deepspeed-run/ my-model --to huggingface --weights-only --files base-model
     resilin checkpoint convert runs/chat/checkpoints for-torch --to dcp
+    resilin checkpoint convert deepspeed-run/ on-8-ranks --to deepspeed --zero-stage 3 --data-parallel 8
     """
     import torch
 
     from resilin.checkpoint.foreign.convert import Options
     from resilin.checkpoint.foreign.convert import convert as carry_out
+    from resilin.checkpoint.foreign.deepspeed_write import Zero
     from resilin.checkpoint.foreign.formats import ReadOptions, WriteOptions
     from resilin.checkpoint.foreign.rules import load_rules
 
@@ -69,9 +85,10 @@ def convert(
         leave_out=leave_out or (),
         ties={name: other for name, _, other in pairs},
         dtype=None if dtype is None else getattr(torch, dtype),
+        frozen=frozen,
         files=files,
         read=ReadOptions(table, tuple(allow or ())),
-        write=WriteOptions(tensor_parallel, pipeline_parallel, table),
+        write=WriteOptions(tensor_parallel, pipeline_parallel, Zero(zero_stage, data_parallel, sub_group_size), table),
     )
     _tell(source, target, carry_out(source, target, options))
 

@@ -35,7 +35,8 @@ def run_on_ranks() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def deepspeed_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`STAGE-DTYPE/` folders that DeepSpeed wrote on two ranks, and beside each its values as the ranks told them."""
+    """`STAGE-DTYPE/` folders that DeepSpeed wrote on two ranks, and beside each its values as the ranks told them:
+    when it was saved (`STAGE-DTYPE.safetensors`) and two steps later (`STAGE-DTYPE-later.safetensors`)."""
     pytest.importorskip("deepspeed")
     out = tmp_path_factory.mktemp("deepspeed")
     torchrun("deepspeed_run.py", "save", out, "1:bf16", "2:fp32", "3:bf16")

@@ -36,7 +36,7 @@ def trained(tmp_path) -> Path:
     return tmp_path / "trained"
 
 
-@pytest.mark.parametrize("target", ["dcp", "universal"])
+@pytest.mark.parametrize("target", ["dcp", "universal", "deepspeed"])
 def test_there_and_back_is_the_same_checkpoint(trained, tmp_path, canonical_bytes, target):
     convert(trained, tmp_path / "there", Options(target_format=target))
     left = ["model/head"] if target == "dcp" else []  # which writes a tied weight twice, and says nothing of it
@@ -87,7 +87,7 @@ def test_a_name_to_leave_out_that_matches_nothing_is_refused(trained, tmp_path):
         convert(trained, tmp_path / "out", Options(leave_out=["model/z"]))
 
 
-@pytest.mark.parametrize("target", ["resilin", "dcp", "universal"])
+@pytest.mark.parametrize("target", ["resilin", "dcp", "universal", "deepspeed"])
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_an_interrupted_conversion_leaves_nothing_to_read(trained, tmp_path, monkeypatch, target, failure, after):
@@ -154,15 +154,15 @@ print(peak[0] - base)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-@pytest.mark.parametrize("target", ["resilin", "dcp"])
+@pytest.mark.parametrize("target", ["resilin", "dcp", "deepspeed"])
 def test_memory_holds_a_few_of_the_largest_tensor_not_the_model(tmp_path, target):
     """24 tensors of 8 MiB: a quarter of the model would be too much."""
     import torch.distributed.checkpoint as dcp
 
     largest, tensors = 8 << 20, 24
-    dcp.save(
-        {f"t{n}": torch.full((largest // 4,), float(n)) for n in range(tensors)}, checkpoint_id=tmp_path / "source"
-    )
+    model = {f"t{n}": torch.full((largest // 4,), float(n)) for n in range(tensors)}
+    optim = {"state": {}, "param_groups": [{"lr": 0.1, "params": list(model)}]}
+    dcp.save({"model": model, "optim": optim}, checkpoint_id=tmp_path / "source")
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path / "source"), str(tmp_path), target],
         capture_output=True,

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -35,7 +35,9 @@ class Options:
         weights_only: take the model alone, and the files that go with it.
         leave_out: names to leave out, with `*` for any text.
         ties: name without values -> the parameter it is tied to.
-        dtype: of the floating-point weights in the target; None: as they are.
+        dtype: of the floating-point weights in the target (of a DeepSpeed folder: what its model computes in, beside
+            float32 masters); None: as they are.
+        frozen: names of parameters that are not trained, with `*` for any text; None: as the source says.
         files: a folder whose config.json, tokenizer and the like go with the model.
         read: about the source.
         write: about the target.
@@ -47,6 +49,7 @@ class Options:
     leave_out: Sequence[str] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    frozen: Sequence[str] | None = None
     files: Path | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
     write: WriteOptions = field(default_factory=WriteOptions)
@@ -96,8 +99,6 @@ def convert(source: Path, target: Path, options: Options | None = None) -> Repor
     """
     options = options or Options()
     form = format_named(options.target_format)
-    if form.write is None:
-        raise CheckpointError(f"{form.name} is a format that is read only; write 'universal', which DeepSpeed opens")
     _check_target(target, form)
     stored = open_stored(source, options.source_format, options.read)
     if form.name == "huggingface" and stored.title == RUN_TITLE and "run" in stored.other:
@@ -107,11 +108,14 @@ def convert(source: Path, target: Path, options: Options | None = None) -> Repor
         )
     stored = _chosen(stored, options)
     _check_rest(stored, form)
-    if options.dtype is not None:
+    write = options.write
+    if options.dtype is not None and form.own_dtype:
+        write = replace(write, zero=replace(write.zero, dtype=options.dtype))
+    elif options.dtype is not None:
         stored = with_dtype(stored, options.dtype)
     if form.own_commit and (stored.step or 0) in CheckpointFolder(target).steps():
         raise CheckpointError(f"{target}: has a checkpoint of step {stored.step or 0} already; name another folder")
-    written = _write(stored, target, form, options.write)
+    written = _write(stored, target, form, write)
     kinds = {"model": MODEL, "optimizer": OPTIMIZER, "files": FILES, "other": OTHER}
     counts = {kind: stored.under(prefix) for kind, prefix in kinds.items()}
     tensors = {kind: (len(names), sum(map(stored.bytes, names))) for kind, names in counts.items() if names}
@@ -135,6 +139,8 @@ def _chosen(stored: Stored, options: Options) -> Stored:
         names += [name for name in stored.unread if not name.startswith(MODEL)]
         stored = stored.without(_escaped(dict.fromkeys(names)))
     stored = stored.without(options.leave_out)
+    if options.frozen is not None:
+        stored = stored.with_frozen(options.frozen)
     if options.files is not None:
         stored = with_files(stored, options.files)
     return stored
@@ -168,7 +174,6 @@ def _check_rest(stored: Stored, form: Format) -> None:
 
 
 def _write(stored: Stored, target: Path, form: Format, options: WriteOptions) -> int:
-    assert form.write is not None
     target.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:

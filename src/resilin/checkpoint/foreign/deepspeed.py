@@ -19,7 +19,7 @@ from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.foreign.buffers import Gathered, as_tensor, same_everywhere
 from resilin.checkpoint.foreign.deepspeed_files import DeepSpeedFiles, open_files
 from resilin.checkpoint.foreign.deepspeed_parameters import Parameters
-from resilin.checkpoint.foreign.deepspeed_rest import model_rest, other_values
+from resilin.checkpoint.foreign.deepspeed_rest import frozen_names, model_rest, other_values
 from resilin.checkpoint.foreign.pickles import plain
 from resilin.checkpoint.foreign.rules import Union
 from resilin.checkpoint.foreign.shards import Slice
@@ -71,6 +71,7 @@ def read_deepspeed(folder: Path, rules: Mapping[str, Any] | None = None, allow: 
         read_rounded=rounded.read,
         left_out=left_out,
         unread=unread,
+        frozen=frozen_names(files, parameters),
     )
 
 

@@ -43,6 +43,7 @@ class DeepSpeedFiles:
         optimizers: (dp, mp) -> (file name, content); empty without ZeRO.
         layers: (layer, tp) -> (file name, content), of pipelines.
         pipeline, tensor: degrees.
+        partitioned: whether the model files are of stage 3, which cuts parameters over the data ranks.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class DeepSpeedFiles:
     layers: dict[tuple[int, int], tuple[str, dict[str, Any]]]
     pipeline: int
     tensor: int
+    partitioned: bool = False
 
     @property
     def data(self) -> int:
@@ -94,7 +96,8 @@ def open_files(folder: Path, allow: Iterable[str] = ()) -> DeepSpeedFiles:
         return found
 
     optimizers, layers = load(_OPTIMIZER), load(_LAYER)
-    models = load(_MODEL) or load(_MODEL_3)
+    whole = load(_MODEL)
+    models = whole or load(_MODEL_3)
     known = {name for table in (models, optimizers, layers) for name, _ in table.values()}
     strange = [name for name in names if name.endswith("_states.pt") and name not in known]
     if strange and models:
@@ -108,7 +111,7 @@ def open_files(folder: Path, allow: Iterable[str] = ()) -> DeepSpeedFiles:
         raise DamagedError(f"{folder}: has model files of {mp} ranks, and optimizer files of another number")
     dimensions = models[0, 0][1].get("checkpoint_parallel_dimensions") or {}
     pipeline = dimensions.get("pp_degree") or (mp // (1 + max(tp for _, tp in layers)) if layers else 1)
-    files = DeepSpeedFiles(folder, models, optimizers, layers, int(pipeline), mp // int(pipeline))
+    files = DeepSpeedFiles(folder, models, optimizers, layers, int(pipeline), mp // int(pipeline), not whole)
     _check_counts(files)
     return files
 

@@ -31,7 +31,7 @@ STRUCTURE = {
     "global_steps",
     "num_experts",
 }
-_KEPT_OF_OPTIMIZER = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
+KEPT_OF_OPTIMIZER = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
 DEEPSPEED_VALUES = ("lr_scheduler", "data_sampler", "random_ltd", "skipped_steps", "global_samples")
 
 
@@ -59,7 +59,7 @@ def model_rest(
                 _keep_rounded(parameters, rounded, name, mp, where, tensor)
             elif name in buffers:
                 gathered.whole(weight(name), where, name, tensor, copies=None)
-            elif tensor.numel() == 0 and files.optimizers and 0 in tensor.shape and len(files.models) > 1:
+            elif tensor.numel() == 0 and files.optimizers and files.partitioned:
                 unread[weight(name)] = (
                     f"{where} keeps no values under this name, and does not say which parameter it is tied to: "
                     f"name it with --tie {name}=OTHER"
@@ -73,6 +73,18 @@ def model_rest(
             )
     _layers(files, parameters, rounded, unread)
     return ties, unread
+
+
+def frozen_names(files: DeepSpeedFiles, parameters: Parameters) -> frozenset[str] | None:
+    """Parameters that are not trained: what of the modules is neither trained, nor tied, nor a buffer."""
+    found: set[str] = set()
+    for mp in range(files.pipeline * files.tensor):
+        _, content = files.model(mp)
+        if content.get("buffer_names") is None:
+            return None
+        known = {*content["buffer_names"], *(content.get("shared_params") or ()), *parameters.all_shapes(mp)}
+        found |= set(content.get("module") or ()) - known
+    return frozenset(found)
 
 
 def _module(files: DeepSpeedFiles, mp: int, unread: dict[str, str]) -> list[tuple[str, Tensor]]:
@@ -148,7 +160,7 @@ def _frozen(files: DeepSpeedFiles, parameters: Parameters, gathered: Gathered, m
     """Frozen parameters of ZeRO-3, cut over the data ranks like the trained ones; whole ones are in the module too."""
     _, content = files.model(mp)
     shapes = content.get("frozen_param_shapes") or {}
-    if len(files.models) == files.pipeline * files.tensor:
+    if not files.partitioned:
         return set()
     ranks = 1 + max(dp for dp, _ in files.models)
     stage, tp = divmod(mp, files.tensor)
@@ -197,8 +209,18 @@ def other_values(
         chosen.pop(key, None)
     if files.optimizers:
         state = files.optimizers[0, 0][1]["optimizer_state_dict"]
-        own.update({key: plain(state[key], key) for key in _KEPT_OF_OPTIMIZER if key in state})
+        own.update({key: plain(state[key], key) for key in KEPT_OF_OPTIMIZER if key in state})
+        if (dtype := _computed_in(files)) is not None:
+            own["dtype"] = dtype
     left_out: tuple[LeftOut, ...] = ()
     if files.model(0)[1].get("ds_config"):
         left_out = (LeftOut("ds_config", "settings of the run that wrote it"),)
     return gathered.marked({**chosen, "deepspeed": own}, files.model(0)[0]), left_out
+
+
+def _computed_in(files: DeepSpeedFiles) -> str | None:
+    """The dtype of the module's copies of trained parameters (in stage 3 they are empty, and have one all the same)."""
+    _, content = files.model(0)
+    module = content.get("module") or {}
+    names = [name for group in content.get("param_shapes") or () for name in group if name in module]
+    return str(module[names[0]].dtype).removeprefix("torch.") if names else None

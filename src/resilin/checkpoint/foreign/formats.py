@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from resilin.checkpoint.foreign.dcp import is_dcp, read_dcp
 from resilin.checkpoint.foreign.dcp_write import write_dcp
 from resilin.checkpoint.foreign.deepspeed import read_deepspeed
 from resilin.checkpoint.foreign.deepspeed_files import is_deepspeed
+from resilin.checkpoint.foreign.deepspeed_write import Zero, write_deepspeed
 from resilin.checkpoint.foreign.huggingface import is_huggingface, read_huggingface, write_huggingface
 from resilin.checkpoint.foreign.megatron import is_megatron, read_megatron
 from resilin.checkpoint.foreign.megatron_write import write_megatron
@@ -40,11 +41,13 @@ class WriteOptions:
 
     Attributes:
         tensor, pipeline: ranks that Megatron's shards are for.
+        zero: the engine that a DeepSpeed folder is for.
         rules: how tensor-parallel ranks will cut the parameters of a universal folder; see `rules.py`.
     """
 
     tensor: int = 1
     pipeline: int = 1
+    zero: Zero = field(default_factory=Zero)
     rules: dict[str, Any] | None = None
 
 
@@ -59,17 +62,19 @@ class Format:
         name: for the command line.
         is_one: whether a folder is of it.
         read: opens it.
-        write: writes it into an empty folder; None: it is only read.
+        write: writes it into an empty folder.
         cannot_hold: kinds of names it has no place for.
         own_commit: its writer makes folders of its own inside the target, each whole or absent.
+        own_dtype: its writer rounds the weights itself, and keeps what they were beside them.
     """
 
     name: str
     is_one: Callable[[Path], bool]
     read: Callable[[Path, ReadOptions], Stored]
-    write: Write | None
+    write: Write
     cannot_hold: tuple[str, ...] = ()
     own_commit: bool = False
+    own_dtype: bool = False
 
 
 FORMATS = (
@@ -82,7 +87,14 @@ FORMATS = (
         lambda s, to, o: write_universal(s, to, o.rules),
         (FILES,),
     ),
-    Format("deepspeed", is_deepspeed, lambda at, o: read_deepspeed(at, o.rules, o.allow), None),
+    Format(
+        "deepspeed",
+        is_deepspeed,
+        lambda at, o: read_deepspeed(at, o.rules, o.allow),
+        lambda s, to, o: write_deepspeed(s, to, o.zero),
+        (FILES,),
+        own_dtype=True,
+    ),
     Format(
         "megatron",
         is_megatron,

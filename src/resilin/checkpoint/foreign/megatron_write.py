@@ -18,6 +18,7 @@ from torch import Tensor
 
 from resilin.checkpoint.atomic import write_file
 from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.foreign.mapped import mapped_zeros
 from resilin.checkpoint.foreign.megatron import FILE, TRACKER
 from resilin.checkpoint.foreign.megatron_names import EMBEDDING, is_head, layer_of, rules_table, with_layer
 from resilin.checkpoint.foreign.rules import VOCABULARY, Rules, Union
@@ -51,7 +52,6 @@ def write_megatron(stored: Stored, target: Path, tensor: int = 1, pipeline: int 
     rules = Rules(rules_table(args), "Megatron")
     folder = target / f"iter_{stored.step or 0:07d}"
     files: dict[tuple[int, int], dict[str, Tensor]] = {(tp, pp): {} for pp in range(pipeline) for tp in range(tensor)}
-    number = 0
     for name in stored.under(MODEL):
         short = name.removeprefix(MODEL)
         whole = stored.tensor(name)
@@ -60,8 +60,7 @@ def write_megatron(stored: Stored, target: Path, tensor: int = 1, pipeline: int 
             args["padded_vocab_size"] = padded
         for pp, local in stages[short]:
             for tp in range(tensor):
-                number += 1
-                files[tp, pp][local] = _shard(whole, union, tp, target.parent / f"shard-{number}")
+                files[tp, pp][local] = _shard(whole, union, tp, target.parent)
     written = 0
     for (tp, pp), model in files.items():
         path = folder / (f"mp_rank_{tp:02d}" if pipeline == 1 else f"mp_rank_{tp:02d}_{pp:03d}") / FILE
@@ -136,15 +135,9 @@ def cut(rules: Rules, name: str, shape: tuple[int, ...], ranks: int, args: Mappi
     return union, rows
 
 
-def _shard(whole: Tensor, union: Union, rank: int, scratch: Path) -> Tensor:
+def _shard(whole: Tensor, union: Union, rank: int, folder: Path) -> Tensor:
     slice_ = union.slices[rank]
-    count = math.prod(slice_.shape)
-    if count == 0:
-        return torch.empty(slice_.shape, dtype=whole.dtype)
-    raw = torch.from_file(str(scratch), shared=True, size=count * whole.element_size(), dtype=torch.uint8)
-    made = raw.view(whole.dtype).reshape(slice_.shape)
-    if sum(piece.local.numel for piece in slice_.pieces) < count:
-        made.zero_()
+    made = mapped_zeros(folder, slice_.shape, whole.dtype)
     for piece in slice_.pieces:
         ends = (slice(o, o + s) for o, s in zip(piece.offsets, piece.local.sizes, strict=True))
         made[piece.local.slices] = whole[tuple(ends)]

@@ -66,10 +66,14 @@ def read_resilin(location: Path) -> Stored:
     marks = reader.tree()
     reader.names_in(marks)
     tree: dict[str, Any] = put_together(marks, _Mark)
-    for part in ("model", "frozen"):
-        for name, mark in tree.pop(part, {}).items():
-            saved.keep(weight(name), _named(mark, f"{part}/{name}"))
     optimizer = tree.pop("optimizer", {})
+    known = set(
+        optimizer.get("parameters", {})
+    )  # of two names of a tied weight, the optimizer knows one: it comes first
+    frozen = frozenset(tree["frozen"]) if "frozen" in tree else None
+    for part in ("model", "frozen"):
+        for name, mark in sorted(tree.pop(part, {}).items(), key=lambda item: item[0] not in known):
+            saved.keep(weight(name), _named(mark, f"{part}/{name}"))
     for name, moments in optimizer.pop("parameters", {}).items():
         for state, mark in moments.items():
             saved.keep(moment(state, name), _named(mark, f"optimizer/parameters/{name}/{state}"))
@@ -80,7 +84,9 @@ def read_resilin(location: Path) -> Stored:
         tree["optimizer"] = optimizer
     other = _marked(saved, tree, ())
     layout = saved.builder.layout(location)
-    return Stored(TITLE, layout, saved.read, reader.index.step, groups, other, saved.ties)
+    if frozen is None and "run" in other:  # a run's own checkpoint has that part where anything is frozen
+        frozen = frozenset()
+    return Stored(TITLE, layout, saved.read, reader.index.step, groups, other, saved.ties, frozen=frozen)
 
 
 class _Mark(str):
@@ -123,7 +129,11 @@ def write_resilin(stored: Stored, target: Path) -> int:
     }
     for alias, name in stored.ties.items():
         late[alias] = late[name]
-    tree: dict[str, Any] = {"model": _under(late, MODEL)}
+    model, frozen = _under(late, MODEL), set(stored.frozen or ())
+    frozen |= {alias.removeprefix(MODEL) for alias, name in stored.ties.items() if name.removeprefix(MODEL) in frozen}
+    tree: dict[str, Any] = {"model": {name: one for name, one in model.items() if name not in frozen}}
+    if frozen:
+        tree["frozen"] = {name: one for name, one in model.items() if name in frozen}
     parameters: dict[str, dict[str, Deferred]] = {}
     for name, tensor in _under(late, OPTIMIZER).items():
         state, _, parameter = name.partition("/")

@@ -75,6 +75,7 @@ class Stored:
         read_rounded: as `read`, of `rounded`.
         left_out: what was read and is not passed on.
         unread: what there is no rule for: name -> why. It must be left out by the user, or told (`with_ties`).
+        frozen: names (without `model/`) of parameters that are not trained; None: they are not told from buffers.
     """
 
     title: str
@@ -89,6 +90,7 @@ class Stored:
     read_rounded: Read | None = None
     left_out: tuple[LeftOut, ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
+    frozen: frozenset[str] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -258,6 +260,28 @@ class Stored:
             made[weight(alias)] = weight(name)
             unread.pop(weight(alias), None)
         return replace(self, ties=made, unread=unread)
+
+    def with_frozen(self, patterns: Iterable[str]) -> Stored:
+        """Say which tensors of the model are parameters that are not trained.
+
+        Args:
+            patterns: of names without `model/`, with `*` for any text; an empty one matches nothing: there are none.
+
+        Raises:
+            CheckpointError: for a pattern that matches nothing, or a parameter of a group.
+        """
+        names = [name.removeprefix(MODEL) for name in self.under(MODEL)]
+        trained = {name for group in self.groups for name in group["parameters"]}
+        found: set[str] = set()
+        for pattern in filter(None, patterns):
+            hits = {name for name in names if fnmatchcase(name, pattern)}
+            if not hits or hits & trained:
+                raise CheckpointError(
+                    f"--frozen {pattern!r} matches "
+                    + (f"{min(hits & trained)!r}, which a parameter group has" if hits else f"nothing in {self.title}")
+                )
+            found |= hits
+        return replace(self, frozen=frozenset(found))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

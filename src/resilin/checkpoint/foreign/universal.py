@@ -16,7 +16,7 @@ from torch import Tensor
 from resilin.checkpoint.errors import DamagedError
 from resilin.checkpoint.foreign.buffers import Gathered, as_tensor, equal, same_everywhere
 from resilin.checkpoint.foreign.deepspeed_files import tag_folder
-from resilin.checkpoint.foreign.deepspeed_rest import DEEPSPEED_VALUES, STRUCTURE
+from resilin.checkpoint.foreign.deepspeed_rest import DEEPSPEED_VALUES, KEPT_OF_OPTIMIZER, STRUCTURE
 from resilin.checkpoint.foreign.pickles import load_pickle, plain
 from resilin.checkpoint.foreign.shards import Slice
 from resilin.checkpoint.foreign.stored import OPTIMIZER, LeftOut, Stored, dtype_name, moment, weight
@@ -81,8 +81,7 @@ def read_universal(folder: Path, allow: Iterable[str] = ()) -> Stored:
     own = {key: chosen.pop(key) for key in DEEPSPEED_VALUES if chosen.get(key) is not None}
     own.update(chosen.pop("deepspeed", {}))
     other = {key: value for key, value in chosen.items() if key not in DEEPSPEED_VALUES}
-    kept_values = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
-    own.update({key: plain(common[key], key) for key in kept_values if key in common})
+    own.update({key: plain(common[key], key) for key in KEPT_OF_OPTIMIZER if key in common})
     first: Mapping[str, Any] = next(iter(models.values()))
     left = (LeftOut("ds_config", "settings of the run that wrote it"),) if first.get("ds_config") else ()
     marked = gathered.marked({**other, "deepspeed": own}, "model states")
@@ -96,7 +95,18 @@ def read_universal(folder: Path, allow: Iterable[str] = ()) -> Stored:
         ties,
         left_out=left,
         unread=unread,
+        frozen=_frozen(models.values(), {*trained, *shared}),
     )
+
+
+def _frozen(models: Iterable[Mapping[str, Any]], known: set[str]) -> frozenset[str] | None:
+    """Parameters of the model files that are not trained: what is neither trained, tied nor a buffer."""
+    found: set[str] = set()
+    for content in models:
+        if content.get("buffer_names") is None:
+            return None
+        found |= set(content.get("module") or ()) - set(content["buffer_names"]) - known
+    return frozenset(found)
 
 
 def _modules(models: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, tuple[str, Tensor]], dict[str, str]]:

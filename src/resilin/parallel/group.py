@@ -1,0 +1,69 @@
+"""Ranks that talk to each other, as one of them sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Some ranks, in order; every one of them has an equal object but for `index`.
+
+    Attributes:
+        ranks: their numbers in the whole job.
+        index: which of them this process is.
+        process_group: what torch's collectives take; None where there is one rank only, who needs none.
+    """
+
+    ranks: tuple[int, ...]
+    index: int
+    process_group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < len(self.ranks):
+            raise ValueError(f"a group of {len(self.ranks)} ranks has no rank {self.index}")
+        if (self.process_group is None) != (len(self.ranks) == 1):
+            raise ValueError(f"a group of {len(self.ranks)} ranks is given {self.process_group}")
+
+    @property
+    def size(self) -> int:
+        """How many ranks."""
+        return len(self.ranks)
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the whole job."""
+        return self.ranks[self.index]
+
+    @classmethod
+    def alone(cls, rank: int = 0) -> Group:
+        """One rank by itself."""
+        return cls((rank,), 0)
+
+    @classmethod
+    def of(cls, process_group: dist.ProcessGroup | None = None) -> Group:
+        """All ranks of a process group of torch (None: of the default one)."""
+        known = process_group if process_group is not None else dist.group.WORLD
+        ranks = tuple(dist.get_process_group_ranks(known))
+        return cls(ranks, ranks.index(dist.get_rank()), known if len(ranks) > 1 else None)
+
+
+def make_groups(members: Sequence[Sequence[int]], rank: int, name: str) -> Group:
+    """The group of a rank, made by all ranks together, each calling with the same list.
+
+    Args:
+        members: disjoint groups of ranks.
+        rank: this process's.
+        name: what the groups are for, shown by torch's debugging aids.
+    """
+    mine = None
+    for number, ranks in enumerate(members):
+        made = dist.new_group(list(ranks), group_desc=f"{name}{number}") if len(ranks) > 1 else None
+        if rank in ranks:
+            mine = Group(tuple(ranks), list(ranks).index(rank), made)
+    if mine is None:
+        raise ValueError(f"rank {rank} is in none of the groups {members}")
+    return mine
