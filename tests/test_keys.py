@@ -215,3 +215,16 @@ def test_asking_for_more_numbers_than_a_counter_holds_is_an_error() -> None:
 def test_the_device_does_not_change_the_words() -> None:
     keys = keys_of(list(range(5)), seed=2**60, step=2**33).fold("x")
     assert torch.equal(keys.bits((37,), "cuda").cpu(), keys.bits((37,)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(tokens=st.integers(1, 9), width=st.integers(1, 9), slots=st.lists(st.integers(0, 9), min_size=1, max_size=3))
+def test_keys_of_some_tokens_draw_those_rows_of_the_whole_sample(tokens: int, width: int, slots: list[int]) -> None:
+    places = torch.randperm(tokens, generator=torch.Generator().manual_seed(width))[: (tokens + 1) // 2]
+    keys = keys_of(slots).fold("mlp")
+    assert torch.equal(keys.at(places).bits((len(places), width)), keys.bits((tokens, width))[:, places])
+
+
+def test_keys_of_some_tokens_refuse_numbers_of_another_shape() -> None:
+    with pytest.raises(ValueError, match="keys of 3 tokens"):
+        keys_of([0]).at(torch.arange(3)).bits((4, 2))

@@ -69,6 +69,8 @@ class Keys:
         slots_B: int64 (B,), the slots whose numbers are drawn; (1,) holding 0 for step-wide choices.
         path: the layers and calls folded in so far.
         steps_B: int64 (B,), the step of each slot, where they are of several; the numbers are those of each step.
+        places_T: int64 (T,), where the rows of a sample's numbers stand in the whole sample, for whoever computes only
+            some of its tokens; None: 0, 1, 2, ...
     """
 
     seed: int
@@ -76,6 +78,7 @@ class Keys:
     slots_B: Tensor
     path: tuple[int | str, ...] = ()
     steps_B: Tensor | None = None
+    places_T: Tensor | None = None
 
     @staticmethod
     def of_step(seed: int, step: int) -> Keys:
@@ -91,6 +94,10 @@ class Keys:
         steps_B = self.steps_B[start:stop] if self.steps_B is not None else None
         return replace(self, slots_B=self.slots_B[start:stop], steps_B=steps_B)
 
+    def at(self, places_T: Tensor) -> Keys:
+        """The keys of some tokens of each sample: numbers of shape (T, ...) are those rows of the whole sample's."""
+        return replace(self, places_T=places_T)
+
     def bits(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
         """Uniform 32-bit words.
 
@@ -102,19 +109,37 @@ class Keys:
             (B, *shape) int64 in [0, 2**32).
         """
         numel = math.prod(shape)
+        if self.places_T is not None:
+            return self._bits_at(shape, self.places_T.to(device), device)
         blocks = -(-numel // 4)
         if blocks > _MASK:
             raise ValueError(f"shape {shape} asks for {numel} numbers a sample; at most 2**34 can be drawn at once")
-        slots_B = self.slots_B.to(device)
-        counter = torch.empty(len(slots_B), blocks, 4, dtype=torch.int64, device=device)
-        counter[..., 0] = torch.arange(blocks, device=device)
+        words = self._words(torch.arange(blocks, device=device))
+        return words.flatten(1)[:, :numel].reshape(len(words), *shape)
+
+    def _words(self, block_N: Tensor) -> Tensor:
+        """(B, N, 4): the words of some blocks of four numbers of each sample."""
+        slots_B = self.slots_B.to(block_N.device)
+        counter = torch.empty(len(slots_B), len(block_N), 4, dtype=torch.int64, device=block_N.device)
+        counter[..., 0] = block_N
         counter[..., 1] = (slots_B & _MASK)[:, None]
-        step = self.step if self.steps_B is None else self.steps_B.to(device)[:, None]
+        step = self.step if self.steps_B is None else self.steps_B.to(block_N.device)[:, None]
         counter[..., 2] = step & _MASK
         counter[..., 3] = (step >> 32) & _MASK
         key = hash64(self.seed, *self.path)
-        words = philox(counter, (key & _MASK, key >> 32))
-        return words.reshape(len(slots_B), blocks * 4)[:, :numel].reshape(len(slots_B), *shape)
+        return philox(counter, (key & _MASK, key >> 32))
+
+    def _bits_at(self, shape: tuple[int, ...], places_T: Tensor, device: torch.device | str) -> Tensor:
+        if shape[:1] != places_T.shape:
+            raise ValueError(f"keys of {len(places_T)} tokens were asked for numbers of shape {shape}: they have rows")
+        row = math.prod(shape[1:])
+        if row % 4 == 0:
+            block_N = (places_T[:, None] * (row // 4) + torch.arange(row // 4, device=device)).flatten()
+            return self._words(block_N).reshape(len(self.slots_B), *shape)
+        index_N = (places_T[:, None] * row + torch.arange(row, device=device)).flatten()
+        lane_N1 = (index_N % 4)[:, None]
+        words = self._words(index_N // 4)
+        return words.gather(-1, lane_N1.expand(*words.shape[:-1], 1)).reshape(len(words), *shape)
 
     def uniform(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
         """(B, *shape) float32, uniform in [0, 1): the top 24 bits of each word, exact in float32."""

@@ -1,4 +1,4 @@
-"""`resilin layout show | plan`."""
+"""`resilin layout show | plan | schedule`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import typer
 from resilin.cli.arguments import split_settings
 from resilin.config.errors import UserError
 
-app = typer.Typer(help="Who holds what on a mesh, and what would move. Nothing is loaded.", no_args_is_help=True)
+app = typer.Typer(
+    help="Who holds what on a mesh, what would move, and who does what when. Nothing is loaded.", no_args_is_help=True
+)
 
 
 class ShardingName(StrEnum):
@@ -140,3 +142,63 @@ def plan(
 
         draw([(mesh, source), (to_mesh, target)], names[:8] or list(target.tensors)[:4], picture)
         typer.echo(f"\nwrote {picture}")
+
+
+ScheduleName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[NAME|FILE.csv]",
+        help="A schedule, or a file with a line of actions for each rank. None: all compared.",
+    ),
+]
+Ranks = Annotated[int, typer.Option("--ranks", min=1, help="Pipeline ranks.")]
+Micros = Annotated[int, typer.Option("--micros", min=1, help="Micro-batches.")]
+Chunks = Annotated[int | None, typer.Option("--chunks", min=1, help="Stages a rank. By default as the schedule has.")]
+Group = Annotated[int | None, typer.Option("--group", min=1, help="Micro-batches of an interleaved schedule's group.")]
+Took = Annotated[str, typer.Option(help="Time of a rank's whole share for one micro-batch, such as 1, 0.5 or 1/3.")]
+Measured = Annotated[
+    Path | None, typer.Option("--measured", help="Show these times of a real run instead: rank,action,start,end.")
+]
+Drawn = Annotated[Path | None, typer.Option("--picture", help="Write a picture: .png, .svg or .pdf.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="Write the actions, a line for each rank.")]
+Times = Annotated[Path | None, typer.Option("--times", help="Write the times: rank,action,start,end.")]
+
+
+@app.command()
+def schedule(
+    name: ScheduleName = None,
+    ranks: Ranks = 4,
+    micros: Micros = 8,
+    chunks: Chunks = None,
+    group: Group = None,
+    forward: Took = "1",
+    input_gradient: Took = "1",
+    weight_gradient: Took = "1",
+    transfer: Annotated[str, typer.Option(help="Time of a message between two ranks.")] = "0",
+    measured: Measured = None,
+    picture: Drawn = None,
+    csv: Csv = None,
+    times: Times = None,
+) -> None:
+    """Draw what each pipeline rank does when, and what the order costs in time and activations.
+
+    \b
+    resilin layout schedule --ranks 8 --micros 32 --picture all.svg
+    resilin layout schedule 1f1b --ranks 4 --micros 8 --picture 1f1b.svg
+    resilin layout schedule interleaved --chunks 2 --transfer 0.1 --csv orders.csv
+    resilin layout schedule orders.csv --weight-gradient 0.8
+    resilin layout schedule --measured times.csv --picture run.svg
+    """
+    from resilin.parallel.pipeline.show import Wanted, all_methods, measured_times, one_schedule
+
+    wanted = Wanted.parse(ranks, micros, chunks, group, forward, input_gradient, weight_gradient, transfer)
+    if measured is not None and name is not None:
+        raise UserError(f"show either the schedule {name} or the times of {measured}, not both")
+    if measured is not None:
+        shown = measured_times(measured)
+    elif name is not None:
+        shown = one_schedule(name, wanted)
+    else:
+        shown = all_methods(wanted)
+    typer.echo(shown.text)
+    shown.write(picture, csv, times)

@@ -32,7 +32,7 @@ class Attention(nn.Module):
         self.q_norm = head_norm(settings, self.heads, device)
         self.k_norm = head_norm(settings, self.key_heads, device)
         self.norm_over_width = settings.qk_norm_over == "width"
-        self.core = AttentionCore(settings)
+        self.core: nn.Module = AttentionCore(settings)
 
     def _heads(self, x_BTW: Tensor, count: int, norm: nn.Module | None) -> Tensor:
         """(B, T, count * D) -> (B, T, count, D), normed over each head or over all of them."""

@@ -1,4 +1,4 @@
-"""Softmax attention of given queries, keys and values, through one of six ways.
+"""Softmax attention of given queries, keys and values, through one of seven ways.
 
 Shapes: B batch, H query heads, K key heads, Q queries, S keys, D head size.
 """
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from resilin.models import one_query
 from resilin.models.block_attention import block_attention, takes
 from resilin.models.decoder_settings import DecoderSettings
-from resilin.models.mask import Mask
+from resilin.models.mask import LARGEST, Mask
+from resilin.models.mask_rule import MaskRule
 from resilin.models.span_attention import span_attention
+from resilin.models.tiled_attention import tiled_attention
 
 
 @cache
@@ -42,8 +44,13 @@ class AttentionCore(nn.Module):
         """Mixed values, (B, H, Q, D)."""
         if mask.block is not None:
             return self._flex(q_BHQD, k_BKSD, v_BKSD, mask)
+        if mask.rule is not None:
+            return tiled_attention(q_BHQD, k_BKSD, v_BKSD, self.scale, mask.rule, self.softcap)
         if mask.spans is not None:
             return span_attention(q_BHQD, k_BKSD, v_BKSD, self.scale, mask.spans)
+        if self.softcap is not None and mask.causal and q_BHQD.shape[0] * q_BHQD.shape[2] ** 2 > LARGEST:
+            rule = MaskRule(q_BHQD.shape[2])
+            return tiled_attention(q_BHQD, k_BKSD, v_BKSD, self.scale, rule, self.softcap)
         if self.eager:
             return self._products(q_BHQD, k_BKSD, v_BKSD, mask)
         if mask.causal and takes(q_BHQD, k_BKSD):

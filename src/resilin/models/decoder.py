@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from resilin.keys import Keys, dropout
 from resilin.models.attention import Attention
 from resilin.models.cache import KVCache
+from resilin.models.decoder_plan import decoder_plan
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.initial import fill_parameters
 from resilin.models.linear import Embedding, Linear, PackedWeight, product
-from resilin.models.mask import Mask, cached_mask, flex_mask, span_masks, training_mask
+from resilin.models.mask import LARGEST, Mask, cached_mask, flex_mask, rule_mask, span_masks, training_mask
 from resilin.models.mlp import MLP
 from resilin.models.moe import MoE
 from resilin.models.norm import stream_norm
 from resilin.models.recompute import run_block
 from resilin.models.rope import Rotation, depends_on_length, rotation
+from resilin.models.sequence_part import SequencePart
 from resilin.models.spans import asked_places, runs_of
+from resilin.models.tensor_plan import TensorPlan
 
 _WORTH_LEAVING_OUT = 0.02  # share of all places that must be saved
 
@@ -89,9 +92,11 @@ class Decoder(nn.Module):
     Attributes:
         settings: what it was built from; `vocab_size` is never 0 here.
         leaves_out_unasked: its forward pass takes `asked_BT`.
+        sequence: where rows are divided over ranks, which of their tokens this one computes; None: all of them.
     """
 
     leaves_out_unasked = True
+    sequence: SequencePart | None = None
 
     def __init__(
         self, settings: DecoderSettings, *, seed: int | None = 0, device: torch.device | str | None = None
@@ -136,6 +141,10 @@ class Decoder(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.settings.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def tensor_plan(self, vocabulary_multiple: int = 1) -> TensorPlan:
+        """How it is cut over the ranks of tensor parallelism; see `resilin.parallel.tensor`."""
+        return decoder_plan(self.settings, vocabulary_multiple)
 
     @property
     def attends_by_document(self) -> bool:
@@ -190,6 +199,10 @@ class Decoder(nn.Module):
         if cache is not None:
             if continues_BT is not None:
                 raise ValueError("documents that go on from others (continues_BT) cannot be read over a cache")
+            if self.sequence is not None:
+                raise ValueError(
+                    "a decoder whose rows are divided over ranks cannot read a cache: use an undivided one"
+                )
             return self._forward_cached(tokens_BT, positions_BT, documents_BT, cache)
         if asked_BT is not None and continues_BT is None and self._may_leave_out(keys):
             places_N = asked_places(documents_BT, asked_BT)
@@ -199,7 +212,8 @@ class Decoder(nn.Module):
 
     def _may_leave_out(self, keys: Keys | None) -> bool:
         # Routers are judged by all real tokens; scaled rotations, and random numbers, go by the rows as they are.
-        plain = self.settings.moe is None and not depends_on_length(self.settings)
+        # Ranks that share a row compute equally many places of it.
+        plain = self.settings.moe is None and not depends_on_length(self.settings) and self.sequence is None
         return plain and self.attends_by_document and (keys is None or not self.draws)
 
     def _forward_some(
@@ -225,19 +239,29 @@ class Decoder(nn.Module):
         return DecoderOutput(hidden_BTD.view(B, T, -1))
 
     def _masks(
-        self, documents_BT: Tensor | None, positions_BT: Tensor | None, continues_BT: Tensor | None, tokens_BT: Tensor
+        self,
+        documents_BT: Tensor | None,
+        positions_BT: Tensor | None,
+        continues_BT: Tensor | None,
+        tokens: int,
+        device: torch.device,
     ) -> dict[int | None, Mask]:
-        """The mask of every window that a layer has."""
-        settings, device, T = self.settings, tokens_BT.device, tokens_BT.shape[1]
+        """The mask of every window that a layer has, over whole rows of `tokens` tokens."""
+        settings = self.settings
         windows = {settings.window_of(layer) for layer in range(settings.layers)}
+        if self.sequence is not None and self.sequence.in_pieces:
+            return {w: rule_mask(documents_BT, tokens, w, continues_BT, positions_BT) for w in windows}
         masks: dict[int | None, Mask] = {}
         if documents_BT is not None and self.attends_by_document:
             masks = span_masks(documents_BT, windows, continues_BT)
-        # torch has no backward pass of flex attention on CPUs: there the same mask goes to another backend.
-        flex = settings.attention_backend == "flex" and not (device.type == "cpu" and torch.is_grad_enabled())
+        # torch has no backward pass of flex attention on CPUs, and the forward pass makes all logits: there the same
+        # mask goes to another backend.
+        batch = 1 if documents_BT is None else len(documents_BT)
+        other = device.type == "cpu" and (torch.is_grad_enabled() or batch * tokens**2 > LARGEST)
+        flex = settings.attention_backend == "flex" and not other
         make_mask = flex_mask if flex else training_mask
         rest = windows - masks.keys()
-        return masks | {w: make_mask(documents_BT, T, w, device, continues_BT, positions_BT) for w in rest}
+        return masks | {w: make_mask(documents_BT, tokens, w, device, continues_BT, positions_BT) for w in rest}
 
     def _forward_all(
         self,
@@ -247,15 +271,20 @@ class Decoder(nn.Module):
         keys: Keys | None,
         continues_BT: Tensor | None,
     ) -> DecoderOutput:
-        T = tokens_BT.shape[1]
-        length = T
-        if positions_BT is None:
-            positions = torch.arange(T, device=tokens_BT.device)
-        else:
+        T, device = tokens_BT.shape[1], tokens_BT.device
+        # What attention sees are whole rows, also where the tokens of a row are divided over ranks.
+        rows, whole = T, (documents_BT, positions_BT, continues_BT)
+        if self.sequence is not None:
+            rows, whole = self.sequence.ranks * T, self.sequence.whole(*whole)
+            keys = keys.at(self.sequence.places(T, device)) if keys is not None else None
+        length = rows
+        if positions_BT is not None:
             positions = positions_BT
-            length = int(positions.max()) + 1 if depends_on_length(self.settings) else T
+            length = int(whole[1].max()) + 1 if depends_on_length(self.settings) else rows  # type: ignore[union-attr]
+        else:
+            positions = torch.arange(T, device=device) if self.sequence is None else self.sequence.places(T, device)
         turn = rotation(self.settings, positions, length)
-        masks = self._masks(documents_BT, positions_BT, continues_BT, tokens_BT)
+        masks = self._masks(*whole, rows, device)
         x_BTD = self.embed(tokens_BT).to(self.stream_dtype)
         x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)
         routers = []

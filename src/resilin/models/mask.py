@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from resilin.models.mask_rule import MaskRule
 from resilin.models.spans import Span, spans_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+
+LARGEST = 2**24
+"""Elements of a mask that is made whole: those of a row of 4,096 tokens. Beyond, its memory would limit the row."""
 
 
 class Mask(NamedTuple):
@@ -25,15 +30,21 @@ class Mask(NamedTuple):
         seen_BQS: bool, True where query q sees key s; None with `causal` False: every query sees every key.
         block: the same for flex attention; None where another backend is to be used.
         spans: the same as stretches of tokens, for attention document by document; then the others say nothing.
+        rule: the same as a rule from which the mask of any few queries and keys is made; then the others say nothing.
     """
 
     causal: bool
     seen_BQS: Tensor | None = None
     block: BlockMask | None = None
     spans: tuple[Span, ...] | None = None
+    rule: MaskRule | None = None
 
     def dense(self, batch: int, tokens: int) -> Tensor | None:
-        """`seen_BQS`, also where the mask is spans."""
+        """`seen_BQS`, also where the mask is spans or a rule."""
+        if self.rule is not None:
+            documents_BT = self.rule.documents_BT
+            place = torch.arange(tokens, device=None if documents_BT is None else documents_BT.device)
+            return self.rule.seen(place, place)
         if self.spans is None:
             return self.seen_BQS
         seen_NN = torch.zeros(batch * tokens, batch * tokens, dtype=torch.bool)
@@ -66,18 +77,25 @@ def training_mask(
     wide = window is None or window >= tokens
     if documents_BT is None and wide:
         return Mask(causal=True)
+    mask = rule_mask(documents_BT, tokens, window, continues_BT, positions_BT)
+    assert mask.rule is not None
+    batch = 1 if documents_BT is None else len(documents_BT)
+    if batch * tokens**2 > LARGEST:
+        return mask
     place = torch.arange(tokens, device=device)
-    seen_BQS = (place[:, None] >= place)[None]
-    if documents_BT is not None:
-        same_BQS = documents_BT[:, :, None] == documents_BT[:, None, :]
-        if continues_BT is not None:
-            goes_on_BQS = continues_BT[:, :, None] == documents_BT[:, None, :]
-            same_BQS = same_BQS | (goes_on_BQS & (continues_BT >= 0)[:, :, None])
-        seen_BQS = seen_BQS & same_BQS
-    if window is not None and not wide:
-        at_BT = place[None] if continues_BT is None or positions_BT is None else positions_BT
-        seen_BQS = seen_BQS & (at_BT[:, :, None] - at_BT[:, None, :] < window)
-    return Mask(causal=False, seen_BQS=seen_BQS)
+    return Mask(causal=False, seen_BQS=mask.rule.seen(place, place))
+
+
+def rule_mask(
+    documents_BT: Tensor | None,
+    tokens: int,
+    window: int | None,
+    continues_BT: Tensor | None = None,
+    positions_BT: Tensor | None = None,
+) -> Mask:
+    """The mask of `training_mask` as a rule; its arguments are the same."""
+    window = None if window is None or window >= tokens else window
+    return Mask(causal=False, rule=MaskRule(tokens, window, documents_BT, continues_BT, positions_BT))
 
 
 def span_masks(
@@ -126,7 +144,10 @@ def flex_mask(
 
     rule: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = seen
     batch = None if documents_BT is None else documents_BT.shape[0]
-    return Mask(causal=False, block=create_block_mask(rule, batch, None, tokens, tokens, device=str(device)))
+    # Uncompiled, the blocks are found by making the whole mask.
+    compiled = device.type == "cuda" and (batch or 1) * tokens**2 > LARGEST
+    block = create_block_mask(rule, batch, None, tokens, tokens, device=str(device), _compile=compiled)
+    return Mask(causal=False, block=block)
 
 
 def cached_mask(slots_BT: Tensor, reach: int, ragged: bool, window: int | None) -> Mask:

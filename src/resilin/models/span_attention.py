@@ -20,7 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resilin.models.block_attention import BLOCK, LONGEST
+from resilin.models.mask import LARGEST
+from resilin.models.mask_rule import MaskRule
 from resilin.models.spans import Span
+from resilin.models.tiled_attention import tiled_attention
 
 _TINY = 32  # keys up to which a document's products cost less than the calls that make them
 _FEW = 4  # tiny documents from which on they go together
@@ -148,6 +151,8 @@ def _alone(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, span: Span, scale: float
     q_1HLD = q_NHD[span.start : span.stop].transpose(0, 1)[None]
     k_1KSD, v_1KSD = _seen(k_NKD, span)[None], _seen(v_NKD, span)[None]
     L, S, G = q_1HLD.shape[2], k_1KSD.shape[2], q_NHD.shape[1] // k_NKD.shape[1]
+    if not math and S > L and L * S > LARGEST:
+        return tiled_attention(q_1HLD, k_1KSD, v_1KSD, scale, MaskRule(S))[0].transpose(0, 1)
     seen_LS = None
     if math or S > L:
         seen_LS = torch.ones(L, S, dtype=torch.bool, device=q_NHD.device).tril(S - L)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -18,8 +19,9 @@ from resilin.objective.cross_entropy import (
     chunked_cross_entropy,
     whole_cross_entropy,
 )
-from resilin.objective.router_loss import micro_batch_load_balance, router_z, sequence_load_balance
+from resilin.objective.router_loss import Total, micro_batch_load_balance, router_z, sequence_load_balance
 from resilin.objective.settings import ObjectiveContext, ObjectiveSettings
+from resilin.objective.vocabulary import shard_of
 
 IGNORE = -100
 """The label of positions that are not predicted."""
@@ -131,8 +133,8 @@ class NextTokenLoss:
         if self.settings.chunk == 0:
             return whole_cross_entropy(model.logits(states), labels_N, weights_N, terms), {}
         terms = CrossEntropyTerms(terms.smoothing, terms.z_loss, softcap_of(model))
-        chunk = self.settings.chunk
-        return chunked_cross_entropy(states, model.head_weight, labels_N, weights_N, terms, chunk), {}
+        chunk, shard = self.settings.chunk, shard_of(model)
+        return chunked_cross_entropy(states, model.head_weight, labels_N, weights_N, terms, chunk, shard), {}
 
     def _router_losses(
         self,
@@ -143,13 +145,17 @@ class NextTokenLoss:
         logs: dict[str, Log],
     ) -> Tensor:
         real_BT = None if documents_BT is None else documents_BT >= 0
-        experts: int = cast(Any, model).settings.moe.experts_per_token
-        if self.settings.load_balance_over == "sequence":
-            balance = (sequence_load_balance(routers, experts, real_BT) * units_B).sum()
-        else:
-            balance = micro_batch_load_balance(routers, experts, real_BT) * units_B.sum()
-        squared = (router_z(routers, real_BT) * units_B).sum()
+        decoder = cast(Any, model)
+        experts: int = decoder.settings.moe.experts_per_token
+        part = getattr(decoder, "sequence", None)  # where rows are divided over ranks, routers are judged by whole rows
+        total: Total = part.total if part is not None else torch.clone
         units = units_B.sum()
+        units_B = total(units_B)
+        if self.settings.load_balance_over == "sequence":
+            balance = (sequence_load_balance(routers, experts, real_BT, total) * units_B).sum()
+        else:
+            balance = micro_batch_load_balance(routers, experts, real_BT, total) * units_B.sum()
+        squared = (router_z(routers, real_BT, total) * units_B).sum()
         logs["load_balance"] = Mean(balance.detach(), units)
         logs["router_z"] = Mean(squared.detach(), units)
         return self.settings.load_balance * balance + self.settings.router_z_loss * squared

@@ -5,10 +5,18 @@ Shapes: B samples, T tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+Total = Callable[[Tensor], Tensor]
+"""Where rows are divided over ranks: the sum of each rank's tensor, without a gradient. Each rank's loss is then the
+part of its own tokens, and the ranks' losses add up to that of the whole rows."""
+
+
+def _itself(part: Tensor) -> Tensor:
+    return part
 
 
 def _chosen(logits_BTE: Tensor, experts_per_token: int) -> Tensor:
@@ -19,7 +27,7 @@ def _chosen(logits_BTE: Tensor, experts_per_token: int) -> Tensor:
 
 
 def sequence_load_balance(
-    router_logits: Sequence[Tensor], experts_per_token: int, real_BT: Tensor | None = None
+    router_logits: Sequence[Tensor], experts_per_token: int, real_BT: Tensor | None = None, total: Total = _itself
 ) -> Tensor:
     """Imbalance of each sequence: E * sum over e of f_e * P_e, averaged over layers; 1 when perfectly balanced.
 
@@ -31,6 +39,7 @@ def sequence_load_balance(
         router_logits: (B, T, E) of each layer.
         experts_per_token: how many experts a token visits.
         real_BT: False for padding; None: every position is a token.
+        total: over the ranks that share each row.
 
     Returns:
         (B,) float32.
@@ -39,15 +48,16 @@ def sequence_load_balance(
     for logits_BTE in router_logits:
         logits_BTE = logits_BTE.float()
         real_BT1 = torch.ones_like(logits_BTE[..., :1]) if real_BT is None else real_BT[..., None].float()
-        tokens_B1 = real_BT1.sum(1).clamp(min=1)
-        share_BE = (_chosen(logits_BTE, experts_per_token) * real_BT1).sum(1) / (tokens_B1 * experts_per_token)
+        tokens_B1 = total(real_BT1.sum(1)).clamp(min=1)
+        chosen_BE = total((_chosen(logits_BTE, experts_per_token) * real_BT1).sum(1))
+        share_BE = chosen_BE / (tokens_B1 * experts_per_token)
         probability_BE = (logits_BTE.softmax(-1) * real_BT1).sum(1) / tokens_B1
         balance_B = balance_B + logits_BTE.shape[-1] * (share_BE * probability_BE).sum(-1)
     return balance_B / len(router_logits)
 
 
 def micro_batch_load_balance(
-    router_logits: Sequence[Tensor], experts_per_token: int, real_BT: Tensor | None = None
+    router_logits: Sequence[Tensor], experts_per_token: int, real_BT: Tensor | None = None, total: Total = _itself
 ) -> Tensor:
     """The same imbalance over all tokens and layers of a micro-batch at once, as `transformers` computes it.
 
@@ -58,19 +68,20 @@ def micro_batch_load_balance(
         router_logits: (B, T, E) of each layer.
         experts_per_token: how many experts a token visits.
         real_BT: False for padding; None: every position is a token.
+        total: over the ranks that share each row.
 
     Returns:
         0-d float32.
     """
     logits_LBTE = torch.stack([logits.float() for logits in router_logits])
     real_BT1 = torch.ones_like(logits_LBTE[0, ..., :1]) if real_BT is None else real_BT[..., None].float()
-    tokens = (len(router_logits) * real_BT1.sum()).clamp(min=1)
-    share_E = (_chosen(logits_LBTE, experts_per_token) * real_BT1).sum((0, 1, 2)) / tokens
+    tokens = (len(router_logits) * total(real_BT1.sum())).clamp(min=1)
+    share_E = total((_chosen(logits_LBTE, experts_per_token) * real_BT1).sum((0, 1, 2))) / tokens
     probability_E = (logits_LBTE.softmax(-1) * real_BT1).sum((0, 1, 2)) / tokens
     return logits_LBTE.shape[-1] * (share_E * probability_E).sum()
 
 
-def router_z(router_logits: Sequence[Tensor], real_BT: Tensor | None = None) -> Tensor:
+def router_z(router_logits: Sequence[Tensor], real_BT: Tensor | None = None, total: Total = _itself) -> Tensor:
     """Mean squared logsumexp of the router's logits, of each sequence, averaged over layers.
 
     Source: ST-MoE, Zoph et al., 2022, equation 5.
@@ -78,6 +89,7 @@ def router_z(router_logits: Sequence[Tensor], real_BT: Tensor | None = None) -> 
     Args:
         router_logits: (B, T, E) of each layer.
         real_BT: False for padding; None: every position is a token.
+        total: over the ranks that share each row.
 
     Returns:
         (B,) float32.
@@ -85,4 +97,4 @@ def router_z(router_logits: Sequence[Tensor], real_BT: Tensor | None = None) -> 
     squared_BT = sum(torch.logsumexp(logits.float(), -1).square() for logits in router_logits)
     assert isinstance(squared_BT, Tensor)
     real = torch.ones_like(squared_BT) if real_BT is None else real_BT.float()
-    return (squared_BT * real).sum(1) / real.sum(1).clamp(min=1) / len(router_logits)
+    return (squared_BT * real).sum(1) / total(real.sum(1)).clamp(min=1) / len(router_logits)

@@ -44,7 +44,9 @@ def interleaved(stages: int, ranks: int, micros: int, group: int | None = None, 
     activations of 1F1B. One stage a rank is 1F1B itself.
 
     Any number of micro-batches will do. Where the last group would be smaller than `ranks`, whose results would then
-    come back too late (or never: the order deadlocks), the micro-batches are shared out over one group less.
+    come back too late (or never: the order deadlocks), the micro-batches are shared out over one group less. The bubble
+    stays what it is; for each micro-batch that the largest group has more, a rank holds `v - 1` more activations. With fewer
+    micro-batches than ranks all forwards come first.
 
     Args:
         stages: a multiple of `ranks`.

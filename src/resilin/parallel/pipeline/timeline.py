@@ -11,6 +11,7 @@ from resilin.parallel.pipeline.schedule import Action
 
 Time = float | Fraction
 """In any unit; integers and fractions stay exact."""
+_HEAD = "rank,action,start,end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,29 @@ class Timeline:
             last[record.rank] = record
         return cls(ordered, ranks if ranks is not None else 1 + max(last))
 
+    @classmethod
+    def parse(cls, text: str) -> Timeline:
+        """From `text()`.
+
+        Raises:
+            ScheduleError: naming the line that is no record, or as `of` does.
+        """
+        records = []
+        for number, line in enumerate(filter(str.strip, text.splitlines())):
+            cells = [cell.strip() for cell in line.split(",")]
+            if number == 0 and cells == _HEAD.split(","):
+                continue
+            try:
+                rank, action, start, end = cells
+                records.append(Record(Action.parse(action), int(rank), _time(start), _time(end)))
+            except (ValueError, ZeroDivisionError) as error:
+                raise ScheduleError(f"line {number + 1}: {line!r} is no {_HEAD}: {error}") from None
+        return cls.of(records)
+
+    def text(self) -> str:
+        """A CSV file with a line for each record; fractions stay exact (`7/2`)."""
+        return "\n".join([_HEAD, *(f"{r.rank},{r.action},{r.start},{r.end}" for r in self.records)]) + "\n"
+
     @property
     def start(self) -> Time:
         """When the first action began."""
@@ -114,3 +138,8 @@ class Timeline:
         if isinstance(busy, int | Fraction) and isinstance(idle, int | Fraction):
             return Fraction(idle, busy)
         return idle / busy
+
+
+def _time(text: str) -> Time:
+    exact = text.lstrip("-").replace("/", "", 1).isdigit()
+    return Fraction(text) if exact else float(text)
