@@ -11,15 +11,13 @@ from dataclasses import replace
 from typing import Literal
 
 from resilin.layout import Cut, Deal, Flat, Mesh, ParamSpec, Shard, flat_group, specs_of, staged
-from resilin.layout.dealing import deal
+from resilin.layout.dealing import ALIGN, deal
 from resilin.layout.errors import LayoutError
 from resilin.models.decoder_plan import decoder_rules
 from resilin.models.decoder_settings import DecoderSettings
 
 Sharding = Literal["none", "fsdp", "zero1", "zero2", "zero3", "dealt"]
 VIRTUAL_SHARDS_PER_RANK = 4
-ALIGN = 16
-"""Elements at whose multiples virtual shards begin: an update is then the same to the bit, however they are owned."""
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
