@@ -276,7 +276,7 @@ class Decoder(nn.Module):
         rows, whole = T, (documents_BT, positions_BT, continues_BT)
         if self.sequence is not None:
             rows, whole = self.sequence.ranks * T, self.sequence.whole(*whole)
-            keys = keys.at(self.sequence.places(T, device)) if keys is not None else None
+            keys = keys.within(self.sequence.places(T, device)) if keys is not None else None
         length = rows
         if positions_BT is not None:
             positions = positions_BT

@@ -16,16 +16,7 @@ from resilin.parallel.tensor.collectives import copy_in, put_together
 
 
 def vocabulary_shard(start: int, size: int, whole: int, group: Group) -> VocabularyShard:
-    """A rank's tokens.
-
-    Raises:
-        ParallelError: it has none.
-    """
-    if size < 1:
-        raise ParallelError(
-            f"a vocabulary of {whole} tokens leaves rank {group.index} of {group.size} without any: use fewer ranks of "
-            "tensor parallelism, or pad the vocabulary less"
-        )
+    """A rank's tokens, and messages among the group."""
 
     def all_max(x: Tensor) -> None:
         dist.all_reduce(x, dist.ReduceOp.MAX, group=group.process_group)
@@ -50,7 +41,7 @@ class WholeLogits:
         if head is not None:
             raise ParallelError("a packed head cannot be used by a model that is divided among ranks")
         model: Any = self._model
-        weight: Tensor = model.head_weight[: self._shard.size]
+        weight = self._shard.rows_of(model.head_weight)
         local = product(copy_in(hidden, self._group), weight)
         local = local.to(torch.promote_types(local.dtype, torch.float32))
         widest = max(self._sizes)
