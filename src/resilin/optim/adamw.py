@@ -7,7 +7,7 @@ learning rate; torch's is coupled to it); Wortsman et al., 2023, section 3.2.1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -65,6 +65,10 @@ class AdamWPart(Part):
             if record:
                 deltas |= {m.name: root_mean_square(self.delta(m.moments)) for m in members}
         return deltas
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Those of torch's AdamW."""
+        return {"betas": list(self.betas), "eps": self.eps}
 
     def delta(self, moments: Moments) -> Tensor:
         """The direction of the last step, before the learning rate and without decay."""
