@@ -289,9 +289,7 @@ class Decoder(nn.Module):
         rows, whole = T, (documents_BT, positions_BT, continues_BT)
         if self.sequence is not None:
             rows, whole = self.sequence.ranks * T, self.sequence.whole(*whole)
-            if keys is not None:  # which may be of some of this rank's tokens already
-                places_T = self.sequence.places(T, device)
-                keys = keys.at(places_T if keys.places_T is None else places_T[keys.places_T.to(device)])
+            keys = keys.within(self.sequence.places(T, device)) if keys is not None else None
         length = rows
         if positions_BT is not None:
             positions = positions_BT
