@@ -24,34 +24,45 @@ import time
 from pathlib import Path
 
 import torch
-from parallel_rows import data
-from parallel_rows.data import Case
 
+from parallel_rows import data, pipeline
 from resilin.bench.results import Report, Row, results_name
 from resilin.cluster.join import joined
 from resilin.cluster.local import run_workers
 from resilin.cluster.position import position
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.run.allocator import keep_freed_memory
 from resilin.run.device import set_threads
 
 LARGE = DecoderSettings(vocab_size=8192, hidden_size=384, layers=8, heads=6, mlp_size=1024)
 SMALL = DecoderSettings(vocab_size=256, hidden_size=128, layers=4, heads=4, mlp_size=344)
 GPU = DecoderSettings(vocab_size=32768, hidden_size=1024, layers=12, heads=16, mlp_size=2816)
-KINDS = ("data", "pipeline")
+STAGES = DecoderSettings(vocab_size=256, hidden_size=256, layers=8, heads=4, mlp_size=688)
+GPU_STAGES = DecoderSettings(vocab_size=1024, hidden_size=2048, layers=16, heads=16, mlp_size=5632)
+KINDS = ("data", "pipeline", "held")
 
 
-def data_cases(workers: int, device: str, scale: float) -> list[Case]:
+def data_cases(workers: int, device: str, scale: float) -> list[data.Case]:
     def rounds(count: int) -> int:
         return max(2, round(count * scale))
 
     if device == "cuda":
-        return [Case(GPU, 8, 1024, micros, rounds(20)) for micros in (1, 4)]
+        return [data.Case(GPU, 8, 1024, micros, rounds(20)) for micros in (1, 4)]
     rows = 4 // workers
     return [
-        Case(LARGE, rows, 128, 1, rounds(12)),
-        Case(LARGE, rows, 64, 4, rounds(8)),
-        Case(SMALL, 4 * rows, 64, 2, rounds(40)),
+        data.Case(LARGE, rows, 128, 1, rounds(12)),
+        data.Case(LARGE, rows, 64, 4, rounds(8)),
+        data.Case(SMALL, 4 * rows, 64, 2, rounds(40)),
     ]
+
+
+def pipeline_rows(options: argparse.Namespace, device: torch.device) -> list[Row]:
+    case = pipeline.Case(GPU_STAGES, 1, 2048) if options.device == "cuda" else pipeline.Case(STAGES, 1, 128)
+    rounds = max(2, round(12 * options.scale))
+    if options.kind == "held":
+        return pipeline.held(case, ("gpipe", "1f1b"), 8, device)
+    rows = pipeline.against_torch(case, 8, rounds, device)
+    return rows + pipeline.bubbles(case, ("gpipe", "1f1b"), (4, 8, 16), rounds, device)
 
 
 def worker(options: argparse.Namespace) -> None:
@@ -59,12 +70,15 @@ def worker(options: argparse.Namespace) -> None:
     place = position()
     assert place is not None
     set_threads(options.threads)
+    keep_freed_memory()  # as in a run; it is all contenders' gain
     device = torch.device("cuda", place.local_rank) if options.device == "cuda" else torch.device("cpu")
     rows: list[Row] = []
     with joined(place, device, 300.0):
         if options.kind == "data":
             for case in data_cases(place.workers, options.device, options.scale):
                 rows += data.rows_of(case, device)
+        else:
+            rows = pipeline_rows(options, device)
     if place.rank == 0:
         told = [row.model_dump(mode="json", exclude={"ratio", "met"}) for row in rows]
         options.rows_to.write_text(json.dumps(told), encoding="utf-8")
@@ -108,6 +122,8 @@ def main() -> None:
         rows += measured("data", workers, options)
     if "pipeline" in options.only and (options.device == "cpu" or gpus > 1):
         rows += measured("pipeline", 2, options)
+    if "held" in options.only and (options.device == "cpu" or gpus > 3):
+        rows += measured("held", 4, options)
     for row in rows:
         ratio = "" if row.ratio is None else f" ({row.ratio:.2f}x)"
         print(f"{row.name}: {row.ours:.3g} {row.unit}, {row.peer_name} {row.peer:.3g} {row.unit}{ratio}")

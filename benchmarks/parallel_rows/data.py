@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from parallel_rows.turns import in_turns, row
 from torch import Tensor, nn
 
+from parallel_rows.turns import in_turns, row
 from resilin.bench.results import Row
 from resilin.keys import Keys
 from resilin.models.decoder import Decoder

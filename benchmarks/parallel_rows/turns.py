@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def in_turns(
         prepare(turn)
         for place in range(len(names)):
             name = names[(place + turn) % len(names)]
-            taken = seconds(lambda name=name: contenders[name](turn), device)  # type: ignore[misc]
+            taken = seconds(partial(contenders[name], turn), device)
             if turn >= warm:
                 times[name].append(taken)
     if dist.get_rank() == 0:

@@ -106,7 +106,7 @@ class PipelinePasses:
         prepare: takes this rank's part of a batch, where rows are divided.
 
     Attributes:
-        measure: whether to keep when each action runs.
+        measure: whether to keep when each action runs, from when its input is there.
         records: of the last step; seconds since the epoch.
     """
 
@@ -135,7 +135,7 @@ class PipelinePasses:
         self.speaks = speaks and self._last
         self._tagged = len(peers) > 1 and dist.get_backend(process_group) == "gloo"
         self._known: dict[int, tuple[Op, ...]] = {}
-        self.measure = False
+        self.measure, self._began = False, 0.0
         self.records: list[Record] = []
 
     # -- whole passes -------------------------------------------------------------------------------------------
@@ -194,15 +194,18 @@ class PipelinePasses:
     # -- actions ------------------------------------------------------------------------------------------------
 
     def _act(self, walk: _Walk, action: Action) -> None:
-        began = time.time()
+        self._began = time.time()
         if action.kind is F:
             self._forward(walk, action.stage, action.micro)
         else:
             self._backward(walk, action)
         if self.measure:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            self.records.append(Record(action, self._number, began, time.time()))
+            self._synchronize()
+            self.records.append(Record(action, self._number, self._began, time.time()))
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _forward(self, walk: _Walk, number: int, micro: int) -> None:
         stage = self._stages[number]
@@ -267,6 +270,9 @@ class PipelinePasses:
         post = walk.posts.pop(way)
         for work in post.works:
             work.wait()
+        if self.measure:
+            self._synchronize()
+            self._began = time.time()  # a wait is none of an action's time
         return post.buffer
 
     def _hand_on(self, walk: _Walk, way: Way, target: int, payload: Tensor) -> None:
