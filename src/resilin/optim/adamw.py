@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
 from resilin.optim.groups import Group
@@ -61,6 +62,10 @@ class AdamWPart(Part):
                 weight_decay=pace.decay / pace.lr,  # the kernel multiplies by its lr again
                 eps=self.eps,
                 maximize=False,
+            )
+            # The fused kernel counts no change of its tensors; autograd, and a save under way, rely on the count.
+            increment_version(
+                tensor for m in members for tensor in (m.parameter, m.moments["exp_avg"], m.moments["exp_avg_sq"])
             )
             if record:
                 deltas |= {m.name: root_mean_square(self.delta(m.moments)) for m in members}

@@ -216,7 +216,8 @@ class _Work:
         if head is not None:
             model.vocabulary_shard = self._shard(head)
             sizes = tuple(size for _, size in self._rows(head))
-            model.logits = WholeLogits(self.module, model.vocabulary_shard, sizes, self.group)
+            if hasattr(model, "logits"):
+                model.logits = WholeLogits(model.logits, model.vocabulary_shard, sizes, self.group)
 
     def _shard(self, name: str) -> VocabularyShard:
         """This rank's tokens, of a table of the vocabulary."""
