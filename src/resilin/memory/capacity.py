@@ -154,4 +154,5 @@ def plan_capacity(
     tiers = fits(size.experts)
     active = max(round(alpha * size.experts), 1) * size.layers
     reads = active * size.expert.record_bytes * (1 - hit_rate)
-    return CapacityPlan(*tiers, most_experts=low, bandwidth=reads / step_seconds)
+    on_device, on_host, on_disk = tiers
+    return CapacityPlan(on_device, on_host, on_disk, most_experts=low, bandwidth=reads / step_seconds)

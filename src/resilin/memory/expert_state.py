@@ -70,7 +70,8 @@ class ExpertState(NamedTuple):
         """The views of a record, uint8 of `record_bytes`."""
         count = shape.parameters
         numbers = record[: 12 * count].view(torch.float32)
-        return cls(*numbers.split(count), record[12 * count :].view(torch.float64))
+        weights_P, exp_avg_P, exp_avg_sq_P = numbers.split(count)
+        return cls(weights_P, exp_avg_P, exp_avg_sq_P, record[12 * count :].view(torch.float64))
 
 
 @dataclass(frozen=True, slots=True)
