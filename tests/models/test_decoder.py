@@ -163,9 +163,10 @@ def test_dropout_does_not_depend_on_the_rest_of_the_micro_batch(model):
     assert (whole - logits(model, text, keys=Keys(0, 6, keys.slots_B))).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("length", [9, 70])  # the second is attended in blocks of queries
 @pytest.mark.parametrize("kind", ["block", "selective"])
-def test_recomputed_activations_give_the_same_gradients_to_the_bit(model, kind):
-    text, keys = tokens(2, 9), Keys(0, 0, torch.arange(2))
+def test_recomputed_activations_give_the_same_gradients_to_the_bit(model, kind, length):
+    text, keys = tokens(2, length), Keys(0, 0, torch.arange(2))
 
     def gradients(recompute):
         fresh = Decoder(model.settings.model_copy(update={"recompute": recompute, "dropout": 0.2}), seed=1)
