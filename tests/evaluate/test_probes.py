@@ -19,7 +19,8 @@ from resilin.models.settings import ModelContext
 from resilin.nouns import Batch
 from resilin.objective.next_token import NextToken
 from resilin.optim.adamw import AdamW
-from resilin.run.step import gradient_of_step, merge_logs
+from resilin.parallel.report import merge_logs
+from resilin.parallel.step import gradient_of_step
 
 SMALL = {"vocab_size": 23, "hidden_size": 16, "layers": 2, "heads": 4, "kv_heads": 2, "init": "fan_in"}
 

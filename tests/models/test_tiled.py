@@ -62,9 +62,9 @@ def test_float32_stays_within_rounding():
 def test_no_tile_sees_more_tokens_than_its_share():
     seen = []
     model = Decoder(DecoderSettings(vocab_size=30, hidden_size=16, layers=1, heads=2, mlp_tiles=4), seed=2)
-    model.blocks[0].mlp.down.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
+    model.blocks[0].mlp.down.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
     run(model, torch.zeros(2, 11, dtype=torch.int64))
-    assert seen == [6, 6, 5, 5] * 2  # forward, and again in the backward pass
+    assert seen == [3, 3, 3, 2] * 2  # forward, and again in the backward pass
 
 
 def test_frozen_weights_and_inputs_without_gradients_have_none():
@@ -119,10 +119,10 @@ def test_dropout_of_adapters_is_drawn_as_without_tiles():
 
 
 def test_auto_takes_about_as_many_tokens_as_they_are_wide():
-    assert tile_count("auto", 8192, 1024) == 8
-    assert tile_count("auto", 8193, 1024) == 9
-    assert tile_count("auto", 1000, 16) == 4
-    assert tile_count(8, 3, 16) == 3
+    assert tile_count("auto", 1, 8192, 1024) == 8
+    assert tile_count("auto", 2, 8193, 1024) == 17
+    assert tile_count("auto", 1, 1000, 16) == 4
+    assert tile_count(8, 5, 3, 16) == 3
 
 
 @pytest.mark.parametrize("tiles", [2, "auto"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from resilin.parallel.canonical import GradientSum, TreeSum, tree_sum
+from resilin.parallel.canonical import GradientSum, TreeSum, blocks_of, tree_sum
 
 
 def reference(leaves: list[torch.Tensor]) -> torch.Tensor:
@@ -122,5 +123,57 @@ def test_at_most_one_partial_sum_a_level_is_held(count: int) -> None:
     for _ in range(count):
         p.sum().backward()
         total.collect()
-        held = max(held, len(total._tree._partial))
+        held = max(held, len(total._tree._nodes))
     assert held <= max(1, count.bit_length() - 1)
+
+
+@given(count=st.integers(1, 40), seed=st.integers(0, 1000), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_split_into_runs_gives_the_same_bits(count: int, seed: int, data: st.DataObject) -> None:
+    """Each worker adds what it can of its run; whoever gets all of their blocks, in order, ends with the same sum."""
+    leaves = random_leaves(count, seed)
+    edges = sorted(data.draw(st.lists(st.integers(0, count), max_size=5)))
+    whole, together = digest(tree_sum(leaves)), TreeSum()
+    for first, stop in itertools.pairwise([0, *edges, count]):
+        part = TreeSum(first)
+        for leaf in leaves[first:stop]:
+            part.push([leaf.clone()])
+        nodes = part.nodes()
+        assert [(n.start, n.height) for n in nodes] == blocks_of(first, stop)
+        assert len(nodes) <= max(1, 2 * (stop - first).bit_length() - 1)
+        for node in nodes:
+            together.push(node.sum, node.height)
+    (total,) = together.total()
+    assert total is not None
+    assert digest(total) == whole
+
+
+def test_a_run_from_the_middle_has_no_total() -> None:
+    tree = TreeSum(3)
+    tree.push([torch.ones(1)])
+    with pytest.raises(ValueError, match="begins at leaf 3"):
+        tree.total()
+
+
+@given(count=st.integers(1, 9), first=st.integers(0, 9))
+@settings(max_examples=20, deadline=None)
+def test_gradients_of_a_run_of_micro_batches_are_added_within_blocks_of_the_tree(count: int, first: int) -> None:
+    model = nn.Linear(8, 1)
+    inputs = [torch.randn(4, 8, generator=torch.Generator().manual_seed(n)) * 100 for n in range(count)]
+    leaves = []
+    for x in inputs:
+        model.zero_grad()
+        model(x).sum().backward()
+        assert model.weight.grad is not None
+        leaves.append(model.weight.grad.clone())
+    model.zero_grad()
+    sums = GradientSum(list(model.parameters()), count, first)
+    for x in inputs:
+        model(x).sum().backward()
+        sums.collect()
+    blocks = sums.blocks()
+    assert [(b.start, b.height) for b in blocks] == blocks_of(first, first + count)
+    for block in blocks:
+        mine = leaves[block.start - first : block.start - first + 2**block.height]
+        assert block.sum[0] is not None
+        assert digest(block.sum[0]) == digest(tree_sum(mine))

@@ -56,9 +56,9 @@ def test_a_rank_of_tensor_parallelism_computes_whole_heads():
     known = shapes(SMALL)
     specs = decoder_specs(known, SMALL, Mesh.of(tp=2))
     local = {name: spec.local_shapes(Mesh.of(tp=2)) for name, spec in specs.items()}
-    assert local["blocks.0.attention.q.weight"] == [(12, 24), (12, 24)]
     assert local["blocks.0.attention.k.weight"] == [(8, 24), (4, 24)]  # three heads of four on two ranks
-    assert local["blocks.0.attention.o.weight"] == [(24, 12), (24, 12)]
+    assert local["blocks.0.attention.q.weight"] == [(16, 24), (8, 24)]  # and the two query heads of each
+    assert local["blocks.0.attention.o.weight"] == [(24, 16), (24, 8)]
     assert local["blocks.0.attention_norm.weight"] == [(24,), (24,)]
     wide = decoder_specs(known, SMALL, Mesh.of(tp=6))["blocks.0.attention.k.weight"]
     assert wide.local_shapes(Mesh.of(tp=6)) == [(4, 24)] * 6  # two ranks share a head

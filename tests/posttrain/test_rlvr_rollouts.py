@@ -18,6 +18,7 @@ from resilin.models.settings import ModelContext
 from resilin.nouns import StepView
 from resilin.objective.settings import ObjectiveContext
 from resilin.optim.adamw import AdamW
+from resilin.parallel.step import gradient_of_step
 from resilin.posttrain.actor_critic import ActorCritic
 from resilin.posttrain.grpo import Grpo
 from resilin.posttrain.policy import PolicyObjective
@@ -27,7 +28,6 @@ from resilin.posttrain.rollout_source import RolloutSource
 from resilin.posttrain.rollouts import Rollouts
 from resilin.posttrain.verifiers.verifier import Answer, Verifier
 from resilin.run.run import Pace, Run
-from resilin.run.step import gradient_of_step
 
 CHARACTERS = "0123456789+= abcdefghijklmnopqrstuvwxyz"
 

@@ -18,8 +18,8 @@ from resilin.data.train_tokenizer import byte_tokenizer
 from resilin.keys import Keys
 from resilin.nouns import Batch, Source
 from resilin.objective.next_token import NextToken
+from resilin.parallel.step import StepGradient, gradient_of_step
 from resilin.recipes.tulu3.mean_of_means import MeanOfMeans
-from resilin.run.step import StepGradient, gradient_of_step
 
 
 @pytest.fixture

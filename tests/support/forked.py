@@ -8,6 +8,7 @@ Work and arguments are pickled, so `work` is a function of a test module. torch 
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import sys
 import tempfile
 import traceback
@@ -37,9 +38,9 @@ def _child(
         result = work(rank, *arguments)
         if connect:
             dist.barrier()
-        pipe.send((True, result))
+        pipe.send_bytes(pickle.dumps((True, result)))  # by value: shared memory would go with this process
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -82,7 +83,7 @@ def run_ranks(
                 for rank in [rank for rank in left if pipes[rank] in ready]:
                     left.remove(rank)
                     try:
-                        good, results[rank] = pipes[rank].recv()
+                        good, results[rank] = pickle.loads(pipes[rank].recv_bytes())
                     except EOFError:
                         processes[rank].join(5)
                         raise AssertionError(f"rank {rank} ended with {processes[rank].exitcode}") from None

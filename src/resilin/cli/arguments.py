@@ -34,6 +34,11 @@ class RunArguments:
         bool, typer.Option(help="With --resume: go on although settings that decide what is learned have changed.")
     ] = False
 
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes to start on this machine: parallel.workers.")
+    ] = None
+
     def split(self) -> tuple[Path | None, list[str]]:
         """The settings file and the overrides."""
-        return split_settings(self.arguments or [])
+        file, overrides = split_settings(self.arguments or [])
+        return file, overrides if self.workers is None else [*overrides, f"parallel.workers={self.workers}"]

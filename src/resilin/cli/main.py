@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -91,6 +92,20 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 _python_shows = warnings.showwarning
 
 
+def _left_reason(error: Exception) -> bool:
+    """Whether this process is a worker, whose launcher tells why one failed; its reason is then left there."""
+    from resilin.cluster.local import REPORT, report_failure
+
+    if REPORT not in os.environ:
+        return False
+    mended = isinstance(error, UserError) and not os.environ.get("RESILIN_TRACEBACK")
+    told = str(error) if mended else "".join(traceback.format_exception(error))
+    report_failure(error, told)
+    if os.environ.get("RANK") != "0":  # the first one's output is the terminal
+        sys.stderr.write(told + "\n")
+    return True
+
+
 def main() -> None:
     """Run the command line; what a user can mend is told without a traceback, with exit code 2."""
     # A user's own methods are found in the folder the command is given in, as `python -m` finds modules; last, so that
@@ -99,7 +114,11 @@ def main() -> None:
     warnings.showwarning = _show_warning  # type: ignore[assignment]  # the last arguments are only passed on
     try:
         app()
-    except UserError as error:
+    except Exception as error:
+        if _left_reason(error):
+            sys.exit(1)
+        if not isinstance(error, UserError):
+            raise
         if os.environ.get("RESILIN_TRACEBACK"):
             raise
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)

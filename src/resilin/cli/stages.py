@@ -16,7 +16,7 @@ import typer
 
 from resilin.cli.arguments import RunArguments
 from resilin.cli.option_groups import with_option_groups
-from resilin.cli.train import finish
+from resilin.cli.train import finish, here_or_launched
 
 if TYPE_CHECKING:
     from torch import nn
@@ -134,18 +134,19 @@ def _stage(defaults: Mapping[str, Any], given: StageArguments) -> None:
     if given.print_config:
         typer.echo(settings_to_toml(settings), nl=False)
         return
+    path = given.folder or settings.default_folder()
+    place = here_or_launched(settings, path)
     from resilin.run.start import start_run
 
-    path = given.folder or settings.default_folder()
-    run, outcome = start_run(settings, path, resume=given.resume, accept_changes=given.accept_changes)
-    if given.export and outcome.reason == "completed":
+    run, outcome = start_run(settings, path, resume=given.resume, accept_changes=given.accept_changes, place=place)
+    if given.export and outcome.reason == "completed" and (place is None or place.rank == 0):
         from resilin.posttrain.reward_model import RewardModel
 
         _export_adapters(run.model, settings, path)
         reward_model = run.model if isinstance(run.model, RewardModel) else None
         del run  # exporting makes copies of its own
         _export(reward_model, path)
-    finish(path, outcome)
+    finish(path, outcome, place)
 
 
 def _export(reward_model: RewardModel | None, path: Path) -> None:

@@ -11,7 +11,9 @@ from resilin.cli.arguments import RunArguments
 from resilin.cli.option_groups import with_option_groups
 
 if TYPE_CHECKING:
+    from resilin.cluster.position import Position
     from resilin.run.run import Outcome
+    from resilin.run.settings import RunSettings
 
 EXIT_FAILED = 3
 
@@ -37,24 +39,45 @@ def train(given: RunArguments) -> None:
     if given.print_config:
         typer.echo(settings_to_toml(settings), nl=False)
         return
+    path = given.folder or settings.default_folder()
+    place = here_or_launched(settings, path)
     from resilin.run.start import start_run
 
-    path = given.folder or settings.default_folder()
-    _, outcome = start_run(settings, path, resume=given.resume, accept_changes=given.accept_changes)
-    finish(path, outcome)
+    _, outcome = start_run(settings, path, resume=given.resume, accept_changes=given.accept_changes, place=place)
+    finish(path, outcome, place)
 
 
-def finish(path: Path, outcome: Outcome) -> None:
-    """Say how a run ended, and end the process as it should.
+def here_or_launched(settings: RunSettings, path: Path) -> Position | None:
+    """Which worker this process is; where it is to start workers, it does, and ends when they have.
+
+    Raises:
+        typer.Exit: with the workers' exit code.
+    """
+    from resilin.cluster.local import run_workers, this_command
+    from resilin.cluster.position import position
+
+    place, wanted = position(), settings.parallel.workers
+    if place is not None or wanted < 2:
+        return place
+    settings.parallel.degrees(wanted)  # a wrong product is told before anything starts
+    ended = run_workers(this_command(), wanted, path / "workers")
+    if ended.message:
+        typer.secho(f"error: {ended.message}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(ended.code)
+
+
+def finish(path: Path, outcome: Outcome, place: Position | None = None) -> None:
+    """Say how a run ended, and end the process as it should; of several workers the first speaks.
 
     Raises:
         typer.Exit: it was interrupted (130), or failed (3).
     """
-    from rich.console import Console
+    if place is None or place.rank == 0:
+        from rich.console import Console
 
-    from resilin.run.summary import summary
+        from resilin.run.summary import summary
 
-    Console().print(summary(path, outcome))
+        Console().print(summary(path, outcome))
     if outcome.reason == "interrupted":
         raise typer.Exit(130)
     if outcome.reason == "failed":

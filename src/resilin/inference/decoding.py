@@ -20,6 +20,7 @@ from resilin.inference.scoring import evaluating
 from resilin.models.cache import KVCache
 from resilin.models.decoder import Decoder
 from resilin.models.linear import PackedWeight
+from resilin.objective.vocabulary import whole_head
 
 PREFILL_POSITIONS = 8192
 """Prompt positions (padding counted) that go through the model at a time: bounds its activations."""
@@ -120,7 +121,7 @@ class Decoding:
         self._seen_RV: Tensor | None = None
         if self._sampling.repetition_penalty != 1.0:
             self._seen_RV = torch.stack([self._seen(prompt) for prompt in prompts])
-        weight = self._model.head_weight
+        weight = whole_head(self._model, "decoding")
         plain = self._model.stream_dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         packs = len(prompts) > 1 and plain and PackedWeight.takes(weight)
         self._head = PackedWeight(weight) if packs else None

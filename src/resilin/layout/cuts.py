@@ -50,18 +50,31 @@ class Part:
         spare: what ranks get when there are fewer units than ranks: "empty", or "copy", where neighbours share one
             unit (key and value heads under wide tensor parallelism).
         rule: how units are dealt out.
+        groups: units belong together in so many equal groups (query heads that share a key head). A rank has whole
+            groups or, where there are more ranks than groups, some units of one; None: each unit stands alone.
     """
 
     size: int
     unit: int = 1
     spare: Literal["empty", "copy"] = "empty"
     rule: Rule = "ceil"
+    groups: int | None = None
 
     def intervals(self, ways: int) -> tuple[Ints, Ints]:
         """(ways,) where each rank's own interval of the part begins and ends."""
-        if self.size % self.unit:
-            raise LayoutError(f"a part of {self.size} indices cannot be cut in units of {self.unit}")
+        if self.size % (self.unit * (self.groups or 1)):
+            groups = f" and {self.groups} groups" if self.groups else ""
+            raise LayoutError(f"a part of {self.size} indices cannot be cut in units of {self.unit}{groups}")
         units = self.size // self.unit
+        if self.groups is not None:
+            group = self.size // self.groups
+            if self.groups >= ways:
+                return intervals(np.array(self.size), ways, self.rule, group)
+            if ways % self.groups:
+                raise LayoutError(f"{self.groups} groups cannot be shared evenly by {ways} ranks")
+            low, high = intervals(np.array(group), ways // self.groups, self.rule, self.unit)
+            first = np.arange(self.groups, dtype=np.int64)[:, None] * group
+            return (first + low).reshape(-1), (first + high).reshape(-1)
         if self.spare == "copy" and units < ways:
             if ways % units:
                 raise LayoutError(f"{units} units cannot be shared evenly by {ways} ranks")

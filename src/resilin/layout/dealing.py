@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 from resilin.layout.errors import LayoutError
 
+ALIGN = 16
+"""Elements at whose multiples virtual shards begin: an update is then the same to the bit, however they are owned."""
+VIRTUAL_SHARDS = 64
+"""Into how many a parameter is cut. It decides the order in which a norm is added, so it does not follow the ranks."""
+
 
 def deal(shards: int, owners: int) -> tuple[int, ...]:
     """Shards in equal runs, as far as they divide: neighbours in a tensor have one owner.

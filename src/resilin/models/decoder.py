@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from resilin.keys import Keys, dropout
 from resilin.models.attention import Attention
 from resilin.models.cache import KVCache
+from resilin.models.decoder_plan import decoder_plan
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.initial import fill_parameters
 from resilin.models.linear import Embedding, Linear, PackedWeight, product
@@ -27,6 +28,7 @@ from resilin.models.recompute import run_block
 from resilin.models.rope import Rotation, depends_on_length, rotation
 from resilin.models.sequence_part import SequencePart
 from resilin.models.spans import asked_places, runs_of
+from resilin.models.tensor_plan import TensorPlan
 from resilin.models.tiled import in_tiles
 
 _WORTH_LEAVING_OUT = 0.02  # share of all places that must be saved
@@ -157,6 +159,10 @@ class Decoder(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.settings.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def tensor_plan(self, vocabulary_multiple: int = 1) -> TensorPlan:
+        """How it is cut over the ranks of tensor parallelism; see `resilin.parallel.tensor`."""
+        return decoder_plan(self.settings, vocabulary_multiple)
 
     @property
     def attends_by_document(self) -> bool:

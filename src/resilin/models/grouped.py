@@ -32,12 +32,11 @@ class Groups(NamedTuple):
 
 def group_choices(chosen_Nk: Tensor, groups: int) -> Groups:
     """Sort choices by group; choices of one group keep the order of their tokens."""
-    flat_R = chosen_Nk.reshape(-1)
-    order_R = flat_R.argsort(stable=True)
+    sorted_R, order_R = chosen_Nk.reshape(-1).sort(stable=True)
     rank_R = torch.empty_like(order_R)
     rank_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    sizes_G = (flat_R[:, None] == torch.arange(groups, device=flat_R.device)).sum(0)
-    return Groups(order_R, rank_R, sizes_G)
+    edges = torch.searchsorted(sorted_R, torch.arange(groups + 1, device=order_R.device))
+    return Groups(order_R, rank_R, edges.diff())
 
 
 class _Spread(torch.autograd.Function):
@@ -78,7 +77,7 @@ class _Permute(torch.autograd.Function):
 
 def spread(x_NI: Tensor, groups: Groups) -> Tensor:
     """(N, I) -> (R, I): rows sorted by group, each token's row once per choice."""
-    choices = len(groups.order_R) // len(x_NI)
+    choices = len(groups.order_R) // max(len(x_NI), 1) or 1
     rows: Tensor = _Spread.apply(x_NI, groups.order_R, groups.rank_R, choices)
     return rows
 

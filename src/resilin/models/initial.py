@@ -39,12 +39,24 @@ def _values(name: str, shape: torch.Size, settings: DecoderSettings, generator: 
     return truncated_normal(shape, fan_in**-0.5, generator)
 
 
+def initial_value(name: str, shape: torch.Size, settings: DecoderSettings, seed: int) -> Tensor:
+    """The initial values of one parameter, of which a rank may keep a part.
+
+    Args:
+        name: of the parameter.
+        shape: of the whole.
+        settings: of the decoder.
+        seed: of the run.
+    """
+    keys = Keys.of_step(seed, 0).fold("initial weights")
+    return _values(name, shape, settings, keys.fold(name).generator())
+
+
 @torch.no_grad()
 def fill_parameters(model: nn.Module, settings: DecoderSettings, seed: int) -> None:
     """Give every parameter its initial values.
 
     Norm scales are 1, biases 0, matrices (the last dimension is the fan-in) as `settings.init` says.
     """
-    keys = Keys.of_step(seed, 0).fold("initial weights")
     for name, parameter in model.named_parameters():
-        parameter.copy_(_values(name, parameter.shape, settings, keys.fold(name).generator()))
+        parameter.copy_(initial_value(name, parameter.shape, settings, seed))

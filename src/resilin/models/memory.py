@@ -68,9 +68,9 @@ def _selective_kept(s: DecoderSettings, layer: int) -> int:
     return kept + moe.experts_per_token * (branches * moe.expert_size + 2 * s.hidden_size)
 
 
-def _at_work(s: DecoderSettings, layer: int, tokens: int) -> float:
+def _at_work(s: DecoderSettings, layer: int, batch: int, length: int) -> float:
     """Values a token leaves in one block while it is computed again: those of its feed-forward for one tile only."""
-    tiles = tile_count(s.mlp_tiles, tokens, s.hidden_size)
+    tiles = tile_count(s.mlp_tiles, batch, length, s.hidden_size)
     mlp = _mlp_kept(s, layer)
     return _block_kept(s, layer) - mlp * (1 - 1 / tiles) + (s.hidden_size if tiles > 1 else 0)
 
@@ -89,9 +89,9 @@ def activation_bytes(
         logit_rows: tokens whose logits (and their gradient) the loss holds at once.
     """
     tokens, layers = batch * sequence_length, range(settings.layers)
-    at_work = max(_at_work(settings, layer, tokens) for layer in layers)
+    at_work = max(_at_work(settings, layer, batch, sequence_length) for layer in layers)
     if settings.recompute == "none":
-        tiled = tile_count(settings.mlp_tiles, tokens, settings.hidden_size) > 1
+        tiled = tile_count(settings.mlp_tiles, batch, sequence_length, settings.hidden_size) > 1
         kept = (
             sum(
                 _block_kept(settings, layer) - tiled * (_mlp_kept(settings, layer) - settings.hidden_size)

@@ -1,14 +1,18 @@
 """Mixture-of-experts feed-forward that drops no token.
 
-Shapes: B batch, T tokens, D hidden size, N = B * T, E experts, k experts per token, F expert size, R = N * k.
+Shapes: B batch, T tokens, D hidden size, N = B * T, E experts, k experts per token, F expert size, R = N * k
+rows sorted by expert.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
+from resilin.models.expert_products import mix_experts, takes
 from resilin.models.grouped import Groups, gather, group_choices, grouped_linear, spread
 from resilin.models.linear import Linear
 from resilin.models.mlp import MLP, activate
@@ -30,8 +34,18 @@ def route(logits_NE: Tensor, moe: MoESettings) -> tuple[Tensor, Tensor]:
     return weights_Nk, chosen_Nk
 
 
+Dispatch = Callable[[Callable[[Tensor, Tensor | None, Tensor], Tensor], Tensor, Tensor | None, Tensor], Tensor]
+"""`dispatch(local, x_ND, weights_Nk, chosen_Nk)`: the same as `local(...)`, where experts lie in several places."""
+
+
 class Experts(nn.Module):
-    """E feed-forwards without biases, their matrices stacked: `gate`, `up` (E, F, D) and `down` (E, D, F)."""
+    """E feed-forwards without biases, their matrices stacked: `gate`, `up` (E, F, D) and `down` (E, D, F).
+
+    Attributes:
+        dispatch: where only some of the experts are here: brings rows to whoever has them, and back.
+    """
+
+    dispatch: Dispatch | None = None
 
     def __init__(self, settings: DecoderSettings, moe: MoESettings, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -43,14 +57,43 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(wide, device=device))
         self.down = nn.Parameter(torch.empty(wide[0], wide[2], wide[1], device=device))
 
-    def forward(self, x_RD: Tensor, groups: Groups) -> Tensor:
-        """Rows sorted by expert, (R, D) -> (R, D)."""
-        up_RF = grouped_linear(x_RD, self.up, groups)
-        if self.gate is None:
-            hidden_RF = activate(up_RF, self.activation)
-        else:
-            hidden_RF = activate(grouped_linear(x_RD, self.gate, groups), self.activation) * up_RF
-        return grouped_linear(hidden_RF, self.down, groups)
+    def forward(self, x_ND: Tensor, weights_Nk: Tensor | None, chosen_Nk: Tensor) -> Tensor:
+        """(N, D) -> (N, D): what the chosen experts make of each token, weighted and summed.
+
+        Args:
+            x_ND: tokens.
+            weights_Nk: of the choices; None: each token has one, which counts as it is.
+            chosen_Nk: numbers of experts, below E.
+        """
+        if self.dispatch is not None:
+            return self.dispatch(self._mix, x_ND, weights_Nk, chosen_Nk)
+        return self._mix(x_ND, weights_Nk, chosen_Nk)
+
+    def _mix(self, x_ND: Tensor, weights_Nk: Tensor | None, chosen_Nk: Tensor) -> Tensor:
+        groups = group_choices(chosen_Nk, len(self.up))
+
+        def written(x_ND: Tensor, weights_Nk: Tensor | None, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
+            mixed_RD = feed_forward(spread(x_ND, groups), gate, up, down, groups, self.activation)
+            by_token_NkD = gather(mixed_RD, groups, chosen_Nk.shape[1])
+            if weights_Nk is None:
+                return by_token_NkD.squeeze(1)
+            return (weights_Nk[:, None].to(by_token_NkD.dtype) @ by_token_NkD).squeeze(1)
+
+        if takes(x_ND):
+            return mix_experts(x_ND, weights_Nk, (self.gate, self.up, self.down), groups, self.activation, written)
+        return written(x_ND, weights_Nk, self.gate, self.up, self.down)
+
+
+def feed_forward(
+    x_RD: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, groups: Groups, activation: str
+) -> Tensor:
+    """Rows sorted by expert, (R, D) -> (R, D)."""
+    up_RF = grouped_linear(x_RD, up, groups)
+    if gate is None:
+        hidden_RF = activate(up_RF, activation)
+    else:
+        hidden_RF = activate(grouped_linear(x_RD, gate, groups), activation) * up_RF
+    return grouped_linear(hidden_RF, down, groups)
 
 
 class MoE(nn.Module):
@@ -69,13 +112,10 @@ class MoE(nn.Module):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         router_NE = self.router(x_ND)
         weights_Nk, chosen_Nk = route(router_NE, self.settings)
-        groups = group_choices(chosen_Nk, self.settings.experts)
-        mixed_RD = self.experts(spread(x_ND, groups), groups)
-        by_token_NkD = gather(mixed_RD, groups, self.settings.experts_per_token)
-        out_ND = (weights_Nk[:, None].to(by_token_NkD.dtype) @ by_token_NkD).squeeze(1)
+        out_ND = self.experts(x_ND, weights_Nk, chosen_Nk)
         if self.shared is not None:
             shared_ND = self.shared(x_ND)
             if self.shared_gate is not None:
                 shared_ND = torch.sigmoid(self.shared_gate(x_ND)) * shared_ND
             out_ND = out_ND + shared_ND
-        return out_ND.view(x_BTD.shape), router_NE.view(*x_BTD.shape[:-1], -1)
+        return out_ND.view(x_BTD.shape), router_NE.view(*x_BTD.shape[:-1], router_NE.shape[1])

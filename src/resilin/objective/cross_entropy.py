@@ -6,7 +6,11 @@ kernels, Hsu et al., 2024, and of "Cut your losses", Wijmans et al., 2024). No l
 a second time; the price is that the loss can be differentiated only once. `whole_cross_entropy` is the same function
 on whole logits, differentiable any number of times.
 
-Shapes: N tokens, C tokens of a chunk, D hidden size, V vocabulary.
+Where the vocabulary is divided among ranks (`VocabularyShard`), each has its own columns of a chunk's logits; maximum
+and sums over the vocabulary are put together, two messages of a few numbers a token, and the gradient by the hidden
+states is summed once for all chunks (Shoeybi et al., 2019, section 3).
+
+Shapes: N tokens, C tokens of a chunk, D hidden size, V vocabulary (of this rank).
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from resilin.objective.vocabulary import VocabularyShard
 
 # Elements of a chunk's logits. On 2 CPU cores 256 to 1024 rows were fastest for vocabularies of
 # 4,096 to 32,768; a GPU wants enough rows to fill it.
@@ -98,6 +104,7 @@ def chunked_cross_entropy(
     weights_N: Tensor | None,
     terms: CrossEntropyTerms,
     rows: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> TokenSums:
     """The same sums with logits = softcap(hidden @ head^T), never holding more than a chunk of them.
 
@@ -111,13 +118,15 @@ def chunked_cross_entropy(
         weights_N: factor of each token's loss (no gradient flows to it), or None for 1.
         terms: of the loss.
         rows: tokens per chunk; None: chosen by `chunk_rows`.
+        shard: the tokens whose rows `head_VD` begins with, where the vocabulary is divided; every rank calls with the
+            same hidden states, labels and weights, and gets the same sums and gradient by the hidden states.
     """
 
     def score(logits_CV: Tensor, part: slice, exact: bool) -> tuple[Tensor, Tensor]:
         weights_C = None if weights_N is None else weights_N[part].to(logits_CV.dtype)
-        return chunk_of_logits(logits_CV, labels_N[part], weights_C, terms, exact)
+        return chunk_of_logits(logits_CV, labels_N[part], weights_C, terms, exact, shard)
 
-    loss, others = chunked_head_loss(hidden_ND, head_VD, score, sums=5, rows=rows)
+    loss, others = chunked_head_loss(hidden_ND, head_VD, score, sums=5, rows=rows, shard=shard)
     nll, hits, log_z, squared = others.unbind()
     return TokenSums(loss, nll, hits, log_z, terms.z_loss * squared)
 
@@ -128,7 +137,13 @@ Score = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor]]
 
 
 def chunked_head_loss(
-    hidden_ND: Tensor, head_VD: Tensor, score: Score, *, sums: int, rows: int | None = None
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    score: Score,
+    *,
+    sums: int,
+    rows: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A loss that is a sum over tokens of a function of their logits = hidden @ head^T, a chunk of logits at a time.
 
@@ -138,12 +153,15 @@ def chunked_head_loss(
         score: called once for each chunk.
         sums: how many sums `score` gives.
         rows: tokens per chunk; None: chosen by `chunk_rows`.
+        shard: the tokens whose rows `head_VD` begins with; the gradient by the hidden states is summed over the ranks.
 
     Returns:
         The loss, float64 with a graph, differentiable once; and the other sums.
     """
-    rows = rows or chunk_rows(len(head_VD), head_VD.device.type)
-    loss, others = _ChunkedHeadLoss.apply(hidden_ND, head_VD, score, sums, rows, torch.is_grad_enabled())
+    if shard is not None and shard.size < len(head_VD):  # padding; a slice's gradient is a copy
+        head_VD = head_VD[: shard.size]
+    rows = rows or chunk_rows(len(head_VD) if shard is None else shard.widest, head_VD.device.type)
+    loss, others = _ChunkedHeadLoss.apply(hidden_ND, head_VD, score, sums, rows, torch.is_grad_enabled(), shard)
     return loss, others
 
 
@@ -154,7 +172,12 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def chunk_of_logits(
-    logits_CV: Tensor, labels_C: Tensor, weights_C: Tensor | None, terms: CrossEntropyTerms, exact: bool
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    weights_C: Tensor | None,
+    terms: CrossEntropyTerms,
+    exact: bool,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sums (loss, nll, hits, log Z, squared log Z) of a chunk; turns its logits into their gradient in place.
 
@@ -165,18 +188,26 @@ def chunk_of_logits(
         terms: of the loss.
         exact: whether the products gave float32 or better. Then a label whose logit equals the maximum is a hit
             (on CPUs an argmax takes ten times as long as a maximum); in bfloat16 such ties are common: argmax decides.
+        shard: whose tokens' logits these are; the sums are those of the whole vocabulary on every rank.
     """
     slope_CV = None
     if terms.softcap is not None:
         logits_CV.div_(terms.softcap).tanh_()
         slope_CV = 1 - logits_CV.square()
         logits_CV.mul_(terms.softcap)
-    index_C1 = labels_C[:, None]
-    label_C = logits_CV.gather(-1, index_C1)[:, 0]
+    index_C, mine_C = (labels_C, None) if shard is None else shard.local(labels_C)
+    label_C = logits_CV.gather(-1, index_C[:, None])[:, 0]
     top_C = logits_CV.amax(-1)
-    hits_C = label_C >= top_C if exact else logits_CV.argmax(-1) == labels_C
-    mean_C = logits_CV.mean(-1) if terms.smoothing else None
+    best_C = None if exact else logits_CV.argmax(-1)
+    sum_C = logits_CV.sum(-1) if terms.smoothing else None
+    if shard is not None:
+        best_C = _agree_on_top(top_C, best_C, shard)
     total_C = logits_CV.sub_(top_C[:, None]).exp_().sum(-1)
+    if shard is not None and mine_C is not None:
+        label_C, total_C, sum_C = _sum_over_vocabulary(label_C.where(mine_C, 0), total_C, sum_C, shard)
+    hits_C = label_C >= top_C if best_C is None else best_C == labels_C
+    vocabulary = logits_CV.shape[-1] if shard is None else shard.whole
+    mean_C = None if sum_C is None else sum_C / vocabulary
     log_z_C = top_C + total_C.log()
     nll_C = log_z_C - label_C
     loss_C, pull_C = nll_C, 1 / total_C
@@ -190,13 +221,37 @@ def chunk_of_logits(
         loss_C, pull_C = loss_C * weights_C, pull_C * weights_C
     # d loss / d logits = w * ((1 + 2 z log Z) * softmax - (1 - s) * onehot - s / V)
     logits_CV.mul_(pull_C[:, None])
-    logits_CV.scatter_add_(-1, index_C1, (terms.smoothing - 1) * one_C[:, None])
+    at_label_C = (terms.smoothing - 1) * one_C
+    if mine_C is not None:
+        at_label_C = at_label_C.where(mine_C, 0)
+    logits_CV.scatter_add_(-1, index_C[:, None], at_label_C[:, None])
     if terms.smoothing:
-        logits_CV.sub_(terms.smoothing / logits_CV.shape[-1] * one_C[:, None])
+        logits_CV.sub_(terms.smoothing / vocabulary * one_C[:, None])
     if slope_CV is not None:
         logits_CV.mul_(slope_CV)
     per_token = torch.stack((loss_C, nll_C, hits_C.to(nll_C.dtype), log_z_C, log_z_C.square()))
     return per_token.double().sum(-1), logits_CV
+
+
+def _agree_on_top(top_C: Tensor, best_C: Tensor | None, shard: VocabularyShard) -> Tensor | None:
+    """Makes `top_C` the maximum over the whole vocabulary; gives the first token that has it, where it is asked for."""
+    own_C = top_C.clone()
+    shard.all_max(top_C)
+    if best_C is None:
+        return None
+    # The least token is the largest negative one; float64 holds every id.
+    first_C = -(best_C + shard.start).double().where(own_C == top_C, shard.whole)
+    shard.all_max(first_C)
+    return (-first_C).long()
+
+
+def _sum_over_vocabulary(
+    label_C: Tensor, total_C: Tensor, sum_C: Tensor | None, shard: VocabularyShard
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums of the ranks' numbers, in one message."""
+    stacked = torch.stack([label_C, total_C] if sum_C is None else [label_C, total_C, sum_C])
+    shard.all_sum(stacked)
+    return stacked[0], stacked[1], None if sum_C is None else stacked[2]
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):
@@ -211,6 +266,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         count: int,
         rows: int,
         differentiate: bool,
+        shard: VocabularyShard | None,
     ) -> tuple[Tensor, Tensor]:
         """One pass over the chunks."""
         dtype, (N, D), V = compute_dtype(hidden_ND), hidden_ND.shape, len(head_VD)
@@ -242,6 +298,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                     head_grad_VD.addmm_(grad_CV.t(), x_CD)
                 elif head_grad_VD is not None:
                     head_grad_VD.add_(torch.mm(grad_CV.t(), x_CD))
+        if hidden_grad_ND is not None and shard is not None:
+            shard.all_sum(hidden_grad_ND)
         ctx.grads = (hidden_grad_ND, None if head_grad_VD is None else head_grad_VD.to(head_VD.dtype))
         loss, others = sums[0].clone(), sums[1:].clone()
         ctx.mark_non_differentiable(others)
@@ -262,4 +320,4 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         # In place, and handed over: a copy of the head's gradient would be the largest tensor of the backward pass.
         grads = tuple(None if grad is None else grad.mul_(loss_grad) for grad in ctx.grads)
         ctx.grads = None
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)

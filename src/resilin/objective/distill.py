@@ -42,6 +42,7 @@ from resilin.objective.next_token import (
 )
 from resilin.objective.settings import ObjectiveContext, needed
 from resilin.objective.teacher_cache import TeacherCache
+from resilin.objective.vocabulary import vocabulary_of, whole_head
 
 
 class TeacherError(UserError, ValueError):
@@ -168,7 +169,7 @@ class DistilledLoss(NextTokenLoss):
         assert states is not None
         assert labels_N is not None
         whole = isinstance(output, Tensor)
-        vocabulary = states.shape[-1] if whole else len(model.head_weight)
+        vocabulary = states.shape[-1] if whole else vocabulary_of(model)
         teacher = self._teacher_of(batch, valid_BT, vocabulary)
         plain = CrossEntropyTerms(settings.label_smoothing, settings.z_loss)
         if whole or settings.chunk == 0:
@@ -176,9 +177,8 @@ class DistilledLoss(NextTokenLoss):
             sums, kl = whole_distillation(logits, labels_N, weights_N, teacher, plain, terms)
         else:
             capped = CrossEntropyTerms(plain.smoothing, plain.z_loss, softcap_of(model))
-            sums, kl = chunked_distillation(
-                states, model.head_weight, labels_N, weights_N, teacher, capped, terms, settings.chunk
-            )
+            head = whole_head(model, "distillation (but with objective.chunk = 0)")
+            sums, kl = chunked_distillation(states, head, labels_N, weights_N, teacher, capped, terms, settings.chunk)
         return sums, {"kl": kl}
 
     @torch.no_grad()
@@ -207,7 +207,7 @@ class DistilledLoss(NextTokenLoss):
         states = states_BT.flatten(0, 1) if valid_BT is None else valid_tokens((states_BT,), valid_BT)[0]
         assert states is not None
         whole = isinstance(output, Tensor)
-        head: Tensor | None = None if whole else self.teacher.head_weight  # type: ignore[union-attr, assignment]
+        head: Tensor | None = None if whole else whole_head(self.teacher, "a teacher")
         known = states.shape[-1] if head is None else len(head)
         if known != vocabulary:
             raise TeacherError(

@@ -21,6 +21,7 @@ from resilin.objective.cross_entropy import (
 )
 from resilin.objective.router_loss import Total, micro_batch_load_balance, router_z, sequence_load_balance
 from resilin.objective.settings import ObjectiveContext, ObjectiveSettings
+from resilin.objective.vocabulary import shard_of
 
 IGNORE = -100
 """The label of positions that are not predicted."""
@@ -132,8 +133,8 @@ class NextTokenLoss:
         if self.settings.chunk == 0:
             return whole_cross_entropy(model.logits(states), labels_N, weights_N, terms), {}
         terms = CrossEntropyTerms(terms.smoothing, terms.z_loss, softcap_of(model))
-        chunk = self.settings.chunk
-        return chunked_cross_entropy(states, model.head_weight, labels_N, weights_N, terms, chunk), {}
+        chunk, shard = self.settings.chunk, shard_of(model)
+        return chunked_cross_entropy(states, model.head_weight, labels_N, weights_N, terms, chunk, shard), {}
 
     def _router_losses(
         self,

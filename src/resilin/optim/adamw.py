@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 from resilin.optim.groups import Group
 from resilin.optim.part import Moments, Part, root_mean_square, with_gradient
-from resilin.optim.scheduled import ScheduledSettings
+from resilin.optim.scheduled import Owned, ScheduledSettings
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -82,7 +82,7 @@ class AdamW(ScheduledSettings):
     eps: float = Field(default=1e-8, ge=0)
     """Added to the root of the second moment; too large where gradients are tiny (Wortsman et al., section 3.4)."""
 
-    def parts(self, model: nn.Module) -> list[Part]:
+    def parts(self, model: nn.Module, owned: Owned | None = None) -> list[Part]:
         """One part with all parameters."""
         independent = self.decay == "independent"
-        return [AdamWPart(self.groups(model), self.lr, independent=independent, betas=self.betas, eps=self.eps)]
+        return [AdamWPart(self.groups(model, owned), self.lr, independent=independent, betas=self.betas, eps=self.eps)]

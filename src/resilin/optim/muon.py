@@ -25,7 +25,7 @@ from resilin.optim.adamw import AdamWPart, Beta
 from resilin.optim.groups import Group, embedding_names, is_vector
 from resilin.optim.newton_schulz import orthogonalise
 from resilin.optim.part import Member, Moments, Part, root_mean_square, with_gradient
-from resilin.optim.scheduled import ScheduledSettings
+from resilin.optim.scheduled import Owned, ScheduledSettings
 
 Scale = Literal["match_adamw", "spectral"]
 
@@ -163,9 +163,13 @@ class Muon(ScheduledSettings):
             and not any(fnmatchcase(name, pattern) for pattern in self.adamw)
         )
 
-    def parts(self, model: nn.Module) -> list[Part]:
+    def keeps_whole(self, model: nn.Module) -> set[str]:
+        """The matrices that are orthogonalised."""
+        return set(self.takes(model))
+
+    def parts(self, model: nn.Module, owned: Owned | None = None) -> list[Part]:
         """Two parts."""
-        taken, groups = self.takes(model), self.groups(model)
+        taken, groups = self.takes(model), self.groups(model, owned)
         hidden = [_only(group, lambda name: name in taken) for group in groups]
         others = [_only(group, lambda name: name not in taken) for group in groups]
         independent = self.decay == "independent"

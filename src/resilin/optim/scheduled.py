@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal, Self
 
@@ -11,13 +12,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from resilin.config import component
+from resilin.config import UserError, component
 from resilin.nouns import State
 from resilin.optim.groups import Group, Rule, make_groups
 from resilin.optim.mup import learning_rate_scales
 from resilin.optim.part import Part, root_mean_square
 from resilin.optim.schedule import Schedule
 from resilin.optim.settings import OptimizerSettings
+
+Owned = Mapping[str, nn.Parameter]
+"""What of each parameter is updated here: some of its elements, flat, or all of it."""
 
 Recorded = Literal["update_rms", "parameter_rms"]
 
@@ -60,10 +64,10 @@ class ScheduledSettings(OptimizerSettings):
             )
         return self
 
-    def groups(self, model: nn.Module) -> list[Group]:
-        """The model's trainable parameters by these settings."""
+    def groups(self, model: nn.Module, owned: Owned | None = None) -> list[Group]:
+        """The model's trainable parameters by these settings; or what is owned of them, in their places."""
         scales = None if self.mup_base_width is None else learning_rate_scales(model, self.mup_base_width)
-        return make_groups(
+        groups = make_groups(
             model,
             self.weight_decay,
             rules=self.rules,
@@ -71,15 +75,33 @@ class ScheduledSettings(OptimizerSettings):
             decay_embeddings=self.decay_embeddings,
             lr_scales=scales,
         )
+        if owned is None:
+            return groups
+        mine = [
+            replace(group, parameters=tuple((name, owned[name]) for name, _ in group.parameters if name in owned))
+            for group in groups
+        ]
+        return [group for group in mine if group.parameters]
 
     @abstractmethod
-    def parts(self, model: nn.Module) -> list[Part]:
-        """The update rules over `self.groups(model)`."""
+    def parts(self, model: nn.Module, owned: Owned | None = None) -> list[Part]:
+        """The update rules over `self.groups(model, owned)`."""
 
     def build(self, model: nn.Module, total_steps: int) -> Scheduled:
         """The optimizer, its moments created beside the parameters."""
         schedule = partial(self.schedule.factor, total=total_steps, peak=self.lr)
         return Scheduled(self.parts(model), self.lr, schedule, self.record, self.record_every)
+
+    def build_owned(self, model: nn.Module, total_steps: int, owned: Owned) -> Scheduled:
+        """The optimizer of what one of many workers owns.
+
+        Raises:
+            UserError: something is recorded, for which all elements of a parameter would be needed.
+        """
+        if self.record:
+            raise UserError("optimizer.record needs all elements of a parameter in one process: use one worker")
+        schedule = partial(self.schedule.factor, total=total_steps, peak=self.lr)
+        return Scheduled(self.parts(model, owned), self.lr, schedule)
 
 
 class Scheduled:

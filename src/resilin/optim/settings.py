@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from torch import nn
 
-from resilin.config import Settings
+from resilin.config import Settings, UserError
 from resilin.nouns import Optimizer
 
 
@@ -21,3 +22,23 @@ class OptimizerSettings(Settings, ABC):
             model: already on its device: moments are created beside the parameters.
             total_steps: steps of the whole run, which schedules are fractions of.
         """
+
+    def keeps_whole(self, model: nn.Module) -> set[str]:
+        """Names of parameters whose update looks at more than one element at a time: shards of them are of no use."""
+        return set()
+
+    def build_owned(self, model: nn.Module, total_steps: int, owned: Mapping[str, nn.Parameter]) -> Optimizer:
+        """The optimizer of one of many workers.
+
+        Args:
+            model: as for `build`: names and shapes of its parameters decide groups and factors.
+            total_steps: as for `build`.
+            owned: what the worker updates, by the name of its parameter: some of its elements, flat, or all of it.
+
+        Raises:
+            UserError: this optimizer cannot update parts of a model.
+        """
+        raise UserError(
+            f"optimizer {type(self).__name__} cannot be divided among workers: it has no `build_owned`; use AdamW, SGD "
+            "or Muon, or one worker"
+        )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resilin.optim.groups import Group
 from resilin.optim.part import Moments, Part, root_mean_square, with_gradient
-from resilin.optim.scheduled import ScheduledSettings
+from resilin.optim.scheduled import Owned, ScheduledSettings
 
 
 class SGDPart(Part):
@@ -57,8 +57,8 @@ class SGD(ScheduledSettings):
     nesterov: bool = False
     """Look ahead by one step of momentum."""
 
-    def parts(self, model: nn.Module) -> list[Part]:
+    def parts(self, model: nn.Module, owned: Owned | None = None) -> list[Part]:
         """One part with all parameters."""
         independent = self.decay == "independent"
-        groups = self.groups(model)
+        groups = self.groups(model, owned)
         return [SGDPart(groups, self.lr, independent=independent, momentum=self.momentum, nesterov=self.nesterov)]

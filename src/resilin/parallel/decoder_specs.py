@@ -1,8 +1,6 @@
 """How a decoder lies over a mesh: tensor, expert and pipeline parallelism, with ZeRO or FSDP over the data axis.
 
-Attention and feed-forward are cut as in Megatron-LM (Shoeybi et al., 2019, section 3): queries, keys, values, gate and
-up by their outputs, whole heads to a rank; the projections back by their inputs; vocabulary by rows, padded until it
-divides. Names are those of `resilin.models.decoder.Decoder`.
+What the axes `tp` and `ep` cut stands beside the model, in `resilin.models.decoder_plan`.
 """
 
 from __future__ import annotations
@@ -12,42 +10,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from resilin.layout import Cut, Deal, Flat, Mesh, ParamSpec, Part, Shard, SpecRule, flat_group, specs_of, staged
-from resilin.layout.dealing import deal
+from resilin.layout import Cut, Deal, Flat, Mesh, ParamSpec, Shard, flat_group, specs_of, staged
+from resilin.layout.dealing import ALIGN, deal
 from resilin.layout.errors import LayoutError
+from resilin.models.decoder_plan import decoder_rules
 from resilin.models.decoder_settings import DecoderSettings
 
 Sharding = Literal["none", "fsdp", "zero1", "zero2", "zero3", "dealt"]
 VIRTUAL_SHARDS_PER_RANK = 4
-ALIGN = 16
-"""Elements at whose multiples virtual shards begin: an update is then the same to the bit, however they are owned."""
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
-
-
-def decoder_rules(settings: DecoderSettings, vocabulary_multiple: int = 1) -> list[SpecRule]:
-    """What the axes `tp` and `ep` cut.
-
-    Args:
-        settings: of the decoder.
-        vocabulary_multiple: rows of embedding and head are padded to a multiple of this.
-    """
-    width = settings.head_width
-    queries = (Part(settings.heads * width, unit=width),)
-    keys = (Part(settings.key_heads * width, unit=width, spare="copy"),)
-    pad = ((0, vocabulary_multiple),) if vocabulary_multiple > 1 else ()
-    rows = (Shard("tp", 0),)
-    return [
-        SpecRule(r"(embed|head)\.weight", rows, pad),
-        SpecRule(r"blocks\.\d+\.attention\.q\.(weight|bias)", (Shard("tp", 0, queries),)),
-        SpecRule(r"blocks\.\d+\.attention\.[kv]\.(weight|bias)", (Shard("tp", 0, keys),)),
-        SpecRule(r"blocks\.\d+\.attention\.o\.weight", (Shard("tp", 1),)),
-        SpecRule(r"blocks\.\d+\.(mlp|moe\.shared)\.(gate|up)\.(weight|bias)", rows),
-        SpecRule(r"blocks\.\d+\.(mlp|moe\.shared)\.down\.weight", (Shard("tp", 1),)),
-        SpecRule(r"blocks\.\d+\.moe\.experts\.(gate|up)", (Shard("ep", 0), Shard("tp", 1))),
-        SpecRule(r"blocks\.\d+\.moe\.experts\.down", (Shard("ep", 0), Shard("tp", 2))),
-    ]
 
 
 def decoder_stages(names: Mapping[str, object], settings: DecoderSettings, stages: int) -> dict[str, tuple[int, ...]]:

@@ -38,6 +38,15 @@ class World:
                 raise ParallelError(f"{degrees}: {degrees.workers} workers, but {dist.get_world_size()} are connected")
         self._groups: dict[tuple[str, ...], Group] = {}
 
+    def __str__(self) -> str:
+        return f"{self.size} workers ({self.degrees})"
+
+    @property
+    def where(self) -> str:
+        """This worker's place in words: its coordinates on the axes that have more than one."""
+        said = {"pp": "pipeline stage", "rep": "replica", "dp": "data", "cp": "context", "tp": "tensor"}
+        return ", ".join(f"{word} {self.coordinate(axis)}" for axis, word in said.items() if self.axis(axis) > 1)
+
     @property
     def size(self) -> int:
         """How many workers."""

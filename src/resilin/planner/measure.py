@@ -11,12 +11,12 @@ import torch
 from resilin.keys import Keys
 from resilin.models.settings import ModelContext
 from resilin.nouns import Batch
+from resilin.parallel.step import gradient_of_step
 from resilin.planner.budget import StepTimes
 from resilin.planner.family import Architecture, Family
 from resilin.precision.autocast import choose_precision
 from resilin.run.device import choose_device, set_threads
 from resilin.run.settings import RunSettings
-from resilin.run.step import gradient_of_step
 
 SIZES = 3
 WARM_STEPS, TIMED_STEPS = 2, 5

@@ -13,6 +13,7 @@ from resilin.config import component
 from resilin.keys import Keys
 from resilin.models.decoder import Decoder
 from resilin.models.settings import ModelContext, ModelSettings
+from resilin.objective.vocabulary import VocabularyShard, shard_of
 from resilin.posttrain.reward_model import RewardModel
 
 
@@ -37,6 +38,11 @@ class ActorCriticModel(nn.Module):
     def head_weight(self) -> Tensor:
         """The policy's."""
         return self.policy.head_weight
+
+    @property
+    def vocabulary_shard(self) -> VocabularyShard | None:
+        """The policy's."""
+        return shard_of(self.policy)
 
     def plain_form(self) -> nn.Module:
         """The policy: what writes and is kept."""

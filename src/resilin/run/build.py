@@ -11,6 +11,7 @@ from torch import nn
 
 from resilin.checkpoint.background import BackgroundSaves
 from resilin.checkpoint.folder import CheckpointFolder
+from resilin.cluster.join import lead_first
 from resilin.config import UserError
 from resilin.data.settings import SourceContext
 from resilin.models.decoder import Decoder
@@ -18,10 +19,12 @@ from resilin.models.settings import ModelContext
 from resilin.models.step_flops import step_flops_per_token
 from resilin.nouns import Source
 from resilin.objective.settings import ObjectiveContext
+from resilin.parallel.world import World
 from resilin.precision.autocast import choose_precision
 from resilin.precision.compiled import compile_model
 from resilin.run.allocator import keep_freed_memory
 from resilin.run.device import choose_device, device_in_words, set_threads
+from resilin.run.divided import Divided, coordinator, divide
 from resilin.run.events import Listener, RunStarted
 from resilin.run.folder import RunFolder
 from resilin.run.run import Pace, Run
@@ -123,8 +126,19 @@ def flops_per_unit(model: nn.Module, source: Source) -> float | None:
     return None
 
 
-def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners: Sequence[Listener] = ()) -> Run:
+def build_run(
+    settings: RunSettings,
+    folder: RunFolder | None = None,
+    listeners: Sequence[Listener] = (),
+    world: World | None = None,
+) -> Run:
     """A run of these settings; with a folder, it saves there.
+
+    Args:
+        settings: of the run.
+        folder: the run's.
+        listeners: told of every event.
+        world: all workers, who call together; None: this process is the only one.
 
     Raises:
         SettingsError, DataError, ...: naming what does not fit, before anything is computed.
@@ -133,16 +147,26 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     set_threads(settings.train.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    sources = build_sources(settings, folder=folder)
+    with lead_first(world):  # what it prepares, the others find
+        sources = build_sources(settings, folder=folder)
     tree: dict[str, Any] = settings.model_dump(mode="json")
     steps = steps_of(settings, sources.source)
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": steps})})
     model = settings.model.build(ModelContext(settings.seed, getattr(sources.source, "vocab_size", None))).to(device)
+    parameters, flops = sum(p.numel() for p in model.parameters()), flops_per_unit(model, sources.source)
     precision = choose_precision(settings.precision, device)
     context = objective_context(settings, sources.source, device, folder)
-    optimizer = settings.optimizer.build(model, settings.train.steps)
-    compiled = compile_model(model, settings.precision.compile, settings.precision.compile_mode)
     objective = settings.objective.build(context)
+
+    def compiled(module: nn.Module) -> nn.Module | None:
+        return compile_model(module, settings.precision.compile, settings.precision.compile_mode)
+
+    divided: Divided | None = None
+    if world is None:
+        optimizer, computed = settings.optimizer.build(model, settings.train.steps), compiled(model)
+    else:
+        divided = divide(settings, world, model, objective, compiled, device=device, precision=precision)
+        model, optimizer, computed = divided.model, divided.optimizer, None
     unit = getattr(objective, "unit", "tokens")
     store, saves, pace = None, None, pace_of(settings)
     if folder is None:
@@ -150,18 +174,22 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
     else:
         keep = settings.checkpoint
         store = CheckpointFolder(
-            folder.checkpoints_of(settings), keep.keep_last, keep.keep_every, second_copy=keep.second_copy
+            folder.checkpoints_of(settings),
+            keep.keep_last,
+            keep.keep_every,
+            coordinator=None if world is None else coordinator(world),
+            second_copy=keep.second_copy,
         )
         saves = BackgroundSaves(store) if keep.asynchronous else None
     started = RunStarted(
         folder=str(folder.path) if folder is not None else "",
         settings=tree,
-        parameters=sum(p.numel() for p in model.parameters()),
-        device=f"{device_in_words(device)}, {precision.compute}",
+        parameters=parameters,
+        device=f"{device_in_words(device)}, {precision.compute}" + (f", {world}" if world is not None else ""),
         start_step=0,
         total_steps=settings.train.steps,
         unit=unit,
-        flops_per_unit=flops_per_unit(model, sources.source) if unit == "tokens" else None,
+        flops_per_unit=flops if unit == "tokens" else None,
         peak_flops=precision.peak_flops,
     )
     return Run(
@@ -178,5 +206,7 @@ def build_run(settings: RunSettings, folder: RunFolder | None = None, listeners:
         validation=sources.validation,
         listeners=listeners,
         started=started,
-        computed_model=compiled,
+        computed_model=computed,
+        workers=divided.engine if divided is not None else None,
+        layout=divided.layout if divided is not None else None,
     )

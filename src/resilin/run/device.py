@@ -18,8 +18,9 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def set_threads(threads: int) -> int:
-    """Use this many CPU threads (0: as many as this process has cores); returns the number."""
-    chosen = threads or len(os.sched_getaffinity(0))
+    """Use this many CPU threads (0: its share of the cores, where workers share a machine); returns the number."""
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    chosen = threads or max(1, len(os.sched_getaffinity(0)) // sharing)
     torch.set_num_threads(chosen)
     return chosen
 

@@ -21,17 +21,18 @@ def _say(text: str) -> None:
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM set `requested`; a second one ends the process with exit code 130."""
+    """While entered, SIGINT and SIGTERM set `requested` and `number`; a second one ends the process with code 130."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self.number = 0
         self._previous: dict[int, object] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
             os.write(2, b"\nsecond interrupt: ending at once; the last saved checkpoint is unaffected\n")
             os._exit(EXIT_INTERRUPTED)
-        self.requested = signal.Signals(number).name
+        self.requested, self.number = signal.Signals(number).name, number
         _say("interrupted: finishing this step, then saving (once more to end at once)\n")
 
     def __enter__(self) -> Self:

@@ -17,11 +17,10 @@ from resilin.layout.dealing import deal, redeal
 from resilin.models.decoder import Decoder
 from resilin.models.pretrained import Pretrained
 from resilin.models.settings import ModelContext
-from resilin.parallel.decoder_specs import VIRTUAL_SHARDS_PER_RANK, Shapes, Sharding, decoder_specs
+from resilin.parallel.decoder_specs import VIRTUAL_SHARDS_PER_RANK, Sharding, decoder_specs
+from resilin.parallel.local_model import shapes_of
 from resilin.run.folder import RunFolder
 from resilin.run.settings import RunSettings
-
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 
 
 def outline_at(path: Path, overrides: list[str]) -> Decoder:
@@ -84,14 +83,6 @@ def checkpoint_layout(path: Path) -> Layout | None:
         return None
     with CheckpointReader(path) as saved:
         return saved.layout()
-
-
-def shapes_of(model: nn.Module) -> Shapes:
-    """Shape and dtype of every parameter, tied ones once."""
-    return {
-        name: (tuple(parameter.shape), _DTYPES[str(parameter.dtype).removeprefix("torch.")])
-        for name, parameter in model.named_parameters()
-    }
 
 
 def lay_out(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from signal import Signals
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,9 @@ from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.storage import Location
 from resilin.checkpoint.store import SavedCheckpoint
 from resilin.keys import Keys
+from resilin.layout import Layout
 from resilin.nouns import Batch, Objective, Optimizer, Source, State, StepView
+from resilin.parallel.step import Autocast, Engine, OneProcess, StepGradient
 from resilin.run.events import (
     Evaluated,
     Event,
@@ -33,9 +36,9 @@ from resilin.run.events import (
 )
 from resilin.run.frozen import joined, split_frozen
 from resilin.run.interrupts import Interrupts
-from resilin.run.step import Autocast, StepGradient, gradient_of_step, merge_logs, non_finite_slots
 
 Reason = Literal["completed", "interrupted", "failed"]
+_NOTHING = Batch(torch.zeros(0, dtype=torch.int64), {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +95,27 @@ class Run:
     started: RunStarted | None = None
     computed_model: nn.Module | None = None
     """What the objective calls: the model itself, or its compiled form."""
+    workers: Engine | None = None
+    """Who computes steps, where it is more than this process."""
+    layout: Callable[[State], Layout] | None = None
+    """Where the workers' states lie; None: this process has everything. All workers call it together."""
+    engine: Engine = field(init=False)
     step: int = 0
     skipped: int = 0
     samples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     _saved: Location | None = None
     _told: CheckpointError | None = None
+
+    def __post_init__(self) -> None:
+        self.engine = self.workers or OneProcess(
+            self.computed_model or self.model,
+            self.objective,
+            micro_batch_size=self.pace.micro_batch_size,
+            clip_norm=self.pace.clip_norm,
+            device=self.device,
+            autocast=self.autocast,
+        )
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -111,10 +129,9 @@ class Run:
             began, outcome = time.perf_counter(), None
             try:
                 while outcome is None and self.step < self.pace.steps:
-                    if interrupts.requested is not None:
-                        outcome = self._interrupted(interrupts.requested)
-                    else:
-                        outcome = self._take_step()
+                    # All workers end after the same step, whichever of them was asked to.
+                    signal_number = self.engine.agreed(interrupts.number)
+                    outcome = self._interrupted(Signals(signal_number).name) if signal_number else self._take_step()
                 outcome = outcome or self._completed()
             except Exception:
                 with suppress(CheckpointError):  # what ended the run is told, and a save under way is not cut short
@@ -126,44 +143,32 @@ class Run:
     def _take_step(self) -> Outcome | None:
         began = time.perf_counter()
         try:
-            batch = self._next_batch()
+            batch, count = self._next_batch()
         except Exception as error:
             self._kept(error, "before_step")
             raise
-        if batch is None:
+        if not count:
             return self._completed(f"the source ended after {self.step} of {self.pace.steps} steps")
         keys = Keys(self.seed, self.step, batch.slots_B)
         self.model.train()
         self.optimizer.zero_grad()
-        gradient = gradient_of_step(
-            self.computed_model or self.model,
-            self.objective,
-            batch,
-            keys,
-            micro_batch_size=self.pace.micro_batch_size or len(batch),
-            clip_norm=self.pace.clip_norm,
-            device=self.device,
-            autocast=self.autocast,
-        )
+        gradient = self.engine.gradient(batch, keys, count)
         if not gradient.finite:
             self.optimizer.zero_grad()
-            slots_found = non_finite_slots(
-                self.model, self.objective, batch, keys, device=self.device, autocast=self.autocast
-            )
-            return self._not_committed(gradient, slots_found)
+            return self._not_committed(gradient, self.engine.non_finite(batch, keys))
         applied = self.optimizer.step(self.step)
-        self.step, self.samples = self.step + 1, self.samples + len(batch)
+        self.step, self.samples = self.step + 1, self.samples + count
         self._after_commit(gradient, applied, began)
         return None
 
-    def _next_batch(self) -> Batch | None:
-        """The batch of the step, once every part that listens is ready for it; None where there is none."""
+    def _next_batch(self) -> tuple[Batch, int]:
+        """This process's slots of the step, once every part that listens is ready for it, and how many all have."""
         view = self._view()
         for part in self._parts():
             if hasattr(part, "before_step"):  # an isinstance check of a protocol costs ten times as much
                 part.before_step(view)
-        slots = range(self.source.slots(self.step))
-        return self.source.fetch(self.step, slots) if slots else None
+        count = self.source.slots(self.step)
+        return self.source.fetch(self.step, self.engine.slots(count)) if count else _NOTHING, count
 
     def _after_commit(self, gradient: StepGradient, applied: Any, began: float) -> None:
         logs = {**gradient.logs, **{k: v for k, v in applied.items() if k != "lr"}}
@@ -248,7 +253,7 @@ class Run:
     def _kept(self, error: Exception, kind: str) -> None:
         """A part (a selector, a file of data, a judge's endpoint) failed between steps: keep what was committed."""
         self._tell(Failure(step=self.step, kind=kind, message=str(error)))
-        if self.step:
+        if self.step and self.workers is None:  # one worker alone cannot save: the others do not know of it
             self._save_if_new()
 
     # -- evaluating and saving ----------------------------------------------------------------------------------
@@ -260,14 +265,8 @@ class Run:
         self.model.eval()
         for name, source in self.validation.items():
             began = time.perf_counter()
-            losses = []
-            for index in self._validation_batches(source):
-                batch = source.fetch(index, range(source.slots(index)))
-                with self.autocast():
-                    losses.append(self.objective(self.computed_model or self.model, batch.to(self.device), None))
-            units = sum(float(loss.units) for loss in losses)
-            total = sum(float(loss.sum) for loss in losses)
-            metrics = {"loss": total / units if units else float("nan"), **merge_logs(losses)}
+            told = self.engine.evaluate(source, self._validation_batches(source))
+            metrics = {"loss": told.loss / told.units if told.units else float("nan"), **told.logs}
             results[name] = metrics
             self.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
             self._tell(Evaluated(step=self.step, name=name, metrics=metrics, seconds=time.perf_counter() - began))
@@ -301,6 +300,7 @@ class Run:
         check_fits(self.model, weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.model.load_state_dict(weights)
+        self.engine.loaded()
         self.source.load_state_dict(state["source"])
         self.objective.load_state_dict(state["objective"])
         progress = state["run"]
@@ -317,10 +317,12 @@ class Run:
         if self.checkpoints is None:
             raise ValueError("this run has no checkpoint folder: give it one, or do not ask it to save")
         with self._telling_failures():
+            state = self.state_dict()
+            layout = self.layout(state) if self.layout is not None else None
             if self.saves is None:
-                self._tell_saved(self.checkpoints.save(self.step, self.state_dict()))
+                self._tell_saved(self.checkpoints.save(self.step, state, layout))
             else:
-                pending = self.saves.save(self.step, self.state_dict())
+                pending = self.saves.save(self.step, state, layout)
                 self._note_saved()
                 self._tell(Staged(step=pending.step, seconds=pending.seconds))
 

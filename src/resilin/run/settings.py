@@ -13,6 +13,7 @@ from resilin.data.settings import SourceSettings
 from resilin.models.settings import ModelSettings
 from resilin.objective.settings import ObjectiveSettings
 from resilin.optim.settings import OptimizerSettings
+from resilin.parallel.settings import ParallelSettings
 from resilin.precision.settings import PrecisionSettings
 
 Positive = Annotated[int, Field(gt=0)]
@@ -35,7 +36,7 @@ class TrainSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     threads: Count = 0
-    """CPU threads of one process; 0: all cores this process may use."""
+    """CPU threads of one process; 0: all cores this process may use, shared among the workers of this machine."""
     non_finite: Literal["stop", "skip"] = "stop"
     """When a loss or gradient is NaN or infinite: stop (the last good state is saved), or leave that step out."""
     non_finite_cap: Positive = 10
@@ -128,6 +129,7 @@ class RunSettings(Settings):
         default_factory=dict, validate_default=True
     )
     train: TrainSettings = TrainSettings()
+    parallel: ParallelSettings = ParallelSettings()
     precision: PrecisionSettings = Field(default_factory=PrecisionSettings)
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from resilin import __version__
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
+from resilin.cluster.join import agree_on, joined, lead_first
+from resilin.cluster.local import WHERE
+from resilin.cluster.position import Position
+from resilin.parallel.messages import tell_all
+from resilin.parallel.world import World
 from resilin.precision.autocast import choose_precision
 from resilin.run.build import build_run
 from resilin.run.device import choose_device, set_threads
+from resilin.run.divided import load_divided
 from resilin.run.events import Listener
 from resilin.run.folder import RunFolder
 from resilin.run.jsonl_log import JsonlLog
@@ -63,7 +73,7 @@ def resume_from_latest(run: Run, store: CheckpointFolder) -> bool:
     step = store.latest()
     if step is None:
         return False
-    state = store.load(step)
+    state = store.load(step) if run.layout is None else load_divided(run, store, step)
     try:
         run.load_state_dict(state)
     except (CheckpointError, ValueError) as error:
@@ -78,6 +88,7 @@ def start_run(
     resume: bool = False,
     accept_changes: bool = False,
     extra_listeners: tuple[Listener, ...] = (),
+    place: Position | None = None,
 ) -> tuple[Run, Outcome]:
     """Train in a folder until done, interrupted or stopped by a failure.
 
@@ -87,32 +98,73 @@ def start_run(
         resume: continue the run found there (start one where there is none).
         accept_changes: continue although settings that decide what is learned have changed.
         extra_listeners: told of every event beside those of the settings.
+        place: which of several workers this process is, all of whom call this; None: there is no other.
 
     Returns:
         The run as it stands and how it ended.
     """
     folder = RunFolder(path)
-    settings = settle(settings, folder, resume=resume)
-    folder.prepare(settings, resume=resume, accept_changes=accept_changes)
     with ExitStack() as stack:
-        writer = CheckpointFolder(folder.checkpoints)
-        writer.lock()  # now, and not at the first save: until then two runs would share one event log
-        stack.callback(writer.close)
+        world = stack.enter_context(workers_of(settings, place))
+        lead = world is None or world.rank == 0
+        settings = settle(settings, folder, resume=resume)
+        if world is not None:
+            settings = agreed_settings(settings, world)
+        with lead_first(world):
+            if lead:
+                folder.prepare(settings, resume=resume, accept_changes=accept_changes)
+                writer = CheckpointFolder(folder.checkpoints)
+                writer.lock()  # now, and not at the first save: until then two runs would share one event log
+                stack.callback(writer.close)
         before = folder.checkpoints_of()
-        run = build_run(settings, folder)
-        folder.store(settings)  # not before: a run whose data or model could not be built is none, and may begin anew
+        run = build_run(settings, folder, world=world)
         assert run.checkpoints is not None
         stack.callback(run.checkpoints.close)
         if run.saves is not None:
             stack.callback(run.saves.close)
-        tokenizer = getattr(run.source, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save(folder.tokenizer)
+        with lead_first(world):
+            if lead:  # not before: a run whose data or model could not be built is none, and may begin anew
+                folder.store(settings)
+                tokenizer = getattr(run.source, "tokenizer", None)
+                if tokenizer is not None:
+                    tokenizer.save(folder.tokenizer)
         if resume:
             # Settings may name another place than before: then the first checkpoint is still where it was.
             resume_from_latest(run, run.checkpoints) or resume_from_latest(run, CheckpointFolder(before))
-        listeners = listeners_of(settings, folder, run.step)
+        listeners = listeners_of(settings, folder, run.step) if lead else []
         for listener in listeners:
             stack.callback(listener.close)
         run.listeners = (*listeners, *extra_listeners)
         return run, run.train()
+
+
+@contextmanager
+def workers_of(settings: RunSettings, place: Position | None) -> Iterator[World | None]:
+    """While entered, this process is connected to the other workers of a run; None where there are none.
+
+    Raises:
+        ParallelError: so many workers cannot be divided as the settings say.
+    """
+    degrees = settings.parallel.degrees(place.workers if place is not None else 1)
+    if place is None or place.workers == 1:
+        yield None
+        return
+    with joined(place, choose_device(settings.train.device), settings.parallel.timeout):
+        world = World(degrees, place.rank)
+        WHERE[0] = world.where
+        yield world
+
+
+def agreed_settings(settings: RunSettings, world: World) -> RunSettings:
+    """The settings, the same at all workers: what was measured is the first one's.
+
+    Raises:
+        ParallelError: what was given to the workers differs.
+    """
+    compute = tell_all(settings.precision.compute, world.everyone)[0]
+    precision = settings.precision.model_copy(update={"compute": compute})
+    settings = settings.model_copy(update={"precision": precision})
+    versions = {"torch": torch.__version__, "resilin": __version__}
+    agree_on("versions", versions, world.everyone)
+    agree_on("settings", settings.model_dump(mode="json"), world.everyone)
+    return settings

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from resilin.optim.adamw import AdamW, AdamWPart
 from resilin.optim.groups import Group
 from resilin.optim.part import Member, Pace, Part, root_mean_square, with_gradient
-from resilin.optim.scheduled import Scheduled
+from resilin.optim.scheduled import Owned, Scheduled
+from resilin.optim.settings import OptimizerSettings
 from resilin.sparsity.decay import Ramp, decay_of, masked_weights
 from resilin.sparsity.linear import SparseLinear
 
@@ -56,7 +57,11 @@ class SparseAdamW(AdamW):
             self.parts(model), self.lr, schedule, self.record, self.record_every, ramp=self.ramp, steps=total_steps
         )
 
-    def parts(self, model: nn.Module) -> list[Part]:
+    def build_owned(self, model: nn.Module, total_steps: int, owned: Owned) -> Scheduled:
+        """Refused: a mask lies over a whole matrix."""
+        return OptimizerSettings.build_owned(self, model, total_steps, owned)  # type: ignore[return-value]
+
+    def parts(self, model: nn.Module, owned: Owned | None = None) -> list[Part]:
         """One part for masked matrices, one for everything else."""
         layers = masked_weights(model)
         groups = self.groups(model)

@@ -25,6 +25,7 @@ from resilin.models.linear import Linear
 from resilin.models.norm import LayerNorm, RMSNorm
 from resilin.nouns import Batch, Objective
 from resilin.objective.next_token import IGNORE, valid_labels
+from resilin.objective.vocabulary import whole_head
 from resilin.steer.evaluating import evaluating
 from resilin.steer.token_losses import call, hidden_states, innermost, predicts_tokens
 
@@ -189,7 +190,7 @@ def _batched(model: Any, batch: Batch, reduce: Reduce) -> Gradients | str:
     if hidden_BTD is None:
         logits_BTV = raw_BTV = output
     else:
-        head = model.head_weight
+        head = whole_head(model, "the gradient of each sample")
         raw_BTV = F.linear(hidden_BTD, head)
         cap = getattr(getattr(model, "settings", None), "logit_softcap", None)
         logits_BTV = raw_BTV if cap is None else cap * torch.tanh(raw_BTV / cap)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from resilin.nouns import Batch, Objective
 from resilin.objective.cross_entropy import chunk_rows
 from resilin.objective.next_token import NextTokenLoss, valid_labels
+from resilin.objective.vocabulary import vocabulary_of
 
 
 def innermost(objective: Objective) -> Objective:
@@ -54,7 +55,7 @@ def token_losses(model: Any, batch: Batch, output: Any = None) -> Tensor:
     labels_N, valid_N = batch["labels"].flatten(), valid_labels(batch).flatten()
     losses_N = torch.zeros(len(labels_N), dtype=torch.float32, device=labels_N.device)
     index_N = valid_N.nonzero()[:, 0]
-    vocabulary = states.shape[-1] if whole else len(model.head_weight)
+    vocabulary = states.shape[-1] if whole else vocabulary_of(model)
     for index_C in index_N.split(chunk_rows(vocabulary, states.device.type)):
         logits_CV = states[index_C] if whole else model.logits(states[index_C])
         losses_N[index_C] = nn.functional.cross_entropy(logits_CV.float(), labels_N[index_C], reduction="none")

@@ -49,7 +49,7 @@ def test_the_drawing_can_be_read_back(schedule: Schedule, forward: int, weight: 
 
 def test_a_drawing_that_is_too_wide_shows_kinds_alone() -> None:
     timeline = simulate(build("zb-v", 4, 2, 3), Costs(1, 1, 1))
-    assert gantt(timeline, columns=19) == "rank 0 |FFFfiwfiwIWfiwIWIW·|\nrank 1 |·FfFfiwFIWfiwIiIWWw|"
+    assert gantt(timeline, columns=19) == "rank 0 |FFFfiwfiwIWfiwIWIW·|\nrank 1 |·FfFfiwFIWfiwIiIWwW|"
 
 
 def test_measured_times_are_drawn_from_their_own_start() -> None:

@@ -163,6 +163,7 @@ def test_a_loss_by_hand() -> None:
     [
         ({0: [[(0, 2)]], 1: [[(3, 4)]]}, "slots 2:3 are owned by no replica"),
         ({0: [[(0, 3)]], 1: [[(2, 4)]]}, "replica 1, micro-batch 0: slot 2 is owned twice"),
+        ({0: [[(0, 4)], []]}, "replica 0 has a micro-batch without slots"),
         ({0: [[(0, 3)]]}, "slots 3:4 are owned by no replica"),
         ({0: [[(0, 4), (4, 5)]]}, "replica 0, micro-batch 0: 0:5 is no interval of the 4 slots"),
         ({0: [[(0, 4)], [(2, 2)]]}, "replica 0, micro-batch 1: 2:2 is no interval"),

@@ -2,7 +2,9 @@
 
 from resilin.parallel.pipeline.build import METHODS, Method, build
 from resilin.parallel.pipeline.errors import ScheduleError
-from resilin.parallel.pipeline.messages import Message, Op, Receive, Send, check_rendezvous, lower, result_of
+from resilin.parallel.pipeline.member_run import Member
+from resilin.parallel.pipeline.members import MemberSchedule, follow, level, lower_members, simulate_members
+from resilin.parallel.pipeline.messages import Message, Op, Part, Receive, Send, check_rendezvous, lower, result_of
 from resilin.parallel.pipeline.replay import replay
 from resilin.parallel.pipeline.schedule import Action, Kind, Schedule, loop, vee
 from resilin.parallel.pipeline.simulate import Costs, simulate
@@ -17,9 +19,12 @@ __all__ = [
     "Action",
     "Costs",
     "Kind",
+    "Member",
+    "MemberSchedule",
     "Message",
     "Method",
     "Op",
+    "Part",
     "Receive",
     "Record",
     "Schedule",
@@ -35,14 +40,18 @@ __all__ = [
     "by_count",
     "check_rendezvous",
     "even",
+    "follow",
     "in_blocks",
     "in_turns",
+    "level",
     "loop",
     "lower",
+    "lower_members",
     "peak_in_flight",
     "replay",
     "result_of",
     "simulate",
+    "simulate_members",
     "slots_of",
     "split_backward",
     "transfers",

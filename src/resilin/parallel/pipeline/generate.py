@@ -40,12 +40,13 @@ def interleaved(stages: int, ranks: int, micros: int, group: int | None = None, 
     """1F1B with `v` stages on each rank, dealt round (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
 
     Micro-batches go in groups: a rank takes a group through one of its stages, then through its next. Bubble
-    `(p - 1) / (v m)` when the groups are `p` micro-batches; the first rank holds `1 + (p - 1) / (p v)` times the
-    activations of 1F1B. One stage a rank is 1F1B itself.
+    `(p - 1) / (v m)` for `m >= p`; with groups of `p` micro-batches the first rank holds
+    `1 + (p - 1) / (p v)` times the activations of 1F1B. One stage a rank is 1F1B itself.
 
     Any number of micro-batches will do. Where the last group would be smaller than `ranks`, whose results would then
     come back too late (or never: the order deadlocks), the micro-batches are shared out over one group less. The bubble
     stays what it is; for each micro-batch that the largest group has more, a rank holds `v - 1` more activations.
+    With fewer micro-batches than ranks all forwards come first.
 
     Args:
         stages: a multiple of `ranks`.

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from resilin.parallel.pipeline.errors import ScheduleError
 from resilin.parallel.pipeline.schedule import Action, F, Schedule, W
 from resilin.parallel.pipeline.simulate import Costs, PerStage, simulate
+from resilin.parallel.pipeline.slots import Transfer
 from resilin.parallel.pipeline.timeline import Time
 
 
@@ -31,6 +32,36 @@ class Message:
         """Activations; else a gradient."""
         return self.target > self.source
 
+    @property
+    def label(self) -> str:
+        """What it carries, in few characters."""
+        return str(self.micro)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The rows of a message that go from one replica to one other, where stages have replicas.
+
+    Attributes:
+        source: the stage that made them.
+        target: the stage that waits for them.
+        rows: which slots, and at which rows of whose micro-batch.
+    """
+
+    source: int
+    target: int
+    rows: Transfer
+
+    @property
+    def forward(self) -> bool:
+        """Activations; else a gradient."""
+        return self.target > self.source
+
+    @property
+    def label(self) -> str:
+        """What it carries, in few characters."""
+        return f"[{self.rows.start}:{self.rows.end}]"
+
 
 @dataclass(frozen=True, slots=True)
 class Send:
@@ -38,14 +69,14 @@ class Send:
 
     Attributes:
         message: what is sent.
-        peer: the pipeline rank that gets it.
+        peer: the pipeline rank that gets it; with replicas, the member's number.
     """
 
-    message: Message
+    message: Message | Part
     peer: int
 
     def __str__(self) -> str:
-        return f"{self.message.source}SEND_{'F' if self.message.forward else 'B'}{self.message.micro}"
+        return f"{self.message.source}SEND_{'F' if self.message.forward else 'B'}{self.message.label}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +85,14 @@ class Receive:
 
     Attributes:
         message: what comes.
-        peer: the pipeline rank that sends it.
+        peer: the pipeline rank that sends it; with replicas, the member's number.
     """
 
-    message: Message
+    message: Message | Part
     peer: int
 
     def __str__(self) -> str:
-        return f"{self.message.target}RECV_{'F' if self.message.forward else 'B'}{self.message.micro}"
+        return f"{self.message.target}RECV_{'F' if self.message.forward else 'B'}{self.message.label}"
 
 
 Op: TypeAlias = Action | Send | Receive

@@ -41,13 +41,13 @@ class Costs:
         Raises:
             ScheduleError: a list is shorter than the stages or micro-batches.
         """
-        inputs, weights = _each("input", self.input, stages), _each("weight", self.weight, stages)
+        inputs, weights = each_stage("input", self.input, stages), each_stage("weight", self.weight, stages)
         if self.backward is None:
             whole = [i + w for i, w in zip(inputs, weights, strict=True)]
         else:
-            whole = _each("backward", self.backward, stages)
+            whole = each_stage("backward", self.backward, stages)
         table = {
-            Kind.F: _each("forward", self.forward, stages),
+            Kind.F: each_stage("forward", self.forward, stages),
             Kind.B: whole,
             Kind.I: inputs,
             Kind.W: weights,
@@ -60,7 +60,8 @@ class Costs:
         return lambda action: table[action.kind][action.stage] * scale[action.micro]
 
 
-def _each(name: str, cost: PerStage, count: int) -> list[Time]:
+def each_stage(name: str, cost: PerStage, count: int) -> list[Time]:
+    """The list of a cost given as one time for all or as one for each, of just the length that is needed."""
     if not isinstance(cost, Sequence):
         return [cost] * count
     if len(cost) != count:
@@ -84,7 +85,7 @@ def simulate(schedule: Schedule, costs: Costs | Callable[[Action], Time] = Costs
     """
     stages, micros, rank_of = schedule.stages, schedule.micros, schedule.rank_of
     compute = costs.compute(stages, micros) if isinstance(costs, Costs) else costs
-    between = _each("transfer", transfer, stages - 1)
+    between = each_stage("transfer", transfer, stages - 1)
     hop = [time if rank_of[s] != rank_of[s + 1] else 0 for s, time in enumerate(between)]
     forward: list[Time] = [0] * (stages * micros)  # ends, by stage * micros + micro
     back: list[Time] = [0] * (stages * micros)

@@ -33,6 +33,9 @@ class SlotTable:
         replicas = [replica for replica, _ in self.owned]
         if replicas != sorted(set(replicas)):
             raise ScheduleError(f"replicas of a table must be listed once each and ascending, not {replicas}")
+        for replica, micros in self.owned:
+            if not all(micros):
+                raise ScheduleError(f"replica {replica} has a micro-batch without slots")
         covered = 0
         for start, end, replica, micro in sorted(self._intervals()):
             where = f"replica {replica}, micro-batch {micro}"

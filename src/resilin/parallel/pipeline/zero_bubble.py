@@ -81,7 +81,7 @@ def zb_v(stages: int, ranks: int, micros: int) -> Schedule:
         both = [(I, down), (W, down), (F, up), (I, up), (W, up)]
         steady = [(F, down), *both] * feeding + both * (full - ranks - feeding)
         drain = [(I, down), (I, up)] * rank + [(I, down), (W, down)] * (ranks - rank)
-        rest = [(W, down), (W, up)] * rank
+        rest = [(W, up)] * rank + [(W, down)] * rank
         made: dict[tuple[Kind, int], int] = {}
         row = []
         for what in (*fill, *turn, *steady, *drain, *rest):

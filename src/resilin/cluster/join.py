@@ -1,0 +1,94 @@
+"""Workers finding each other, agreeing on what they are to do, and parting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from resilin.cluster.position import Position
+from resilin.parallel.errors import ParallelError
+from resilin.parallel.group import Group
+from resilin.parallel.messages import tell_all
+from resilin.parallel.world import World
+
+
+@contextmanager
+def joined(place: Position, device: torch.device, timeout: float) -> Iterator[None]:
+    """While entered, this worker is connected to all others.
+
+    Args:
+        place: which worker this is.
+        device: that it computes on: NCCL connects GPUs, gloo everything else.
+        timeout: seconds that a worker waits for another.
+
+    Raises:
+        ParallelError: the others cannot be reached.
+    """
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{place.address}:{place.port}",
+            rank=place.rank,
+            world_size=place.workers,
+            timeout=timedelta(seconds=timeout),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ParallelError(
+            f"worker {place.rank} of {place.workers} did not find the others at {place.address}:{place.port} within "
+            f"{timeout:g} s: {error}"
+        ) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def lead_first(world: World | None) -> Iterator[None]:
+    """The body, at the first worker before it is begun at any other."""
+    if world is None or world.size == 1:
+        yield
+        return
+    if world.rank:
+        dist.barrier()
+    yield
+    if not world.rank:
+        dist.barrier()
+
+
+def agree_on(what: str, mine: dict[str, Any], group: Group) -> None:
+    """Refuse to go on where workers were given different things.
+
+    Args:
+        what: for people: "settings".
+        mine: this worker's, a tree of JSON values.
+        group: all workers, who call together.
+
+    Raises:
+        ParallelError: at all workers, naming the first difference and who has what.
+    """
+    told = tell_all(_flat(mine), group)
+    for index, theirs in enumerate(told):
+        for key in sorted({*told[0], *theirs}):
+            if told[0].get(key) != theirs.get(key):
+                raise ParallelError(
+                    f"the workers have different {what}: {key} is {told[0].get(key)!r} at worker {group.ranks[0]} and "
+                    f"{theirs.get(key)!r} at worker {group.ranks[index]}; start all with the same"
+                )
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{path}.{key}" if path else str(key))
+    return found

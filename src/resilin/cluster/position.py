@@ -1,0 +1,106 @@
+"""Which worker of a job this process is: said by whoever started it, in the environment.
+
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and so does our own launcher;
+`srun` sets SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID and the names of the nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from resilin.config import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A process's place among all workers.
+
+    Attributes:
+        rank: its number in the job.
+        workers: how many there are.
+        local_rank: its number on its machine.
+        local_workers: how many there are on its machine.
+        address: of the first worker's machine.
+        port: where the first worker's store listens.
+    """
+
+    rank: int
+    workers: int
+    local_rank: int
+    local_workers: int
+    address: str
+    port: int
+
+
+def position(environment: Mapping[str, str] | None = None) -> Position | None:
+    """This process's place, or None where nobody started it as one of several.
+
+    Args:
+        environment: variables; None: this process's.
+
+    Raises:
+        UserError: variables that contradict each other, or of which some are missing.
+    """
+    found = os.environ if environment is None else environment
+    if "RANK" in found and "WORLD_SIZE" in found:
+        return _checked(_of_torchrun(found))
+    if int(found.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in found:
+        return _checked(_of_slurm(found))
+    return None
+
+
+def _number(found: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = found.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdigit():
+        raise UserError(f"the environment variable {name} is {text!r}; whoever starts workers sets it to a number")
+    return int(text)
+
+
+def _of_torchrun(found: Mapping[str, str]) -> Position:
+    rank, workers = _number(found, "RANK"), _number(found, "WORLD_SIZE")
+    return Position(
+        rank,
+        workers,
+        _number(found, "LOCAL_RANK", rank),
+        _number(found, "LOCAL_WORLD_SIZE", workers),
+        found.get("MASTER_ADDR", "127.0.0.1"),
+        _number(found, "MASTER_PORT", 29500),
+    )
+
+
+def _of_slurm(found: Mapping[str, str]) -> Position:
+    rank, workers = _number(found, "SLURM_PROCID"), _number(found, "SLURM_NTASKS")
+    nodes = _number(found, "SLURM_NNODES", 1)
+    # A job's number spreads jobs that share a machine over ports that users may listen on.
+    port = _number(found, "MASTER_PORT", 20000 + _number(found, "SLURM_JOB_ID", 0) % 20000)
+    names = found.get("SLURM_STEP_NODELIST") or found.get("SLURM_NODELIST", "")
+    address = found.get("MASTER_ADDR") or first_node(names)
+    local = _number(found, "SLURM_LOCALID", rank % max(1, workers // nodes))
+    return Position(rank, workers, local, _local_tasks(found, workers, nodes), address or "127.0.0.1", port)
+
+
+def _local_tasks(found: Mapping[str, str], workers: int, nodes: int) -> int:
+    """From `SLURM_STEP_TASKS_PER_NODE`, which is like `2(x3),1`."""
+    text = found.get("SLURM_STEP_TASKS_PER_NODE") or found.get("SLURM_TASKS_PER_NODE") or ""
+    counts: list[int] = []
+    for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", text):
+        counts += [int(count)] * int(times or 1)
+    node = _number(found, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else -(-workers // nodes)
+
+
+def first_node(nodes: str) -> str:
+    """The first name of a Slurm list of nodes: `gpu[017-020,031],cpu1` begins with `gpu017`."""
+    match = re.match(r"([^,\[]*)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?", nodes)
+    return "" if match is None else f"{match[1]}{match[2] or ''}{match[3] or ''}"
+
+
+def _checked(found: Position) -> Position:
+    if not 0 <= found.rank < found.workers:
+        raise UserError(f"this worker is number {found.rank} of {found.workers}; the last is {found.workers - 1}")
+    return found

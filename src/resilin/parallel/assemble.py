@@ -1,0 +1,133 @@
+"""From a worker's part of a model to an engine and an optimizer under ZeRO-1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from resilin.nouns import Objective, Optimizer
+from resilin.parallel.blueprint import DENSE, EXPERTS, REDUCED_OVER, Blueprint
+from resilin.parallel.errors import ParallelError
+from resilin.parallel.group import Group
+from resilin.parallel.owned_optimizer import OwnedOptimizer
+from resilin.parallel.ownership import Ownership
+from resilin.parallel.reduction import Reduction
+from resilin.parallel.step import Autocast
+from resilin.parallel.workers import Passes, Trained, Workers
+from resilin.parallel.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a worker's parameter is to the sums over workers.
+
+    Attributes:
+        sum_over: groups in which each rank has only a part of the gradient's sum.
+        counted: whether this worker's part counts in the gradient's norm: of copies in one data replica, one does.
+    """
+
+    sum_over: tuple[Group, ...] = ()
+    counted: bool = True
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A worker's engine and optimizer.
+
+    Attributes:
+        engine: of the run.
+        optimizer: of the run.
+        reductions: who owns what, by name.
+    """
+
+    engine: Workers
+    optimizer: Optimizer
+    reductions: Mapping[str, Reduction]
+
+
+def assemble(
+    world: World,
+    passes: Passes,
+    blueprint: Blueprint,
+    build: Callable[[Mapping[str, nn.Parameter]], Optimizer],
+    *,
+    objective: Objective,
+    micro_batch_size: int,
+    clip_norm: float,
+    exact: bool,
+    device: torch.device,
+    autocast: Autocast,
+    facts: Mapping[str, Facts] | None = None,
+    model: nn.Module | None = None,
+) -> Assembled:
+    """An engine and an optimizer.
+
+    Args:
+        world: all workers.
+        passes: of this one.
+        blueprint: of the whole model.
+        build: makes the optimizer of what is owned, by the names of parameters.
+        objective: of the run.
+        micro_batch_size: as for `Workers`, like what follows.
+        clip_norm: of the gradient.
+        exact: whether sums have the order of one process. Sequences that are divided, and experts that are, leave no
+            such order: there the workers' sums are added in the order of workers.
+        device: where batches go.
+        autocast: the format of the step.
+        facts: of this worker's parameters, by name; what is not there is whole.
+        model: that looks for slots that are not finite.
+
+    Raises:
+        ParallelError: a trained parameter is not known to the whole model, or cannot be owned so.
+    """
+    if world.axis("cp") > 1 or world.axis("ep") > 1:
+        exact = False
+    found: dict[str, list[tuple[str, nn.Parameter]]] = {DENSE: [], EXPERTS: []}
+    trained: dict[str, Trained] = {}
+    for chunk in passes.chunks:
+        for name, parameter in chunk.named_parameters():
+            if not parameter.requires_grad or name in trained:
+                continue
+            _check(name, blueprint)
+            fact, kind = (facts or {}).get(name, Facts()), blueprint.reduction_of(name)
+            found[kind].append((name, parameter))
+            trained[name] = Trained(parameter, kind, fact.sum_over, fact.counted, blueprint.rows[name])
+    reductions = {}
+    for kind, parameters in found.items():
+        group = world.group(*REDUCED_OVER[kind])  # by all workers, whether they have such parameters or not
+        if parameters:
+            sizes = tuple(parameter.numel() for _, parameter in parameters)
+            whole = tuple(blueprint.whole_owners.get(name) for name, _ in parameters)
+            ownership = Ownership(sizes, blueprint.table(kind), whole, group.size)
+            reductions[kind] = Reduction(parameters, group, ownership, exact=exact)
+    owned = {name: shard for reduction in reductions.values() for name, shard in reduction.shards.items()}
+    optimizer = OwnedOptimizer(build(owned), list(reductions.values()))
+    engine = Workers(
+        world,
+        passes,
+        trained,
+        reductions,
+        rows=len(blueprint.trained),
+        objective=objective,
+        micro_batch_size=micro_batch_size,
+        clip_norm=clip_norm,
+        exact=exact,
+        device=device,
+        autocast=autocast,
+        model=model,
+    )
+    return Assembled(engine, optimizer, reductions)
+
+
+def _check(name: str, blueprint: Blueprint) -> None:
+    if name not in blueprint.rows:
+        raise ParallelError(f"parameter {name!r} is trained here, but the whole model trains none of that name")
+    cut = blueprint.degrees.tensor > 1 and any(cut.axis == "tp" for cut in blueprint.specs[name].cuts)
+    if name in blueprint.keep_whole and cut:
+        raise ParallelError(
+            f"parameter {name!r} is updated as a whole matrix, and parallel.tensor cuts it: use an optimizer that "
+            "works element by element (AdamW, SGD), or parallel.tensor = 1"
+        )

@@ -1,0 +1,99 @@
+"""Sending tensors around a group: the two patterns that ZeRO needs, over whichever way the backend is fast at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from resilin.parallel.group import Group
+
+Wait = Callable[[], object]
+
+
+def _done() -> None:
+    return None
+
+
+def swap(
+    received: Tensor, sent: Tensor, received_sizes: Sequence[int], sent_sizes: Sequence[int], group: Group
+) -> Wait:
+    """Every rank sends a part of `sent` to every rank; gives what waits until `received` has all of theirs.
+
+    Args:
+        received: (sum of received_sizes,), by sender.
+        sent: (sum of sent_sizes,), by receiver; must not change before the wait.
+        received_sizes: elements from each rank of the group.
+        sent_sizes: elements for each.
+        group: all of its ranks call together.
+    """
+    if group.size == 1:
+        received.copy_(sent)
+        return _done
+    # gloo takes three times as long for a reduce-scatter of the same bytes, and adds them in an order of its own.
+    work = dist.all_to_all_single(
+        received, sent, list(received_sizes), list(sent_sizes), group=group.process_group, async_op=True
+    )
+    assert work is not None
+    wait: Wait = work.wait
+    return wait
+
+
+def share(parts: Sequence[Tensor], group: Group) -> Wait:
+    """Every rank gives its part to all: `parts[group.index]` is sent, the others are filled.
+
+    Args:
+        parts: one for each rank of the group, contiguous, of any sizes.
+        group: all of its ranks call together.
+
+    Returns:
+        What waits until they are filled.
+    """
+    if group.size == 1:
+        return _done
+    # A broadcast each takes gloo half the time of its all-gather, and needs no common size.
+    works = [
+        dist.broadcast(part, source, group=group.process_group, async_op=True)
+        for part, source in zip(parts, group.ranks, strict=True)
+        if part.numel()
+    ]
+
+    def wait() -> None:
+        for work in works:
+            assert work is not None
+            work.wait()
+
+    return wait
+
+
+def add_up(tensor: Tensor, group: Group) -> Tensor:
+    """The sum over a group, in place."""
+    if group.size > 1:
+        dist.all_reduce(tensor, group=group.process_group)
+    return tensor
+
+
+def add_up_all(tensors: Sequence[Tensor], group: Group, bucket_bytes: int = 25 << 20) -> None:
+    """The sums of many tensors over a group, in place, a bucket of them at a time."""
+    if group.size == 1:
+        return
+    pending: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if pending and (tensor.dtype != pending[0].dtype or size + tensor.nbytes > bucket_bytes):
+            _add_up_bucket(pending, group)
+            pending, size = [], 0
+        pending.append(tensor)
+        size += tensor.nbytes
+    _add_up_bucket(pending, group)
+
+
+def _add_up_bucket(tensors: Sequence[Tensor], group: Group) -> None:
+    if len(tensors) == 1 and tensors[0].is_contiguous():
+        add_up(tensors[0], group)
+    elif tensors:
+        flat = add_up(torch.cat([tensor.reshape(-1) for tensor in tensors]), group)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])

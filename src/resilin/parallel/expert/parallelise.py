@@ -1,0 +1,52 @@
+"""A model whose experts are divided among ranks."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from resilin.models.moe import Experts
+from resilin.parallel.errors import ParallelError
+from resilin.parallel.expert.dispatch import Dispatch
+from resilin.parallel.expert.exchange import Exchange, FlatExchange
+from resilin.parallel.expert.table import ExpertTable
+from resilin.parallel.group import Group
+from resilin.parallel.local_model import LocalModel
+
+AXIS = "ep"
+
+
+def parallelise_experts(model: nn.Module | LocalModel, group: Group, exchange: Exchange | None = None) -> LocalModel:
+    """Give each rank its run of every layer's experts, in place; everything else stays whole.
+
+    The ranks of the group have different tokens. A rank's gradient of its experts sums over the tokens of them all, so
+    what is left to sum is over the axes "rep" and "edp" of the expert mesh, where a dense parameter's is over "rep",
+    "dp" and "cp". That a parameter is an expert's is seen in its spec: a cut of the axis "ep".
+
+    Args:
+        model: with all its experts. Where tensor parallelism cuts them too, it comes after this.
+        group: the axis "ep"; a group of one changes nothing.
+        exchange: how rows travel among the group; None: one all-to-all.
+
+    Returns:
+        The same module, with the cuts made.
+
+    Raises:
+        ParallelError: the model has no experts, or a layer has fewer than there are ranks.
+    """
+    local = model if isinstance(model, LocalModel) else LocalModel.of(model)
+    layers = {name: module for name, module in local.module.named_modules() if isinstance(module, Experts)}
+    if group.size == 1:
+        return local
+    if not layers:
+        raise ParallelError("parallel.expert divides experts, and the model has none: set model.moe, or leave it 1")
+    exchange = exchange if exchange is not None else FlatExchange(group)
+    cuts = {}
+    for prefix, layer in layers.items():
+        table = ExpertTable.of(len(layer.up), group.size)
+        mine = table.run(group.index)
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            part = parameter.detach()[mine.start : mine.stop].clone()
+            setattr(layer, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
+            cuts[f"{prefix}.{name}" if prefix else name] = (table.cut(AXIS),)
+        layer.dispatch = Dispatch(table, exchange)
+    return local.extended(AXIS, group, cuts)

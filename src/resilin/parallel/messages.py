@@ -1,0 +1,32 @@
+"""Small values that all ranks of a group tell each other, as JSON: nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from resilin.parallel.group import Group
+
+
+def tell_all(value: Any, group: Group) -> list[Any]:
+    """What every rank gave, by index in the group."""
+    if group.size == 1:
+        return [value]
+    raw = json.dumps(value).encode()
+    device = _device_of(group)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size)]
+    dist.all_gather(lengths, torch.tensor([len(raw)], device=device), group=group.process_group)
+    counts = [int(length) for length in lengths]
+    mine = torch.zeros(max(counts), dtype=torch.uint8, device=device)
+    mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    texts = [torch.empty_like(mine) for _ in counts]
+    dist.all_gather(texts, mine, group=group.process_group)
+    return [json.loads(text[:count].cpu().numpy().tobytes()) for text, count in zip(texts, counts, strict=True)]
+
+
+def _device_of(group: Group) -> torch.device:
+    on_gpu = dist.get_backend(group.process_group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

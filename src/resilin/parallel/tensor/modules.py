@@ -1,0 +1,113 @@
+"""Modules that take the place of ordinary ones where a computation on a rank's own weights needs the other ranks.
+
+Shapes: ... any leading dimensions, W the whole width that a norm is over, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from resilin.models.linear import Embedding, Linear, product
+from resilin.models.norm import LayerNorm, RMSNorm, Transplant
+from resilin.objective.vocabulary import VocabularyShard
+from resilin.parallel.errors import ParallelError
+from resilin.parallel.group import Group
+from resilin.parallel.tensor.collectives import on_first, sum_both
+
+
+class PartLinear(Linear):
+    """A linear map whose input is cut: its result is a part of a sum, to which one rank alone adds the bias."""
+
+    def __init__(self, like: nn.Linear, group: Group) -> None:
+        super().__init__(like.in_features, like.out_features, bias=False, device="meta")
+        self.weight, self.bias, self.group = like.weight, like.bias, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I of this rank) -> (..., O), a summand."""
+        return product(x, self.weight, None if self.bias is None else on_first(self.bias, self.group))
+
+
+class VocabularyEmbedding(Embedding):
+    """A table of which this rank has some rows: the result is a part of a sum, zeros for other ranks' tokens."""
+
+    def __init__(self, like: nn.Embedding, shard: VocabularyShard) -> None:
+        if like.padding_idx is not None or like.max_norm is not None or like.sparse:
+            raise ParallelError("an embedding with padding_idx, max_norm or sparse gradients cannot be cut by rows")
+        super().__init__(1, like.embedding_dim, device="meta")
+        self.weight, self.shard = like.weight, shard
+        self.num_embeddings = len(like.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids of the whole vocabulary -> (..., D), a summand."""
+        index, mine = self.shard.local(ids)
+        return super().forward(index).masked_fill(~mine[..., None], 0)
+
+
+class _CutNorm(nn.Module):
+    def __init__(self, weight: nn.Parameter | None, eps: float, width: int, copies: int, group: Group) -> None:
+        super().__init__()
+        self.weight, self.eps, self.width, self.copies, self.group = weight, eps, width, copies, group
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """The mean over the whole width, (..., 1)."""
+        return sum_both(x.sum(-1, keepdim=True) / self.copies, self.group) / self.width
+
+    def _normed(self, x: Tensor, centred: bool) -> Tensor:
+        wide = x if x.dtype.itemsize >= 4 else x.float()
+        if centred:
+            wide = wide - self._mean(wide)
+        return wide * (self._mean(wide.square()) + self.eps).rsqrt()
+
+
+class CutRMSNorm(_CutNorm):
+    """`resilin.models.norm.RMSNorm` over a width of which this rank has a part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., part of W) -> the same."""
+        assert self.weight is not None
+        return (self._normed(x, centred=False) * self.weight).to(x.dtype)
+
+
+class CutLayerNorm(_CutNorm):
+    """`resilin.models.norm.LayerNorm` over a width of which this rank has a part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., part of W) -> the same."""
+        assert self.weight is not None
+        return (self._normed(x, centred=True) * self.weight).to(x.dtype)
+
+
+class CutTransplant(_CutNorm):
+    """`resilin.models.norm.Transplant` over a width of which this rank has a part."""
+
+    def __init__(self, kappa: float, eps: float, width: int, copies: int, group: Group) -> None:
+        super().__init__(None, eps, width, copies, group)
+        self.kappa = kappa
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., part of W) -> the same."""
+        return (math.sqrt(self.kappa) * self._normed(x, centred=False)).to(x.dtype)
+
+
+def cut_norm(norm: nn.Module, name: str, width: int, copies: int, group: Group) -> nn.Module:
+    """The norm over a cut width that takes the place of a norm over the whole one.
+
+    Args:
+        norm: of `resilin.models.norm`, with this rank's part of the scale.
+        name: of it, for the message.
+        width: the whole.
+        copies: how many ranks have the same part.
+        group: of the ranks.
+
+    Raises:
+        ParallelError: it is of another kind.
+    """
+    if isinstance(norm, RMSNorm):
+        return CutRMSNorm(norm.weight, norm.eps, width, copies, group)
+    if isinstance(norm, LayerNorm):
+        return CutLayerNorm(norm.weight, norm.eps, width, copies, group)
+    if isinstance(norm, Transplant):
+        return CutTransplant(norm.kappa, norm.eps, width, copies, group)
+    raise ParallelError(f"{name}: a {type(norm).__name__} cannot be computed over a width that is divided among ranks")

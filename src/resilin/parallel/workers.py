@@ -1,0 +1,319 @@
+"""Steps computed by many workers together: each its micro-batches, sums at the owners, one update everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from resilin.keys import Keys
+from resilin.layout.dealing import VIRTUAL_SHARDS
+from resilin.nouns import Batch, Loss, Objective, Source
+from resilin.optim.clip import clip_factor, total_norm
+from resilin.parallel.canonical import GradientSum, Node, blocks_of
+from resilin.parallel.errors import ParallelError
+from resilin.parallel.exchange import add_up_all
+from resilin.parallel.group import Group
+from resilin.parallel.messages import tell_all
+from resilin.parallel.reduction import Reduction
+from resilin.parallel.report import Report, Summed
+from resilin.parallel.step import Autocast, StepGradient, check_units, non_finite_slots
+from resilin.parallel.world import World
+
+Collect = Callable[[int], None]
+"""Told the number of a chunk of the model when its gradients of the next micro-batch are complete in `.grad`."""
+
+
+class Passes(Protocol):
+    """How a worker takes micro-batches forward and backward: through its whole model, or through its stages of it.
+
+    Attributes:
+        chunks: the parts of the model that this worker has.
+        speaks: whether this worker computes losses; of those that do so for one micro-batch only one speaks.
+    """
+
+    chunks: Sequence[nn.Module]
+    speaks: bool
+
+    def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect) -> list[Loss]:
+        """Forward and backward over micro-batches.
+
+        Returns:
+            Their losses without graphs, or [] at a worker that computes none.
+        """
+
+    def evaluate(self, batches: Sequence[Batch]) -> list[Loss]:
+        """Forward only, without randomness."""
+
+
+class WholeModel:
+    """Each micro-batch through the whole model, one after another.
+
+    Args:
+        model: whose parameters are trained.
+        objective: of the run.
+        computed: what the objective calls: the model, or its compiled form.
+        device: where batches go.
+        autocast: the format of the step.
+        speaks: whether this worker's losses are counted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        computed: nn.Module,
+        *,
+        device: torch.device,
+        autocast: Autocast,
+        speaks: bool = True,
+    ) -> None:
+        self.chunks: Sequence[nn.Module] = (model,)
+        self.speaks = speaks
+        self._objective, self._computed, self._device, self._autocast = objective, computed, device, autocast
+
+    def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect) -> list[Loss]:
+        """Forward, backward, forward, backward, ..."""
+        losses = []
+        for batch, keys in micros:
+            with self._autocast():
+                loss = self._objective(self._computed, batch.to(self._device), keys)
+            loss.sum.backward()
+            collect(0)
+            losses.append(Loss(loss.sum.detach(), loss.units.detach(), loss.logs))
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> list[Loss]:
+        """Forward."""
+        losses = []
+        for batch in batches:
+            with self._autocast():
+                losses.append(self._objective(self._computed, batch.to(self._device), None))
+        return losses
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A trained parameter of this worker, as the engine has to know it.
+
+    Attributes:
+        parameter: this worker's part.
+        reduction: the name of the group that its gradient is summed over, and its optimizer's states divided over.
+        sum_over: further groups in which each rank has only a part of the gradient's sum.
+        counted: whether this worker's part counts in the gradient's norm: of copies one does.
+        row: its number among all parameters of the whole model.
+    """
+
+    parameter: nn.Parameter
+    reduction: str
+    sum_over: tuple[Group, ...] = ()
+    counted: bool = True
+    row: int = 0
+
+
+class Workers:
+    """The `Engine` of many workers.
+
+    Micro-batches are dealt to the data axis in runs. A rank of the context axis has a part of every sequence of its
+    micro-batches, and is one more worker to the sums.
+
+    Args:
+        world: all workers.
+        passes: of this one.
+        trained: this worker's trained parameters, by name, in the model's order.
+        reductions: by the names that `trained` uses.
+        rows: trained parameters of the whole model.
+        objective: of the run, for finding slots that are not finite.
+        micro_batch_size: slots computed at once; 0: a worker's share of the step.
+        clip_norm: see `train.clip_norm`.
+        exact: whether sums have the order of one process: then the norm has too.
+        device, autocast: as for `OneProcess`.
+        model: what the objective calls when it looks for bad slots; None: they are not looked for.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        passes: Passes,
+        trained: Mapping[str, Trained],
+        reductions: Mapping[str, Reduction],
+        *,
+        rows: int,
+        objective: Objective,
+        micro_batch_size: int,
+        clip_norm: float,
+        exact: bool,
+        device: torch.device,
+        autocast: Autocast,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.world, self.passes, self.trained, self.reductions = world, passes, dict(trained), dict(reductions)
+        self._rows, self._objective, self._model = rows, objective, model
+        self._micro, self._clip, self._exact = micro_batch_size, clip_norm, exact
+        self._device, self._autocast = device, autocast
+        self._report = Report(world.everyone, device)
+        by_parameter = {id(entry.parameter): name for name, entry in self.trained.items()}
+        self._chunk_names = [
+            [by_parameter[id(p)] for p in chunk.parameters() if id(p) in by_parameter] for chunk in passes.chunks
+        ]
+        missing = set(self.trained) - {name for names in self._chunk_names for name in names}
+        if missing:
+            raise ParallelError(f"parameter {min(missing)!r} is in no part of the model that this worker has")
+        self._shared = self._sums_over()
+
+    @property
+    def lead(self) -> bool:
+        """Whether this is the first worker."""
+        return self.world.rank == 0
+
+    # -- slots --------------------------------------------------------------------------------------------------
+
+    def micro_batches(self, count: int) -> list[range]:
+        """The slots of every micro-batch of a step of `count` slots."""
+        size = self._micro or -(-count // self.world.axis("dp"))
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _run_of(self, count: int, dp: int | None = None) -> range:
+        """Which micro-batches a worker of the data axis computes; None: this one."""
+        micros, workers = len(self.micro_batches(count)), self.world.axis("dp")
+        base, more = divmod(micros, workers)
+        dp = self.world.coordinate("dp") if dp is None else dp
+        first = dp * base + min(dp, more)
+        return range(first, first + base + (dp < more))
+
+    def slots(self, count: int) -> range:
+        """Those of this worker's micro-batches."""
+        run, micros = self._run_of(count), self.micro_batches(count)
+        return range(micros[run[0]].start, micros[run[-1]].stop) if run else range(0)
+
+    # -- the step -----------------------------------------------------------------------------------------------
+
+    def gradient(self, batch: Batch, keys: Keys, count: int) -> StepGradient:
+        """Forward and backward over this worker's micro-batches; sums, norm and clipping with all others."""
+        micros, mine = self.micro_batches(count), self._run_of(count)
+        first_slot = micros[mine[0]].start if mine else 0
+        parts = []
+        for number in mine:
+            start, stop = micros[number].start - first_slot, micros[number].stop - first_slot
+            parts.append((batch.rows(start, stop), keys.rows(start, stop)))
+        sums = [
+            GradientSum([self.trained[name].parameter for name in names], len(mine), mine.start)
+            for names in self._chunk_names
+        ]
+        losses = self.passes.train(parts, lambda chunk: sums[chunk].collect())
+        self._reduce([each.blocks() for each in sums], count)
+        return self._tell(losses, mine, len(micros))
+
+    def _reduce(self, nodes: Sequence[Sequence[Node]], count: int) -> None:
+        blocks = [node[:2] for node in nodes[0]]
+        leaves: list[dict[str, Tensor | None]] = [
+            {
+                name: grad
+                for names, chunk in zip(self._chunk_names, nodes, strict=True)
+                for name, grad in zip(names, chunk[number].sum, strict=True)
+            }
+            for number in range(len(blocks))
+        ]
+        for leaf in leaves:
+            for group, names in self._shared:
+                self._add_over(group, names, leaf)
+        for reduction in self.reductions.values():
+            mine = [
+                Node(start, height, [leaf[name] for name in reduction.names])
+                for (start, height), leaf in zip(blocks, leaves, strict=True)
+            ]
+            reduction.reduce(mine, self._blocks_in(reduction.group, count))
+
+    def _blocks_in(self, group: Group, count: int) -> list[list[tuple[int, int]]]:
+        """The blocks of every rank of a group."""
+        data = self.world.mesh.coordinates()["dp"]
+        runs = (self._run_of(count, int(data[rank])) for rank in group.ranks)
+        return [blocks_of(run.start, run.stop) for run in runs]
+
+    def _sums_over(self) -> list[tuple[Group, list[str]]]:
+        found: dict[tuple[int, ...], tuple[Group, list[str]]] = {}
+        for name, entry in self.trained.items():
+            for group in entry.sum_over:
+                if group.size > 1:
+                    found.setdefault(group.ranks, (group, []))[1].append(name)
+        return list(found.values())
+
+    def _add_over(self, group: Group, names: Sequence[str], leaf: dict[str, Tensor | None]) -> None:
+        for name in names:
+            if leaf[name] is None:
+                leaf[name] = torch.zeros_like(self.trained[name].parameter)
+        add_up_all([grad for name in names if (grad := leaf[name]) is not None], group)
+
+    def _tell(self, losses: Sequence[Loss], mine: range, micros: int) -> StepGradient:
+        context, part = self.world.axis("cp"), self.world.coordinate("cp")
+        rows = dict(
+            zip((number * context + part for number in mine), losses, strict=True) if self.passes.speaks else ()
+        )
+        used, squares = self._facts()
+        summed, more = self._report.exchange(rows, micros * context, torch.cat([used, squares.reshape(-1)]))
+        check_units(summed.units)
+        flags, squares = more[: self._rows] > 0, more[self._rows :]
+        if self._exact:
+            squares = squares.view(self._rows, VIRTUAL_SHARDS)[flags]
+        norm = float(total_norm(squares.reshape(-1))) / summed.units
+        factor = clip_factor(norm, self._clip) / summed.units
+        for reduction in self.reductions.values():
+            reduction.set_gradients([bool(flags[self.trained[name].row]) for name in reduction.names])
+            torch._foreach_mul_(reduction.gradients(), factor)
+        return StepGradient(summed.loss / summed.units, summed.units, norm, summed.logs)
+
+    def _facts(self) -> tuple[Tensor, Tensor]:
+        """(rows,) which parameters have a gradient here; (rows, V) or (1,) the squared norms of what is owned here."""
+        used = torch.zeros(self._rows, dtype=torch.float64)
+        squares = torch.zeros(self._rows, VIRTUAL_SHARDS, dtype=torch.float64)
+        for reduction in self.reductions.values():
+            entries = [self.trained[name] for name in reduction.names]
+            at = torch.tensor([entry.row for entry in entries], dtype=torch.int64)
+            counted = torch.tensor([entry.counted for entry in entries], dtype=torch.float64)
+            used[at] += reduction.used()
+            squares[at] += reduction.squares() * counted[:, None]
+        return used, squares if self._exact else squares.sum()[None]
+
+    def non_finite(self, batch: Batch, keys: Keys) -> list[int]:
+        """Looked for by each worker among its own slots."""
+        for reduction in self.reductions.values():
+            for shard in reduction.shards.values():
+                shard.grad = None
+        found: list[int] = []
+        if self._model is not None and len(batch):
+            found = non_finite_slots(
+                self._model, self._objective, batch, keys, device=self._device, autocast=self._autocast
+            )
+        return sorted({slot for each in tell_all(found, self.world.everyone) for slot in each})
+
+    # -- everything else ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, source: Source, indices: Iterable[int]) -> Summed:
+        """Batches are dealt to the data axis one at a time."""
+        everything = list(indices)
+        workers, dp = self.world.axis("dp"), self.world.coordinate("dp")
+        context, part = self.world.axis("cp"), self.world.coordinate("cp")
+        rounds = -(-len(everything) // workers)
+        mine = everything[dp * rounds : (dp + 1) * rounds]
+        losses = self.passes.evaluate([source.fetch(index, range(source.slots(index))) for index in mine])
+        rows = {(dp * rounds + n) * context + part: loss for n, loss in enumerate(losses)} if self.passes.speaks else {}
+        summed, _ = self._report.exchange(rows, len(everything) * context)
+        return summed
+
+    def loaded(self) -> None:
+        """Shards take their weights from the parameters."""
+        for reduction in self.reductions.values():
+            reduction.read()
+
+    def agreed(self, value: int) -> int:
+        """The largest of all."""
+        if self.world.size == 1:
+            return value
+        told = torch.tensor([value], dtype=torch.int64, device=self._device)
+        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX, group=self.world.everyone.process_group)
+        return int(told)
