@@ -48,7 +48,8 @@ class _Tiled(torch.autograd.Function):
         ctx.autocast = torch.autocast(
             kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
         )
-        (B, T), whole, at = x_BTD.shape[:2], (), 0
+        whole: tuple[Tensor, ...] = ()
+        (B, T), at = x_BTD.shape[:2], 0
         with torch.no_grad():
             for x_BtD in x_BTD.split(list(sizes), dim=1):
                 parts = function(x_BtD)
