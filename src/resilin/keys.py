@@ -98,6 +98,10 @@ class Keys:
         """The keys of some tokens of each sample: numbers of shape (T, ...) are those rows of the whole sample's."""
         return replace(self, places_T=places_T)
 
+    def within(self, places_T: Tensor) -> Keys:
+        """The same where these keys are already of some tokens (or all) of the T whose places are given."""
+        return self.at(places_T if self.places_T is None else places_T[self.places_T.to(places_T.device)])
+
     def bits(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
         """Uniform 32-bit words.
 

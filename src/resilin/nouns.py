@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -198,6 +198,20 @@ class StepView:
         self.notes[name] = value
 
 
+Hook = TypeVar("Hook", bound=Callable[..., None])
+
+
+def keeps_weights(hook: Hook) -> Hook:
+    """Marks a `before_step` that writes to no trainable parameter and no tensor of the optimizer's state, ever.
+
+    The run then calls it while those are still being copied for a checkpoint; before any other it waits. What the hook
+    calls counts, but not what a transform's `super().before_step` passes on: that is asked for itself. The mark is on
+    the function, so one that overrides it does not have it.
+    """
+    hook.keeps_weights = True  # type: ignore[attr-defined]
+    return hook
+
+
 @runtime_checkable
 class BeforeStep(Protocol):
     """Optional on any noun, transform or sub-module: called before each step's batch is fetched."""
@@ -205,6 +219,7 @@ class BeforeStep(Protocol):
     def before_step(self, view: StepView) -> None:
         """Re-select data, sample a budget, move a mask, ... as a function of the view only.
 
+        One that changes no weights says so (`keeps_weights`), and a save in the background costs less.
         One that raises leaves its state as it was: the run saves what is committed, and a resume calls it again.
         """
 

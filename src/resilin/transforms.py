@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from resilin.keys import Keys
-from resilin.nouns import Batch, Loss, Objective, Optimizer, Source, State, StepView
+from resilin.nouns import Batch, Loss, Objective, Optimizer, Source, State, StepView, keeps_weights
 
 _OWN, _INNER = "transform", "inner"
 
@@ -32,6 +32,7 @@ class _Transform:
             # Now, and not when a run that saved such state for hours is to be resumed.
             raise TypeError(f"{cls.__name__} saves state (own_state) and cannot take it back: define load_own_state")
 
+    @keeps_weights
     def before_step(self, view: StepView) -> None:
         """Passed on; an override calls `super().before_step(view)` first."""
         if hasattr(self.inner, "before_step"):
@@ -82,6 +83,16 @@ class _Transform:
         if name.startswith("__") or name == "inner":  # copying and unpickling ask before `inner` is there
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+
+def may_change_weights(part: object) -> bool:
+    """Whether a part's `before_step`, or that of something it wraps, is not marked `resilin.nouns.keeps_weights`."""
+    hook = getattr(part, "before_step", None)
+    if hook is None:
+        return False
+    if not getattr(hook, "keeps_weights", False):
+        return True
+    return isinstance(part, _Transform) and may_change_weights(part.inner)
 
 
 def read_for(source: Any, step: int, slots: Sequence[int], samples: Sequence[int]) -> Batch:

@@ -207,7 +207,7 @@ def test_a_rank_without_memory_for_its_copy_fails_all_at_once(tmp_path: Path) ->
         saves = BackgroundSaves(CheckpointFolder(tmp_path, coordinator=c))
         if c.rank == 2:
 
-            def none_left(share: Any) -> Any:
+            def none_left(share: Any, steady: Any) -> Any:
                 raise MemoryError("no memory for 24 bytes")
 
             saves._staging.copy = none_left  # type: ignore[method-assign]

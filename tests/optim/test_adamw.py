@@ -189,3 +189,29 @@ def test_it_is_the_optimizer_noun_and_logs_the_scheduled_learning_rate() -> None
 def test_values_out_of_range_are_named(key: str, value: Any) -> None:
     with pytest.raises(SettingsError, match=key):
         parse_settings(AdamW, {key: value}, "x.toml")
+
+
+@pytest.mark.parametrize("decay", ["coupled", "independent"])
+def test_torch_s_adamw_with_the_saved_groups_and_states_takes_the_same_next_step(decay: str) -> None:
+    rules = [{"match": "0.weight", "lr_scale": 0.5}]
+    fields = {"lr": 0.02, "weight_decay": 0.1 if decay == "coupled" else 0.002, "decay": decay, "schedule": FLAT}
+    model = net()
+    optimizer = AdamW(**fields, rules=rules, eps=1e-6).build(model, 8)
+    for step in range(3):
+        set_grads(model, step)
+        optimizer.step(step)
+    saved = optimizer.state_dict()
+    other = net()
+    other.load_state_dict(model.state_dict())
+    named = dict(other.named_parameters())
+    groups = [{**group, "params": [named[name] for name in group["parameters"]]} for group in saved["groups"]]
+    theirs = torch.optim.AdamW(groups)
+    for name, moments in saved["parameters"].items():
+        theirs.state[named[name]] = {key: tensor.clone() for key, tensor in moments.items()}
+    set_grads(model, 3)
+    set_grads(other, 3)
+    optimizer.step(3)
+    theirs.step()
+    for ours, expected in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-15)
+    assert sorted(name for group in saved["groups"] for name in group["parameters"]) == sorted(named)

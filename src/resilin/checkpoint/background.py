@@ -1,12 +1,15 @@
-"""Saving while training goes on: what the run waits for is a copy into host memory."""
+"""Saving while training goes on: what the run waits for is a copy into host memory, or what is left of it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.sharded import Buffers
@@ -21,7 +24,7 @@ class Pending:
 
     Attributes:
         step: steps committed in it.
-        seconds: how long the run waited: for the save before it, and for the copy.
+        seconds: how long the run waited: for the save before it, and for what was copied at once.
     """
 
     step: int
@@ -35,6 +38,13 @@ class BackgroundSaves:
         saves.save(100, state)  # returns when everything is copied; the tensors may change at once
         saves.poll()            # a SavedCheckpoint once it is safe on disk, None before
         saves.close()           # waits for what is under way
+
+    What stays as it is for a while can be copied meanwhile, so that hardly anything is waited for:
+
+        saves.save(100, state, steady=[*model.parameters(), *moments])
+        loss(model, batch).backward()
+        saves.staged()  # from here on they may change; returns at once where all is copied
+        optimizer.step()
 
     A save that comes while one is under way waits for it: checkpoints never pile up. An error in the background is
     raised by the next `save`, `poll`, `wait` or `close`; what was committed before stays as it was, and the caller's
@@ -55,9 +65,24 @@ class BackgroundSaves:
         self._done: list[SavedCheckpoint] = []
 
     def save(
-        self, step: int, tree: Mapping[str, Any], layout: Layout | None = None, *, buffers: Buffers | None = None
+        self,
+        step: int,
+        tree: Mapping[str, Any],
+        layout: Layout | None = None,
+        *,
+        buffers: Buffers | None = None,
+        steady: Iterable[Tensor] = (),
     ) -> Pending:
-        """Copy a state and begin to write it; the arguments are those of `CheckpointFolder.save`.
+        """Copy a state and begin to write it.
+
+        Args:
+            step: as for `CheckpointFolder.save`.
+            tree: as there.
+            layout: as there.
+            buffers: as there.
+            steady: tensors whose memory nobody changes before `staged`; whatever of the state lies in it is copied
+                until then. A change all the same is found by torch's counters of changes in place (`Tensor._version`)
+                and, on CPUs, in a few elements of each tensor: the save then fails, by the tensor's name.
 
         Raises:
             CheckpointError: the save before this one failed (this one is then not begun), or this state cannot be
@@ -65,9 +90,22 @@ class BackgroundSaves:
         """
         started = time.perf_counter()
         self._settle()
-        share = self.folder.prepare(step, tree, layout, buffers=buffers, copy=self._staging.copy)
+        copy = partial(self._staging.copy, steady=steady)
+        share = self.folder.prepare(step, tree, layout, buffers=buffers, copy=copy)
         self._running = self._thread.submit(self.folder.write, step, share)
         return Pending(step, time.perf_counter() - started)
+
+    def staged(self) -> float:
+        """Return when the steady tensors may be changed, and take part in what is left to copy.
+
+        On a GPU it is the current stream that waits, and what it does next may change them.
+
+        Returns:
+            How long that took, in seconds.
+        """
+        started = time.perf_counter()
+        self._staging.finish()
+        return time.perf_counter() - started
 
     def poll(self) -> SavedCheckpoint | None:
         """A checkpoint that became safe since the last call, or None; never waits.

@@ -200,6 +200,7 @@ class Saver:
 
 
 def _declare(share: Share) -> dict[str, Any]:
+    share.ready()
     scalars = {name: f"{tensor.dtype} {bytes(host_bytes(tensor)).hex()}" for name, tensor in share.scalars.items()}
     return {"digest": share.digest, "scalars": scalars, "unlisted": sorted(share.unlisted)}
 

@@ -53,6 +53,7 @@ class Share:
         scalars: the 0-d tensors it has, which must be equal on all that have them.
         unlisted: those of them that no layout gives a writer.
         digest: of the layout, which must be the same for all; empty where one process has everything.
+        ready: returns when the pieces may be read; called once, by the thread that writes, before it does.
     """
 
     tree: Json
@@ -60,6 +61,7 @@ class Share:
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
     unlisted: frozenset[str] = frozenset()
     digest: str = ""
+    ready: Callable[[], None] = lambda: None
 
     @property
     def bytes(self) -> int:

@@ -46,6 +46,13 @@ def convert(
     sub_group_size: Annotated[
         int, typer.Option(min=1, help="DeepSpeed's setting of this name (a deepspeed target of stage 3).")
     ] = 1_000_000_000,
+    groups: Annotated[
+        Path | None,
+        typer.Option(help="JSON or TOML: parameter groups with learning rates and the like, in place of the source's."),
+    ] = None,
+    zero_states: Annotated[
+        bool, typer.Option(help="Begin with the states of a new AdamW, where the source has none; with --groups.")
+    ] = False,
     frozen: Annotated[
         list[str] | None,
         typer.Option(help="Parameters that are not trained, where the source does not say; * is any text, '' is none."),
@@ -71,6 +78,7 @@ def convert(
     from resilin.checkpoint.foreign.convert import convert as carry_out
     from resilin.checkpoint.foreign.deepspeed_write import Zero
     from resilin.checkpoint.foreign.formats import ReadOptions, WriteOptions
+    from resilin.checkpoint.foreign.groups import load_groups
     from resilin.checkpoint.foreign.rules import load_rules
 
     pairs = [one.partition("=") for one in tie or ()]
@@ -85,6 +93,8 @@ def convert(
         leave_out=leave_out or (),
         ties={name: other for name, _, other in pairs},
         dtype=None if dtype is None else getattr(torch, dtype),
+        groups=None if groups is None else load_groups(groups),
+        zero_states=zero_states,
         frozen=frozen,
         files=files,
         read=ReadOptions(table, tuple(allow or ())),

@@ -294,7 +294,7 @@ class Decoder(nn.Module):
         rows, whole = T, (documents_BT, positions_BT, continues_BT)
         if self.sequence is not None:
             rows, whole = self.sequence.ranks * T, self.sequence.whole(*whole)
-            keys = keys.at(self.sequence.places(T, device)) if keys is not None else None
+            keys = keys.within(self.sequence.places(T, device)) if keys is not None else None
         length = rows
         if positions_BT is None:
             positions = torch.arange(T, device=device) if self.sequence is None else self.sequence.places(T, device)

@@ -68,4 +68,7 @@ def decoder_plan(settings: DecoderSettings, vocabulary_multiple: int = 1) -> Ten
         last="norm",
         refused=("cache",),
         hints=("asked_BT",),
+        padding=(("tokens_BT", 0), ("positions_BT", 0), ("documents_BT", -1), ("continues_BT", -1)),
+        positions="positions_BT",
+        divided="sequence",
     )

@@ -5,25 +5,64 @@ the Qwen mixtures of experts.
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.huggingface_config import settings_from_config
 from resilin.models.huggingface_families import config_from_settings
 from resilin.models.huggingface_names import Part, parts_of, stored_tensors
-from resilin.models.weight_files import ModelFolderError, read_json, read_tensors, write_atomically, write_tensors
+from resilin.models.weight_files import (
+    ModelFolderError,
+    StoredTensor,
+    open_tensors,
+    read_json,
+    write_atomically,
+    write_tensors,
+)
 
 __all__ = ["ModelFolderError", "config_from_settings", "load_pretrained", "save_pretrained", "settings_from_config"]
 
 
-def fill_part(parameters: Mapping[str, nn.Parameter], part: Part, name: str, tensor: Tensor) -> int:
-    """Copy a stored tensor (or its half) into the piece of a parameter it belongs to.
+Piece = tuple[tuple[slice, ...], tuple[slice, ...]]
+"""Where a piece lies in a whole parameter, and where in the tensor that is to be filled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parameter to be filled, or the pieces of it that are there.
+
+    Attributes:
+        tensor: its memory.
+        shape: of the whole parameter.
+        pieces: which of it `tensor` has.
+    """
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    pieces: Sequence[Piece]
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Target:
+        """All of a parameter."""
+        everything = tuple(slice(0, size) for size in tensor.shape)
+        return cls(tensor, tuple(tensor.shape), ((everything, everything),))
+
+    @property
+    def wanted(self) -> int:
+        """How many elements are to be filled."""
+        return sum(math.prod(place.stop - place.start for place in source) for source, _ in self.pieces)
+
+
+def fill_part(targets: Mapping[str, Target], part: Part, stored: StoredTensor) -> int:
+    """Copy of a stored tensor (or its half) what a target has of the parameter it belongs to.
 
     Returns:
         How many elements were filled.
@@ -31,24 +70,61 @@ def fill_part(parameters: Mapping[str, nn.Parameter], part: Part, name: str, ten
     Raises:
         ModelFolderError: the settings have no such parameter, or its shape differs.
     """
-    parameter = parameters.get(part.parameter)
-    if parameter is None:
+    target, name = targets.get(part.parameter), stored.name
+    if target is None:
         raise ModelFolderError(
             f"tensor {name!r} has no place in a model of these settings: is config.json of this model?"
         )
-    target = parameter.data
+    shape = target.shape
     if part.expert is not None:
-        if part.expert >= len(target):
-            raise ModelFolderError(f"tensor {name!r}: config.json gives the layer only {len(target)} experts")
-        target = target[part.expert]
+        if part.expert >= shape[0]:
+            raise ModelFolderError(f"tensor {name!r}: config.json gives the layer only {shape[0]} experts")
+        shape = shape[1:]
     if part.half is not None:
-        tensor = tensor.chunk(2, dim=1)[part.half]
-    if tensor.shape != target.shape:
-        raise ModelFolderError(
-            f"tensor {name!r} has shape {tuple(tensor.shape)}; config.json asks for {tuple(target.shape)}"
-        )
-    target.copy_(tensor)
-    return target.numel()
+        shape = (shape[0], 2 * shape[1], *shape[2:])
+    if stored.shape != shape:
+        raise ModelFolderError(f"tensor {name!r} has shape {stored.shape}; config.json asks for {shape}")
+    filled = 0
+    for source, place in target.pieces:
+        view = target.tensor[place]
+        if part.expert is not None:
+            first, *rest = source
+            if not first.start <= part.expert < first.stop:
+                continue
+            source, view = tuple(rest), view[part.expert - first.start]
+        elif part.half is not None:
+            behind = part.half * target.shape[1]
+            source = (source[0], slice(source[1].start + behind, source[1].stop + behind), *source[2:])
+        view.copy_(stored.part(source))
+        filled += view.numel()
+    return filled
+
+
+@torch.no_grad()
+def fill_targets(folder: Path, targets: Mapping[str, Target], tied: bool) -> None:
+    """Read a folder's weights into parameters, or parts of them: no more bytes of a file than they take.
+
+    Args:
+        folder: with safetensors, whole or sharded.
+        targets: every parameter of the model.
+        tied: whether the head is the embedding; some writers store it twice.
+
+    Raises:
+        ModelFolderError: what is missing, broken or superfluous, by name.
+    """
+    filled = dict.fromkeys(targets, 0)
+    for stored in open_tensors(folder):
+        if stored.name == "lm_head.weight" and tied:
+            continue
+        parts = parts_of(stored.name)
+        if parts is None:
+            raise ModelFolderError(f"{folder}: tensor {stored.name!r} is not part of any model family known here")
+        for part in parts:
+            filled[part.parameter] = filled.get(part.parameter, 0) + fill_part(targets, part, stored)
+    missing = [name for name, count in filled.items() if count != targets[name].wanted]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelFolderError(f"{folder}: the files hold nothing, or not all, for {missing[0]!r}{more}")
 
 
 def folder_settings(folder: Path | str) -> DecoderSettings:
@@ -80,20 +156,8 @@ def load_pretrained(
     folder = Path(folder)
     settings = folder_settings(folder)
     model = Decoder(settings, seed=None, device="meta").to(dtype).to_empty(device=device)
-    parameters = dict(model.named_parameters())
-    filled = dict.fromkeys(parameters, 0)
-    for name, tensor in read_tensors(folder):
-        if name == "lm_head.weight" and settings.tie_embeddings:
-            continue  # some writers store the tied matrix twice
-        parts = parts_of(name)
-        if parts is None:
-            raise ModelFolderError(f"{folder}: tensor {name!r} is not part of any model family known here")
-        for part in parts:
-            filled[part.parameter] = filled.get(part.parameter, 0) + fill_part(parameters, part, name, tensor)
-    missing = [name for name, count in filled.items() if count != parameters[name].numel()]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelFolderError(f"{folder}: the files hold nothing, or not all, for {missing[0]!r}{more}")
+    targets = {name: Target.whole(parameter.data) for name, parameter in model.named_parameters()}
+    fill_targets(folder, targets, settings.tie_embeddings)
     return model
 
 

@@ -63,6 +63,11 @@ class TensorPlan:
         sequence_dim: the stream's dimension of positions.
         refused: arguments of the model's forward pass that cannot be used.
         hints: arguments that only save work; with sequence parallelism they are left out.
+        padding: (argument, value): with sequence parallelism rows are made longer at their ends, until their positions
+            can be divided, by these values; the results are cut off again. Empty: such rows are refused.
+        positions: the argument that says where tokens stand, made where it is not given and rows are padded.
+        divided: an attribute of the model that is not None where ranks of another axis have other positions of the
+            same rows: those are not padded here.
     """
 
     rules: tuple[SpecRule, ...]
@@ -77,3 +82,6 @@ class TensorPlan:
     sequence_dim: int = 1
     refused: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
+    padding: tuple[tuple[str, int], ...] = ()
+    positions: str | None = None
+    divided: str | None = None

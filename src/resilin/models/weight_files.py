@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,30 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     raise ModelFolderError(f"{folder}: has neither {SINGLE} nor {INDEX}")
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder's safetensors files, one at a time.
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of an open file, of which nothing is read until it is asked for.
+
+    Attributes:
+        name: in the file.
+        shape: of all of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    _file: Any
+
+    def part(self, place: tuple[slice, ...]) -> Tensor:
+        """Some of it: a slice for every dimension. Only these bytes are read."""
+        if [(s.start, s.stop) for s in place] == [(0, size) for size in self.shape]:
+            whole: Tensor = self._file.get_tensor(self.name)
+            return whole
+        part: Tensor = self._file.get_slice(self.name)[place]
+        return part
+
+
+def open_tensors(folder: Path) -> Iterator[StoredTensor]:
+    """Every tensor of a folder's safetensors files, one at a time; it can be read until the next is asked for.
 
     Raises:
         ModelFolderError: a file is missing, broken or cut short, or lacks a tensor that the index promises.
@@ -90,7 +113,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 if absent:
                     raise ModelFolderError(f"{path}: lacks {absent[0]!r}, which {INDEX} promises")
                 for name in sorted(names):
-                    yield name, file.get_tensor(name)
+                    yield StoredTensor(name, tuple(file.get_slice(name).get_shape()), file)
         except FileNotFoundError:
             raise ModelFolderError(f"{path}: no such file, though {INDEX} names it") from None
         except SafetensorError as error:

@@ -13,7 +13,7 @@ from resilin.config import SettingsError, component
 from resilin.models.settings import ModelContext, ModelSettings
 from resilin.multigrid.pooled import pool_running, processes
 from resilin.multigrid.sub_batch_norm import SubBatchNorm
-from resilin.nouns import StepView
+from resilin.nouns import StepView, keeps_weights
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -90,6 +90,7 @@ class PreciseStatistics(nn.Module):
         """The input."""
         return x
 
+    @keeps_weights
     def before_step(self, view: StepView) -> None:
         """Say once where batches are smaller than statistics should come from, however many processes pool theirs."""
         schedule = getattr(view.source, "grid_schedule", None)

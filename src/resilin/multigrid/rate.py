@@ -10,7 +10,7 @@ from torch import nn
 
 from resilin.config import SettingsError, component
 from resilin.multigrid.schedule import GridSchedule, Segment
-from resilin.nouns import StepView
+from resilin.nouns import StepView, keeps_weights
 from resilin.optim.schedule import Schedule, count_steps
 from resilin.optim.scheduled import Scheduled, ScheduledSettings
 from resilin.optim.settings import OptimizerSettings
@@ -47,6 +47,7 @@ class MultigridOptimizer(OptimizerTransform):
         self.settings, self.scaling, self.total_steps = settings, scaling, total_steps
         self.rate: GridRate | None = None
 
+    @keeps_weights
     def before_step(self, view: StepView) -> None:
         """Learn of the grid schedule.
 

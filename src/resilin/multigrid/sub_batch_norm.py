@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resilin.multigrid.pooled import pool_of, pool_size, pooled_moments, processes
-from resilin.nouns import StepView
+from resilin.nouns import StepView, keeps_weights
 
 
 class SubBatchNorm(nn.Module):
@@ -90,6 +90,7 @@ class SubBatchNorm(nn.Module):
         shape = (self.features,) if splits == 1 else (splits, self.features)
         self.running_mean, self.running_var = mean.expand(shape).clone(), variance.expand(shape).clone()
 
+    @keeps_weights
     def before_step(self, view: StepView) -> None:
         """Set k to what the step's shape asks for: int(long-cycle batch / base), at least 1; and `pool` likewise."""
         schedule = getattr(view.source, "grid_schedule", None)

@@ -158,8 +158,8 @@ def chunked_head_loss(
     Returns:
         The loss, float64 with a graph, differentiable once; and the other sums.
     """
-    if shard is not None and shard.size < len(head_VD):  # padding; a slice's gradient is a copy
-        head_VD = head_VD[: shard.size]
+    if shard is not None:
+        head_VD = shard.rows_of(head_VD)
     rows = rows or chunk_rows(len(head_VD) if shard is None else shard.widest, head_VD.device.type)
     loss, others = _ChunkedHeadLoss.apply(hidden_ND, head_VD, score, sums, rows, torch.is_grad_enabled(), shard)
     return loss, others

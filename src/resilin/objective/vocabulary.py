@@ -37,6 +37,10 @@ class VocabularyShard:
         """At least as many as any rank has: what sizes that all ranks must share are chosen by."""
         return -(-self.whole // self.ranks)
 
+    def rows_of(self, head: Tensor) -> Tensor:
+        """The rows of these tokens, without padding."""
+        return head if len(head) == self.size else head[: self.size]  # the gradient of a slice is a copy
+
     def local(self, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         """Where each label is among this rank's tokens (0 where it is not), and whether it is one of them."""
         index_N = labels_N - self.start

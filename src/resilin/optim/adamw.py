@@ -7,11 +7,12 @@ learning rate; torch's is coupled to it); Wortsman et al., 2023, section 3.2.1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
 from resilin.optim.groups import Group
@@ -62,9 +63,17 @@ class AdamWPart(Part):
                 eps=self.eps,
                 maximize=False,
             )
+            # The fused kernel counts no change of its tensors; autograd, and a save under way, rely on the count.
+            increment_version(
+                tensor for m in members for tensor in (m.parameter, m.moments["exp_avg"], m.moments["exp_avg_sq"])
+            )
             if record:
                 deltas |= {m.name: root_mean_square(self.delta(m.moments)) for m in members}
         return deltas
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Those of torch's AdamW."""
+        return {"betas": list(self.betas), "eps": self.eps}
 
     def delta(self, moments: Moments) -> Tensor:
         """The direction of the last step, before the learning rate and without decay."""

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -73,6 +73,10 @@ class MuonPart(Part):
     def new_moments(self, parameter: nn.Parameter) -> Moments:
         """A zero momentum."""
         return {"momentum": torch.zeros_like(parameter, requires_grad=False)}
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Those of torch's Muon, as far as it has them."""
+        return {"momentum": self.momentum, "nesterov": self.nesterov, "ns_steps": self.steps}
 
     def update(self, factor: float, *, record: bool) -> Mapping[str, Tensor]:
         """Momentum by foreach kernels, then matrices of one shape orthogonalised together."""

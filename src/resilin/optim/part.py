@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,24 @@ class Part(ABC):
             factor: the schedule's s_t: theta <- theta - s_t * (lr * Delta + decay * theta).
             record: whether to return the root mean square of each parameter's Delta, 0-d, by name.
         """
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """The rule's own settings by the names that torch gives them, as JSON values."""
+        return {}
+
+    def described_groups(self) -> list[dict[str, Any]]:
+        """The groups as a torch optimizer would save them, with names of parameters: `{"lr": peak, "weight_decay":
+        as torch multiplies it by the learning rate, ..., "parameters": [name, ...]}`.
+        """
+        return [
+            {
+                "lr": pace.lr,
+                "weight_decay": pace.decay / pace.lr,
+                **self.hyper_parameters(),
+                "parameters": [member.name for member in members],
+            }
+            for pace, members in self.groups
+        ]
 
     def members(self) -> Iterable[Member]:
         """All parameters of the part."""

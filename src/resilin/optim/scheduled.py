@@ -158,8 +158,14 @@ class Scheduled:
                 member.parameter.grad = None
 
     def state_dict(self) -> State:
-        """`{"parameters": {name: {"exp_avg": tensor, ...}}}`: the live tensors, not copies."""
-        return {"parameters": {m.name: dict(m.moments) for part in self.parts for m in part.members()}}
+        """`{"parameters": {name: {"exp_avg": tensor, ...}}, "groups": [...]}`: the live tensors, not copies.
+
+        The groups are for other tools (`Part.described_groups`); `load_state_dict` leaves the settings as they are.
+        """
+        return {
+            "parameters": {m.name: dict(m.moments) for part in self.parts for m in part.members()},
+            "groups": [group for part in self.parts for group in part.described_groups()],
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Copy saved moments into the live ones.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -23,6 +24,10 @@ class SGDPart(Part):
     def new_moments(self, parameter: nn.Parameter) -> Moments:
         """The momentum, where there is any."""
         return {"momentum": torch.zeros_like(parameter, requires_grad=False)} if self.momentum else {}
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Those of torch's SGD."""
+        return {"momentum": self.momentum, "nesterov": self.nesterov}
 
     def update(self, factor: float, *, record: bool) -> Mapping[str, Tensor]:
         """A few passes over each group."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from resilin.layout import Cut, Mesh, ParamSpec
+from resilin.layout import Cut, Layout, Mesh, ParamSpec, layout_of
 from resilin.layout.local import Local
 from resilin.parallel.group import Group
 
@@ -92,6 +92,45 @@ class LocalModel:
             A tensor of its own memory; padding is zeros.
         """
         return cut_out(self.parameters[name].spec, self.mesh, self.rank, whole)
+
+    def pieces(self, name: str) -> list[Piece]:
+        """Which pieces of a whole parameter this rank has, and where in its own."""
+        return list(pieces_of(self.parameters[name].spec.local(self.mesh), self.mesh, self.rank))
+
+    @torch.no_grad()
+    def fill(self, values: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+        """Give every parameter its part of some whole values, made one after the other.
+
+        Args:
+            values: (name, shape of the whole) -> the whole.
+        """
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(self.part(name, values(name, self.parameters[name].spec.shape)))
+
+    @torch.no_grad()
+    def take(self, parts: Mapping[str, Tensor]) -> None:
+        """Give every parameter the values of its part, without padding, as a checkpoint holds them.
+
+        Args:
+            parts: by name, of what `layout` says this rank has.
+        """
+        for name, parameter in self.module.named_parameters():
+            ends = [
+                max(place.stop for place in places) for places in zip(*(t for _, t in self.pieces(name)), strict=True)
+            ]
+            real = parameter[tuple(slice(0, end) for end in ends)]
+            if real.numel() < parameter.numel():
+                parameter.zero_()
+            real.copy_(parts[name])
+
+    def layout(self, mesh: Mesh, prefix: str = "") -> Layout:
+        """Who holds what: what checkpoints are read and written by.
+
+        Args:
+            mesh: of all ranks, with at least the axes that cut the model.
+            prefix: put before the parameters' names.
+        """
+        return layout_of({prefix + name: known.spec for name, known in self.parameters.items()}, mesh)
 
     def extended(self, axis: str, group: Group, cuts: Mapping[str, tuple[Cut, ...]]) -> LocalModel:
         """The same after one more axis has cut it; the module is the same object."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from resilin.objective.cross_entropy import chunk_rows
+from resilin.objective.vocabulary import VocabularyShard
 
 
 class Part(NamedTuple):
@@ -46,14 +47,32 @@ class Head(NamedTuple):
         weight_VD: output matrix.
         softcap: c of logits = c * tanh(x / c), or None.
         temperature: divides the logits.
+        shard: the tokens that the rows of `weight_VD` are for, where the vocabulary is divided among ranks; all of
+            them then compute the same losses of the same hidden states.
     """
 
     weight_VD: Tensor
     softcap: float | None = None
     temperature: float = 1.0
+    shard: VocabularyShard | None = None
+
+    @property
+    def rows(self) -> int:
+        """A good number of tokens per chunk, the same on all ranks."""
+        widest = len(self.weight_VD) if self.shard is None else self.shard.widest
+        return chunk_rows(widest, self.weight_VD.device.type)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """(N, V), float32 at least."""
+        """(N, V), float32 at least.
+
+        Raises:
+            NotImplementedError: the vocabulary is divided among ranks.
+        """
+        if self.shard is not None:
+            raise NotImplementedError(
+                f"whole logits (objective.chunk = 0) of a vocabulary divided among {self.shard.ranks} ranks: leave "
+                "objective.chunk out"
+            )
         x_NV = hidden_ND @ self.weight_VD.to(hidden_ND.dtype).t()
         return self.shaped(x_NV.to(torch.promote_types(x_NV.dtype, torch.float32)))
 
@@ -105,7 +124,7 @@ def chunked_logprob_loss(
     """
     if sum(groups) != len(labels_N):
         raise ValueError(f"the groups hold {sum(groups)} tokens, but {len(labels_N)} labels were given")
-    rows = rows or chunk_rows(len(head.weight_VD), hidden_ND.device.type)
+    rows = rows or head.rows
     parts = tuple(plan(groups, rows))
     loss: Tensor = _ChunkedLogprobLoss.apply(
         hidden_ND, head.weight_VD, head, labels_N, parts, score, rows, torch.is_grad_enabled()
@@ -115,7 +134,7 @@ def chunked_logprob_loss(
 
 def chunked_label_logprobs(hidden_ND: Tensor, head: Head, labels_N: Tensor, rows: int | None = None) -> Tensor:
     """Log p of each label, float32 at least, without gradients and without all logits at once."""
-    work = _Work(hidden_ND, head, labels_N, rows or chunk_rows(len(head.weight_VD), hidden_ND.device.type))
+    work = _Work(hidden_ND, head, labels_N, rows or head.rows)
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
         pieces = [work.logprobs(piece)[0] for piece in work.pieces(slice(0, len(labels_N)))]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=work.wide, device=hidden_ND.device)
@@ -163,10 +182,21 @@ class _Work:
             logits_CV.mul_(cap)
         if self.head.temperature != 1.0:
             logits_CV.div_(self.head.temperature)
-        label_C = logits_CV.gather(-1, labels_C[:, None])[:, 0]
+        index_C, mine_C = self._own(labels_C)
+        label_C = logits_CV.gather(-1, index_C[:, None])[:, 0]
         top_C = logits_CV.amax(-1)
+        if self.head.shard is not None:
+            self.head.shard.all_max(top_C)
         total_C = logits_CV.sub_(top_C[:, None]).exp_().sum(-1)
+        if self.head.shard is not None and mine_C is not None:
+            both_2C = torch.stack([label_C.where(mine_C, 0), total_C])
+            self.head.shard.all_sum(both_2C)
+            label_C, total_C = both_2C.unbind()
         return label_C - top_C - total_C.log(), total_C, slope_CV
+
+    def _own(self, labels_C: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Where labels are among the rows of this head, and which are."""
+        return (labels_C, None) if self.head.shard is None else self.head.shard.local(labels_C)
 
     def gradient(self, piece: slice, pull_C: Tensor, total_C: Tensor | None, slope_CV: Tensor | None) -> Tensor:
         """The gradient of the products, given that of the log-probabilities: pull * (onehot - softmax)."""
@@ -174,7 +204,9 @@ class _Work:
         grad_CV = self.buffer_CV[: len(pull_C)]
         pull_C = pull_C.to(self.wide) / self.head.temperature
         grad_CV.mul_((-pull_C / total_C)[:, None])
-        grad_CV.scatter_add_(-1, self.labels_N[piece][:, None], pull_C[:, None])
+        index_C, mine_C = self._own(self.labels_N[piece])
+        at_label_C = pull_C if mine_C is None else pull_C.where(mine_C, 0)
+        grad_CV.scatter_add_(-1, index_C[:, None], at_label_C[:, None])
         if slope_CV is not None:
             grad_CV.mul_(slope_CV)
         return grad_CV.to(self.dtype)
@@ -240,6 +272,8 @@ class _ChunkedLogprobLoss(torch.autograd.Function):
                     here = slice(piece.start - part.tokens.start, piece.stop - part.tokens.start)
                     assert pull is not None
                     give(piece, work.gradient(piece, pull[here], kept[1], kept[2]))
+        if hidden_grad_ND is not None and head.shard is not None:
+            head.shard.all_sum(hidden_grad_ND)
         ctx.grads = (hidden_grad_ND, None if head_grad_VD is None else head_grad_VD.to(weight_VD.dtype))
         return total if total is not None else hidden_ND.new_zeros((), dtype=torch.float64)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from resilin.data.pool import Pool
 from resilin.keys import Keys
-from resilin.nouns import Batch, Log, Loss, Mean, State, StepView
+from resilin.nouns import Batch, Log, Loss, Mean, State, StepView, keeps_weights
 from resilin.objective.next_token import IGNORE
 from resilin.objective.settings import ObjectiveContext, ObjectiveSettings, needed
 from resilin.posttrain.logprob_loss import Part
@@ -167,6 +167,7 @@ class PreferenceLoss:
 
     # -- the run ------------------------------------------------------------------------------------------------
 
+    @keeps_weights
     def before_step(self, view: StepView) -> None:
         """Before the first step: the reference of every pair this run will see, then without the reference."""
         if not isinstance(self.reference, CachedReference):

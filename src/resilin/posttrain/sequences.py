@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from resilin.keys import Keys
 from resilin.models.decoder import Decoder
 from resilin.objective.next_token import IGNORE
-from resilin.objective.vocabulary import whole_head
+from resilin.objective.vocabulary import shard_of
 from resilin.posttrain.joined_rows import JoinedRows, join_rows
 from resilin.posttrain.logprob_loss import (
     Head,
@@ -95,7 +95,8 @@ def split_by_length(widths: Sequence[int], few: int) -> list[list[int]]:
 def head_of(model: Any, temperature: float) -> Head:
     """The output matrix of a decoder, its soft-cap, and the temperature of what is asked of it."""
     softcap = getattr(getattr(model, "settings", None), "logit_softcap", None)
-    return Head(whole_head(model, "a loss of log-probabilities"), softcap, temperature)
+    shard, weight_VD = shard_of(model), model.head_weight
+    return Head(weight_VD if shard is None else shard.rows_of(weight_VD), softcap, temperature, shard)
 
 
 def joins_rows(model: nn.Module, keys: Keys | None) -> bool:

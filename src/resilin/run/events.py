@@ -114,11 +114,12 @@ class Evaluated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Staged(Event):
-    """A state was copied and is being written in the background; `Saved` says when it is safe.
+    """All of a state is copied, and is being written in the background; `Saved` says when it is safe.
 
     Attributes:
         step: steps committed in it.
-        seconds: how long the run waited: for the copy, and for the save before it where that was still under way.
+        seconds: how long the run waited: for the save before it where that was still under way, for what was copied at
+            once, and before the next update for what was left of the rest.
     """
 
     event: ClassVar[str] = "stage"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from resilin.checkpoint.background import BackgroundSaves
+from resilin.checkpoint.background import BackgroundSaves, Pending
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.fits import check_fits
 from resilin.checkpoint.folder import CheckpointFolder
@@ -36,6 +36,8 @@ from resilin.run.events import (
 )
 from resilin.run.frozen import joined, split_frozen
 from resilin.run.interrupts import Interrupts
+from resilin.run.steady import steady_tensors
+from resilin.transforms import may_change_weights
 
 Reason = Literal["completed", "interrupted", "failed"]
 _NOTHING = Batch(torch.zeros(0, dtype=torch.int64), {})
@@ -106,6 +108,8 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     _saved: Location | None = None
     _told: CheckpointError | None = None
+    _pending: Pending | None = None
+    """The save whose state is perhaps not all copied yet."""
 
     def __post_init__(self) -> None:
         self.engine = self.workers or OneProcess(
@@ -156,6 +160,7 @@ class Run:
         if not gradient.finite:
             self.optimizer.zero_grad()
             return self._not_committed(gradient, self.engine.non_finite(batch, keys))
+        self._finish_staging()
         applied = self.optimizer.step(self.step)
         self.step, self.samples = self.step + 1, self.samples + count
         self._after_commit(gradient, applied, began)
@@ -166,6 +171,8 @@ class Run:
         view = self._view()
         for part in self._parts():
             if hasattr(part, "before_step"):  # an isinstance check of a protocol costs ten times as much
+                if self._pending is not None and may_change_weights(part):
+                    self._finish_staging()
                 part.before_step(view)
         count = self.source.slots(self.step)
         return self.source.fetch(self.step, self.engine.slots(count)) if count else _NOTHING, count
@@ -193,7 +200,7 @@ class Run:
                 raise
         self._note_saved()
         if (self._due(self.pace.save_every) or (milestone and self.pace.save_every)) and not last:
-            self.save()
+            self._begin_save()
 
     def _step_event(self, gradient: StepGradient, logs: dict[str, float], lr: float, seconds: float) -> StepDone:
         started, mfu = self.started, None
@@ -261,6 +268,7 @@ class Run:
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
         """The objective and its logs on the held-out batches, without any randomness."""
+        self._finish_staging()
         results = {}
         self.model.eval()
         for name, source in self.validation.items():
@@ -296,6 +304,7 @@ class Run:
         Raises:
             CheckpointError: the state is that of another model, by the name of a tensor; nothing is changed then.
         """
+        self._finish_staging()
         weights = joined(state)
         check_fits(self.model, weights)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -314,17 +323,30 @@ class Run:
         Raises:
             CheckpointError: when it, or the one before it, cannot be written; earlier ones are untouched.
         """
+        self._begin_save()
+        self._finish_staging()
+
+    def _begin_save(self) -> None:
+        """Save, but what the next step does not change before its update may be copied until then."""
         if self.checkpoints is None:
             raise ValueError("this run has no checkpoint folder: give it one, or do not ask it to save")
+        self._finish_staging()
         with self._telling_failures():
             state = self.state_dict()
             layout = self.layout(state) if self.layout is not None else None
             if self.saves is None:
                 self._tell_saved(self.checkpoints.save(self.step, state, layout))
             else:
-                pending = self.saves.save(self.step, state, layout)
+                steady = steady_tensors(self.model, state["optimizer"])
+                self._pending = self.saves.save(self.step, state, layout, steady=steady)
                 self._note_saved()
-                self._tell(Staged(step=pending.step, seconds=pending.seconds))
+
+    def _finish_staging(self) -> None:
+        """Before anything that may change what is trained: all of a state that is being saved is copied."""
+        if self._pending is not None and self.saves is not None:
+            pending, waited = self._pending, self.saves.staged()
+            self._pending = None
+            self._tell(Staged(step=pending.step, seconds=pending.seconds + waited))
 
     def wait_for_saves(self) -> None:
         """Return when everything that was saved is safe on disk.
@@ -333,6 +355,7 @@ class Run:
             CheckpointError: it could not be written.
         """
         if self.saves is not None:
+            self._finish_staging()
             with self._telling_failures():
                 self.saves.wait()
                 self._note_saved()

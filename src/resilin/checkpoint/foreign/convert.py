@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.foreign.beside import with_files
 from resilin.checkpoint.foreign.cast import with_dtype
 from resilin.checkpoint.foreign.formats import Format, ReadOptions, WriteOptions, format_named, format_of
+from resilin.checkpoint.foreign.groups import with_groups
 from resilin.checkpoint.foreign.resilin_format import TITLE as RUN_TITLE
 from resilin.checkpoint.foreign.stored import FILES, MODEL, OPTIMIZER, OTHER, LeftOut, Stored
 
@@ -37,6 +39,8 @@ class Options:
         ties: name without values -> the parameter it is tied to.
         dtype: of the floating-point weights in the target (of a DeepSpeed folder: what its model computes in, beside
             float32 masters); None: as they are.
+        groups: parameter groups in place of the source's; see `groups.py`.
+        zero_states: begin with the states of a new AdamW, where the source has none.
         frozen: names of parameters that are not trained, with `*` for any text; None: as the source says.
         files: a folder whose config.json, tokenizer and the like go with the model.
         read: about the source.
@@ -49,6 +53,8 @@ class Options:
     leave_out: Sequence[str] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    groups: Sequence[Mapping[str, Any]] | None = None
+    zero_states: bool = False
     frozen: Sequence[str] | None = None
     files: Path | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -139,6 +145,10 @@ def _chosen(stored: Stored, options: Options) -> Stored:
         names += [name for name in stored.unread if not name.startswith(MODEL)]
         stored = stored.without(_escaped(dict.fromkeys(names)))
     stored = stored.without(options.leave_out)
+    if options.groups is not None:
+        stored = with_groups(stored, options.groups, options.zero_states)
+    elif options.zero_states:
+        raise CheckpointError("--zero-states: which parameters are trained, and how, is said with --groups FILE")
     if options.frozen is not None:
         stored = stored.with_frozen(options.frozen)
     if options.files is not None:

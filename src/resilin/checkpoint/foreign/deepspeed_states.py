@@ -56,8 +56,12 @@ def trained_of(stored: Stored, folder: str) -> Trained:
         moments.setdefault(parameter, {})[state] = name
     if not names:
         raise CheckpointError(
-            f"{folder} holds a run's optimizer, and this {stored.title} has no parameter groups; write another format "
-            "for weights alone"
+            f"{folder} holds a run's optimizer, and this {stored.title} has no parameter groups; "
+            + (
+                "say with --groups FILE how the parameters are trained"
+                if moments
+                else "write another format for weights alone, or begin a new optimizer with --groups FILE --zero-states"
+            )
         )
     lost = sorted(set(moments) - set(names))
     if lost:

@@ -12,6 +12,7 @@ from torch import nn
 
 from resilin.layout import Cut, LayoutError, Mesh, ParamSpec, specs_of
 from resilin.models.tensor_plan import TENSOR, TensorPlan
+from resilin.objective.vocabulary import VocabularyShard
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.group import Group
 from resilin.parallel.local_model import LocalModel, cut_out, holders, pieces_of
@@ -83,9 +84,15 @@ class _Work:
             raise ParallelError(str(error)) from None
 
     def _check(self) -> None:
+        known: dict[int, str] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if known.setdefault(id(parameter), name) != name:
+                raise ParallelError(
+                    f"{name} is the same parameter as {known[id(parameter)]}: tie matrices in the model's settings, so "
+                    "that its plan knows of it"
+                )
         for name, spec in self.specs.items():
-            inside = self._inside(name)
-            if inside and not spec.cuts and not _matches(name, self.plan.copied):
+            if self._inside(name) and not spec.cuts and not _matches(name, self.plan.copied):
                 raise ParallelError(
                     f"{name} lies in a region whose weights are cut, but the plan says neither how it is cut nor that "
                     "every rank has a copy: adapters and other additions are put on after the model was divided, or "
@@ -93,15 +100,16 @@ class _Work:
                 )
             if spec.cuts:
                 self._divisible(name, spec)
-            elif inside is None and self._is_head(name):
-                raise ParallelError(f"{name}: the plan names it as the head, but no rule cuts it")
+            elif name in (self._head(), f"{self.plan.embedding}.weight"):
+                raise ParallelError(f"{name}: the plan names it as embedding or head, but no rule cuts it")
 
     def _divisible(self, name: str, spec: ParamSpec) -> None:
         try:
             shapes = spec.local_shapes(self.mesh)
         except LayoutError as error:
             raise ParallelError(
-                f"{name} {list(spec.shape)} cannot be cut over {self.group.size} ranks: {error}"
+                f"{name} {list(spec.shape)} cannot be cut over {self.group.size} ranks: {error}; use as many ranks as "
+                "there are units or groups of them (key heads, for attention), fewer, or a multiple"
             ) from None
         empty = [rank for rank, shape in enumerate(shapes) if shape is None or 0 in shape]
         if empty:
@@ -109,9 +117,6 @@ class _Work:
                 f"{name} {list(spec.shape)} leaves rank {empty[0]} of {self.group.size} without anything (heads, for "
                 "attention): use fewer ranks of tensor parallelism"
             )
-
-    def _is_head(self, name: str) -> bool:
-        return name == self._head()
 
     def _head(self) -> str | None:
         return next((name for name in self.plan.head if name in self.specs), None)
@@ -191,14 +196,16 @@ class _Work:
         self._vocabulary(stream)
         if self.plan.last is not None:
             self.modules[self.plan.last].register_forward_hook(stream.end)
-        call = Call(stream, self.plan.refused, self.plan.hints)
-        self.module.register_forward_pre_hook(call, with_kwargs=True)
+        call = Call(stream, self.plan)
+        self.module.register_forward_pre_hook(call.before, with_kwargs=True)
+        if self.sequence:
+            self.module.register_forward_hook(call.after)
 
     def _vocabulary(self, stream: Stream) -> None:
         model: Any = self.module
         name = self.plan.embedding
         if name is not None and name in self.modules:
-            shard = vocabulary_shard(*self._rows(f"{name}.weight"), self.group)
+            shard = self._shard(f"{name}.weight")
             table = self.modules[name]
             if not isinstance(table, nn.Embedding):
                 raise ParallelError(
@@ -207,18 +214,27 @@ class _Work:
             self._replace(name, VocabularyEmbedding(table, shard)).register_forward_hook(stream.leave)
         head = self._head()
         if head is not None:
-            model.vocabulary_shard = vocabulary_shard(*self._rows(head), self.group)
-            sizes = tuple(self._rows(head, rank)[1] for rank in range(self.group.size))
-            model.logits = WholeLogits(self.module, model.vocabulary_shard, sizes, self.group)
+            model.vocabulary_shard = self._shard(head)
+            sizes = tuple(size for _, size in self._rows(head))
+            if hasattr(model, "logits"):
+                model.logits = WholeLogits(model.logits, model.vocabulary_shard, sizes, self.group)
 
-    def _rows(self, name: str, rank: int | None = None) -> tuple[int, int, int]:
-        """First row of a table that a rank has, how many, and of how many."""
-        spec = self.specs[name]
-        pieces = list(pieces_of(spec.local(self.mesh), self.mesh, self.group.index if rank is None else rank))
-        places = [source[0] for source, _ in pieces]
-        if len(places) > 1:
-            raise ParallelError(f"{name}: the rows of a vocabulary should be cut in one piece for each rank")
-        return (places[0].start, places[0].stop - places[0].start, spec.shape[0]) if places else (0, 0, spec.shape[0])
+    def _shard(self, name: str) -> VocabularyShard:
+        """This rank's tokens, of a table of the vocabulary."""
+        return vocabulary_shard(*self._rows(name)[self.group.index], self.specs[name].shape[0], self.group)
+
+    def _rows(self, name: str) -> list[tuple[int, int]]:
+        """For each rank the first row of a table that it has, and how many."""
+        local, found = self.specs[name].local(self.mesh), []
+        for rank in range(self.group.size):
+            pieces = [source[0] for source, _ in pieces_of(local, self.mesh, rank)]
+            if len(pieces) != 1:
+                raise ParallelError(
+                    f"{name}: rank {rank} of {self.group.size} has {len(pieces)} runs of the {local.shape[0]} tokens; "
+                    "it should be one: use fewer ranks of tensor parallelism, or pad the vocabulary less"
+                )
+            found.append((pieces[0].start, pieces[0].stop - pieces[0].start))
+        return found
 
     def _named(self, pattern: str) -> Iterator[str]:
         return (name for name in self.modules if re.fullmatch(pattern, name))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from resilin.models.linear import PackedWeight, product
+from resilin.models.linear import PackedWeight
 from resilin.objective.vocabulary import VocabularyShard
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.group import Group
@@ -16,16 +17,7 @@ from resilin.parallel.tensor.collectives import copy_in, put_together
 
 
 def vocabulary_shard(start: int, size: int, whole: int, group: Group) -> VocabularyShard:
-    """A rank's tokens.
-
-    Raises:
-        ParallelError: it has none.
-    """
-    if size < 1:
-        raise ParallelError(
-            f"a vocabulary of {whole} tokens leaves rank {group.index} of {group.size} without any: use fewer ranks of "
-            "tensor parallelism, or pad the vocabulary less"
-        )
+    """A rank's tokens, and messages among the group."""
 
     def all_max(x: Tensor) -> None:
         dist.all_reduce(x, dist.ReduceOp.MAX, group=group.process_group)
@@ -42,20 +34,25 @@ class WholeLogits:
     Losses that need not see them take the chunked way (`resilin.objective.cross_entropy`).
     """
 
-    def __init__(self, model: nn.Module, shard: VocabularyShard, sizes: tuple[int, ...], group: Group) -> None:
-        self._model, self._shard, self._sizes, self._group = model, shard, sizes, group
+    def __init__(
+        self, logits: Callable[[Tensor], Tensor], shard: VocabularyShard, sizes: tuple[int, ...], group: Group
+    ) -> None:
+        """Args:
+        logits: the model's own, which gives those of the rows it has; what it does to them it does one by one.
+        shard: this rank's tokens.
+        sizes: how many tokens each rank has.
+        group: the ranks.
+        """
+        self._logits, self._shard, self._sizes, self._group = logits, shard, sizes, group
 
     def __call__(self, hidden: Tensor, head: PackedWeight | None = None) -> Tensor:
-        """(..., D) after the final norm -> (..., V) logits, float32 at least, soft-capped where the settings say so."""
+        """(..., D) after the final norm -> (..., V) logits."""
         if head is not None:
             raise ParallelError("a packed head cannot be used by a model that is divided among ranks")
-        model: Any = self._model
-        weight: Tensor = model.head_weight[: self._shard.size]
-        local = product(copy_in(hidden, self._group), weight)
-        local = local.to(torch.promote_types(local.dtype, torch.float32))
+        own = self._logits(copy_in(hidden, self._group))[..., : self._shard.size]
         widest = max(self._sizes)
-        parts = put_together(nn.functional.pad(local, (0, widest - local.shape[-1])), -1, self._group)
-        pieces = parts.unflatten(-1, (self._group.size, widest)).unbind(-2)
-        logits = torch.cat([piece[..., :size] for piece, size in zip(pieces, self._sizes, strict=True)], -1)
-        cap: float | None = model.settings.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        parts = put_together(F.pad(own, (0, widest - own.shape[-1])), -1, self._group)
+        if min(self._sizes) == widest:
+            return parts
+        pieces = parts.split(widest, -1)
+        return torch.cat([piece[..., :size] for piece, size in zip(pieces, self._sizes, strict=True)], -1)

@@ -1,0 +1,51 @@
+"""Weights for a rank's part of a decoder that was divided on the meta device: initial ones, or a model folder's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.huggingface import Target, fill_targets
+from resilin.models.initial import initial_value
+from resilin.parallel.local_model import LocalModel
+
+
+def draw_initial(local: LocalModel, settings: DecoderSettings, seed: int, device: torch.device | str = "cpu") -> None:
+    """Initial weights: parts of those that the whole model has for the same seed.
+
+    Whole tensors are drawn one after the other, on the CPU, and this rank's parts kept.
+
+    Args:
+        local: on the meta device, or not.
+        settings: of the decoder.
+        seed: of the run.
+        device: where its parameters shall be.
+    """
+    local.module.to_empty(device=device)
+    local.fill(lambda name, shape: initial_value(name, torch.Size(shape), settings, seed))
+
+
+def read_folder(
+    local: LocalModel, folder: Path | str, settings: DecoderSettings, device: torch.device | str = "cpu"
+) -> None:
+    """The weights of a Hugging Face folder: of its files only the bytes of this rank's parts are read.
+
+    Args:
+        local: on the meta device, or not.
+        folder: with safetensors, whole or sharded.
+        settings: of the decoder.
+        device: where its parameters shall be.
+
+    Raises:
+        ModelFolderError: what is missing, broken or superfluous, by name.
+    """
+    local.module.to_empty(device=device)
+    targets = {}
+    for name, parameter in local.module.named_parameters():
+        target = Target(parameter.data, local.parameters[name].spec.shape, local.pieces(name))
+        if target.wanted < parameter.numel():  # padding
+            parameter.data.zero_()
+        targets[name] = target
+    fill_targets(Path(folder), targets, settings.tie_embeddings)
