@@ -24,8 +24,8 @@ _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "resilin.models.d
 
 
 def _child(
-    rank: int, world: int, meeting: str, connect: bool, pipe: Connection, work: Callable[..., Any], arguments: tuple
-) -> None:  # type: ignore[type-arg]
+    rank: int, world: int, meeting: str, connect: bool, pipe: Connection, work: Callable[..., Any], given: bytes
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -35,7 +35,7 @@ def _child(
             dist.init_process_group(
                 "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
             )
-        result = work(rank, *arguments)
+        result = work(rank, *pickle.loads(given))
         if connect:
             dist.barrier()
         pipe.send_bytes(pickle.dumps((True, result)))  # by value: shared memory would go with this process
@@ -63,12 +63,13 @@ def run_ranks(
     """
     if _ROOT not in sys.path:
         sys.path.append(_ROOT)  # children look where their parent does
+    given = pickle.dumps(arguments)  # by value: a shared tensor would need a file descriptor in every child
     with tempfile.TemporaryDirectory() as folder:
         meeting, pipes, processes = str(Path(folder) / "meeting"), [], []
         for rank in range(world):
             mine, theirs = _CONTEXT.Pipe(duplex=False)
             process = _CONTEXT.Process(
-                target=_child, args=(rank, world, meeting, connect, theirs, work, arguments), daemon=True
+                target=_child, args=(rank, world, meeting, connect, theirs, work, given), daemon=True
             )
             process.start()
             theirs.close()

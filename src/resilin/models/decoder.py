@@ -28,6 +28,7 @@ from resilin.models.recompute import run_block
 from resilin.models.rope import Rotation, depends_on_length, rotation
 from resilin.models.sequence_part import SequencePart
 from resilin.models.spans import asked_places, runs_of
+from resilin.models.stage_span import Hidden, StageDone, StageSpan
 from resilin.models.tensor_plan import TensorPlan
 from resilin.models.tiled import in_tiles
 
@@ -111,10 +112,12 @@ class Decoder(nn.Module):
         settings: what it was built from; `vocab_size` is never 0 here.
         leaves_out_unasked: its forward pass takes `asked_BT`.
         sequence: where rows are divided over ranks, which of their tokens this one computes; None: all of them.
+        span: where blocks are divided over stages, which of them are here; None: all of them.
     """
 
     leaves_out_unasked = True
     sequence: SequencePart | None = None
+    span: StageSpan | None = None
 
     def __init__(
         self, settings: DecoderSettings, *, seed: int | None = 0, device: torch.device | str | None = None
@@ -145,8 +148,16 @@ class Decoder(nn.Module):
     @property
     def stream_dtype(self) -> torch.dtype:
         """The format of the residual stream: that of the norms, whatever format the matrices are stored in."""
-        dtype: torch.dtype = self.norm.weight.dtype  # type: ignore[assignment]
+        norm = self.norm if self.span is None else self.blocks[self.span.blocks[0]].attention_norm
+        dtype: torch.dtype = norm.weight.dtype  # type: ignore[assignment, union-attr]
         return dtype
+
+    @property
+    def _sample(self) -> Tensor:
+        """A matrix that is like all others in device and format."""
+        if self.span is None or self.span.first:
+            return self.embed.weight
+        return next(p for p in self.blocks[self.span.blocks[0]].parameters() if p.ndim > 1)
 
     def logits(self, hidden: Tensor, head: PackedWeight | None = None) -> Tensor:
         """(..., D) after the final norm -> (..., V) logits, float32 at least, soft-capped where the settings say so.
@@ -170,7 +181,7 @@ class Decoder(nn.Module):
 
         Rows of any lengths may then be laid one behind another at no cost.
         """
-        settings, weight = self.settings, self.embed.weight
+        settings, weight = self.settings, self._sample
         return (
             not torch.compiler.is_compiling()
             and weight.device.type == "cpu"
@@ -289,6 +300,8 @@ class Decoder(nn.Module):
         keys: Keys | None,
         continues_BT: Tensor | None,
     ) -> DecoderOutput:
+        if self.span is not None:
+            self.span.enter(*tokens_BT.shape)
         T, device = tokens_BT.shape[1], tokens_BT.device
         # What attention sees are whole rows, also where the tokens of a row are divided over ranks.
         rows, whole = T, (documents_BT, positions_BT, continues_BT)
@@ -304,16 +317,25 @@ class Decoder(nn.Module):
                 length = _length(cast(Tensor, whole[1]), whole[0])
         turn = rotation(self.settings, positions, length)
         masks = self._masks(*whole, rows, device)
-        x_BTD = self.embed(tokens_BT).to(self.stream_dtype)
-        x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)
-        routers, store = [], store_for(self.settings.offload, device)
+        if self.span is None or self.span.first:
+            x_BTD = self.embed(tokens_BT).to(self.stream_dtype)
+            x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)
+            routers = []
+        else:
+            before = self.span.take()
+            x_BTD, routers = before.hidden_BTD, list(before.router_logits)
+        store = store_for(self.settings.offload, device)
         offload = Offload(store) if store is not None else None
-        last = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
-            mask, away = masks[self.settings.window_of(layer)], offload if layer < last else None
-            x_BTD, router = run_block(self.settings.recompute, block, x_BTD, turn, mask, keys, offload=away)
+        layers = range(self.settings.layers) if self.span is None else self.span.blocks
+        for layer in layers:
+            mask, away = masks[self.settings.window_of(layer)], offload if layer != layers[-1] else None
+            x_BTD, router = run_block(
+                self.settings.recompute, self.blocks[layer], x_BTD, turn, mask, keys, offload=away
+            )
             if router is not None:
                 routers.append(router)
+        if self.span is not None and not self.span.last:
+            raise StageDone(Hidden(x_BTD, tuple(routers)))
         return DecoderOutput(self.norm(x_BTD), tuple(routers))
 
     def _forward_cached(

@@ -89,15 +89,22 @@ def keys_seen(sequence_length: int, window: int | None) -> float:
     return window - window * (window - 1) / (2 * sequence_length)
 
 
+def block_flops_per_token(settings: DecoderSettings, layer: int, sequence_length: int) -> float:
+    """Operations of one block's forward pass, averaged over the tokens of a text."""
+    seen = keys_seen(sequence_length, settings.window_of(layer))
+    attention = 4 * settings.heads * settings.head_width * seen
+    return 2 * _block_matrices(settings, layer, active=True) + attention
+
+
+def head_flops_per_token(settings: DecoderSettings) -> float:
+    """Operations of the head's forward pass; looking up an embedding is no product."""
+    return 2.0 * settings.vocab_size * settings.hidden_size
+
+
 def forward_flops_per_token(settings: DecoderSettings, sequence_length: int) -> float:
     """Operations of the forward pass, the head included, averaged over the tokens of a text."""
-    matrices = settings.vocab_size * settings.hidden_size  # the head; looking up an embedding is no product
-    attention = 0.0
-    for layer in range(settings.layers):
-        matrices += _block_matrices(settings, layer, active=True)
-        seen = keys_seen(sequence_length, settings.window_of(layer))
-        attention += 4 * settings.heads * settings.head_width * seen
-    return 2 * matrices + attention
+    blocks = sum(block_flops_per_token(settings, layer, sequence_length) for layer in range(settings.layers))
+    return blocks + head_flops_per_token(settings)
 
 
 def train_flops_per_token(settings: DecoderSettings, sequence_length: int) -> float:

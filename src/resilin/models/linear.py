@@ -6,6 +6,8 @@ in the input's format, or in autocast's, and storage changes nothing but the mem
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,8 +40,77 @@ class _Widened(torch.autograd.Function):
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
+class WeightGradients:
+    """Gradients of weights that a backward pass has left for later (Qi et al., Zero Bubble Pipeline Parallelism, 2024).
+
+    They are half of a backward pass's work, and nobody waits for them.
+    """
+
+    def __init__(self) -> None:
+        self._work: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, weight_OI: Tensor, grad: Tensor, x: Tensor) -> None:
+        """Remember a product's (..., O) gradient and (..., I) input."""
+        self._work.append((weight_OI, grad, x))
+
+    @torch.no_grad()
+    def compute(self) -> None:
+        """Add them all to `.grad` of their weights."""
+        for weight_OI, grad, x in self._work:
+            made_OI = (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight_OI.dtype)
+            if weight_OI.grad is None:
+                weight_OI.grad = made_OI
+            else:
+                weight_OI.grad += made_OI
+        self._work.clear()
+
+
+_later: WeightGradients | None = None
+
+
+@contextmanager
+def weight_gradients_later(into: WeightGradients, wanted: bool = True) -> Iterator[None]:
+    """Products computed while entered leave the gradients of their weights to `into`.
+
+    Args:
+        into: where they are left.
+        wanted: False: nothing is changed.
+    """
+    global _later
+    before, _later = _later, into if wanted else None
+    try:
+        yield
+    finally:
+        _later = before
+
+
+class _Postponed(torch.autograd.Function):
+    """x W^T + b whose backward pass computes the gradients of x and b only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, later: WeightGradients) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            inner = x.to(dtype)
+            ctx.save_for_backward(inner, weight_OI)
+            ctx.later, ctx.dtype = later, x.dtype
+            return F.linear(inner, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OI = ctx.saved_tensors
+        ctx.later.add(weight_OI, grad, x)
+        of_x = (grad @ weight_OI.to(grad.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        of_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return of_x, None, of_bias, None
+
+
 def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, (..., I) -> (..., O); in autocast's format, else in that of x, whatever the weight's."""
+    if _later is not None and weight_OI.requires_grad and weight_OI.is_leaf:
+        postponed: Tensor = _Postponed.apply(x, weight_OI, bias_O, _later)
+        return postponed
     if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight_OI, bias_O)
     if bias_O is not None:

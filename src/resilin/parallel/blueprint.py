@@ -116,7 +116,7 @@ class Blueprint:
                 by_kind[DENSE][name] = ParamSpec(tuple(shape), dtype)
                 continue
             reduction, spec = self.reduction_of(parameter), replace(self.specs[parameter], dtype=dtype)
-            if kind == "state":
+            if kind == "state" and self.ranks(reduction) > 1:  # one rank alone keeps its parameters' shapes
                 spec = replace(spec, cuts=(*spec.cuts, self._owned(parameter, reduction)))
             by_kind[reduction][name] = spec
         parts = [layout_of(specs, self.mesh(kind)) for kind, specs in by_kind.items() if specs]

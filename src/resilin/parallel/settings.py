@@ -47,6 +47,9 @@ class ParallelSettings(Settings):
     .csv with one line of actions for each worker."""
     chunks: Positive = 1
     """Stages that each worker of the pipeline has; more than one needs an interleaved schedule."""
+    layers: tuple[Count, ...] = ()
+    """Blocks of each stage of the pipeline, in order; empty: shared so that the slowest stage has the least to compute,
+    the head counted."""
     timeout: Annotated[float, Field(gt=0)] = 300.0
     """Seconds that a worker waits for another one before it gives up."""
 

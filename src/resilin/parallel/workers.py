@@ -59,6 +59,7 @@ class WholeModel:
         device: where batches go.
         autocast: the format of the step.
         speaks: whether this worker's losses are counted.
+        prepare: takes this worker's part of a batch, where rows are divided.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class WholeModel:
         device: torch.device,
         autocast: Autocast,
         speaks: bool = True,
+        prepare: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
         self.chunks: Sequence[nn.Module] = (model,)
-        self.speaks = speaks
+        self.speaks, self._prepare = speaks, prepare
         self._objective, self._computed, self._device, self._autocast = objective, computed, device, autocast
 
     def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect) -> list[Loss]:
@@ -80,7 +82,7 @@ class WholeModel:
         losses = []
         for batch, keys in micros:
             with self._autocast():
-                loss = self._objective(self._computed, batch.to(self._device), keys)
+                loss = self._objective(self._computed, self._prepare(batch.to(self._device)), keys)
             loss.sum.backward()
             collect(0)
             losses.append(Loss(loss.sum.detach(), loss.units.detach(), loss.logs))
@@ -92,7 +94,7 @@ class WholeModel:
         losses = []
         for batch in batches:
             with self._autocast():
-                losses.append(self._objective(self._computed, batch.to(self._device), None))
+                losses.append(self._objective(self._computed, self._prepare(batch.to(self._device)), None))
         return losses
 
 
@@ -210,14 +212,12 @@ class Workers:
 
     def _reduce(self, nodes: Sequence[Sequence[Node]], count: int) -> None:
         blocks = [node[:2] for node in nodes[0]]
-        leaves: list[dict[str, Tensor | None]] = [
-            {
-                name: grad
-                for names, chunk in zip(self._chunk_names, nodes, strict=True)
-                for name, grad in zip(names, chunk[number].sum, strict=True)
-            }
-            for number in range(len(blocks))
-        ]
+        leaves: list[dict[str, Tensor | None]] = [{} for _ in blocks]
+        for number, leaf in enumerate(leaves):
+            for names, chunk in zip(self._chunk_names, nodes, strict=True):
+                for name, grad in zip(names, chunk[number].sum, strict=True):
+                    before = leaf.get(name)  # a tied weight of two stages of this worker
+                    leaf[name] = grad if before is None else before if grad is None else before + grad
         for leaf in leaves:
             for group, names in self._shared:
                 self._add_over(group, names, leaf)

@@ -165,7 +165,9 @@ def build_run(
     if world is None:
         optimizer, computed = settings.optimizer.build(model, settings.train.steps), compiled(model)
     else:
-        divided = divide(settings, world, model, objective, compiled, device=device, precision=precision)
+        divided = divide(
+            settings, world, model, objective, sources.source, compiled, device=device, precision=precision
+        )
         model, optimizer, computed = divided.model, divided.optimizer, None
     unit = getattr(objective, "unit", "tokens")
     store, saves, pace = None, None, pace_of(settings)

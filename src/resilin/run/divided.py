@@ -11,9 +11,13 @@ from torch import nn
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.process_group import ProcessGroup
 from resilin.config import UserError
-from resilin.nouns import Objective, Optimizer, State
+from resilin.models.decoder import Decoder
+from resilin.models.settings import ModelContext
+from resilin.nouns import Objective, Optimizer, Source, State
 from resilin.parallel.assemble import assemble
 from resilin.parallel.blueprint import Blueprint
+from resilin.parallel.errors import ParallelError
+from resilin.parallel.part import Part, divide_decoder
 from resilin.parallel.state import StateLayout, like
 from resilin.parallel.workers import WholeModel, Workers
 from resilin.parallel.world import World
@@ -27,7 +31,7 @@ class Divided:
     """What `build_run` needs of a worker.
 
     Attributes:
-        model: this worker's part.
+        model: this worker's part; of several stages all together.
         engine: computes steps with all others.
         optimizer: of what is owned here.
         layout: of the run's state.
@@ -44,6 +48,7 @@ def divide(
     world: World,
     model: nn.Module,
     objective: Objective,
+    source: Source,
     compiled: Callable[[nn.Module], nn.Module | None],
     *,
     device: torch.device,
@@ -54,8 +59,9 @@ def divide(
     Args:
         settings: of the run; its steps are known.
         world: all workers.
-        model: the whole model.
+        model: the whole model; used up.
         objective: of the run.
+        source: of the run.
         compiled: compiles what the objective calls, or gives it as it is.
         device: of this worker.
         precision: of the run.
@@ -63,22 +69,116 @@ def divide(
     Raises:
         ParallelError, UserError: the model cannot be divided so.
     """
-    blueprint = Blueprint.uncut(model, world.degrees, settings.optimizer.keeps_whole(model))
-    passes = WholeModel(model, objective, compiled(model) or model, device=device, autocast=precision.autocast)
+    outline = _outline(settings, model, source)
+    whole = settings.optimizer.keeps_whole(outline)
+    if world.degrees.data * world.degrees.replicate == world.size:
+        blueprint = Blueprint.uncut(model, world.degrees, whole)
+        passes = WholeModel(model, objective, compiled(model) or model, device=device, autocast=precision.autocast)
+        part = Part(passes, blueprint, {})
+    else:
+        _check(settings, world, model, source)
+        part = divide_decoder(
+            settings.parallel,
+            world,
+            model,
+            objective,
+            tokens=_tokens(source, model),
+            keep_whole=whole,
+            device=device,
+            autocast=precision.autocast,
+        )
+    chunks = part.passes.chunks
     made = assemble(
         world,
-        passes,
-        blueprint,
-        lambda owned: settings.optimizer.build_owned(model, settings.train.steps, owned),
+        part.passes,
+        part.blueprint,
+        lambda owned: settings.optimizer.build_owned(outline, settings.train.steps, owned),
         objective=objective,
         micro_batch_size=settings.train.micro_batch_size,
         clip_norm=settings.train.clip_norm,
         exact=settings.parallel.reduction == "exact",
         device=device,
         autocast=precision.autocast,
-        model=model,
+        facts=part.facts,
+        model=model if chunks[0] is model and len(chunks) == 1 else None,
     )
-    return Divided(model, made.engine, made.optimizer, StateLayout(blueprint, world.everyone))
+    mine = chunks[0] if len(chunks) == 1 else Stages(chunks)
+    return Divided(mine, made.engine, made.optimizer, StateLayout(part.blueprint, world.everyone))
+
+
+class Stages(nn.Module):
+    """Several stages of one worker, whose parameters keep the names that they have in the whole model."""
+
+    def __init__(self, stages: object) -> None:
+        super().__init__()
+        self._stages: tuple[nn.Module, ...] = tuple(stages)  # type: ignore[arg-type]
+        for number, stage in enumerate(self._stages):
+            self.add_module(str(number), stage)
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        """Of all stages, under the names of the whole model."""
+        found: dict[str, torch.Tensor] = {}
+        for stage in self._stages:
+            found |= stage.state_dict()
+        return found
+
+    def load_state_dict(self, state: State, *args: object, **kwargs: object) -> None:  # type: ignore[override]
+        """Give every stage its own."""
+        for stage in self._stages:
+            own = stage.state_dict()
+            stage.load_state_dict({name: state[name] for name in own})
+
+    def named_parameters(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
+        """Of all stages, under the names of the whole model; shared ones once."""
+        seen: set[int] = set()
+        for stage in self._stages:
+            for name, parameter in stage.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield name, parameter
+
+
+def _outline(settings: RunSettings, model: nn.Module, source: Source) -> nn.Module:
+    """The whole model's names and shapes, which decide how it is optimized: the model itself may be cut up."""
+    found = settings.model.outline(ModelContext(settings.seed, getattr(source, "vocab_size", None)))
+    return model if found is None else found
+
+
+def _tokens(source: Source, model: nn.Module) -> int:
+    length = getattr(source, "sequence_length", None)
+    if length is not None:
+        return int(length)
+    decoder = next((module for module in model.modules() if isinstance(module, Decoder)), None)
+    return decoder.settings.max_positions if decoder is not None else 1
+
+
+def _check(settings: RunSettings, world: World, model: nn.Module, source: Source) -> None:
+    """Refuse what would be wrong, or wait for ever, later on.
+
+    Raises:
+        ParallelError: what it is.
+    """
+    degrees, train = world.degrees, settings.train
+    if settings.precision.compile:
+        raise ParallelError("precision.compile goes with data parallelism only: set it to false, or other degrees to 1")
+    if degrees.expert > 1:
+        size = train.micro_batch_size or -(-train.batch_size // degrees.data)
+        if train.batch_size % (size * degrees.data):
+            raise ParallelError(
+                f"parallel.expert sends tokens among workers, who must have equally many micro-batches: "
+                f"train.batch_size ({train.batch_size}) should be a multiple of micro_batch_size * data = "
+                f"{size} * {degrees.data}"
+            )
+    if degrees.pipeline > 1 and not train.micro_batch_size:
+        raise ParallelError(
+            "a pipeline works on several micro-batches at a time: set train.micro_batch_size, best so that every data "
+            f"worker has {2 * degrees.pipeline} or more of them in a step"
+        )
+    listening = [type(m).__name__ for m in model.modules() if hasattr(m, "before_step") or hasattr(m, "after_step")]
+    if listening:
+        raise ParallelError(
+            f"{listening[0]} changes between steps by looking at whole tensors: it goes with data parallelism only"
+        )
 
 
 def coordinator(world: World) -> ProcessGroup:

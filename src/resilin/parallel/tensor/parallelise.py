@@ -204,7 +204,7 @@ class _Work:
     def _vocabulary(self, stream: Stream) -> None:
         model: Any = self.module
         name = self.plan.embedding
-        if name is not None and name in self.modules:
+        if name is not None and f"{name}.weight" in self.specs:  # a stage of a pipeline may lack it
             shard = self._shard(f"{name}.weight")
             table = self.modules[name]
             if not isinstance(table, nn.Embedding):

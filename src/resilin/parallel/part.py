@@ -1,0 +1,290 @@
+"""A worker's part of a decoder: its stages, its experts, its slices of matrices, its tokens of each row.
+
+The order matters: a stage is taken out of the whole model, whose names stay; its experts are divided; then matrices are
+cut, the experts' among them; then attention cores learn of other ranks' tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from resilin.layout import LayoutError, ParamSpec, specs_of, staged
+from resilin.models.decoder import Decoder
+from resilin.models.flops import block_flops_per_token, head_flops_per_token
+from resilin.nouns import Batch, Objective
+from resilin.parallel.assemble import Facts
+from resilin.parallel.blueprint import Blueprint
+from resilin.parallel.errors import ParallelError
+from resilin.parallel.expert.parallelise import parallelise_experts
+from resilin.parallel.group import Group, make_groups
+from resilin.parallel.local_model import LocalModel, shapes_of
+from resilin.parallel.pipeline.build import build
+from resilin.parallel.pipeline.errors import ScheduleError
+from resilin.parallel.pipeline.messages import Op, lower
+from resilin.parallel.pipeline.passes import PipelinePasses
+from resilin.parallel.pipeline.schedule import Schedule, loop, vee
+from resilin.parallel.pipeline.split import Split, balanced
+from resilin.parallel.pipeline.stage import Stage, cut, decoder_in
+from resilin.parallel.pipeline.validate import validate
+from resilin.parallel.sequence.shard import shard_sequence
+from resilin.parallel.sequence.ulysses import ulysses
+from resilin.parallel.settings import ParallelSettings
+from resilin.parallel.step import Autocast
+from resilin.parallel.tensor.parallelise import parallelise
+from resilin.parallel.workers import Passes, WholeModel
+from resilin.parallel.world import World
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one worker computes.
+
+    Attributes:
+        passes: through its part.
+        blueprint: of the whole model.
+        facts: of the worker's parameters.
+    """
+
+    passes: Passes
+    blueprint: Blueprint
+    facts: Mapping[str, Facts]
+
+
+def stages_of(settings: ParallelSettings, world: World, decoder: Decoder, tokens: int) -> tuple[Split, tuple[int, ...]]:
+    """The blocks of every stage of a pipeline, and the rank of each stage.
+
+    Args:
+        settings: of the run.
+        world: all workers.
+        decoder: whole.
+        tokens: of a row, for the costs of attention.
+
+    Raises:
+        ParallelError: the blocks cannot be divided so.
+    """
+    ranks, model = world.axis("pp"), decoder.settings
+    stages = ranks * settings.chunks
+    if settings.schedule.endswith(".csv"):
+        schedule = _schedule(settings.schedule, 0, ranks, 1)
+        stages, rank_of = schedule.stages, schedule.rank_of
+    elif settings.schedule == "zb-v":
+        stages, rank_of = 2 * ranks, vee(2 * ranks, ranks)
+    else:
+        rank_of = loop(stages, ranks)
+    try:
+        if settings.layers:
+            bounds = [0]
+            for count in settings.layers:
+                bounds.append(bounds[-1] + count)
+            split = Split(tuple(bounds))
+        else:
+            costs = [block_flops_per_token(model, layer, tokens) for layer in range(model.layers)]
+            split = balanced(costs, stages, 0.0, head_flops_per_token(model), allowed=lambda _, first, end: end > first)
+    except ScheduleError as error:
+        raise ParallelError(f"{model.layers} blocks cannot be divided over {stages} stages: {error}") from None
+    if split.stages != stages or split.layers != model.layers:
+        raise ParallelError(
+            f"parallel.layers names {split.stages} stages with {split.layers} blocks together; the pipeline has "
+            f"{stages} and the model {model.layers}"
+        )
+    return split, rank_of
+
+
+def _schedule(name: str, stages: int, ranks: int, micros: int) -> Schedule:
+    """By name, or out of a file; checked."""
+    try:
+        if not name.endswith(".csv"):
+            return build(name, stages, ranks, micros)
+        schedule = Schedule.parse(Path(name).read_text(encoding="utf-8"), name)
+        validate(schedule)
+    except ScheduleError as error:
+        raise ParallelError(f"parallel.schedule: {error}") from None
+    except OSError as error:
+        raise ParallelError(f"parallel.schedule: {name}: {error.strerror}") from None
+    if schedule.ranks != ranks:
+        raise ParallelError(f"parallel.schedule: {name} is for {schedule.ranks} ranks, and the pipeline has {ranks}")
+    return schedule
+
+
+def _ops(settings: ParallelSettings, stages: int, ranks: int, rank: int, micros: int) -> Sequence[Op]:
+    schedule = _schedule(settings.schedule, stages, ranks, micros)
+    if schedule.micros != micros:
+        raise ParallelError(
+            f"parallel.schedule: {settings.schedule} is for {schedule.micros} micro-batches, and a worker has "
+            f"{micros}: set train.micro_batch_size"
+        )
+    return lower(schedule)[rank]
+
+
+def specs_of_decoder(decoder: nn.Module, world: World) -> dict[str, ParamSpec]:
+    """How tensor and expert parallelism cut the parameters of a whole decoder.
+
+    Raises:
+        ParallelError: they cannot.
+    """
+    plan = getattr(decoder, "tensor_plan", None)
+    if plan is None:
+        raise ParallelError(
+            f"{type(decoder).__name__} says nothing of how it is cut (it has no `tensor_plan`): parallel.tensor and "
+            "parallel.expert divide a plain Decoder, or a model with a plan of its own"
+        )
+    try:
+        specs = specs_of(shapes_of(decoder), list(plan().rules), strict=False)
+    except LayoutError as error:
+        raise ParallelError(str(error)) from None
+    wanted = {axis for axis in ("tp", "ep") if world.axis(axis) > 1}
+    return {
+        name: replace(spec, cuts=tuple(cut for cut in spec.cuts if cut.axis in wanted)) for name, spec in specs.items()
+    }
+
+
+def divide_decoder(
+    settings: ParallelSettings,
+    world: World,
+    model: nn.Module,
+    objective: Objective,
+    *,
+    tokens: int,
+    keep_whole: set[str],
+    device: torch.device,
+    autocast: Autocast,
+) -> Part:
+    """This worker's part of a model with a decoder in it; the model itself is used up.
+
+    Args:
+        settings: of the run.
+        world: all workers, who call together.
+        model: whole, the same at all.
+        objective: of the run.
+        tokens: of a row.
+        keep_whole: names of parameters that one rank has to own in whole.
+        device: of this worker.
+        autocast: the format of the step.
+
+    Raises:
+        ParallelError: what cannot be divided so, by name.
+    """
+    decoder = decoder_in(model)
+    trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    cuts = world.axis("tp") > 1 or world.axis("ep") > 1
+    shapes = shapes_of(model)
+    specs = (
+        specs_of_decoder(model, world)
+        if cuts
+        else {name: ParamSpec(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    )
+    pipeline = world.group("pp")
+    tied = _ends(world) if decoder.head is None and world.axis("pp") > 1 else None
+    if world.axis("pp") > 1:
+        split, rank_of = stages_of(settings, world, decoder, tokens)
+        specs = staged(specs, _holders(decoder, model, split, rank_of))
+        mine = [stage for stage, rank in enumerate(rank_of) if rank == pipeline.index]
+        modules = cut(model, split, mine)
+    else:
+        modules = [model]
+    parts = [_cut_further(module, settings, world) for module in modules]
+    blueprint = Blueprint(world.degrees, specs, trained, frozenset(keep_whole))
+    facts = _facts(parts, tied, world)
+    _agree(parts, blueprint, world)
+    if world.axis("cp") > 1:
+        prepare = partial(shard_sequence, group=world.group("cp"), kind=settings.context_kind)
+    else:
+        prepare = _same  # type: ignore[assignment]
+    speaks = world.coordinate("tp") == 0
+    passes: Passes
+    if world.axis("pp") > 1:
+        sequence = world.axis("tp") if settings.sequence else 1
+        passes = PipelinePasses(
+            [Stage(number, module, sequence) for number, module in zip(mine, modules, strict=True)],
+            partial(_ops, settings, split.stages, pipeline.size, pipeline.index),
+            rank_of,
+            objective,
+            peers=pipeline.ranks,
+            number=pipeline.index,
+            process_group=pipeline.process_group,
+            device=device,
+            autocast=autocast,
+            speaks=speaks,
+            prepare=prepare,
+        )
+    else:
+        passes = WholeModel(model, objective, model, device=device, autocast=autocast, speaks=speaks, prepare=prepare)
+    return Part(passes, blueprint, facts)
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+def _cut_further(module: nn.Module, settings: ParallelSettings, world: World) -> LocalModel:
+    local = LocalModel.of(module)
+    if world.axis("ep") > 1 and any(name.endswith("experts") for name, _ in module.named_modules()):
+        local = parallelise_experts(local, world.group("ep"))
+    if world.axis("tp") > 1:
+        local = parallelise(local, module.tensor_plan(), world.group("tp"), sequence=settings.sequence)  # type: ignore[operator]
+    if world.axis("cp") > 1:
+        if settings.context_kind == "ring":
+            from resilin.parallel.sequence.ring import ring
+
+            ring(module, world.group("cp"))
+        else:
+            ulysses(module, world.group("cp"))
+    return local
+
+
+def _holders(decoder: Decoder, model: nn.Module, split: Split, rank_of: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """For each parameter the pipeline ranks that have it."""
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    found: dict[str, tuple[int, ...]] = {}
+    last = rank_of[-1]
+    for name, _ in model.named_parameters():
+        inner = name.removeprefix(f"{prefix}." if prefix else "")
+        if inner.startswith("blocks."):
+            found[name] = (rank_of[split.stage_of(int(inner.split(".")[1]))],)
+        elif inner.startswith("embed."):
+            found[name] = tuple(sorted({rank_of[0], last})) if decoder.head is None else (rank_of[0],)
+        elif inner.startswith(("norm.", "head.")):
+            found[name] = (last,)
+    return found
+
+
+def _ends(world: World) -> Group:
+    """The ends of this worker's pipeline, who share a tied embedding; where it is at neither, it by itself."""
+    lines = world.members("pp")
+    ends = [(line[0], line[-1]) for line in lines]
+    middles = [(rank,) for line in lines for rank in line[1:-1]]
+    return make_groups([*ends, *middles], world.rank, "tied")
+
+
+def _facts(parts: Sequence[LocalModel], tied: Group | None, world: World) -> dict[str, Facts]:
+    found: dict[str, Facts] = {}
+    for part in parts:
+        for name, known in part.parameters.items():
+            sums, counted = known.sum_over, known.first
+            if tied is not None and tied.size > 1 and name.endswith("embed.weight"):
+                sums, counted = (*sums, tied), counted and tied.index == 0
+            found[name] = Facts(sums, counted)
+    return found
+
+
+def _agree(parts: Sequence[LocalModel], blueprint: Blueprint, world: World) -> None:
+    """What was cut has the shapes that the blueprint, which checkpoints go by, says.
+
+    Raises:
+        ParallelError: naming the parameter.
+    """
+    for part in parts:
+        for name, parameter in part.module.named_parameters():
+            mesh = blueprint.mesh(blueprint.reduction_of(name))
+            said = blueprint.specs[name].local_shapes(mesh)[world.rank]
+            if said != tuple(parameter.shape):
+                raise ParallelError(
+                    f"parameter {name!r} has shape {list(parameter.shape)} at worker {world.rank}, where its "
+                    f"specification says {list(said or ())}"
+                )

@@ -1,0 +1,289 @@
+"""Taking a step's micro-batches through the stages of a pipeline, in the order of any valid schedule.
+
+A rank does its list of actions in turn. What it needs from another rank was asked for some actions before, and what it
+gives is sent without waiting, so that messages travel while it computes. The gradient of a stage's input goes back the
+way the input came. Only the order of actions on a rank is the schedule's: the sums of gradients are those of one
+process that takes the same micro-batches one after the other, to the bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from resilin.keys import Keys
+from resilin.models.linear import WeightGradients, weight_gradients_later
+from resilin.models.stage_span import Hidden
+from resilin.nouns import Batch, Loss, Objective
+from resilin.parallel.pipeline.messages import Message, Op, Part, Receive, Send
+from resilin.parallel.pipeline.schedule import Action, B, F, I
+from resilin.parallel.pipeline.stage import Stage
+from resilin.parallel.pipeline.timeline import Record
+from resilin.parallel.step import Autocast
+from resilin.parallel.workers import Collect
+
+_AHEAD = 4  # operations, beyond the next one, whose messages are asked for
+_STAGES = 4096  # more than any pipeline has: tags are numbers
+
+Micro = tuple[Batch, Keys | None]
+
+
+Way = tuple[int, int, bool]
+"""Where a payload goes: the stage, its micro-batch there, and whether forward."""
+
+
+@dataclass
+class _Flight:
+    """What is kept of a micro-batch at one stage between its passes."""
+
+    later: WeightGradients = field(default_factory=WeightGradients)
+    incoming: Tensor | None = None
+    edge: GradientEdge | None = None
+    loss: Loss | None = None
+
+
+@dataclass
+class _Post:
+    """A payload that was asked for: its rows come in one message or in several."""
+
+    buffer: Tensor
+    works: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class _Walk:
+    """One pass over a list of operations."""
+
+    micros: Sequence[Micro]
+    shapes: Sequence[tuple[int, int]]
+    training: bool
+    splits: bool
+    collect: Collect
+    unsent: dict[Way, int]
+    flights: dict[tuple[int, int], _Flight] = field(default_factory=dict)
+    made: dict[Way, Tensor] = field(default_factory=dict)
+    posts: dict[Way, _Post] = field(default_factory=dict)
+    sends: list[tuple[Any, Tensor]] = field(default_factory=list)
+    losses: dict[int, Loss] = field(default_factory=dict)
+
+
+def _from(message: Message | Part) -> Way:
+    """Which payload of the sender's a message is of."""
+    micro = message.micro if isinstance(message, Message) else message.rows.sender_micro
+    return message.source, micro, message.forward
+
+
+def _to(message: Message | Part) -> Way:
+    """Which payload of the receiver's a message is of."""
+    micro = message.micro if isinstance(message, Message) else message.rows.receiver_micro
+    return message.target, micro, message.forward
+
+
+class PipelinePasses:
+    """The `Passes` of a rank of a pipeline.
+
+    Args:
+        stages: of this rank.
+        ops_for: this rank's operations for so many micro-batches of its own: of `lower`, or of `lower_members` where
+            stages have unlike numbers of replicas.
+        rank_of: for each stage the rank, a number in `peers`, that holds it, where evaluation goes along.
+        objective: of the run.
+        peers: the number in the whole job of every rank that operations name.
+        number: which of them this is.
+        process_group: that all of them are in.
+        device: where batches go.
+        autocast: the format of the step.
+        speaks: whether the losses that this rank computes are counted.
+        prepare: takes this rank's part of a batch, where rows are divided.
+
+    Attributes:
+        measure: whether to keep when each action runs.
+        records: of the last step; seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        ops_for: Callable[[int], Sequence[Op]],
+        rank_of: Sequence[int],
+        objective: Objective,
+        *,
+        peers: Sequence[int],
+        number: int,
+        process_group: dist.ProcessGroup | None,
+        device: torch.device,
+        autocast: Autocast,
+        speaks: bool = True,
+        prepare: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> None:
+        self._stages = {stage.number: stage for stage in stages}
+        self._chunk = {stage.number: place for place, stage in enumerate(stages)}
+        self.chunks: Sequence[nn.Module] = [stage.module for stage in stages]
+        self._ops_for, self._rank_of, self._objective = ops_for, rank_of, objective
+        self._peers, self._number, self._process_group = peers, number, process_group
+        self._device, self._autocast, self._prepare = device, autocast, prepare
+        self._last = any(stage.span.last for stage in stages)
+        self.speaks = speaks and self._last
+        self._tagged = len(peers) > 1 and dist.get_backend(process_group) == "gloo"
+        self._known: dict[int, tuple[Op, ...]] = {}
+        self.measure = False
+        self.records: list[Record] = []
+
+    # -- whole passes -------------------------------------------------------------------------------------------
+
+    def train(self, micros: Sequence[Micro], collect: Collect) -> list[Loss]:
+        """Forward and backward over micro-batches, as the list of operations says."""
+        if not micros:
+            return []
+        ops = self._known.get(len(micros))
+        if ops is None:
+            ops = self._known[len(micros)] = tuple(self._ops_for(len(micros)))
+        self.records = []
+        return self._go(ops, micros, collect, training=True)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> list[Loss]:
+        """Forward only, one batch after another."""
+        ops: list[Op] = []
+        for micro in range(len(batches)):
+            for number in sorted(self._stages):
+                if number - 1 not in self._stages and number:
+                    ops.append(Receive(Message(number - 1, number, micro), self._rank_of[number - 1]))
+                ops.append(Action(F, number, micro))
+                if number + 1 not in self._stages and number + 1 < len(self._rank_of):
+                    ops.append(Send(Message(number, number + 1, micro), self._rank_of[number + 1]))
+        return self._go(ops, [(batch, None) for batch in batches], lambda _: None, training=False)
+
+    def _go(self, ops: Sequence[Op], micros: Sequence[Micro], collect: Collect, *, training: bool) -> list[Loss]:
+        on_device = [(self._prepare(batch.to(self._device)), keys) for batch, keys in micros]
+        stage = next(iter(self._stages.values()))
+        with self._autocast():
+            shapes = [stage.shape(partial(self._call, stage, micro)) for micro in on_device]
+        splits = any(isinstance(op, Action) and op.kind is I for op in ops)
+        unsent = Counter(_from(op.message) for op in ops if isinstance(op, Send))
+        walk = _Walk(on_device, shapes, training, splits, collect, unsent)
+        asked = 0
+        for place, op in enumerate(ops):
+            # Messages without tags come in the order in which they are asked for: then nothing is asked for early.
+            end = min(place + 1 + (_AHEAD if self._tagged else 0), len(ops))
+            for coming in ops[asked:end]:
+                if isinstance(coming, Receive):
+                    self._ask(walk, coming)
+            asked = max(asked, end)
+            if isinstance(op, Action):
+                self._act(walk, op)
+            elif isinstance(op, Send):
+                self._send(walk, op)
+        for work, _ in walk.sends:
+            work.wait()
+        return [walk.losses[micro] for micro in range(len(micros))] if self._last else []
+
+    def _call(self, stage: Stage, micro: Micro) -> Any:
+        batch, keys = micro
+        return self._objective(stage.module, batch, keys)
+
+    # -- actions ------------------------------------------------------------------------------------------------
+
+    def _act(self, walk: _Walk, action: Action) -> None:
+        began = time.time()
+        if action.kind is F:
+            self._forward(walk, action.stage, action.micro)
+        else:
+            self._backward(walk, action)
+        if self.measure:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self.records.append(Record(action, self._number, began, time.time()))
+
+    def _forward(self, walk: _Walk, number: int, micro: int) -> None:
+        stage = self._stages[number]
+        flight = walk.flights[number, micro] = _Flight()
+        tokens = walk.shapes[micro][1]
+        incoming: Hidden | None = None
+        if not stage.span.first:
+            flight.incoming = self._arrived(walk, (number, micro, True)).requires_grad_(walk.training)
+            incoming = stage.width(tokens, before=True).unpack(flight.incoming)
+        with self._autocast(), weight_gradients_later(flight.later, walk.splits):
+            result = stage.forward(incoming, partial(self._call, stage, walk.micros[micro]))
+        if isinstance(result, Loss):
+            walk.losses[micro] = Loss(result.sum.detach(), result.units.detach(), result.logs)
+            flight.loss = result if walk.training else None
+            return
+        payload = stage.width(tokens, before=False).pack(result)
+        # Of what goes out only its place in the graph is needed once it was sent.
+        flight.edge = get_gradient_edge(payload) if payload.requires_grad else None
+        self._hand_on(walk, (number, micro, True), number + 1, payload.detach())
+
+    def _backward(self, walk: _Walk, action: Action) -> None:
+        number, micro = action.stage, action.micro
+        flight = walk.flights[number, micro]
+        if action.kind in (B, I):
+            if flight.loss is not None:
+                flight.loss.sum.backward()
+            else:
+                gradient = self._arrived(walk, (number, micro, False))
+                if flight.edge is not None:
+                    torch.autograd.backward([flight.edge], [gradient])
+            if flight.incoming is not None:
+                back = flight.incoming.grad
+                back = torch.zeros_like(flight.incoming) if back is None else back
+                self._hand_on(walk, (number, micro, False), number - 1, back)
+            flight.loss = flight.edge = flight.incoming = None
+        if action.kind is not I:
+            flight.later.compute()
+            walk.collect(self._chunk[number])
+            del walk.flights[number, micro]
+
+    # -- messages -----------------------------------------------------------------------------------------------
+
+    def _tag(self, message: Message | Part) -> int:
+        if not self._tagged:
+            return 0
+        which = message.micro if isinstance(message, Message) else message.rows.start
+        return (which * 2 + message.forward) * _STAGES + message.target
+
+    def _ask(self, walk: _Walk, op: Receive) -> None:
+        message, way = op.message, _to(op.message)
+        rows, tokens = walk.shapes[way[1]]
+        if way not in walk.posts:
+            width = self._stages[way[0]].width(tokens, before=message.forward)
+            walk.posts[way] = _Post(torch.empty(rows, width.values, dtype=width.dtype, device=self._device))
+        buffer = walk.posts[way].buffer
+        if isinstance(message, Part):
+            buffer = buffer[message.rows.receiver_row :][: message.rows.rows]
+        work = dist.irecv(buffer, self._peers[op.peer], group=self._process_group, tag=self._tag(message))
+        walk.posts[way].works.append(work)
+
+    def _arrived(self, walk: _Walk, way: Way) -> Tensor:
+        post = walk.posts.pop(way)
+        for work in post.works:
+            work.wait()
+        return post.buffer
+
+    def _hand_on(self, walk: _Walk, way: Way, target: int, payload: Tensor) -> None:
+        """To a stage of this rank at once; to those of others when it is their turn."""
+        if target in self._stages:
+            walk.posts[target, way[1], way[2]] = _Post(payload)
+        else:
+            walk.made[way] = payload.contiguous()
+
+    def _send(self, walk: _Walk, op: Send) -> None:
+        message, way = op.message, _from(op.message)
+        payload = walk.made[way]
+        walk.unsent[way] -= 1
+        if not walk.unsent[way]:
+            del walk.made[way]
+        if isinstance(message, Part):
+            payload = payload[message.rows.sender_row :][: message.rows.rows]
+        work = dist.isend(payload, self._peers[op.peer], group=self._process_group, tag=self._tag(message))
+        walk.sends = [(sent, kept) for sent, kept in walk.sends if not sent.is_completed()]
+        walk.sends.append((work, payload))

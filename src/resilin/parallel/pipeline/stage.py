@@ -1,0 +1,157 @@
+"""A stage of a pipeline: the part of a model that it is, and what comes in and goes out.
+
+Shapes: B rows, T tokens, D hidden size, E experts, W values of a row.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resilin.models.decoder import Decoder
+from resilin.models.stage_span import Elsewhere, Hidden, ShapeSeen, StageDone, StageSpan
+from resilin.parallel.errors import ParallelError
+from resilin.parallel.pipeline.split import Split
+
+
+def decoder_in(model: nn.Module) -> Decoder:
+    """The decoder inside a model that a pipeline is to divide.
+
+    Raises:
+        ParallelError: there is none, or several.
+    """
+    found = [module for module in model.modules() if isinstance(module, Decoder)]
+    if len(found) != 1:
+        raise ParallelError(
+            f"a pipeline divides the blocks of a Decoder, but this {type(model).__name__} has {len(found)} of them: "
+            "use parallel.pipeline = 1"
+        )
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Width:
+    """How a row of the payload between two stages is laid out: the residual stream, then the router logits.
+
+    Attributes:
+        tokens: T, of this rank.
+        hidden: D.
+        routers: E of each block with experts before the boundary.
+        router_tokens: tokens that router logits have; the same but where sequences are divided for tensor parallelism.
+        dtype: of the payload.
+    """
+
+    tokens: int
+    hidden: int
+    routers: tuple[int, ...]
+    router_tokens: int
+    dtype: torch.dtype
+
+    @property
+    def values(self) -> int:
+        """W."""
+        return self.tokens * self.hidden + self.router_tokens * sum(self.routers)
+
+    def pack(self, sent: Hidden) -> Tensor:
+        """(B, W)."""
+        parts = [sent.hidden_BTD, *sent.router_logits]
+        flat = [part.flatten(1).to(self.dtype) for part in parts]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+
+    def unpack(self, payload_BW: Tensor) -> Hidden:
+        """The other way; views where it can be."""
+        B = len(payload_BW)
+        sizes = [self.tokens * self.hidden, *(self.router_tokens * experts for experts in self.routers)]
+        hidden, *routers = payload_BW.split(sizes, 1)
+        logits = [
+            router.reshape(B, self.router_tokens, experts)
+            for router, experts in zip(routers, self.routers, strict=True)
+        ]
+        return Hidden(hidden.reshape(B, self.tokens, self.hidden), tuple(logits))
+
+
+class Stage:
+    """One stage on this rank.
+
+    Args:
+        number: of the stage.
+        module: the model with this stage's parts only, made by `cut`.
+        sequence_ranks: among how many ranks tensor parallelism divides the tokens between blocks; 1: it does not.
+    """
+
+    def __init__(self, number: int, module: nn.Module, sequence_ranks: int = 1) -> None:
+        self.number, self.module = number, module
+        self.decoder = decoder_in(module)
+        assert self.decoder.span is not None
+        self.span: StageSpan = self.decoder.span
+        self._sequence_ranks = sequence_ranks
+
+    def shape(self, call: Callable[[], Any]) -> tuple[int, int]:
+        """Rows and tokens that the decoder computes when the objective is called so; nothing is computed."""
+        self.span.probing = True
+        try:
+            call()
+        except ShapeSeen as seen:
+            return seen.rows, seen.tokens
+        finally:
+            self.span.probing = False
+        raise ParallelError("the objective did not call its model, which a pipeline relies on")
+
+    def width(self, tokens: int, *, before: bool) -> Width:
+        """The payload that comes in (before) or goes out, for rows of so many tokens."""
+        settings = self.decoder.settings
+        end = self.span.blocks.start if before else self.span.blocks.stop
+        experts = settings.moe.experts if settings.moe is not None else 0
+        routers = tuple(experts for layer in range(end) if settings.is_moe_layer(layer))
+        local = tokens // self._sequence_ranks
+        dtype = torch.promote_types(self.decoder.stream_dtype, torch.float32) if routers else self.decoder.stream_dtype
+        return Width(local, settings.hidden_size, routers, tokens, dtype)
+
+    def forward(self, incoming: Hidden | None, call: Callable[[], Any]) -> Any:
+        """What the objective gives at the last stage; what goes out (`Hidden`) at any other."""
+        self.span.incoming = incoming
+        try:
+            return call()
+        except StageDone as done:
+            return done.hidden
+        finally:
+            self.span.incoming = None
+
+
+def cut(model: nn.Module, split: Split, stages: list[int]) -> list[nn.Module]:
+    """The parts of a model that some stages are, with the names that their parameters have in the whole.
+
+    Args:
+        model: whole; its modules are shared with, or moved into, the parts: it is not to be used any more.
+        split: of the blocks.
+        stages: of this rank.
+
+    Returns:
+        A module for each.
+    """
+    decoder = decoder_in(model)
+    if decoder.sequence is not None:
+        raise ParallelError("a model whose sequences are divided already cannot be cut into stages")
+    tied = decoder.head is None
+    blocks, embed, norm, head = list(decoder.blocks), decoder.embed, decoder.norm, decoder.head
+    # What is beside the decoder (a value head, say) looks at its output.
+    made = []
+    for stage in stages:
+        mine = split.layers_of(stage)
+        if not mine:
+            raise ParallelError(f"stage {stage} of {split.stages} has no block: use fewer stages")
+        first, last = stage == 0, stage == split.stages - 1
+        for number in range(len(blocks)):
+            decoder.blocks[number] = blocks[number] if number in mine else Elsewhere()
+        decoder.embed = embed if first or (last and tied) else Elsewhere()  # type: ignore[assignment]
+        decoder.norm = norm if last else Elsewhere()
+        decoder.head = head if last or tied else Elsewhere()  # type: ignore[assignment]
+        part = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        decoder_in(part).span = StageSpan(mine, first=first, last=last)
+        made.append(part)
+    return made

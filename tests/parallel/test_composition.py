@@ -1,0 +1,230 @@
+"""Every kind of parallelism, alone and together, against one process: losses, norms and weights after some steps."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from forked import run_ranks
+
+from resilin.keys import Keys
+from resilin.models.decoder_settings import DecoderSettings, MoESettings
+from resilin.models.settings import ModelContext
+from resilin.nouns import Batch
+from resilin.objective.next_token import NextToken
+from resilin.optim.adamw import AdamW
+from resilin.optim.sgd import SGD
+from resilin.parallel.assemble import assemble
+from resilin.parallel.local_model import cut_out
+from resilin.parallel.part import divide_decoder
+from resilin.parallel.settings import ParallelSettings
+from resilin.parallel.step import OneProcess
+from resilin.parallel.world import World
+
+SEED, T, V, STEPS = 3, 16, 64, 2
+DENSE: dict[str, Any] = {
+    "vocab_size": V, "hidden_size": 32, "layers": 4, "heads": 4, "kv_heads": 2, "mlp_size": 48, "qk_norm": "rms",
+    "dropout": 0.1,
+}  # fmt: skip
+MODELS = {
+    "dense": DecoderSettings(**DENSE),
+    "tied": DecoderSettings(**DENSE, tie_embeddings=True),
+    "experts": DecoderSettings(
+        **{**DENSE, "dropout": 0.0},
+        moe=MoESettings(experts=4, experts_per_token=2, expert_size=24, shared_size=16, dense_layers=(1,)),
+    ),
+    "recomputed": DecoderSettings(**DENSE, recompute="block"),
+}
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings under `parallel`, and the run they divide."""
+
+    workers: int
+    parallel: dict[str, Any]
+    model: str = "dense"
+    slots: int = 8
+    micro: int = 1
+    packed: bool = False
+    exact: bool = False
+    optimizer: str = "sgd"
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        said = " ".join(f"{key}={value}" for key, value in self.parallel.items())
+        return f"{self.model} {said}{' packed' if self.packed else ''}{' exact' if self.exact else ''}"
+
+
+def batch_of(step: int, slots: range, packed: bool) -> Batch:
+    rows = []
+    for slot in slots:
+        draw = torch.Generator().manual_seed(100 * step + slot)
+        tokens = torch.randint(0, V, (T + 1,), generator=draw)
+        labels = tokens[1:].clone()
+        labels[torch.rand(T, generator=draw) < 0.1 * (slot % 3)] = -100
+        cut = int(torch.randint(3, T - 3, (), generator=draw))
+        documents = (torch.arange(T) >= cut).int()
+        positions = torch.cat([torch.arange(cut), torch.arange(T - cut)])
+        rows.append((tokens[:-1], labels, documents, positions))
+    if not rows:
+        return Batch(torch.zeros(0, dtype=torch.int64), {"tokens": torch.zeros(0, T, dtype=torch.int64)})
+    tokens, labels, documents, positions = (torch.stack(column) for column in zip(*rows, strict=True))
+    fields = {"tokens": tokens, "labels": labels}
+    if packed:
+        fields |= {"documents": documents, "positions": positions}
+    return Batch(torch.tensor(list(slots)), fields)
+
+
+def optimizer_of(case: Case) -> Any:
+    return SGD(lr=0.3, momentum=0.9) if case.optimizer == "sgd" else AdamW(lr=1e-2)
+
+
+def alone(case: Case) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    torch.set_num_threads(1)
+    model = MODELS[case.model].build(ModelContext(SEED))
+    optimizer = optimizer_of(case).build(model, STEPS)
+    engine = OneProcess(
+        model, NextToken().build(), micro_batch_size=case.micro, clip_norm=1.0, device=CPU, autocast=nullcontext
+    )
+    told = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        found = engine.gradient(
+            batch_of(step, range(case.slots), case.packed), Keys(SEED, step, torch.arange(case.slots)), case.slots
+        )
+        optimizer.step(step)
+        told.append((found.loss, found.norm))
+    return told, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def worker(rank: int, cases: list[Case], wholes: list[dict[str, torch.Tensor]]) -> list[Any]:
+    """Losses and norms of each case, and how far this worker's weights are from its part of the whole ones."""
+    found = []
+    for case, whole in zip(cases, wholes, strict=True):
+        settings = ParallelSettings(**case.parallel)
+        world = World(settings.degrees(case.workers), rank)
+        model = MODELS[case.model].build(ModelContext(SEED))
+        objective, optimizer = NextToken().build(), optimizer_of(case)
+        outline = MODELS[case.model].outline(ModelContext(SEED))
+        part = divide_decoder(
+            settings, world, model, objective, tokens=T, keep_whole=set(), device=CPU, autocast=nullcontext
+        )
+        made = assemble(
+            world,
+            part.passes,
+            part.blueprint,
+            lambda owned, o=optimizer, m=outline: o.build_owned(m, STEPS, owned),
+            objective=objective,
+            micro_batch_size=case.micro,
+            clip_norm=1.0,
+            exact=case.exact,
+            device=CPU,
+            autocast=nullcontext,
+            facts=part.facts,
+        )
+        told = []
+        for step in range(STEPS):
+            batch = batch_of(step, made.engine.slots(case.slots), case.packed)
+            made.optimizer.zero_grad()
+            gradient = made.engine.gradient(batch, Keys(SEED, step, batch.slots_B), case.slots)
+            made.optimizer.step(step)
+            told.append((gradient.loss, gradient.norm))
+        worst, same = 0.0, True
+        for chunk in part.passes.chunks:
+            for name, parameter in chunk.named_parameters():
+                mesh = part.blueprint.mesh(part.blueprint.reduction_of(name))
+                expected = cut_out(part.blueprint.specs[name], mesh, rank, whole[name])
+                gap = (parameter.detach() - expected).abs().max() / expected.abs().max()
+                worst, same = max(worst, float(gap)), same and torch.equal(parameter.detach(), expected)
+        found.append((told, worst, same))
+    return found
+
+
+def check(cases: list[Case]) -> None:
+    references = [alone(case) for case in cases]
+    results = run_ranks(cases[0].workers, worker, cases, [weights for _, weights in references], timeout=240)
+    for index, (case, (told, _)) in enumerate(zip(cases, references, strict=True)):
+        for rank, result in enumerate(results):
+            mine, worst, same = result[index]
+            if case.exact:
+                assert mine == told, f"{case}, rank {rank}: losses and norms"
+                assert same, f"{case}, rank {rank}: weights differ by {worst}"
+            for (loss, norm), (expected, its_norm) in zip(mine, told, strict=True):
+                assert loss == pytest.approx(expected, rel=1e-5), f"{case}, rank {rank}"
+                assert norm == pytest.approx(its_norm, rel=1e-4), f"{case}, rank {rank}"
+            assert worst < 2e-5, f"{case}, rank {rank}: weights differ by {worst}"
+
+
+def test_pipelines_of_two():
+    check(
+        [
+            Case(2, {"pipeline": 2}, exact=True),
+            Case(2, {"pipeline": 2, "schedule": "gpipe"}, exact=True, optimizer="adamw"),
+            Case(2, {"pipeline": 2, "schedule": "interleaved", "chunks": 2}, exact=True),
+            Case(2, {"pipeline": 2, "schedule": "zb-h1"}),
+            Case(2, {"pipeline": 2, "schedule": "zb-v"}),
+            Case(2, {"pipeline": 2, "layers": (1, 3)}, exact=True, packed=True),
+            Case(2, {"pipeline": 2}, model="tied"),
+            Case(2, {"pipeline": 2}, model="experts", exact=True),
+            Case(2, {"pipeline": 2}, model="recomputed", exact=True),
+            Case(2, {"pipeline": 2}, micro=3, slots=7, exact=True),
+        ]
+    )
+
+
+def test_each_other_kind_with_two():
+    check(
+        [
+            Case(2, {"data": 2}, exact=True, packed=True),
+            Case(2, {"data": 2}, model="experts"),
+            Case(2, {"tensor": 2}),
+            Case(2, {"tensor": 2, "sequence": False}, packed=True),
+            Case(2, {"tensor": 2}, model="tied", packed=True),
+            Case(2, {"tensor": 2}, model="experts"),
+            Case(2, {"context": 2}),
+            Case(2, {"context": 2}, packed=True, model="tied"),
+            Case(2, {"context": 2}, model="experts"),
+            Case(2, {"expert": 2}, model="experts"),
+            Case(2, {"tensor": 2}, model="recomputed"),
+            Case(2, {"context": 2}, model="recomputed"),
+        ]
+    )
+
+
+def test_every_pair_with_four():
+    check(
+        [
+            Case(4, {"pipeline": 2, "data": 2}, exact=True),
+            Case(4, {"pipeline": 2, "data": 2}, exact=True, slots=5, packed=True),
+            Case(4, {"pipeline": 2, "tensor": 2}),
+            Case(4, {"pipeline": 2, "tensor": 2}, model="tied"),
+            Case(4, {"pipeline": 2, "tensor": 2}, model="experts"),
+            Case(4, {"pipeline": 2, "context": 2}, packed=True),
+            Case(4, {"pipeline": 2, "data": 2, "expert": 2}, model="experts"),
+            Case(4, {"data": 2, "tensor": 2}, model="tied"),
+            Case(4, {"data": 2, "context": 2}, packed=True),
+            Case(4, {"data": 4, "expert": 2}, model="experts"),
+            Case(4, {"tensor": 2, "context": 2}, packed=True),
+            Case(4, {"tensor": 2, "data": 2, "expert": 2}, model="experts"),
+            Case(4, {"context": 2, "data": 2, "expert": 4}, model="experts"),
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_chosen_triples_with_eight():
+    check(
+        [
+            Case(8, {"pipeline": 2, "tensor": 2, "data": 2}, model="tied"),
+            Case(8, {"pipeline": 2, "tensor": 2, "context": 2}, packed=True),
+            Case(8, {"pipeline": 2, "tensor": 2, "data": 2, "expert": 2}, model="experts"),
+            Case(8, {"pipeline": 2, "context": 2, "data": 2, "expert": 2}, model="experts"),
+            Case(8, {"pipeline": 2, "data": 4, "schedule": "interleaved", "chunks": 2}, exact=True),
+            Case(8, {"tensor": 2, "context": 2, "data": 2}, packed=True, model="recomputed"),
+        ]
+    )
