@@ -1,4 +1,4 @@
-"""Models saved by `transformers`, with rows divided over ranks: the logits are those of `transformers` on whole rows."""
+"""Models saved by `transformers`, their rows divided over ranks: the logits of `transformers` on whole rows."""
 
 from __future__ import annotations
 
