@@ -51,6 +51,8 @@ class TensorPlan:
     is on each rank a part of a sum, and everything within it runs on the rank's own weights.
 
     Attributes:
+        root: path of the module that the plan is of, where it is a part of another model: names are relative to it, and
+            what lies outside has the module's results on every rank.
         rules: which parameters are cut and how; cuts of other axes than "tp" are left to others.
         regions: patterns of modules.
         copied: patterns of parameters within regions of which every rank has all.
@@ -85,3 +87,4 @@ class TensorPlan:
     padding: tuple[tuple[str, int], ...] = ()
     positions: str | None = None
     divided: str | None = None
+    root: str = ""
