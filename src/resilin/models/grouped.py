@@ -91,8 +91,8 @@ def gather(x_RI: Tensor, groups: Groups, choices: int) -> Tensor:
 def grouped_linear(x_RI: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:
     """(R, I) -> (R, O): each group's rows times its own matrix.
 
-    One kernel on CUDA, in bfloat16 under autocast; elsewhere one product per group that has rows. The kernel reads rows of
-    multiples of 16 bytes only, which widths divided among ranks may not have.
+    One kernel on CUDA, in bfloat16 under autocast; elsewhere one product per group that has rows. The kernel takes
+    widths of multiples of 16 bytes only, which those divided among ranks may not be.
     """
     if x_RI.is_cuda:
         if torch.is_autocast_enabled("cuda"):
