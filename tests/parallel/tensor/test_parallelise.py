@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tensor_cases import Case, batch, compare, step
 from torch import nn
 
-from resilin.layout import Mesh, layout_of, plan
+from resilin.layout import Mesh, layout_of, plan, specs_of
 from resilin.layout import check as check_layout
 from resilin.models.cache import KVCache
 from resilin.models.decoder import Decoder
@@ -272,7 +272,11 @@ def inside_another(rank: int) -> None:
         whole, model = (RewardModel(Decoder(known, seed=2)) for _ in range(2))
         for one in (whole, model):
             nn.init.normal_(one.score.weight, generator=torch.Generator().manual_seed(0))
+        specs = specs_of(shapes_of(model), plan_of(model).whole_rules, strict=False)
         local = parallelise(model, plan_of(model), group, sequence=sequence)
+        assert {name: known.spec.cuts for name, known in local.parameters.items()} == {
+            name: spec.cuts for name, spec in specs.items()
+        }
         tokens = torch.randint(20, (2, 7), generator=torch.Generator().manual_seed(1))
         for one in (whole, model):
             one(tokens).square().sum().backward()

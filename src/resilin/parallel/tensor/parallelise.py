@@ -69,8 +69,8 @@ def plan_of(model: nn.Module) -> TensorPlan:
     make = getattr(model, "tensor_plan", None)
     if make is None:
         raise ParallelError(
-            f"a {type(model).__name__} has no tensor_plan(), so its matrices cannot be divided: use "
-            "parallel.tensor = 1, or write one (docs/add-a-model.md)"
+            f"a {type(model).__name__} has no tensor_plan(), which says how it is cut: use parallel.tensor = 1 and "
+            "parallel.expert = 1, or write one (docs/add-a-model.md)"
         )
     plan: TensorPlan = make()
     return plan
