@@ -174,7 +174,7 @@ def _check_sharded(settings: RunSettings, world: World, whole: set[str]) -> None
     if whole:
         raise ParallelError(
             f"{type(settings.optimizer).__name__} updates whole matrices ({min(whole)}), and sharding = 'fsdp' leaves "
-            "no worker with one: use sharding = 'zero1', or AdamW"
+            "no worker with one: use sharding = 'zero1', or an optimizer that works element by element"
         )
     size = train.micro_batch_size or -(-train.batch_size // degrees.data)
     if train.batch_size % (size * degrees.data):
