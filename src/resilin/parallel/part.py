@@ -35,6 +35,7 @@ from resilin.parallel.pipeline.validate import validate
 from resilin.parallel.sequence.shard import shard_sequence
 from resilin.parallel.sequence.ulysses import ulysses
 from resilin.parallel.settings import ParallelSettings
+from resilin.parallel.sharded import shard_module
 from resilin.parallel.step import Autocast
 from resilin.parallel.tensor.parallelise import parallelise, plan_of
 from resilin.parallel.workers import Passes, WholeModel
@@ -186,6 +187,10 @@ def divide_decoder(
     blueprint = Blueprint(world.degrees, specs, trained, frozenset(keep_whole))
     facts = _facts(parts, tied, world)
     _agree(parts, blueprint, world)
+    if settings.sharding == "fsdp":
+        blueprint = replace(blueprint, sharded=True)
+        for module in modules:
+            shard_module(module, world, device.type)
     if world.axis("cp") > 1:
         prepare = partial(shard_sequence, group=world.group("cp"), kind=settings.context_kind)
     else:
