@@ -91,7 +91,8 @@ def record(arm: str, step_s: float, stall_s: float, loss: float = 1.0) -> Trial:
 
 def study(ahead: float = 0.7, loss: float = 1.0) -> Study:
     trials = [record("memory", 0.5, 0.0), record("off", 1.0, 0.5), record("ahead", ahead, 0.2, loss)]
-    return Study("se-moe", "cpu", (*trials, record("off_lru", 1.0, 0.4)), load_recipe(RECIPE))
+    trials += [record("off_lru", 1.0, 0.4), record("ahead_lru", 0.7, 0.1)]
+    return Study("se-moe", "cpu", tuple(trials), load_recipe(RECIPE))
 
 
 def test_claims_follow_from_the_runs():

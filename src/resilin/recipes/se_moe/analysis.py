@@ -14,6 +14,7 @@ ARMS = {
     "off": "cache of a quarter, nothing read ahead",
     "ahead": "cache of a quarter, next layer read ahead",
     "off_lru": "least recently used leaves, nothing read ahead",
+    "ahead_lru": "least recently used leaves, next layer read ahead",
 }
 SHORTER = 0.2
 WARM = 3
