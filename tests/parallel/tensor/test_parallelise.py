@@ -124,6 +124,14 @@ def refusals(rank: int) -> None:
         ParallelError, match=r"embed\.weight: the plan names it as embedding or head, but no rule cuts it"
     ):
         parallelise(copy.deepcopy(model), replace(plan, rules=plan.rules[1:]), group, sequence=False)
+    scaled = copy.deepcopy(model)
+    scaled.embed = type("Scaled", (nn.Embedding,), {})(20, 8)
+    with pytest.raises(ParallelError, match="embed: the plan's embedding should be a plain Embedding, not a Scaled"):
+        parallelise(scaled, plan, group, sequence=False)
+    biased = Decoder(DecoderSettings(vocab_size=20, hidden_size=8, layers=1, heads=2, out_bias=True))
+    biased.blocks[0].attention.o.__class__ = type("Quantised", (Linear,), {})
+    with pytest.raises(ParallelError, match=r"attention\.o: a Quantised cannot be told to add its bias"):
+        parallelise(biased, plan, group, sequence=False)
     shared = copy.deepcopy(model)
     shared.head.weight = shared.embed.weight  # type: ignore[union-attr]
     with pytest.raises(ParallelError, match=r"head\.weight is the same parameter as embed\.weight"):
