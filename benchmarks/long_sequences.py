@@ -1,9 +1,9 @@
 """The longest row that can be trained on within a memory limit, by what is switched on, against `transformers`.
 
-Every contender trains the same Llama (same shape, float32 on a CPU, bfloat16 by autocast on a GPU, torch's AdamW) on one
-row a step, in a process of its own that may hold so much memory and no more. Lengths are searched until the longest that
-fits and the shortest that does not are a few per cent apart; memory at every length that was tried is kept (`runs`). On
-a CPU memory is the largest resident set of the process, on a GPU what the allocator held. Rows divided over ranks have
+Every contender trains the same Llama (same shape, float32 on a CPU, bfloat16 by autocast on a GPU, AdamW of torch) on
+one row a step, in a process of its own that may hold so much memory and no more. Lengths are searched until the longest
+that fits and the shortest that does not are a few per cent apart; memory at every length that was tried is kept. On a
+CPU memory is the largest resident set of the process, on a GPU what the allocator held. Rows divided over ranks have
 the limit for each rank.
 
     resilin bench run long_sequences --help
@@ -199,7 +199,7 @@ def longest(context: Any, who: Contender, device: str, limit: int, fineness: flo
         else:
             high = min(high, length)
 
-    for length in (256, 512) if device == "cpu" else (4096, 8192):
+    for length in (128, 256) if device == "cpu" else (4096, 8192):
         try_(length)
     while low and high > (1 + fineness) * low:
         known = sorted(length for length, peak in tried.items() if peak < math.inf)[-2:]
