@@ -6,7 +6,8 @@ match whole names, as `named_modules` and `named_parameters` give them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from resilin.layout import SpecRule
 
@@ -88,3 +89,10 @@ class TensorPlan:
     positions: str | None = None
     divided: str | None = None
     root: str = ""
+
+    @property
+    def whole_rules(self) -> tuple[SpecRule, ...]:
+        """The rules for names of the model that `root` is a part of."""
+        if not self.root:
+            return self.rules
+        return tuple(replace(rule, pattern=rf"{re.escape(self.root)}\.(?:{rule.pattern})") for rule in self.rules)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tensor_cases import Case, batch, compare, step
 from torch import nn
 
-from resilin.layout import Mesh, layout_of, plan
+from resilin.layout import Mesh, layout_of, plan, specs_of
 from resilin.layout import check as check_layout
 from resilin.models.cache import KVCache
 from resilin.models.decoder import Decoder
@@ -124,6 +124,14 @@ def refusals(rank: int) -> None:
         ParallelError, match=r"embed\.weight: the plan names it as embedding or head, but no rule cuts it"
     ):
         parallelise(copy.deepcopy(model), replace(plan, rules=plan.rules[1:]), group, sequence=False)
+    scaled = copy.deepcopy(model)
+    scaled.embed = type("Scaled", (nn.Embedding,), {})(20, 8)
+    with pytest.raises(ParallelError, match="embed: the plan's embedding should be a plain Embedding, not a Scaled"):
+        parallelise(scaled, plan, group, sequence=False)
+    biased = Decoder(DecoderSettings(vocab_size=20, hidden_size=8, layers=1, heads=2, out_bias=True))
+    biased.blocks[0].attention.o.__class__ = type("Quantised", (Linear,), {})
+    with pytest.raises(ParallelError, match=r"attention\.o: a Quantised cannot be told to add its bias"):
+        parallelise(biased, plan, group, sequence=False)
     shared = copy.deepcopy(model)
     shared.head.weight = shared.embed.weight  # type: ignore[union-attr]
     with pytest.raises(ParallelError, match=r"head\.weight is the same parameter as embed\.weight"):
@@ -272,7 +280,11 @@ def inside_another(rank: int) -> None:
         whole, model = (RewardModel(Decoder(known, seed=2)) for _ in range(2))
         for one in (whole, model):
             nn.init.normal_(one.score.weight, generator=torch.Generator().manual_seed(0))
+        specs = specs_of(shapes_of(model), plan_of(model).whole_rules, strict=False)
         local = parallelise(model, plan_of(model), group, sequence=sequence)
+        assert {name: known.spec.cuts for name, known in local.parameters.items()} == {
+            name: spec.cuts for name, spec in specs.items()
+        }
         tokens = torch.randint(20, (2, 7), generator=torch.Generator().manual_seed(1))
         for one in (whole, model):
             one(tokens).square().sum().backward()

@@ -16,6 +16,7 @@ import torch
 
 from resilin.checkpoint.atomic import write_file
 from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.foreign.deepspeed_objects import several_in_one
 from resilin.checkpoint.foreign.deepspeed_states import (
     VERSION,
     Trained,
@@ -25,12 +26,10 @@ from resilin.checkpoint.foreign.deepspeed_states import (
     own_tensor,
     trained_of,
 )
-from resilin.checkpoint.foreign.pickle_write import record, save_pickle
+from resilin.checkpoint.foreign.pickle_write import save_pickle
 from resilin.checkpoint.foreign.rules import Rules
 from resilin.checkpoint.foreign.stored import MODEL, Stored, weight
 from resilin.checkpoint.foreign.universal import GLOBAL, PARAM, POINTER
-
-_SEVERAL = "deepspeed.checkpoint.universal_checkpoint.SubparamShape"
 
 
 def write_universal(stored: Stored, target: Path, table: Mapping[str, Any] | None = None) -> int:
@@ -85,7 +84,7 @@ def _marks(rules: Rules, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """What an atom says of how it is cut; several parameters in one as the object that DeepSpeed makes of them."""
     found = rules.marks(name, shape)
     several = found.get("sub_param_shape")
-    return found if several is None else {**found, "sub_param_shape": record(_SEVERAL, **several)}
+    return found if several is None else {**found, "sub_param_shape": several_in_one(several)}
 
 
 def _common(stored: Stored, trained: Trained) -> dict[str, Any]:

@@ -136,6 +136,7 @@ class PipelinePasses:
         self._tagged = len(peers) > 1 and dist.get_backend(process_group) == "gloo"
         self._known: dict[int, tuple[Op, ...]] = {}
         self.measure = False
+        self._began = 0.0
         self.records: list[Record] = []
 
     # -- whole passes -------------------------------------------------------------------------------------------
@@ -194,15 +195,15 @@ class PipelinePasses:
     # -- actions ------------------------------------------------------------------------------------------------
 
     def _act(self, walk: _Walk, action: Action) -> None:
-        began = time.time()
+        self._began = time.time()
         if action.kind is F:
             self._forward(walk, action.stage, action.micro)
         else:
             self._backward(walk, action)
-        if self.measure:
+        if self.measure and walk.training:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-            self.records.append(Record(action, self._number, began, time.time()))
+            self.records.append(Record(action, self._number, self._began, time.time()))
 
     def _forward(self, walk: _Walk, number: int, micro: int) -> None:
         stage = self._stages[number]
@@ -267,6 +268,7 @@ class PipelinePasses:
         post = walk.posts.pop(way)
         for work in post.works:
             work.wait()
+        self._began = time.time()  # waiting for it was no computing
         return post.buffer
 
     def _hand_on(self, walk: _Walk, way: Way, target: int, payload: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from resilin.layout import Cut, LayoutError, Mesh, ParamSpec, specs_of
+from resilin.models.linear import Embedding, Linear
 from resilin.models.tensor_plan import TENSOR, TensorPlan
 from resilin.objective.vocabulary import VocabularyShard
 from resilin.parallel.errors import ParallelError
@@ -69,8 +70,8 @@ def plan_of(model: nn.Module) -> TensorPlan:
     make = getattr(model, "tensor_plan", None)
     if make is None:
         raise ParallelError(
-            f"a {type(model).__name__} has no tensor_plan(), so its matrices cannot be divided: use "
-            "parallel.tensor = 1, or write one (docs/add-a-model.md)"
+            f"a {type(model).__name__} has no tensor_plan(), which says how it is cut: use parallel.tensor = 1 and "
+            "parallel.expert = 1, or write one (docs/add-a-model.md)"
         )
     plan: TensorPlan = make()
     return plan
@@ -206,12 +207,14 @@ class _Work:
                 )
         for name in [name for pattern in self.plan.biases for name in self._named(pattern)]:
             module = self.modules[name]
-            if not isinstance(module, nn.Linear):
+            if getattr(module, "bias", None) is None:
+                continue
+            if type(module) not in (Linear, nn.Linear):  # a subclass may do more than a linear map does
                 raise ParallelError(
-                    f"{name}: a {type(module).__name__} cannot be told to add its bias on one rank only"
+                    f"{name}: a {type(module).__name__} cannot be told to add its bias on one rank only, as a plain "
+                    "Linear can"
                 )
-            if module.bias is not None:
-                self._replace(name, PartLinear(module, self.group))
+            self._replace(name, PartLinear(module, self.group))
         for norm in self.plan.norms:
             for name in self._named(norm.modules):
                 spec = self.specs[f"{name.rpartition('.')[0]}.{norm.like}"]
@@ -235,9 +238,9 @@ class _Work:
         if name is not None and f"{name}.weight" in self.specs:  # a stage of a pipeline may lack it
             shard = self._shard(f"{name}.weight")
             table = self.modules[name]
-            if not isinstance(table, nn.Embedding):
+            if type(table) not in (Embedding, nn.Embedding):
                 raise ParallelError(
-                    f"{name}: the plan's embedding should be an nn.Embedding, not a {type(table).__name__}"
+                    f"{name}: the plan's embedding should be a plain Embedding, not a {type(table).__name__}"
                 )
             self._replace(name, VocabularyEmbedding(table, shard)).register_forward_hook(stream.leave)
         head = self._head()
