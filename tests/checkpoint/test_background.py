@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,8 +175,6 @@ def test_ranks_save_together_in_the_background(tmp_path: Path) -> None:
 def test_a_full_disk_in_the_background_is_told_in_the_words_of_a_save(
     saves: BackgroundSaves, folder: CheckpointFolder, state: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-
     saves.save(100, state(100))
     saves.wait()
 
@@ -220,3 +220,11 @@ def test_a_rank_without_memory_for_its_copy_fails_all_at_once(tmp_path: Path) ->
     assert [type(error) for error in found] == [CheckpointError, CheckpointError, MemoryError, CheckpointError]
     assert all("rank 2: MemoryError: no memory" in str(found[number]) for number in (0, 1, 3))
     assert CheckpointFolder(tmp_path).steps() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="niceness of a thread is Linux's")
+def test_the_writing_thread_gives_way_and_the_caller_does_not(saves: BackgroundSaves) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    writing = saves._thread.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result(20)
+    assert writing == max(5, before)
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before

@@ -3,6 +3,8 @@
 deepspeed_run.py save OUT stage:dtype ...      checkpoint in OUT/stage-dtype, its values in OUT/stage-dtype.safetensors
                                                and after two steps more in OUT/stage-dtype-later.safetensors
 deepspeed_run.py resume OUT stage:dtype=FOLDER ...    opens ZeRO folders and goes on; values in OUT as those of `save`
+deepspeed_run.py experts OUT stage:dtype:EP:ORDER ...  a mixture of experts over EP ranks, in OUT/stage-dtype-EP-ORDER;
+                                                    beside it what each rank holds, in the same with -RANK.safetensors
 deepspeed_run.py load OUT UNIVERSAL stage:dtype ...   opens a universal folder, the values of every parameter in OUT
 """
 
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import save_file
@@ -67,7 +71,9 @@ def values(engine: deepspeed.DeepSpeedEngine, link: bool) -> dict[str, Tensor]:
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not engine.zero_optimization():
+            found[f"model/{name}"] = parameter.detach().clone()
+        elif parameter.requires_grad:
             found[f"model/{name}"] = safe_get_full_fp32_param(parameter).reshape(_shape(parameter)).clone()
             for state in ("exp_avg", "exp_avg_sq"):
                 row = safe_get_full_optimizer_state(parameter, state)
@@ -149,6 +155,46 @@ def pipeline(out: Path) -> None:
     save_file(found, out / f"rank-{engine.global_rank}.safetensors")
 
 
+class Mixture(nn.Module):
+    """Four experts of two layers each, twice, between layers that every rank has."""
+
+    def __init__(self, ep_size: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 6)
+        expert = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 6))
+        self.first = MoE(6, expert, num_experts=4, ep_size=ep_size, k=1, use_rts=False)
+        self.second = MoE(6, expert, num_experts=4, ep_size=ep_size, k=1, use_rts=False)
+        self.head = nn.Linear(6, 13)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x, lost = self.embed(tokens), 0.0
+        for layer in (self.first, self.second):
+            y, one, _ = layer(x)
+            x, lost = x + y, lost + one
+        return nn.functional.cross_entropy(self.head(x).float(), targets) + 0.1 * lost
+
+
+def experts(out: Path, stage: int, dtype: str, ep_size: int, order: str) -> None:
+    torch.manual_seed(deepspeed.comm.get_rank())  # experts differ from rank to rank; the engine makes the rest equal
+    for table in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):  # kept by EP alone, whatever the order
+        getattr(deepspeed.utils.groups, table).clear()
+    model = Mixture(ep_size)
+    group = {"params": list(model.parameters()), "name": "all", "lr": 1e-2}
+    groups = split_params_into_different_moe_groups_for_optimizer(group)
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+        "use_data_before_expert_parallelism": order == "consecutive",
+        **({"bf16": {"enabled": True}} if dtype == "bf16" else {}),
+    }
+    engine = deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
+    train(engine, 3)
+    name = f"{stage}-{dtype}-{ep_size}-{order}"
+    engine.save_checkpoint(str(out / name), tag="global_step3")
+    save_file(values(engine, link=True), out / f"{name}-{engine.global_rank}.safetensors")
+
+
 def _tell(engine: deepspeed.DeepSpeedEngine, path: Path, link: bool) -> None:
     found = values(engine, link)
     if engine.global_rank == 0:
@@ -160,6 +206,11 @@ def main(mode: str, out: Path, *rest: str) -> None:
     out.mkdir(exist_ok=True)
     if mode == "pipeline":
         pipeline(out)
+        return
+    if mode == "experts":
+        for kind in rest:
+            stage, dtype, ep_size, order = kind.split(":")
+            experts(out, int(stage), dtype, int(ep_size), order)
         return
     source, kinds = (rest[0], rest[1:]) if mode == "load" else ("", rest)
     for kind in kinds:

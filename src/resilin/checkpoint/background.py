@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +20,20 @@ from resilin.checkpoint.sharded import Buffers
 from resilin.checkpoint.staging import Staging
 from resilin.checkpoint.store import SavedCheckpoint
 from resilin.layout import Layout
+
+_NICENESS = 5
+
+
+def _give_way() -> None:
+    """Let the computation go first where there are not enough cores for both.
+
+    Measured on two cores with two computing threads, 0.5 GB: the step beside a save took 0.10 s longer instead of
+    0.20 s, and the steps until all was written 0.25 s instead of 0.31 s; more niceness only made the writing slower.
+    """
+    if sys.platform == "linux":  # elsewhere it is the niceness of the whole process
+        thread = threading.get_native_id()
+        with suppress(OSError):  # a sandbox may know no priorities
+            os.setpriority(os.PRIO_PROCESS, thread, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,7 @@ class BackgroundSaves:
     def __init__(self, folder: CheckpointFolder) -> None:
         self.folder = folder
         self._staging = Staging()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_give_way)
         self._running: Future[SavedCheckpoint] | None = None
         self._done: list[SavedCheckpoint] = []
 

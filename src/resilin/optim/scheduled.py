@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -101,7 +101,14 @@ class ScheduledSettings(OptimizerSettings):
         if self.record:
             raise UserError("optimizer.record needs all elements of a parameter in one process: use one worker")
         schedule = partial(self.schedule.factor, total=total_steps, peak=self.lr)
-        return Scheduled(self.parts(model, owned), self.lr, schedule)
+        # All workers say the same of the whole model's groups, whatever each of them owns.
+        outlines = {
+            name: nn.Parameter(torch.empty_like(p, device="meta"))
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+        groups = [group for part in self.parts(model, outlines) for group in part.described_groups()]
+        return Scheduled(self.parts(model, owned), self.lr, schedule, groups=groups)
 
 
 class Scheduled:
@@ -120,8 +127,15 @@ class Scheduled:
         schedule: Callable[[int], float],
         record: Sequence[Recorded] = (),
         record_every: int = 1,
+        groups: Sequence[Mapping[str, Any]] | None = None,
     ):
+        """Args:
+        parts, lr, schedule: see above.
+        record, record_every: as in `ScheduledSettings`.
+        groups: what `state_dict` says of the groups; None: those of the parts.
+        """
         self.parts = tuple(parts)
+        self._groups = groups
         self.lr, self.schedule = lr, schedule
         self.record, self.record_every = tuple(record), record_every
 
@@ -164,7 +178,9 @@ class Scheduled:
         """
         return {
             "parameters": {m.name: dict(m.moments) for part in self.parts for m in part.members()},
-            "groups": [group for part in self.parts for group in part.described_groups()],
+            "groups": list(self._groups)
+            if self._groups is not None
+            else [group for part in self.parts for group in part.described_groups()],
         }
 
     def load_state_dict(self, state: State) -> None:

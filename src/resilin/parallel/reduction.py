@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from resilin.parallel.canonical import Node, TreeSum
 from resilin.parallel.exchange import Wait, share, swap
 from resilin.parallel.group import Group
 from resilin.parallel.ownership import Ownership, Run
+from resilin.parallel.pool import Pool
 
 BUCKET_BYTES = 32 << 20
 _IN_FLIGHT = 2  # buckets that travel at one time
@@ -63,24 +65,43 @@ class _Sent:
     wait: Wait
 
 
-class _Pool:
-    """Memory used again and again, as getting it anew costs as much as filling it.
+class Reduced(Protocol):
+    """Parameters whose gradients are summed over a group, and what of them this rank updates.
 
-    Args:
-        like: of whose format.
-        pieces: how many may be in use at one time.
+    Attributes:
+        names: of the parameters.
+        parameters: of this rank.
+        group: the ranks.
+        collects: whether gradients are handed over as sums of blocks; False: they are summed by the backward pass.
+        shards: by name what this rank updates.
     """
 
-    def __init__(self, like: Tensor, pieces: int = _IN_FLIGHT) -> None:
-        self._pieces = [like.new_empty(0) for _ in range(pieces)]
+    names: list[str]
+    parameters: list[nn.Parameter]
+    group: Group
+    collects: bool
+    shards: dict[str, nn.Parameter]
 
-    def take(self, size: int) -> Tensor:
-        """The piece that was taken longest ago, of so many elements."""
-        piece = self._pieces.pop(0)
-        if piece.numel() < size:
-            piece = piece.new_empty(size)
-        self._pieces.append(piece)
-        return piece[:size]
+    def reduce(self, mine: Sequence[Node], blocks: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """Sum the gradients of all workers."""
+
+    def used(self) -> Tensor:
+        """(P,) float64: 1 for every parameter that this worker computed a gradient of in this step."""
+
+    def squares(self) -> Tensor:
+        """(P, V) float64 squared norms of what is owned here."""
+
+    def set_gradients(self, used: Sequence[bool]) -> None:
+        """Put the sums into `.grad` of the shards."""
+
+    def gradients(self) -> list[Tensor]:
+        """The summed gradients of what this rank owns."""
+
+    def read(self) -> None:
+        """Take the weights of the shards from the parameters."""
+
+    def gather(self) -> None:
+        """Give the weights of the shards to all ranks."""
 
 
 class Reduction:
@@ -99,6 +120,8 @@ class Reduction:
         shards: by name what this rank owns, as parameters for an optimizer; flat (n,), or of the parameter's own
             shape where it is owned in whole.
     """
+
+    collects = True
 
     def __init__(
         self,
@@ -125,7 +148,7 @@ class Reduction:
         like = self.parameters[0] if self.parameters else torch.empty(0)
         self._weights = torch.zeros(size, dtype=like.dtype, device=like.device)
         self._gradient = torch.zeros_like(self._weights)
-        self._packed, self._beside, self._received = _Pool(like), _Pool(like), _Pool(like)
+        self._packed, self._beside, self._received = (Pool(like, _IN_FLIGHT) for _ in range(3))
         self._own, self._grads = self._views(self._weights), self._views(self._gradient)
         self._make_shards()
         self.read()
@@ -221,7 +244,9 @@ class Reduction:
         gets = [0 if rank == me else sizes[me] * count for rank, count in enumerate(counts)]
         packed = self._packed.take(sum(gives))
         own = [self._gradient[slice(*bucket.spans[me])]] if leaves else []
-        own += self._beside.take(sizes[me] * max(len(leaves) - 1, 0)).split(sizes[me] or 1)
+        if len(leaves) > 1:
+            beside = self._beside.take(sizes[me] * (len(leaves) - 1))
+            own += beside.view(len(leaves) - 1, sizes[me]).unbind()
         places = iter(packed.split([size for rank, size in enumerate(sizes) if rank != me for _ in leaves]))
         targets, given = [], []
         for rank in range(self.group.size):

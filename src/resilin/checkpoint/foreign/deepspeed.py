@@ -106,7 +106,8 @@ def _stage_1_or_2(gathered: Gathered, parameters: Parameters, mp: int) -> None:
             moments = _states(base["state"] if isinstance(base, dict) else base, group, where)
             lengths = {masters[group].numel(), masters[group].numel() + padding}
             singles = _sort(moments, rows, lengths, where, group)
-            for name, address in fragments.items():
+            for own_name, address in fragments.items():
+                name = parameters.whole_name(own_name, group, dp)
                 found = parameters.here(name, mp) if name in parameters.all_shapes(mp) else None
                 if name not in parameters.all_shapes(mp):
                     raise CheckpointError(f"{files.folder / where}: has a fragment of {name!r}, which is no parameter")

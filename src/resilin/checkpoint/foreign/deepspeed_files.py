@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from resilin.checkpoint.errors import CheckpointError, DamagedError
+from resilin.checkpoint.foreign.deepspeed_experts import check_experts
 from resilin.checkpoint.foreign.pickles import inside, load_pickle
 
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _MODEL_3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
+_BY_POSITION = re.compile(r"expp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 _LAYER = re.compile(r"layer_(\d+)-model(?:_(\d+))?(?:-model)?_states\.pt")
 
 
@@ -42,6 +45,8 @@ class DeepSpeedFiles:
         models: (dp, mp) -> (file name, content); stages below 3 have dp 0 only.
         optimizers: (dp, mp) -> (file name, content); empty without ZeRO.
         layers: (layer, tp) -> (file name, content), of pipelines.
+        experts: (MoE layer, expert) -> (file name, content).
+        by_position: files of optimizer states that name no parameter (experts without ZeRO).
         pipeline, tensor: degrees.
         partitioned: whether the model files are of stage 3, which cuts parameters over the data ranks.
     """
@@ -53,6 +58,8 @@ class DeepSpeedFiles:
     pipeline: int
     tensor: int
     partitioned: bool = False
+    experts: dict[tuple[int, int], tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    by_position: tuple[str, ...] = ()
 
     @property
     def data(self) -> int:
@@ -72,12 +79,6 @@ def open_files(folder: Path, allow: Iterable[str] = ()) -> DeepSpeedFiles:
     """
     folder = tag_folder(folder)
     names = sorted(path.name for path in folder.iterdir())
-    experts = [name for name in names if name.startswith("layer_") and "_expert_" in name]
-    if experts:
-        raise CheckpointError(
-            f"{folder / experts[0]}: expert-parallel layers are kept in files of their own, which are not read; "
-            "convert them with DeepSpeed's ds_to_universal first, and read its folder"
-        )
     allow = tuple(allow)
 
     def load(pattern: re.Pattern[str]) -> dict[tuple[int, int], tuple[str, dict[str, Any]]]:
@@ -95,10 +96,12 @@ def open_files(folder: Path, allow: Iterable[str] = ()) -> DeepSpeedFiles:
                 found[key] = name, content
         return found
 
-    optimizers, layers = load(_OPTIMIZER), load(_LAYER)
+    optimizers, layers, experts = load(_OPTIMIZER), load(_LAYER), load(_EXPERT)
+    by_position = [name for name in names if _BY_POSITION.fullmatch(name)]
     whole = load(_MODEL)
     models = whole or load(_MODEL_3)
-    known = {name for table in (models, optimizers, layers) for name, _ in table.values()}
+    known = {name for table in (models, optimizers, layers, experts) for name, _ in table.values()}
+    known.update(by_position)
     strange = [name for name in names if name.endswith("_states.pt") and name not in known]
     if strange and models:
         raise CheckpointError(f"{folder / strange[0]}: is a file of states, but of no kind that is known here")
@@ -112,6 +115,10 @@ def open_files(folder: Path, allow: Iterable[str] = ()) -> DeepSpeedFiles:
     dimensions = models[0, 0][1].get("checkpoint_parallel_dimensions") or {}
     pipeline = dimensions.get("pp_degree") or (mp // (1 + max(tp for _, tp in layers)) if layers else 1)
     files = DeepSpeedFiles(folder, models, optimizers, layers, int(pipeline), mp // int(pipeline), not whole)
+    files = replace(files, experts=experts, by_position=tuple(by_position))
+    check_experts(folder, models[0, 0][1], experts)
+    if mp > 1 and (experts or by_position):
+        raise CheckpointError(f"{folder}: experts together with tensor or pipeline ranks are not read")
     _check_counts(files)
     return files
 
@@ -135,13 +142,10 @@ def _check_counts(files: DeepSpeedFiles) -> None:
             raise DamagedError(f"{files.folder / name}: has no 'optimizer_state_dict'")
         counts = state.get("partition_count", files.data)
         counts = counts if isinstance(counts, list) else [counts]
-        if len(set(counts)) > 1:
-            raise CheckpointError(
-                f"{files.folder / name}: its parameter groups are cut over {counts} ranks (mixture of experts), which "
-                "is not read; convert it with DeepSpeed's ds_to_universal first, and read its folder"
-            )
-        if counts[0] != files.data:
+        if any(max(counts) % count for count in counts):
+            raise CheckpointError(f"{files.folder / name}: its parameter groups are cut over {counts} ranks")
+        if max(counts) != files.data:
             raise DamagedError(
-                f"{files.folder}: {name} says that {counts[0]} data ranks wrote it, and there are files of "
+                f"{files.folder}: {name} says that {max(counts)} data ranks wrote it, and there are files of "
                 f"{files.data} for model rank {mp:02d}: some are missing, or of an earlier checkpoint"
             )

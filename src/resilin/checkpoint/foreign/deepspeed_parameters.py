@@ -9,6 +9,7 @@ from typing import Any
 
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.foreign.buffers import Gathered
+from resilin.checkpoint.foreign.deepspeed_experts import ExpertNames
 from resilin.checkpoint.foreign.deepspeed_files import DeepSpeedFiles
 from resilin.checkpoint.foreign.pickles import plain
 from resilin.checkpoint.foreign.rules import Rules, Union, unsharded
@@ -40,8 +41,32 @@ class Parameters:
             if files.optimizers and not listed:
                 raise CheckpointError(f"{files.folder / name}: has no 'param_shapes', which name what ZeRO cut")
             self.shapes.append([{key: tuple(shape) for key, shape in group.items()} for group in listed])
+        self._experts = self._shared_out()
+        for number, names in self._experts.items():
+            self.shapes[0][number] = names.all_shapes()
         self.rules = self._rules(rules)
         self._unions: dict[str, Union] = {}
+
+    def _shared_out(self) -> dict[int, ExpertNames]:
+        """The groups whose parameters are experts, of which a rank has a part."""
+        if not self.files.optimizers:
+            return {}
+        name, content = self.files.optimizers[0, 0]
+        counts = content["optimizer_state_dict"].get("partition_count")
+        if not isinstance(counts, list):
+            return {}
+        data, where = self.files.data, self.files.folder / name
+        settings = content.get("ds_config")
+        consecutive = isinstance(settings, dict) and bool(settings.get("use_data_before_expert_parallelism"))
+        return {
+            number: ExpertNames(self.shapes[0][number], data // count, count, consecutive, where)
+            for number, count in enumerate(counts)
+            if count < data
+        }
+
+    def whole_name(self, name: str, group: int, dp: int) -> str:
+        """What a parameter of a group is called in the whole: ranks number the experts that they have from 0."""
+        return self._experts[group].whole(name, dp) if group in self._experts else name
 
     def _rules(self, given: Mapping[str, Any] | None) -> Rules | None:
         if given is not None:

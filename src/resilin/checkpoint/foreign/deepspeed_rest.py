@@ -30,6 +30,7 @@ STRUCTURE = {
     "ds_config",
     "global_steps",
     "num_experts",
+    "ds_autoep_layers",
 }
 KEPT_OF_OPTIMIZER = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
 DEEPSPEED_VALUES = ("lr_scheduler", "data_sampler", "random_ltd", "skipped_steps", "global_samples")
@@ -66,11 +67,18 @@ def model_rest(
                 )
             else:
                 _keep_model(files, parameters, gathered, name, mp, where, tensor)
-        if not files.optimizers and content.get("optimizer"):
+        if not files.optimizers and (content.get("optimizer") or files.by_position):
+            keeper = files.by_position[0] if files.by_position else where
             unread["optimizer"] = (
-                f"{where} keeps optimizer states by position, without the parameters' names (ZeRO stage 0); save it "
+                f"{keeper} keeps optimizer states by position, without the parameters' names (ZeRO stage 0); save it "
                 "with ZeRO stage 1 to convert them"
             )
+    for where, content in files.experts.values():
+        for name, tensor in content.items():
+            if name in parameters.all_shapes(0):
+                _keep_rounded(parameters, rounded, name, 0, where, tensor)
+            else:
+                gathered.whole(weight(name), where, name, tensor)
     _layers(files, parameters, rounded, unread)
     return ties, unread
 
@@ -84,6 +92,7 @@ def frozen_names(files: DeepSpeedFiles, parameters: Parameters) -> frozenset[str
             return None
         known = {*content["buffer_names"], *(content.get("shared_params") or ()), *parameters.all_shapes(mp)}
         found |= set(content.get("module") or ()) - known
+    found |= {name for _, content in files.experts.values() for name in content} - set(parameters.all_shapes(0))
     return frozenset(found)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.foreign.deepspeed_experts import is_expert
 from resilin.checkpoint.foreign.deepspeed_rest import DEEPSPEED_VALUES, STRUCTURE
 from resilin.checkpoint.foreign.stored import MODEL, OPTIMIZER, Stored, weight
 from resilin.checkpoint.tree import put_together
@@ -62,6 +63,12 @@ def trained_of(stored: Stored, folder: str) -> Trained:
                 if moments
                 else "write another format for weights alone, or begin a new optimizer with --groups FILE --zero-states"
             )
+        )
+    experts = [name for name in names if is_expert(name)]
+    if experts:
+        raise CheckpointError(
+            f"{experts[0]!r} is of an expert of DeepSpeed's MoE layers, whose ranks have files of their own: they are "
+            "read, and not written; write another format"
         )
     lost = sorted(set(moments) - set(names))
     if lost:

@@ -106,7 +106,7 @@ class PipelinePasses:
         prepare: takes this rank's part of a batch, where rows are divided.
 
     Attributes:
-        measure: whether to keep when each action runs, from when its input is there.
+        measure: whether to keep when each action runs.
         records: of the last step; seconds since the epoch.
     """
 
@@ -135,7 +135,8 @@ class PipelinePasses:
         self.speaks = speaks and self._last
         self._tagged = len(peers) > 1 and dist.get_backend(process_group) == "gloo"
         self._known: dict[int, tuple[Op, ...]] = {}
-        self.measure, self._began = False, 0.0
+        self.measure = False
+        self._began = 0.0
         self.records: list[Record] = []
 
     # -- whole passes -------------------------------------------------------------------------------------------
@@ -199,13 +200,10 @@ class PipelinePasses:
             self._forward(walk, action.stage, action.micro)
         else:
             self._backward(walk, action)
-        if self.measure:
-            self._synchronize()
+        if self.measure and walk.training:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
             self.records.append(Record(action, self._number, self._began, time.time()))
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
     def _forward(self, walk: _Walk, number: int, micro: int) -> None:
         stage = self._stages[number]
@@ -270,9 +268,7 @@ class PipelinePasses:
         post = walk.posts.pop(way)
         for work in post.works:
             work.wait()
-        if self.measure:
-            self._synchronize()
-            self._began = time.time()  # a wait is none of an action's time
+        self._began = time.time()  # waiting for it was no computing
         return post.buffer
 
     def _hand_on(self, walk: _Walk, way: Way, target: int, payload: Tensor) -> None:
