@@ -112,7 +112,7 @@ def test_experts_go_from_layout_to_layout(tmp_path):
     ("parallel", "workers", "message"),
     [
         ({"pipeline": 3}, 3, "cannot be divided over 3 stages"),
-        ({"tensor": 3}, 3, "without anything"),
+        ({"tensor": 3}, 3, "cannot be cut over 3 ranks"),
     ],
 )
 def test_what_does_not_fit_is_told_at_every_worker(tmp_path, parallel, workers, message):
