@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -101,7 +101,10 @@ class ScheduledSettings(OptimizerSettings):
         if self.record:
             raise UserError("optimizer.record needs all elements of a parameter in one process: use one worker")
         schedule = partial(self.schedule.factor, total=total_steps, peak=self.lr)
-        return Scheduled(self.parts(model, owned), self.lr, schedule)
+        # Workers own different parameters, but what a checkpoint says of the groups is of the whole model.
+        shapes = {name: nn.Parameter(p.detach().to("meta")) for name, p in model.named_parameters() if p.requires_grad}
+        groups = [group for part in self.parts(model, shapes) for group in part.described_groups()]
+        return Scheduled(self.parts(model, owned), self.lr, schedule, groups=groups)
 
 
 class Scheduled:
@@ -111,6 +114,7 @@ class Scheduled:
         parts: the update rules, each over its own parameters.
         lr: peak learning rate, before any parameter's own factor.
         schedule: from the step to the factor s_t.
+        groups: how the groups are described in checkpoints; None: as the parts have them.
     """
 
     def __init__(
@@ -120,8 +124,10 @@ class Scheduled:
         schedule: Callable[[int], float],
         record: Sequence[Recorded] = (),
         record_every: int = 1,
+        groups: Sequence[Mapping[str, Any]] | None = None,
     ):
         self.parts = tuple(parts)
+        self._groups = groups
         self.lr, self.schedule = lr, schedule
         self.record, self.record_every = tuple(record), record_every
 
@@ -164,7 +170,7 @@ class Scheduled:
         """
         return {
             "parameters": {m.name: dict(m.moments) for part in self.parts for m in part.members()},
-            "groups": [group for part in self.parts for group in part.described_groups()],
+            "groups": self._groups or [group for part in self.parts for group in part.described_groups()],
         }
 
     def load_state_dict(self, state: State) -> None:
