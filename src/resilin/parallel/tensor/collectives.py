@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from resilin.parallel.activity import waiting
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.group import Group
 
@@ -29,14 +30,16 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 def _summed(x: Tensor, group: Group) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group.process_group)
+    with waiting(group.ranks):
+        dist.all_reduce(total, group=group.process_group)
     return total
 
 
 def _gathered(x: Tensor, dim: int, group: Group) -> Tensor:
     dim = dim % x.ndim
     parts = x.new_empty(group.size, *x.shape)
-    _all_gather(parts.flatten(0, 1), x.contiguous(), group=group.process_group)
+    with waiting(group.ranks):
+        _all_gather(parts.flatten(0, 1), x.contiguous(), group=group.process_group)
     return parts.flatten(0, 1) if dim == 0 else parts.movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -44,7 +47,8 @@ def _scattered_sum(x: Tensor, dim: int, group: Group) -> Tensor:
     dim = dim % x.ndim
     parts = x.unflatten(dim, (group.size, -1)).movedim(dim, 0).contiguous()
     own = x.new_empty(parts.shape[1:])
-    _reduce_scatter(own, parts.flatten(0, 1), group=group.process_group)
+    with waiting(group.ranks):
+        _reduce_scatter(own, parts.flatten(0, 1), group=group.process_group)
     return own
 
 
