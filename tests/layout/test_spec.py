@@ -200,6 +200,32 @@ def test_fused_heads_with_fewer_key_heads_than_ranks_are_shared_or_empty():
         layout_of({"w": shared}, Mesh.of(tp=3))
 
 
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(1, 9))
+def test_units_of_a_group_stay_together_and_key_heads_go_where_their_query_heads_are(keys, shared, width, ways):
+    """Query heads that share a key head: each rank has the key heads that its query heads read, and no others."""
+    queries = Part(keys * shared * width, unit=width, rule="even", groups=keys)
+    own = Part(keys * width, unit=width, rule="even", spare="copy")
+    if keys < ways and ways % keys:
+        for part, message in ((queries, "groups cannot be shared evenly"), (own, "units cannot be shared evenly")):
+            with pytest.raises(LayoutError, match=message):
+                part.intervals(ways)
+        return
+    low, high = queries.intervals(ways)
+    assert [*low[1:], keys * shared * width] == [*high]  # side by side, all of them
+    assert low[0] == 0
+    for first, last, key, end in zip(low, high, *own.intervals(ways), strict=True):
+        assert first % width == last % width == 0
+        read = {place // (shared * width) for place in range(first, last)}
+        assert read <= set(range(key // width, end // width))
+        if keys >= ways:
+            assert read == set(range(key // width, end // width))
+        else:
+            assert len(read) <= 1
+    if keys < ways:  # those who share a key head divide its query heads evenly
+        heads = ((high - low) // width).reshape(keys, -1)
+        assert (heads.max(1) - heads.min(1) <= 1).all()
+
+
 def test_naive_joining_in_the_order_of_ranks_would_interleave_a_fused_tensor():
     spec = ParamSpec((8, 2), "F64", (Shard("tp", 0, (Part(4), Part(2), Part(2))),))
     layout = layout_of({"w": spec}, Mesh.of(tp=2))

@@ -163,9 +163,10 @@ def test_dropout_does_not_depend_on_the_rest_of_the_micro_batch(model):
     assert (whole - logits(model, text, keys=Keys(0, 6, keys.slots_B))).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("length", [9, 70])  # the second is attended in blocks of queries
 @pytest.mark.parametrize("kind", ["block", "selective"])
-def test_recomputed_activations_give_the_same_gradients_to_the_bit(model, kind):
-    text, keys = tokens(2, 9), Keys(0, 0, torch.arange(2))
+def test_recomputed_activations_give_the_same_gradients(model, kind, length):
+    text, keys = tokens(2, length), Keys(0, 0, torch.arange(2))
 
     def gradients(recompute):
         fresh = Decoder(model.settings.model_copy(update={"recompute": recompute, "dropout": 0.2}), seed=1)
@@ -174,8 +175,13 @@ def test_recomputed_activations_give_the_same_gradients_to_the_bit(model, kind):
         (total + sum(router.square().sum() for router in out.router_logits)).backward()
         return [p.grad for p in fresh.parameters()]
 
+    # Where single operations are kept, experts and attention in blocks are computed operation by operation.
+    rounded = kind == "selective" and (length > 32 or model.settings.moe is not None)
     for a, b in zip(gradients("none"), gradients(kind), strict=True):
-        assert torch.equal(a, b)
+        if rounded:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
+        else:
+            assert torch.equal(a, b)
 
 
 def test_soft_caps_follow_their_formula():

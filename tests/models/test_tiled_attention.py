@@ -52,13 +52,13 @@ def test_outputs_and_gradients_are_those_of_a_whole_mask(tokens, heads, window, 
     )
     inputs = [x.requires_grad_() for x in (q, k, v)]
     wanted = core(*inputs, whole)
-    before = tiled.QUERIES, tiled.KEYS
-    tiled.QUERIES, tiled.KEYS = 8, 5
+    before = tiled.STEPS
+    tiled.STEPS = {"cpu": (8, 5)}
     try:
         found = core(*inputs, rule)
         gradients = torch.autograd.grad(found, inputs, pull)
     finally:
-        tiled.QUERIES, tiled.KEYS = before
+        tiled.STEPS = before
     torch.testing.assert_close(found, wanted)
     for mine, theirs in zip(gradients, torch.autograd.grad(wanted, inputs, pull), strict=True):
         torch.testing.assert_close(mine, theirs)

@@ -243,6 +243,20 @@ def test_gradients_of_gradients_work_on_whole_logits_and_are_refused_on_chunks()
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
+@settings(deadline=None, max_examples=20)
+@given(factor=st.floats(-30, 30), rows=st.integers(1, 12), kept=st.integers(0, 11), seed=st.integers(0, 99))
+def test_all_gradients_grow_with_a_factor_of_the_loss(factor: float, rows: int, kept: int, seed: int) -> None:
+    """The head's too, which is made in the forward pass, before the factor is known; some chunks weigh nothing."""
+    found = []
+    for scale in (1.0, factor):
+        hidden, head, labels, weights = problem(12, 5, 9, seed)
+        weights = weights * (torch.arange(12) < kept)
+        loss = chunked_cross_entropy(hidden, head, labels, weights, CrossEntropyTerms(z_loss=0.1), rows).loss
+        found.append(grads_of(loss * scale, hidden, head))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a * factor, rtol=1e-12, atol=1e-12)
+
+
 def test_without_grad_mode_no_gradient_is_made() -> None:
     hidden, head, labels, _ = problem(16, 4, 64)
     with torch.no_grad(), Largest() as seen:

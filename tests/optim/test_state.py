@@ -105,3 +105,16 @@ def test_on_a_gpu_moments_live_there_and_a_state_from_the_cpu_loads(kind: Schedu
         p.grad = torch.ones_like(p)
     optimizer.step(0)
     assert all(t.is_cuda for m in optimizer.state_dict()["parameters"].values() for t in m.values())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: type(k).__name__)
+def test_workers_that_own_parts_of_a_model_say_the_same_groups_as_one_that_has_it(kind: ScheduledSettings) -> None:
+    model = net()
+    whole = kind.build(model, 10).state_dict()["groups"]
+    assert sorted(name for group in whole for name in group["parameters"]) == sorted(dict(model.named_parameters()))
+    named = dict(model.named_parameters())
+    for names in (["up.weight", "up.bias"], ["down.weight"], []):
+        owned = {name: named[name] for name in names}
+        state = kind.build_owned(model, 10, owned).state_dict()
+        assert set(state["parameters"]) == set(names)
+        assert state["groups"] == whole

@@ -94,14 +94,13 @@ _python_shows = warnings.showwarning
 
 def _end(error: Exception) -> int:
     """Tell of an error; gives the exit code. What a user can mend has no traceback."""
-    from resilin.cluster.failure import StrandedError
-    from resilin.cluster.local import REPORT, report_failure
+    from resilin.cluster.failure import REPORT, StrandedError, leave_report
 
     plain = isinstance(error, UserError) and not os.environ.get("RESILIN_TRACEBACK")
     code = 2 if plain and not isinstance(error, StrandedError) else 1
     told = f"error: {error}" if plain else "".join(traceback.format_exception(error)).rstrip()
     if REPORT in os.environ:  # a worker, whose launcher tells why one failed
-        report_failure(error, str(error) if plain else told, code)
+        leave_report(error, str(error) if plain else told, code)
     if os.environ.get("RANK", "0") != "0" or REPORT not in os.environ:  # else the launcher writes to this terminal
         typer.secho(told, fg=typer.colors.RED if plain else None, err=True)
     return code

@@ -54,7 +54,8 @@ def here_or_launched(settings: RunSettings, path: Path) -> Position | None:
     Raises:
         typer.Exit: with the workers' exit code.
     """
-    from resilin.cluster.local import REPORT, end_with_launcher, run_workers, this_command
+    from resilin.cluster.failure import REPORT
+    from resilin.cluster.local import end_with_launcher, run_workers, this_command
     from resilin.cluster.position import position
     from resilin.config import UserError
     from resilin.parallel.world import World

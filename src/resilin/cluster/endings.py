@@ -107,8 +107,9 @@ def _told(ends: Sequence[End], rank: int) -> Ended:
     end = ends[rank]
     assert end.failed is not None
     stopped = sum(1 for other in ends if other.stopped)
-    more = f"\n{stopped} of {len(ends)} workers were stopped because of it" if stopped else ""
-    return Ended(end.failed.code, f"{end.name} failed:\n{end.failed.told.rstrip()}{more}")
+    more = f"\n({stopped} of {len(ends)} workers had to be stopped)" if stopped else ""
+    head = f"{end.name} failed:\n" if end.failed.kind == "reason" else ""  # others name themselves in what they tell
+    return Ended(end.failed.code, f"{head}{end.failed.told.rstrip()}{more}")
 
 
 def _killed(killed: End) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
+from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
@@ -10,6 +14,10 @@ from resilin.parallel.errors import ParallelError
 
 Kind = Literal["reason", "timeout", "lost"]
 """reason: something went wrong in this worker; timeout: it waited in vain for another; lost: another went away."""
+
+
+REPORT = "RESILIN_FAILURE_REPORT"
+"""The variable with the path where a worker that fails says why; it is set by our own launcher only."""
 
 
 class StrandedError(ParallelError):
@@ -46,3 +54,19 @@ def _root(error: BaseException) -> BaseException:
             return error
         error = before
         seen.add(id(error))
+
+
+def leave_report(error: BaseException, told: str, code: int) -> None:
+    """Called in a worker that fails: leaves its reason where the launcher looks for it.
+
+    Args:
+        error: that it failed with.
+        told: what is to be shown: the traceback, or a message for the user.
+        code: that the worker ends with.
+    """
+    path = os.environ.get(REPORT)
+    if path:
+        report = {"time": time.time(), "kind": kind_of(error), "told": told, "code": code}
+        partial = Path(path).with_suffix(".partial")
+        partial.write_text(json.dumps(report), encoding="utf-8")
+        partial.rename(path)

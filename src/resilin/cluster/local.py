@@ -14,33 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resilin.cluster.endings import End, Ended, Failed, how_it_ended
-from resilin.cluster.failure import kind_of
+from resilin.cluster.failure import REPORT
 from resilin.cluster.position import LISTENING
 
-REPORT = "RESILIN_FAILURE_REPORT"
-"""The variable with the path where a worker that fails says why."""
 LAUNCHER = "RESILIN_LAUNCHER"
 """The variable with the file descriptor of a pipe whose other end the launcher has: it ends with the launcher."""
 _GRACE = 5.0  # seconds that workers have to end by themselves, once one has failed
 _ORPHANED = 30.0  # seconds that they have to save and end, once the launcher has gone
 _POLL = 0.05
-
-
-def report_failure(error: BaseException, told: str, code: int) -> None:
-    """Called in a worker that fails: leaves its reason where the launcher looks for it.
-
-    Args:
-        error: that it failed with.
-        told: what is to be shown: the traceback, or a message for the user.
-        code: that the worker ends with.
-    """
-    path = os.environ.get(REPORT)
-    if path:
-        report = {"time": time.time(), "kind": kind_of(error), "told": told, "code": code}
-        whole = Path(path)
-        partial = whole.with_suffix(".partial")
-        partial.write_text(json.dumps(report), encoding="utf-8")
-        partial.rename(whole)
 
 
 def end_with_launcher() -> None:

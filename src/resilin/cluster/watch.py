@@ -1,7 +1,12 @@
-"""A worker's quiet thread: it says on the board what the main thread does, so that others can tell if that hangs."""
+"""A worker's quiet thread: it says on the board what the main thread does, so that others can tell if that hangs.
+
+It also ends the worker when that has waited too long: not every wait of every backend ends by itself (a receive of
+gloo's does not), or with an exception that Python sees (NCCL's do not).
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -11,10 +16,11 @@ from types import FrameType
 from typing import Any
 
 from resilin.cluster.board import Board, Status, explain
-from resilin.cluster.failure import Kind, StrandedError, kind_of
+from resilin.cluster.failure import Kind, StrandedError, kind_of, leave_report
 from resilin.parallel.activity import now
 
 _PERIOD = 1.0
+_LATER = 2.0  # seconds after the time-out of the collectives themselves, whose exceptions say where they were
 _UNINTERESTING = ("/torch/", "/threading.py", "<frozen")
 
 
@@ -52,9 +58,7 @@ class Watch:
             line = next(iter(str(error).strip().splitlines()), "")
             self._say(self._status(f"{type(error).__name__}: {line:.200}"))
             return error
-        told = self._stranded(kind)
-        self._say(self._status("it waited in vain for others" if kind == "timeout" else "it lost the others"))
-        return StrandedError(kind, told)
+        return StrandedError(kind, self._stranded(kind))
 
     def close(self) -> None:
         """Stop."""
@@ -79,6 +83,15 @@ class Watch:
     def _go(self) -> None:
         while not self._stop.wait(_PERIOD):
             self._say(self._status())
+            waits = any(rank != self._rank for rank in now.activity.waits_for)
+            if waits and time.monotonic() - now.activity.since > self._timeout + _LATER:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        told = self._stranded("timeout")
+        leave_report(StrandedError("timeout", told), told, 1)
+        os.write(2, f"error: {told}\n".encode())
+        os._exit(1)
 
     def _say(self, status: Status) -> None:
         # The first worker, who keeps the store, may be gone: the main thread will notice.

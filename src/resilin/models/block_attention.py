@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resilin.models.recompute import nothing_kept
+
 BLOCK = 64
 LONGEST = 512
 """Tokens up to which the kept weights, 2 * B * H * T**2 bytes, are small beside a block's other activations."""
@@ -104,5 +106,6 @@ def block_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float
     K = k_BKTD.shape[1]
     q_NGTD = (q_BHTD * scale).reshape(B * K, H // K, T, D)
     k_NTD, v_NTD = k_BKTD.reshape(B * K, T, D), v_BKTD.reshape(B * K, T, D)
-    mixed: Tensor = _BlockAttention.apply(q_NGTD, k_NTD, v_NTD)
+    with nothing_kept():
+        mixed: Tensor = _BlockAttention.apply(q_NGTD, k_NTD, v_NTD)
     return mixed.view(B, H, T, D)

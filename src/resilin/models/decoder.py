@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,14 @@ from resilin.models.mask import LARGEST, Mask, cached_mask, flex_mask, rule_mask
 from resilin.models.mlp import MLP
 from resilin.models.moe import MoE
 from resilin.models.norm import stream_norm
+from resilin.models.offload import Offload, store_for
 from resilin.models.recompute import run_block
 from resilin.models.rope import Rotation, depends_on_length, rotation
 from resilin.models.sequence_part import SequencePart
 from resilin.models.spans import asked_places, runs_of
 from resilin.models.stage_span import Hidden, StageDone, StageSpan
 from resilin.models.tensor_plan import TensorPlan
+from resilin.models.tiled import in_tiles
 
 _WORTH_LEAVING_OUT = 0.02  # share of all places that must be saved
 
@@ -60,6 +62,15 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(settings, settings.feed_forward_size, device)
         self.has_experts = settings.is_moe_layer(layer)
+        self.tiles = settings.mlp_tiles
+
+    def _feed_forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., D), each token by itself -> the branch's output (..., D) and, with experts, the router's logits."""
+        normed = self.mlp_norm(x)
+        if self.has_experts:
+            hidden, router = self.moe(normed)
+            return hidden, router
+        return (self.mlp(normed),)
 
     def forward(
         self,
@@ -74,17 +85,24 @@ class Block(nn.Module):
         keys = keys.fold(self.layer) if keys is not None and self.dropout else None
         mixed = self.attention(self.attention_norm(x_BTD), turn, mask, cache, slots_BT)
         x_BTD = x_BTD + dropout(mixed, self.dropout, keys.fold("attention") if keys else None)
-        normed, router = self.mlp_norm(x_BTD), None
-        if self.has_experts:
-            hidden, router = self.moe(normed)
+        if self.tiles == 1:
+            hidden, *router = self._feed_forward(x_BTD)
         else:
-            hidden = self.mlp(normed)
-        return x_BTD + dropout(hidden, self.dropout, keys.fold("mlp") if keys else None), router
+            modules = (self.mlp_norm, self.moe if self.has_experts else self.mlp)
+            hidden, *router = in_tiles(modules, self._feed_forward, x_BTD, self.tiles)
+        hidden = dropout(hidden, self.dropout, keys.fold("mlp") if keys else None)
+        return x_BTD + hidden, router[0] if router else None
 
 
 @cache
 def _takes_keys(kind: type[nn.Module]) -> bool:
     return "keys" in inspect.signature(kind.forward).parameters
+
+
+def _length(positions_BT: Tensor, documents_BT: Tensor | None) -> int:
+    """One more than the largest position of a token that is no padding."""
+    in_use = positions_BT if documents_BT is None else positions_BT.where(documents_BT >= 0, 0)
+    return int(in_use.max()) + 1
 
 
 class Decoder(nn.Module):
@@ -291,11 +309,12 @@ class Decoder(nn.Module):
             rows, whole = self.sequence.ranks * T, self.sequence.whole(*whole)
             keys = keys.within(self.sequence.places(T, device)) if keys is not None else None
         length = rows
-        if positions_BT is not None:
-            positions = positions_BT
-            length = int(whole[1].max()) + 1 if depends_on_length(self.settings) else rows  # type: ignore[union-attr]
-        else:
+        if positions_BT is None:
             positions = torch.arange(T, device=device) if self.sequence is None else self.sequence.places(T, device)
+        else:
+            positions = positions_BT
+            if depends_on_length(self.settings):
+                length = _length(cast(Tensor, whole[1]), whole[0])
         turn = rotation(self.settings, positions, length)
         masks = self._masks(*whole, rows, device)
         if self.span is None or self.span.first:
@@ -305,9 +324,14 @@ class Decoder(nn.Module):
         else:
             before = self.span.take()
             x_BTD, routers = before.hidden_BTD, list(before.router_logits)
-        for layer in range(self.settings.layers) if self.span is None else self.span.blocks:
-            mask = masks[self.settings.window_of(layer)]
-            x_BTD, router = run_block(self.settings.recompute, self.blocks[layer], x_BTD, turn, mask, keys)
+        store = store_for(self.settings.offload, device)
+        offload = Offload(store) if store is not None else None
+        layers = range(self.settings.layers) if self.span is None else self.span.blocks
+        for layer in layers:
+            mask, away = masks[self.settings.window_of(layer)], offload if layer != layers[-1] else None
+            x_BTD, router = run_block(
+                self.settings.recompute, self.blocks[layer], x_BTD, turn, mask, keys, offload=away
+            )
             if router is not None:
                 routers.append(router)
         if self.span is not None and not self.span.last:
@@ -324,8 +348,7 @@ class Decoder(nn.Module):
         positions = slots_BT if positions_BT is None else positions_BT
         length = reach
         if depends_on_length(self.settings):
-            in_use = positions if real_BT is None else positions.where(real_BT, 0)
-            length = int(in_use.max()) + 1
+            length = _length(positions, documents_BT)
         turn = rotation(self.settings, positions, length)
         ragged = cache.ragged or real_BT is not None
         windows = {self.settings.window_of(layer) for layer in range(self.settings.layers)}

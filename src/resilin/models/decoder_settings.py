@@ -129,6 +129,12 @@ class DecoderSettings(ModelSettings):
     recompute: Literal["none", "block", "selective"] = "none"
     """Activation checkpointing: whole blocks, or everything but matrix products and attention, is computed again
     in the backward pass."""
+    offload: Literal["none", "host", "disk"] = "none"
+    """Where the inputs of blocks wait for the backward pass under `recompute = "block"`: on the device, in pinned host
+    memory (of GPUs; a CPU has no other memory), or in a file in the folder for temporary files (TMPDIR)."""
+    mlp_tiles: PositiveInt | Literal["auto"] = 1
+    """Tiles of tokens that the feed-forward (or the experts) takes one after another, keeping only its input and
+    computing again in the backward pass; auto: about as many tokens in a tile as hidden_size, at least 256."""
 
     @property
     def head_width(self) -> int:
@@ -172,6 +178,10 @@ class DecoderSettings(ModelSettings):
             raise ValueError(f"heads ({self.heads}) is not divisible by kv_heads ({self.kv_heads}): use {options}")
         if self.attention_softcap is not None and self.attention_backend == "sdpa":
             raise ValueError("attention_softcap cannot be computed by attention_backend 'sdpa': use 'flex' or 'eager'")
+        if self.offload != "none" and self.recompute != "block":
+            raise ValueError(
+                f"offload ({self.offload!r}) says where the inputs of recomputed blocks wait: set recompute = 'block'"
+            )
         if self.qk_norm_over == "width" and self.qk_norm == "none":
             raise ValueError("qk_norm_over = 'width' says how queries and keys are normed: set qk_norm as well")
         if self.window_layers is not None and self.sliding_window is None:

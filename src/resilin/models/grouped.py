@@ -91,13 +91,14 @@ def gather(x_RI: Tensor, groups: Groups, choices: int) -> Tensor:
 def grouped_linear(x_RI: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:
     """(R, I) -> (R, O): each group's rows times its own matrix.
 
-    One kernel on CUDA, in bfloat16 under autocast; elsewhere one product per group that has rows.
+    One kernel on CUDA, in bfloat16 under autocast; elsewhere one product per group that has rows. The kernel takes
+    widths of multiples of 16 bytes only, which those divided among ranks may not be.
     """
     if x_RI.is_cuda:
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
             x_RI, weight_GOI = x_RI.to(dtype), weight_GOI.to(dtype)
-        if x_RI.dtype == torch.bfloat16:
+        if x_RI.dtype == torch.bfloat16 and not any(width % 8 for width in weight_GOI.shape[1:]):
             offsets = groups.sizes_G.cumsum(0).to(torch.int32)
             return F.grouped_mm(x_RI, weight_GOI.transpose(1, 2), offs=offsets)
     parts = x_RI.split(groups.sizes_G.tolist())

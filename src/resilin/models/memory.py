@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.tiled import tile_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,30 +68,47 @@ def _selective_kept(s: DecoderSettings, layer: int) -> int:
     return kept + moe.experts_per_token * (branches * moe.expert_size + 2 * s.hidden_size)
 
 
+def _at_work(s: DecoderSettings, layer: int, batch: int, length: int) -> float:
+    """Values a token leaves in one block while it is computed again: those of its feed-forward for one tile only."""
+    tiles = tile_count(s.mlp_tiles, batch, length, s.hidden_size)
+    mlp = _mlp_kept(s, layer)
+    return _block_kept(s, layer) - mlp * (1 - 1 / tiles) + (s.hidden_size if tiles > 1 else 0)
+
+
 def activation_bytes(
     settings: DecoderSettings, batch: int, sequence_length: int, *, value_bytes: int = 4, logit_rows: int = 1024
 ) -> int:
     """What one micro-batch keeps between its forward and its backward pass.
 
     Args:
-        settings: of the decoder; `recompute` decides.
+        settings: of the decoder; `recompute`, `offload` (but `host` on a CPU, which leaves nothing) and `mlp_tiles`
+            decide.
         batch: rows of the micro-batch.
         sequence_length: tokens of a row.
         value_bytes: of one activation (4 in float32, 2 in bfloat16).
         logit_rows: tokens whose logits (and their gradient) the loss holds at once.
     """
     tokens, layers = batch * sequence_length, range(settings.layers)
-    full = [_block_kept(settings, layer) for layer in layers]
+    at_work = max(_at_work(settings, layer, batch, sequence_length) for layer in layers)
     if settings.recompute == "none":
-        kept = sum(full)
+        tiled = tile_count(settings.mlp_tiles, batch, sequence_length, settings.hidden_size) > 1
+        kept = (
+            sum(
+                _block_kept(settings, layer) - tiled * (_mlp_kept(settings, layer) - settings.hidden_size)
+                for layer in layers
+            )
+            + tiled * at_work
+        )
     elif settings.recompute == "block":
-        # While a block is recomputed, all of its own values are there.
-        kept = settings.layers * settings.hidden_size + max(full)
+        # While a block is recomputed, all of its own values are there. Of inputs that wait elsewhere, those of the last
+        # block, of the one at work, and two on their way.
+        inputs = settings.layers if settings.offload == "none" else min(settings.layers, 4)
+        kept = inputs * settings.hidden_size + at_work
     else:
-        kept = sum(_selective_kept(settings, layer) for layer in layers) + max(full)
+        kept = sum(_selective_kept(settings, layer) for layer in layers) + at_work
     ends = 3 * settings.hidden_size  # embedded tokens, input and output of the final norm
     logits = 2 * min(tokens, logit_rows) * settings.vocab_size * 4
-    return tokens * (kept + ends) * value_bytes + logits
+    return int(tokens * (kept + ends) * value_bytes) + logits
 
 
 def memory_estimate(

@@ -7,6 +7,7 @@ rows sorted by expert.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -38,14 +39,20 @@ Dispatch = Callable[[Callable[[Tensor, Tensor | None, Tensor], Tensor], Tensor, 
 """`dispatch(local, x_ND, weights_Nk, chosen_Nk)`: the same as `local(...)`, where experts lie in several places."""
 
 
+Matrices = tuple[Tensor | None, Tensor, Tensor]
+"""Gate (E, F, D) or None, up (E, F, D) and down (E, D, F)."""
+
+
 class Experts(nn.Module):
     """E feed-forwards without biases, their matrices stacked: `gate`, `up` (E, F, D) and `down` (E, D, F).
 
     Attributes:
         dispatch: where only some of the experts are here: brings rows to whoever has them, and back.
+        lend: where the matrices are not kept here: `lend(experts)` gives those of some, in order, for a while.
     """
 
     dispatch: Dispatch | None = None
+    lend: Callable[[list[int]], AbstractContextManager[Matrices]] | None = None
 
     def __init__(self, settings: DecoderSettings, moe: MoESettings, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -70,18 +77,27 @@ class Experts(nn.Module):
         return self._mix(x_ND, weights_Nk, chosen_Nk)
 
     def _mix(self, x_ND: Tensor, weights_Nk: Tensor | None, chosen_Nk: Tensor) -> Tensor:
-        groups = group_choices(chosen_Nk, len(self.up))
+        if self.lend is None:
+            return mix(x_ND, weights_Nk, chosen_Nk, (self.gate, self.up, self.down), self.activation)
+        used_A = chosen_Nk.unique()
+        with self.lend(used_A.tolist()) as matrices:
+            return mix(x_ND, weights_Nk, torch.searchsorted(used_A, chosen_Nk), matrices, self.activation)
 
-        def written(x_ND: Tensor, weights_Nk: Tensor | None, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
-            mixed_RD = feed_forward(spread(x_ND, groups), gate, up, down, groups, self.activation)
-            by_token_NkD = gather(mixed_RD, groups, chosen_Nk.shape[1])
-            if weights_Nk is None:
-                return by_token_NkD.squeeze(1)
-            return (weights_Nk[:, None].to(by_token_NkD.dtype) @ by_token_NkD).squeeze(1)
 
-        if takes(x_ND):
-            return mix_experts(x_ND, weights_Nk, (self.gate, self.up, self.down), groups, self.activation, written)
-        return written(x_ND, weights_Nk, self.gate, self.up, self.down)
+def mix(x_ND: Tensor, weights_Nk: Tensor | None, chosen_Nk: Tensor, matrices: Matrices, activation: str) -> Tensor:
+    """(N, D) -> (N, D): what the chosen experts make of each token, weighted and summed."""
+    groups = group_choices(chosen_Nk, len(matrices[1]))
+
+    def written(x_ND: Tensor, weights_Nk: Tensor | None, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
+        mixed_RD = feed_forward(spread(x_ND, groups), gate, up, down, groups, activation)
+        by_token_NkD = gather(mixed_RD, groups, chosen_Nk.shape[1])
+        if weights_Nk is None:
+            return by_token_NkD.squeeze(1)
+        return (weights_Nk[:, None].to(by_token_NkD.dtype) @ by_token_NkD).squeeze(1)
+
+    if takes(x_ND):
+        return mix_experts(x_ND, weights_Nk, matrices, groups, activation, written)
+    return written(x_ND, weights_Nk, *matrices)
 
 
 def feed_forward(

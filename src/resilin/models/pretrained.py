@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -27,6 +27,10 @@ class Pretrained(ModelSettings):
     """Of the residual stream, while training."""
     recompute: Literal["none", "block", "selective"] = "none"
     """Activation checkpointing, as `resilin.models.decoder_settings:DecoderSettings` has it."""
+    offload: Literal["none", "host", "disk"] = "none"
+    """Where the inputs of recomputed blocks wait, likewise."""
+    mlp_tiles: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
+    """Tiles of tokens that the feed-forward takes one after another, likewise."""
     attention_backend: Literal["sdpa", "flex", "eager"] | None = None
     """How attention is computed; left out: as suits the model."""
 
@@ -72,6 +76,7 @@ class Pretrained(ModelSettings):
                 f"{self.path}: knows {known} tokens, the source's tokenizer has {asked}: set source.tokenizer to the "
                 "model's own"
             )
-        wanted = {"dropout": self.dropout, "recompute": self.recompute, "attention_backend": self.attention_backend}
+        names = ("dropout", "recompute", "offload", "mlp_tiles", "attention_backend")
+        wanted = {name: getattr(self, name) for name in names}
         tree = stored.model_dump() | {name: value for name, value in wanted.items() if value is not None}
         return DecoderSettings.model_validate(tree)

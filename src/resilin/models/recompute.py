@@ -5,12 +5,16 @@ Randomness is keyed, not drawn from a generator, so nothing has to be restored a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from resilin.models.offload import Offload
 
 Recompute = Literal["none", "block", "selective"]
 
@@ -32,15 +36,40 @@ _KEPT = frozenset(
 )
 
 
+_nothing_kept: ContextVar[bool] = ContextVar("nothing_kept", default=False)
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """What is computed inside is computed again under `selective`, its matrix products too.
+
+    For attention that is made of products: they have the square of the row, and are overwritten.
+    """
+    token = _nothing_kept.set(True)
+    try:
+        yield
+    finally:
+        _nothing_kept.reset(token)
+
+
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = operation in _KEPT and not _nothing_kept.get()
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run_block(kind: Recompute, block: Callable[..., Any], *args: Any) -> Any:
-    """`block(*args)`, keeping only what `kind` says: everything, the block's input, or its matrix products."""
+def run_block(kind: Recompute, block: Callable[..., Any], *args: Any, offload: Offload | None = None) -> Any:
+    """`block(*args)`, keeping only what `kind` says: everything, the block's input, or its matrix products.
+
+    Args:
+        kind: of recomputation.
+        block: whose first argument is its input.
+        args: of the block.
+        offload: where the input waits for the backward pass under `block`; None: where it is.
+    """
     if kind == "none" or not torch.is_grad_enabled():
         return block(*args)
     if kind == "block":
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        with offload.keeping_away(args[0]) if offload is not None else nullcontext():
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
     contexts = partial(create_selective_checkpoint_contexts, _policy)
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

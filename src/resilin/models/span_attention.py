@@ -22,6 +22,7 @@ from torch import Tensor
 from resilin.models.block_attention import BLOCK, LONGEST
 from resilin.models.mask import LARGEST
 from resilin.models.mask_rule import MaskRule
+from resilin.models.recompute import nothing_kept
 from resilin.models.spans import Span
 from resilin.models.tiled_attention import tiled_attention
 
@@ -248,7 +249,8 @@ def span_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float,
     if not short:
         mixed_NHD = torch.zeros_like(q_NHD)
     elif differentiate:
-        mixed_NHD = _SpanAttention.apply(q_NHD, k_NKD, v_NKD, short, scale)
+        with nothing_kept():
+            mixed_NHD = _SpanAttention.apply(q_NHD, k_NKD, v_NKD, short, scale)
     else:
         mixed_NHD = _mix(q_NHD, k_NKD, v_NKD, short, scale)[0]
     if tiny:

@@ -6,7 +6,8 @@ match whole names, as `named_modules` and `named_parameters` give them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from resilin.layout import SpecRule
 
@@ -51,6 +52,8 @@ class TensorPlan:
     is on each rank a part of a sum, and everything within it runs on the rank's own weights.
 
     Attributes:
+        root: path of the module that the plan is of, where it is a part of another model: names are relative to it, and
+            what lies outside has the module's results on every rank.
         rules: which parameters are cut and how; cuts of other axes than "tp" are left to others.
         regions: patterns of modules.
         copied: patterns of parameters within regions of which every rank has all.
@@ -85,3 +88,11 @@ class TensorPlan:
     padding: tuple[tuple[str, int], ...] = ()
     positions: str | None = None
     divided: str | None = None
+    root: str = ""
+
+    @property
+    def whole_rules(self) -> tuple[SpecRule, ...]:
+        """The rules for names of the model that `root` is a part of."""
+        if not self.root:
+            return self.rules
+        return tuple(replace(rule, pattern=rf"{re.escape(self.root)}\.(?:{rule.pattern})") for rule in self.rules)

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from resilin.models.mask_rule import MaskRule, Tile
+from resilin.models.recompute import nothing_kept
 
-QUERIES, KEYS = 256, 1024
-"""Of a tile: 1 MB of logits a head, which stay in a core's cache."""
+STEPS = {"cpu": (256, 256), "cuda": (1024, 2048)}
+"""Queries and keys of a tile: on a CPU its logits stay in a core's cache, a GPU wants enough of them to be busy."""
 
 
 class Stretch(NamedTuple):
@@ -72,7 +73,8 @@ class _Tiles:
         self.wide = torch.promote_types(q_BHQD.dtype, torch.float32)
         self.query_place = torch.arange(*stretch.queries, device=q_BHQD.device)
         self.key_place = torch.arange(*stretch.keys, device=q_BHQD.device)
-        self.groups = list(stretch.rule.tiles(stretch.queries, stretch.keys, QUERIES, KEYS))
+        steps = STEPS["cpu" if q_BHQD.device.type == "cpu" else "cuda"]
+        self.groups = list(stretch.rule.tiles(stretch.queries, stretch.keys, *steps))
 
     def logits(self, q_NRD: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None]:
         """Logits (N, R, C) with -inf where nothing is seen, and the slope of the soft-cap."""
@@ -170,7 +172,8 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_BHQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, stretch: Stretch) -> Tensor:
-        mixed_BHQD, log_sum_BHQ = attend(q_BHQD, k_BKSD, v_BKSD, stretch)
+        with nothing_kept():
+            mixed_BHQD, log_sum_BHQ = attend(q_BHQD, k_BKSD, v_BKSD, stretch)
         mixed_BHQD = mixed_BHQD.to(q_BHQD.dtype)
         ctx.save_for_backward(q_BHQD, k_BKSD, v_BKSD, mixed_BHQD, log_sum_BHQ)
         ctx.stretch = stretch

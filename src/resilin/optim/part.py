@@ -87,6 +87,7 @@ class Part(ABC):
                 "parameters": [member.name for member in members],
             }
             for pace, members in self.groups
+            if members
         ]
 
     def members(self) -> Iterable[Member]:

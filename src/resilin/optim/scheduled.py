@@ -101,9 +101,13 @@ class ScheduledSettings(OptimizerSettings):
         if self.record:
             raise UserError("optimizer.record needs all elements of a parameter in one process: use one worker")
         schedule = partial(self.schedule.factor, total=total_steps, peak=self.lr)
-        # Workers own different parameters, but what a checkpoint says of the groups is of the whole model.
-        shapes = {name: nn.Parameter(p.detach().to("meta")) for name, p in model.named_parameters() if p.requires_grad}
-        groups = [group for part in self.parts(model, shapes) for group in part.described_groups()]
+        # All workers say the same of the whole model's groups, whatever each of them owns.
+        outlines = {
+            name: nn.Parameter(torch.empty_like(p, device="meta"))
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+        groups = [group for part in self.parts(model, outlines) for group in part.described_groups()]
         return Scheduled(self.parts(model, owned), self.lr, schedule, groups=groups)
 
 
@@ -114,7 +118,6 @@ class Scheduled:
         parts: the update rules, each over its own parameters.
         lr: peak learning rate, before any parameter's own factor.
         schedule: from the step to the factor s_t.
-        groups: how the groups are described in checkpoints; None: as the parts have them.
     """
 
     def __init__(
@@ -126,6 +129,11 @@ class Scheduled:
         record_every: int = 1,
         groups: Sequence[Mapping[str, Any]] | None = None,
     ):
+        """Args:
+        parts, lr, schedule: see above.
+        record, record_every: as in `ScheduledSettings`.
+        groups: what `state_dict` says of the groups; None: those of the parts.
+        """
         self.parts = tuple(parts)
         self._groups = groups
         self.lr, self.schedule = lr, schedule
@@ -170,7 +178,9 @@ class Scheduled:
         """
         return {
             "parameters": {m.name: dict(m.moments) for part in self.parts for m in part.members()},
-            "groups": self._groups or [group for part in self.parts for group in part.described_groups()],
+            "groups": list(self._groups)
+            if self._groups is not None
+            else [group for part in self.parts for group in part.described_groups()],
         }
 
     def load_state_dict(self, state: State) -> None:

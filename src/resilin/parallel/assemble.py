@@ -14,7 +14,8 @@ from resilin.parallel.errors import ParallelError
 from resilin.parallel.group import Group
 from resilin.parallel.owned_optimizer import OwnedOptimizer
 from resilin.parallel.ownership import Ownership
-from resilin.parallel.reduction import Reduction
+from resilin.parallel.reduction import Reduced, Reduction
+from resilin.parallel.sharded import FsdpShards
 from resilin.parallel.step import Autocast
 from resilin.parallel.workers import Passes, Trained, Workers
 from resilin.parallel.world import World
@@ -45,7 +46,7 @@ class Assembled:
 
     engine: Workers
     optimizer: Optimizer
-    reductions: Mapping[str, Reduction]
+    reductions: Mapping[str, Reduced]
 
 
 def assemble(
@@ -74,7 +75,7 @@ def assemble(
         micro_batch_size: as for `Workers`, like what follows.
         clip_norm: of the gradient.
         exact: whether sums have the order of one process. Sequences that are divided, and experts that are, leave no
-            such order: there the workers' sums are added in the order of workers.
+            such order: there the workers' sums are added in the order of workers. FSDP has an order of its own.
         device: where batches go.
         autocast: the format of the step.
         facts: of this worker's parameters, by name; what is not there is whole.
@@ -83,8 +84,9 @@ def assemble(
     Raises:
         ParallelError: a trained parameter is not known to the whole model, or cannot be owned so.
     """
-    if world.axis("cp") > 1 or world.axis("ep") > 1:
+    if world.axis("cp") > 1 or world.axis("ep") > 1 or blueprint.sharded:
         exact = False
+    lockstep = blueprint.sharded or world.axis("ep") > 1
     found: dict[str, list[tuple[str, nn.Parameter]]] = {DENSE: [], EXPERTS: []}
     trained: dict[str, Trained] = {}
     for chunk in passes.chunks:
@@ -94,11 +96,15 @@ def assemble(
             _check(name, blueprint)
             fact, kind = (facts or {}).get(name, Facts()), blueprint.reduction_of(name)
             found[kind].append((name, parameter))
-            trained[name] = Trained(parameter, kind, fact.sum_over, fact.counted, blueprint.rows[name])
-    reductions = {}
+            counted = fact.counted and (not blueprint.sharded or world.coordinate("rep") == 0)
+            trained[name] = Trained(parameter, kind, fact.sum_over, counted, blueprint.rows[name])
+    reductions: dict[str, Reduced] = {}
     for kind, parameters in found.items():
         group = world.group(*REDUCED_OVER[kind])  # by all workers, whether they have such parameters or not
-        if parameters:
+        if parameters and blueprint.sharded:
+            sums = {name: trained[name].sum_over for name, _ in parameters}
+            reductions[kind] = FsdpShards(parameters, sums, group)
+        elif parameters:
             sizes = tuple(parameter.numel() for _, parameter in parameters)
             whole = tuple(blueprint.whole_owners.get(name) for name, _ in parameters)
             ownership = Ownership(sizes, blueprint.table(kind), whole, group.size)
@@ -117,7 +123,8 @@ def assemble(
         exact=exact,
         device=device,
         autocast=autocast,
-        model=model,
+        model=model if not lockstep else None,
+        lockstep=lockstep,
     )
     return Assembled(engine, optimizer, reductions)
 

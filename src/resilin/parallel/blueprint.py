@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from resilin.layout import Cut, Deal, Layout, Mesh, Only, ParamSpec, layout_of, merge
+from resilin.layout import Cut, Deal, Layout, Mesh, Only, ParamSpec, Shard, layout_of, merge
 from resilin.layout.dealing import ALIGN, VIRTUAL_SHARDS, deal
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.errors import ParallelError
@@ -32,6 +32,7 @@ class Blueprint:
         trained: names of the parameters that are trained, in the model's order.
         keep_whole: those of them that one rank has to own in whole.
         virtual: owners of the virtual shards of all others, for each reduction; None: equal runs.
+        sharded: whether weights are divided like the optimizer's states, along dimension 0 (FSDP).
     """
 
     degrees: Degrees
@@ -39,6 +40,7 @@ class Blueprint:
     trained: tuple[str, ...]
     keep_whole: frozenset[str] = frozenset()
     virtual: Mapping[str, tuple[int, ...]] | None = None
+    sharded: bool = False
 
     @classmethod
     def uncut(cls, model: nn.Module, degrees: Degrees, keep_whole: Collection[str] = ()) -> Blueprint:
@@ -99,6 +101,8 @@ class Blueprint:
         """All ranks, those that divide optimizer states on one axis."""
         d, owners = self.degrees, self.ranks(reduction)
         sizes = [("pp", d.pipeline), (_OWNERS, owners)]
+        if self.sharded:
+            sizes[1:] = [("rep", d.replicate), (_OWNERS, owners // d.replicate)]
         if reduction == EXPERTS:
             sizes.append(("ep", d.expert))
         return Mesh((*sizes, ("tp", d.tensor)))
@@ -116,13 +120,16 @@ class Blueprint:
                 by_kind[DENSE][name] = ParamSpec(tuple(shape), dtype)
                 continue
             reduction, spec = self.reduction_of(parameter), replace(self.specs[parameter], dtype=dtype)
-            if kind == "state" and self.ranks(reduction) > 1:  # one rank alone keeps its parameters' shapes
+            # One rank alone keeps its parameters' shapes.
+            if (kind == "state" or self.sharded) and self.ranks(reduction) > 1:
                 spec = replace(spec, cuts=(*spec.cuts, self._owned(parameter, reduction)))
             by_kind[reduction][name] = spec
         parts = [layout_of(specs, self.mesh(kind)) for kind, specs in by_kind.items() if specs]
         return parts[0] if len(parts) == 1 else merge(*parts)
 
     def _owned(self, name: str, reduction: str) -> Cut:
+        if self.sharded:
+            return Shard(_OWNERS, 0)
         if name in self.keep_whole:
             return Only(_OWNERS, (self.whole_owners[name],))
         return Deal(_OWNERS, self.table(reduction), rule="even", align=ALIGN)

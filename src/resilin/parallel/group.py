@@ -28,6 +28,10 @@ class Group:
         if (self.process_group is None) != (len(self.ranks) == 1):
             raise ValueError(f"a group of {len(self.ranks)} ranks is given {self.process_group}")
 
+    def __deepcopy__(self, _: object) -> Group:
+        """Itself: a model that is copied (for a reference, or an average) talks to the same ranks."""
+        return self
+
     @property
     def size(self) -> int:
         """How many ranks."""

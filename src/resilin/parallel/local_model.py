@@ -8,16 +8,12 @@ from functools import cache
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from resilin.layout import Cut, Layout, Mesh, ParamSpec, layout_of
 from resilin.layout.local import Local
+from resilin.parallel.exchange import add_up_all
 from resilin.parallel.group import Group
-
-_BUCKET = 2**24
-"""Elements of gradients that are summed at once."""
-
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 
@@ -146,36 +142,21 @@ class LocalModel:
         A gradient that a rank does not have counts as zeros.
         """
         for groups, tensors in self._summed():
-            for bucket in _buckets(tensors):
-                flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-                for group in groups:
-                    dist.all_reduce(flat, group=group.process_group)
-                parts = flat.split([tensor.numel() for tensor in bucket])
-                torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
+            for group in groups:
+                add_up_all(tensors, group)
 
     def _summed(self) -> Iterator[tuple[tuple[Group, ...], list[Tensor]]]:
-        """Gradients that are summed together: over the same groups, in the same format."""
-        alike: dict[tuple[tuple[tuple[int, ...], ...], torch.dtype], tuple[tuple[Group, ...], list[Tensor]]] = {}
+        """Gradients that are summed together, over the same groups."""
+        alike: dict[tuple[tuple[int, ...], ...], tuple[tuple[Group, ...], list[Tensor]]] = {}
         for name, parameter in self.module.named_parameters():
             groups = tuple(group for group in self.parameters[name].sum_over if group.size > 1)
             if not groups or not parameter.requires_grad:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            key = tuple(group.ranks for group in groups), parameter.grad.dtype
+            key = tuple(group.ranks for group in groups)
             alike.setdefault(key, (groups, []))[1].append(parameter.grad)
         yield from alike.values()
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
 
 
 def cut_out(spec: ParamSpec, mesh: Mesh, rank: int, whole: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from resilin.nouns import Optimizer
-from resilin.parallel.reduction import Reduction
+from resilin.parallel.reduction import Reduced
 from resilin.transforms import OptimizerTransform
 
 
@@ -17,7 +17,7 @@ class OwnedOptimizer(OptimizerTransform):
         reductions: whose shards they are.
     """
 
-    def __init__(self, inner: Optimizer, reductions: Sequence[Reduction]) -> None:
+    def __init__(self, inner: Optimizer, reductions: Sequence[Reduced]) -> None:
         super().__init__(inner)
         self.reductions = tuple(reductions)
 

@@ -35,8 +35,9 @@ from resilin.parallel.pipeline.validate import validate
 from resilin.parallel.sequence.shard import shard_sequence
 from resilin.parallel.sequence.ulysses import ulysses
 from resilin.parallel.settings import ParallelSettings
+from resilin.parallel.sharded import shard_module
 from resilin.parallel.step import Autocast
-from resilin.parallel.tensor.parallelise import parallelise
+from resilin.parallel.tensor.parallelise import parallelise, plan_of
 from resilin.parallel.workers import Passes, WholeModel
 from resilin.parallel.world import World
 
@@ -128,14 +129,8 @@ def specs_of_decoder(decoder: nn.Module, world: World) -> dict[str, ParamSpec]:
     Raises:
         ParallelError: they cannot.
     """
-    plan = getattr(decoder, "tensor_plan", None)
-    if plan is None:
-        raise ParallelError(
-            f"{type(decoder).__name__} says nothing of how it is cut (it has no `tensor_plan`): parallel.tensor and "
-            "parallel.expert divide a plain Decoder, or a model with a plan of its own"
-        )
     try:
-        specs = specs_of(shapes_of(decoder), list(plan().rules), strict=False)
+        specs = specs_of(shapes_of(decoder), plan_of(decoder).whole_rules, strict=False)
     except LayoutError as error:
         raise ParallelError(str(error)) from None
     wanted = {axis for axis in ("tp", "ep") if world.axis(axis) > 1}
@@ -192,6 +187,10 @@ def divide_decoder(
     blueprint = Blueprint(world.degrees, specs, trained, frozenset(keep_whole))
     facts = _facts(parts, tied, world)
     _agree(parts, blueprint, world)
+    if settings.sharding == "fsdp":
+        blueprint = replace(blueprint, sharded=True)
+        for module in modules:
+            shard_module(module, world, device.type)
     if world.axis("cp") > 1:
         prepare = partial(shard_sequence, group=world.group("cp"), kind=settings.context_kind)
     else:
@@ -227,7 +226,7 @@ def _cut_further(module: nn.Module, settings: ParallelSettings, world: World) ->
     if world.axis("ep") > 1 and any(name.endswith("experts") for name, _ in module.named_modules()):
         local = parallelise_experts(local, world.group("ep"))
     if world.axis("tp") > 1:
-        local = parallelise(local, module.tensor_plan(), world.group("tp"), sequence=settings.sequence)  # type: ignore[operator]
+        local = parallelise(local, plan_of(module), world.group("tp"), sequence=settings.sequence)
     if world.axis("cp") > 1:
         if settings.context_kind == "ring":
             from resilin.parallel.sequence.ring import ring

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -45,6 +46,45 @@ class _Bucket:
         return high - low
 
 
+class Reduced(Protocol):
+    """Parameters whose gradients are summed over a group, and what of them this rank updates.
+
+    Attributes:
+        names: of the parameters.
+        parameters: of this rank.
+        group: the ranks.
+        collects: whether gradients are handed over as sums of blocks; False: they are summed by the backward pass.
+        shards: by name what this rank updates.
+    """
+
+    names: list[str]
+    parameters: list[nn.Parameter]
+    group: Group
+    collects: bool
+    shards: dict[str, nn.Parameter]
+
+    def reduce(self, mine: Sequence[Node], blocks: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """Sum the gradients of all workers."""
+
+    def used(self) -> Tensor:
+        """(P,) float64: 1 for every parameter that this worker computed a gradient of in this step."""
+
+    def squares(self) -> Tensor:
+        """(P, V) float64 squared norms of what is owned here."""
+
+    def set_gradients(self, used: Sequence[bool]) -> None:
+        """Put the sums into `.grad` of the shards."""
+
+    def gradients(self) -> list[Tensor]:
+        """The summed gradients of what this rank owns."""
+
+    def read(self) -> None:
+        """Take the weights of the shards from the parameters."""
+
+    def gather(self) -> None:
+        """Give the weights of the shards to all ranks."""
+
+
 class Reduction:
     """Parameters whose gradients are summed over one group, and the owned shards of them.
 
@@ -61,6 +101,8 @@ class Reduction:
         shards: by name what this rank owns, as parameters for an optimizer; flat (n,), or of the parameter's own
             shape where it is owned in whole.
     """
+
+    collects = True
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from resilin.parallel.errors import ParallelError
 from resilin.parallel.exchange import add_up_all
 from resilin.parallel.group import Group
 from resilin.parallel.messages import tell_all
-from resilin.parallel.reduction import Reduction
+from resilin.parallel.reduction import Reduced
 from resilin.parallel.report import Report, Summed
 from resilin.parallel.step import Autocast, StepGradient, check_units, non_finite_slots
 from resilin.parallel.world import World
@@ -137,6 +137,7 @@ class Workers:
         exact: whether sums have the order of one process: then the norm has too.
         device, autocast: as for `OneProcess`.
         model: what the objective calls when it looks for bad slots; None: they are not looked for.
+        lockstep: whether workers of the data axis exchange something during a pass.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Workers:
         world: World,
         passes: Passes,
         trained: Mapping[str, Trained],
-        reductions: Mapping[str, Reduction],
+        reductions: Mapping[str, Reduced],
         *,
         rows: int,
         objective: Objective,
@@ -154,17 +155,20 @@ class Workers:
         device: torch.device,
         autocast: Autocast,
         model: nn.Module | None = None,
+        lockstep: bool = False,
     ) -> None:
+        self._lockstep = lockstep
         self.world, self.passes, self.trained, self.reductions = world, passes, dict(trained), dict(reductions)
         self._rows, self._objective, self._model = rows, objective, model
         self._micro, self._clip, self._exact = micro_batch_size, clip_norm, exact
         self._device, self._autocast = device, autocast
         self._report = Report(world.everyone, device)
-        by_parameter = {id(entry.parameter): name for name, entry in self.trained.items()}
+        collected = {name for name, entry in self.trained.items() if self.reductions[entry.reduction].collects}
+        by_parameter = {id(entry.parameter): name for name, entry in self.trained.items() if name in collected}
         self._chunk_names = [
             [by_parameter[id(p)] for p in chunk.parameters() if id(p) in by_parameter] for chunk in passes.chunks
         ]
-        missing = set(self.trained) - {name for names in self._chunk_names for name in names}
+        missing = collected - {name for names in self._chunk_names for name in names}
         if missing:
             raise ParallelError(f"parameter {min(missing)!r} is in no part of the model that this worker has")
         self._shared = self._sums_over()
@@ -225,8 +229,9 @@ class Workers:
             for group, names in self._shared:
                 self._add_over(group, names, leaf)
         for reduction in self.reductions.values():
+            names = reduction.names if reduction.collects else []
             mine = [
-                Node(start, height, [leaf[name] for name in reduction.names])
+                Node(start, height, [leaf[name] for name in names])
                 for (start, height), leaf in zip(blocks, leaves, strict=True)
             ]
             reduction.reduce(mine, self._blocks_in(reduction.group, count))
@@ -241,7 +246,7 @@ class Workers:
         found: dict[tuple[int, ...], tuple[Group, list[str]]] = {}
         for name, entry in self.trained.items():
             for group in entry.sum_over:
-                if group.size > 1:
+                if group.size > 1 and self.reductions[entry.reduction].collects:
                     found.setdefault(group.ranks, (group, []))[1].append(name)
         return list(found.values())
 
@@ -272,13 +277,14 @@ class Workers:
     def _facts(self) -> tuple[Tensor, Tensor]:
         """(rows,) which parameters have a gradient here; (rows, V) or (1,) the squared norms of what is owned here."""
         used = torch.zeros(self._rows, dtype=torch.float64)
-        squares = torch.zeros(self._rows, VIRTUAL_SHARDS, dtype=torch.float64)
+        squares = torch.zeros(self._rows, VIRTUAL_SHARDS if self._exact else 1, dtype=torch.float64)
         for reduction in self.reductions.values():
             entries = [self.trained[name] for name in reduction.names]
             at = torch.tensor([entry.row for entry in entries], dtype=torch.int64)
             counted = torch.tensor([entry.counted for entry in entries], dtype=torch.float64)
             used[at] += reduction.used()
-            squares[at] += reduction.squares() * counted[:, None]
+            found = reduction.squares() * counted[:, None]
+            squares[at] += found if self._exact else found.sum(1, keepdim=True)
         return used, squares if self._exact else squares.sum()[None]
 
     def non_finite(self, batch: Batch, keys: Keys) -> list[int]:
@@ -303,7 +309,10 @@ class Workers:
         context, part = self.world.axis("cp"), self.world.coordinate("cp")
         rounds = -(-len(everything) // workers)
         mine = everything[dp * rounds : (dp + 1) * rounds]
-        losses = self.passes.evaluate([source.fetch(index, range(source.slots(index))) for index in mine])
+        # Where workers exchange weights or tokens on the way, each computes as often as all others.
+        more = [everything[0]] * (rounds - len(mine)) if self._lockstep else []
+        batches = [source.fetch(index, range(source.slots(index))) for index in [*mine, *more]]
+        losses = self.passes.evaluate(batches)[: len(mine)]
         rows = {(dp * rounds + n) * context + part: loss for n, loss in enumerate(losses)} if self.passes.speaks else {}
         summed, _ = self._report.exchange(rows, len(everything) * context)
         return summed

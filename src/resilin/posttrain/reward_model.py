@@ -6,6 +6,7 @@ Shapes: B rows, T positions, D hidden size.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from resilin.models.decoder import Decoder
 from resilin.models.linear import Linear
 from resilin.models.pretrained import Pretrained
 from resilin.models.settings import ModelContext, ModelSettings
+from resilin.models.tensor_plan import TensorPlan
 from resilin.models.weight_files import ModelFolderError, read_json
 from resilin.objective.next_token import IGNORE
 
@@ -42,6 +44,10 @@ class RewardModel(nn.Module):
         self.score = Linear(decoder.settings.hidden_size, 1, bias=False, device=decoder.embed.weight.device)
         with torch.no_grad():
             self.score.weight.zero_()
+
+    def tensor_plan(self) -> TensorPlan:
+        """How the decoder is cut over the ranks of tensor parallelism; every rank has all of the score."""
+        return replace(self.decoder.tensor_plan(), root="decoder")
 
     def forward(
         self,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from resilin.parallel.assemble import assemble
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.part import Part, divide_decoder
+from resilin.parallel.sharded import local, shard_module
 from resilin.parallel.state import StateLayout, like
 from resilin.parallel.workers import WholeModel, Workers
 from resilin.parallel.world import World
@@ -71,8 +73,13 @@ def divide(
     """
     outline = _outline(settings, model, source)
     whole = settings.optimizer.keeps_whole(outline)
+    if settings.parallel.sharding == "fsdp":
+        _check_sharded(settings, world, whole)
     if world.degrees.data * world.degrees.replicate == world.size:
         blueprint = Blueprint.uncut(model, world.degrees, whole)
+        if settings.parallel.sharding == "fsdp":
+            blueprint = replace(blueprint, sharded=True)
+            shard_module(model, world, device.type)
         passes = WholeModel(model, objective, compiled(model) or model, device=device, autocast=precision.autocast)
         part = Part(passes, blueprint, {})
     else:
@@ -102,38 +109,37 @@ def divide(
         facts=part.facts,
         model=model if chunks[0] is model and len(chunks) == 1 else None,
     )
-    mine = chunks[0] if len(chunks) == 1 else Stages(chunks)
+    mine = chunks[0] if len(chunks) == 1 and not part.blueprint.sharded else WorkerModel(chunks)
     return Divided(mine, made.engine, made.optimizer, StateLayout(part.blueprint, world.everyone))
 
 
-class Stages(nn.Module):
-    """Several stages of one worker, whose parameters keep the names that they have in the whole model."""
+class WorkerModel(nn.Module):
+    """The stages of one worker together: parameters have the names of the whole model, and states are local tensors."""
 
-    def __init__(self, stages: object) -> None:
+    def __init__(self, stages: Sequence[nn.Module]) -> None:
         super().__init__()
-        self._stages: tuple[nn.Module, ...] = tuple(stages)  # type: ignore[arg-type]
+        self._stages = tuple(stages)
         for number, stage in enumerate(self._stages):
             self.add_module(str(number), stage)
 
-    def state_dict(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:  # type: ignore[override]
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Of all stages, under the names of the whole model."""
-        found: dict[str, torch.Tensor] = {}
-        for stage in self._stages:
-            found |= stage.state_dict()
-        return found
+        return {name: local(tensor) for stage in self._stages for name, tensor in stage.state_dict().items()}
 
-    def load_state_dict(self, state: State, *args: object, **kwargs: object) -> None:  # type: ignore[override]
-        """Give every stage its own."""
-        for stage in self._stages:
-            own = stage.state_dict()
-            stage.load_state_dict({name: state[name] for name in own})
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Fill every stage's own tensors."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
 
-    def named_parameters(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
-        """Of all stages, under the names of the whole model; shared ones once."""
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Of all stages, under the names of the whole model; shared ones once, unless they are asked for twice."""
         seen: set[int] = set()
         for stage in self._stages:
-            for name, parameter in stage.named_parameters():
-                if id(parameter) not in seen:
+            for name, parameter in stage.named_parameters(remove_duplicate=remove_duplicate):
+                if not remove_duplicate or id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield name, parameter
 
@@ -150,6 +156,33 @@ def _tokens(source: Source, model: nn.Module) -> int:
         return int(length)
     decoder = next((module for module in model.modules() if isinstance(module, Decoder)), None)
     return decoder.settings.max_positions if decoder is not None else 1
+
+
+def _check_sharded(settings: RunSettings, world: World, whole: set[str]) -> None:
+    """Refuse what does not go with FSDP.
+
+    Raises:
+        ParallelError: what it is.
+    """
+    degrees, train = world.degrees, settings.train
+    if degrees.data * degrees.context == 1:
+        raise ParallelError(
+            "sharding = 'fsdp' divides weights among data workers, and there is one: raise parallel.data"
+        )
+    if degrees.pipeline > 1:
+        raise ParallelError("sharding = 'fsdp' does not go with a pipeline: use sharding = 'zero1', or pipeline = 1")
+    if whole:
+        raise ParallelError(
+            f"{type(settings.optimizer).__name__} updates whole matrices ({min(whole)}), and sharding = 'fsdp' leaves "
+            "no worker with one: use sharding = 'zero1', or an optimizer that works element by element"
+        )
+    size = train.micro_batch_size or -(-train.batch_size // degrees.data)
+    if train.batch_size % (size * degrees.data):
+        raise ParallelError(
+            "sharding = 'fsdp' gathers weights at all workers together, who must have equally many micro-batches: "
+            f"train.batch_size ({train.batch_size}) should be a multiple of micro_batch_size * data = {size} * "
+            f"{degrees.data}"
+        )
 
 
 def _check(settings: RunSettings, world: World, model: nn.Module, source: Source) -> None:

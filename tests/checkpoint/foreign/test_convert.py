@@ -16,6 +16,7 @@ from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.foreign.convert import Options, convert, open_stored
 from resilin.checkpoint.foreign.formats import ReadOptions, WriteOptions
+from resilin.checkpoint.foreign.rules import Rules
 from resilin.checkpoint.foreign.stored import Stored
 
 
@@ -238,14 +239,55 @@ def test_rules_say_how_atoms_are_cut_again(trained, tmp_path):
     for wrong, message in (
         ({"parameter_with_row_parallelism_patterns": ["gone"]}, "'gone' matches no trained parameter"),
         (
-            {"parameter_with_sub_params": [{"patterns": ["a"], "shape": [[2, 3], -1], "partition_dim": 0}]},
-            "'a' is several parameters in one .* only its own ds_to_universal writes that",
+            {"parameter_with_sub_params": [{"patterns": ["a"], "shape": [[2, 2], -1], "partition_dim": 0}]},
+            r"sub-parameters of \[2, 2\] do not make up dimension 0 of 'a' \[5, 3\]",
         ),
     ):
         options = Options(target_format="universal", write=WriteOptions(rules=wrong))
         with pytest.raises(CheckpointError, match=message):
             convert(trained, tmp_path / "other", options)
         assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("name", "dim", "parts"), [("a", 0, [4, 2, 2]), ("b", 1, [2, 4]), ("a", 0, 4)])
+def test_deepspeed_cuts_several_parameters_in_one_over_tensor_ranks(tmp_path, name, dim, parts):
+    """What its own loader gives each rank makes up the whole again by the same rules."""
+    module = pytest.importorskip("deepspeed.checkpoint.universal_checkpoint")
+    from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
+
+    model = {"a": torch.randn(8, 3), "b": torch.randn(2, 6)}
+    moments = {key: {"exp_avg": torch.randn(tensor.shape)} for key, tensor in model.items()}
+    groups = [{"lr": 0.1, "parameters": ["a", "b"]}]
+    CheckpointFolder(tmp_path / "run").save(
+        1, {"model": model, "optimizer": {"parameters": moments, "groups": groups}, "deepspeed": {}}
+    )
+    shape = [-1, -1]
+    shape[dim] = parts
+    table = {"parameter_with_sub_params": [{"patterns": [name], "shape": shape, "partition_dim": dim}]}
+    options = Options(target_format="universal", write=WriteOptions(rules=table))
+    convert(tmp_path / "run", tmp_path / "universal", options)
+    whole = model[name]
+    shards = []
+    for rank in range(2):
+        local = list(whole.shape)
+        local[dim] //= 2
+        parameter = torch.nn.Parameter(torch.zeros(local))
+        address = fragment_address(parameter.numel(), 0)
+        master = torch.zeros(parameter.numel())
+        parameter._hp_mapping = tensor_fragment(None, address, master, address, {}, {}, False, 0)
+        folder = tmp_path / "universal" / "global_step1_universal" / "zero" / name
+        module.load_hp_checkpoint_state(parameter, str(folder), rank, 2)
+        shards.append((master.reshape(local), parameter._hp_mapping.optim_fragment["exp_avg"].reshape(local)))
+    union = Rules(table, "the test").union(name, [tuple(shard.shape) for shard, _ in shards])
+    for number, expected in enumerate((whole, moments[name]["exp_avg"])):
+        made = torch.full_like(expected, float("nan"))
+        for rank, slice_ in enumerate(union.slices):
+            for piece in slice_.pieces:
+                ends = tuple(slice(o, o + s) for o, s in zip(piece.offsets, piece.local.sizes, strict=True))
+                made[ends] = shards[rank][number][piece.local.slices]
+        assert torch.equal(made, expected)
+    stored = open_stored(tmp_path / "universal")
+    assert torch.equal(stored.tensor(f"model/{name}"), whole)
 
 
 def test_a_universal_folder_of_tensor_parallel_ranks_is_read(trained, tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tensor_cases import Case, batch, compare, step
 from torch import nn
 
-from resilin.layout import Mesh, layout_of, plan
+from resilin.layout import Mesh, layout_of, plan, specs_of
 from resilin.layout import check as check_layout
 from resilin.models.cache import KVCache
 from resilin.models.decoder import Decoder
@@ -30,8 +30,9 @@ from resilin.parallel.group import Group
 from resilin.parallel.local_model import shapes_of
 from resilin.parallel.sequence.shard import shard_sequence
 from resilin.parallel.sequence.ulysses import ulysses
-from resilin.parallel.tensor import collectives, parallelise
+from resilin.parallel.tensor import collectives, parallelise, plan_of
 from resilin.parallel.world import World
+from resilin.posttrain.reward_model import RewardModel
 
 
 class Counted:
@@ -41,14 +42,14 @@ class Counted:
         self.calls: Counter[str] = Counter()
 
     def __enter__(self) -> Counted:
-        self._before = dist.all_reduce, collectives._all_gather, collectives._reduce_scatter
+        self._before = dist.all_reduce, collectives._all_gather, dist.all_to_all_single
         dist.all_reduce = self._of("all_reduce", dist.all_reduce)
         collectives._all_gather = self._of("all_gather", collectives._all_gather)
-        collectives._reduce_scatter = self._of("reduce_scatter", collectives._reduce_scatter)
+        dist.all_to_all_single = self._of("reduce_scatter", dist.all_to_all_single)  # what a CPU does in its place
         return self
 
     def __exit__(self, *_: object) -> None:
-        dist.all_reduce, collectives._all_gather, collectives._reduce_scatter = self._before
+        dist.all_reduce, collectives._all_gather, dist.all_to_all_single = self._before
 
     def _of(self, kind: str, call: Any) -> Any:
         def counted(*arguments: Any, **named: Any) -> Any:
@@ -111,12 +112,26 @@ def refusals(rank: int) -> None:
     extended.blocks[0].attention.register_parameter("more", nn.Parameter(torch.zeros(3)))
     with pytest.raises(ParallelError, match=r"blocks\.0\.attention\.more lies in a region"):
         parallelise(extended, plan, group, sequence=False)
+    extended = copy.deepcopy(model)
+    extended.blocks[0].mlp.register_buffer("mask", torch.ones(3))
+    with pytest.raises(ParallelError, match=r"blocks\.0\.mlp\.mask is a buffer"):
+        parallelise(extended, plan, group, sequence=False)
+    with pytest.raises(ParallelError, match=r"a Linear has no tensor_plan\(\)"):
+        plan_of(Linear(2, 2))
     with pytest.raises(ParallelError, match="no module matches the plan's regions"):
         parallelise(Linear(2, 2), plan, group, sequence=False)
     with pytest.raises(
         ParallelError, match=r"embed\.weight: the plan names it as embedding or head, but no rule cuts it"
     ):
         parallelise(copy.deepcopy(model), replace(plan, rules=plan.rules[1:]), group, sequence=False)
+    scaled = copy.deepcopy(model)
+    scaled.embed = type("Scaled", (nn.Embedding,), {})(20, 8)
+    with pytest.raises(ParallelError, match="embed: the plan's embedding should be a plain Embedding, not a Scaled"):
+        parallelise(scaled, plan, group, sequence=False)
+    biased = Decoder(DecoderSettings(vocab_size=20, hidden_size=8, layers=1, heads=2, out_bias=True))
+    biased.blocks[0].attention.o.__class__ = type("Quantised", (Linear,), {})
+    with pytest.raises(ParallelError, match=r"attention\.o: a Quantised cannot be told to add its bias"):
+        parallelise(biased, plan, group, sequence=False)
     shared = copy.deepcopy(model)
     shared.head.weight = shared.embed.weight  # type: ignore[union-attr]
     with pytest.raises(ParallelError, match=r"head\.weight is the same parameter as embed\.weight"):
@@ -255,6 +270,36 @@ def with_context(rank: int) -> list[str]:
 def test_rows_divided_as_well_as_matrices() -> None:
     for wrong in run_ranks(4, with_context):
         assert not wrong, "\n".join(wrong)
+
+
+def inside_another(rank: int) -> None:
+    """A reward model: a decoder divided, in one that has a score beside it. And a copy of it."""
+    group = Group.of()
+    for sequence in (False, True):
+        known = DecoderSettings(vocab_size=20, hidden_size=8, layers=1, heads=2, mlp_size=8)
+        whole, model = (RewardModel(Decoder(known, seed=2)) for _ in range(2))
+        for one in (whole, model):
+            nn.init.normal_(one.score.weight, generator=torch.Generator().manual_seed(0))
+        specs = specs_of(shapes_of(model), plan_of(model).whole_rules, strict=False)
+        local = parallelise(model, plan_of(model), group, sequence=sequence)
+        assert {name: known.spec.cuts for name, known in local.parameters.items()} == {
+            name: spec.cuts for name, spec in specs.items()
+        }
+        tokens = torch.randint(20, (2, 7), generator=torch.Generator().manual_seed(1))
+        for one in (whole, model):
+            one(tokens).square().sum().backward()
+        local.sum_gradients()
+        for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+            if theirs.grad is not None:
+                assert ours.grad is not None, name
+                assert (ours.grad - local.part(name, theirs.grad)).norm() <= 1e-5 * theirs.grad.norm(), name
+        torch.testing.assert_close(copy.deepcopy(model)(tokens), whole(tokens))
+        hidden = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+        torch.testing.assert_close(copy.deepcopy(model).decoder.logits(hidden), whole.decoder.logits(hidden))
+
+
+def test_a_divided_decoder_in_another_model_and_a_copy_of_it() -> None:
+    run_ranks(2, inside_another)
 
 
 def same_layout(rank: int) -> bool:

@@ -21,6 +21,7 @@ from resilin.parallel.group import Group
 from resilin.parallel.tensor import parallelise
 from resilin.parallel.tensor.vocabulary import vocabulary_shard
 from resilin.posttrain.logprob_loss import Head, chunked_label_logprobs, chunked_logprob_loss, whole_logprob_loss
+from resilin.posttrain.preference_loss import Preference
 
 N, D, V = 13, 6, 11
 
@@ -138,6 +139,34 @@ def other_losses(rank: int) -> None:
     for (name, ours), theirs in zip(local.module.named_parameters(), whole.parameters(), strict=True):
         assert theirs.grad is not None
         close(ours.grad, local.part(name, theirs.grad))
+
+
+def preferences(rank: int) -> None:
+    """Pairs whose prompts are computed once, in rows that do not divide."""
+    group, g = Group.of(), torch.Generator().manual_seed(3)
+    prompt = torch.randint(13, (2, 3), generator=g)
+    fields = {}
+    for side, width in (("chosen", 7), ("rejected", 6)):
+        answer = torch.randint(13, (2, width - 3), generator=g)
+        fields[f"{side}_tokens"] = torch.cat([prompt, answer], 1)
+        fields[f"{side}_labels"] = torch.cat([torch.full((2, 2), -100), answer, torch.full((2, 1), 4)], 1)
+    pairs = Batch(torch.arange(2), fields)
+    for sequence in (False, True):
+        whole, model = (Decoder(SETTINGS, seed=1) for _ in range(2))
+        local = parallelise(model, model.tensor_plan(), group, sequence=sequence)
+        objective = Preference(loss="simpo").build(None)
+        wanted, found = (objective(one, pairs, None).sum for one in (whole, local.module))
+        wanted.backward()
+        found.backward()
+        local.sum_gradients()
+        close(found.detach(), wanted.detach())
+        for (name, ours), theirs in zip(local.module.named_parameters(), whole.parameters(), strict=True):
+            assert theirs.grad is not None
+            close(ours.grad, local.part(name, theirs.grad))
+
+
+def test_preferences_are_learned_alike() -> None:
+    run_ranks(2, preferences)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -7,7 +7,6 @@ rows no more than the disk cache does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from resilin.checkpoint.atomic import write_file
 from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.foreign.deepspeed_objects import fragment_address, loss_scaler, no_scaling
 from resilin.checkpoint.foreign.deepspeed_rest import KEPT_OF_OPTIMIZER
 from resilin.checkpoint.foreign.deepspeed_states import (
     VERSION,
@@ -28,13 +28,10 @@ from resilin.checkpoint.foreign.deepspeed_states import (
     trained_of,
 )
 from resilin.checkpoint.foreign.mapped import mapped_zeros
-from resilin.checkpoint.foreign.pickle_write import record, save_pickle
-from resilin.checkpoint.foreign.pickles import Record
+from resilin.checkpoint.foreign.pickle_write import save_pickle
 from resilin.checkpoint.foreign.stored import MODEL, Stored, same_bits, weight
-from resilin.checkpoint.foreign.zero_rows import Fragment, Rows, group_rows, slot, slots, sub_group_rows
+from resilin.checkpoint.foreign.zero_rows import Rows, group_rows, slot_rows, sub_group_rows
 from resilin.checkpoint.tensor_record import DTYPES
-
-_SCALERS = "deepspeed.runtime.fp16.loss_scaler."
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ class _Writer:
         for rows, states, singles, flat in zip(self.rows, self.states, self.singles, self.flat, strict=True):
             wide = ["fp32", *(state for state, is_row in states.items() if is_row)]
             flat += [{state: self._zeros((rows.size,), torch.float32) for state in wide} for _ in ranks]
-            for name, fragments in rows.fragments.items():
+            for name in rows.shapes:
                 tensors = {"fp32": weight(name), **self.trained.moments.get(name, {})}
                 for state, tensor in tensors.items():
                     value = self.stored.tensor(tensor)
@@ -153,7 +150,7 @@ class _Writer:
                         self._single(singles, state, value, tensor)
                         continue
                     value = float32(value, tensor)
-                    _scatter(value, fragments, [flat[rank][state] for rank in ranks])
+                    rows.scatter(name, value, [flat[rank][state] for rank in ranks])
                     if state == "fp32":
                         self.module[name] = self._copy(value)
         self._untrained()
@@ -186,10 +183,10 @@ class _Writer:
                 continue
             value = self.stored.tensor(tensor)
             if name in frozen and self.zero.stage == 3:
-                each = slot(value.numel(), self.zero.ranks)
+                rows = slot_rows(0, {name: tuple(value.shape)}, self.zero.ranks)
                 for own in self.fragments:
-                    own[name] = self._zeros((each,), value.dtype)
-                _scatter(value, slots(value.numel(), self.zero.ranks), [own[name] for own in self.fragments])
+                    own[name] = self._zeros((rows.size,), value.dtype)
+                rows.scatter(name, value, [own[name] for own in self.fragments])
                 self.module[name] = torch.empty(0, dtype=value.dtype)
                 continue
             self.module[name] = self._zeros(tuple(value.shape), value.dtype)
@@ -270,7 +267,7 @@ class _Writer:
 
     def _stage_1_or_2(self, rank: int) -> dict[str, Any]:
         own = self.stored.other.get("deepspeed", {})
-        scaler = _scaler(own)
+        scaler = loss_scaler(own)
         return {
             **({"loss_scaler": scaler} if scaler is not None else {}),
             **{key: own[key] for key in KEPT_OF_OPTIMIZER if key in own and key != "loss_scaler"},
@@ -283,12 +280,9 @@ class _Writer:
             "ds_version": VERSION,
             "param_slice_mappings": [
                 {
-                    name: record(
-                        "deepspeed.utils.tensor_fragment.fragment_address", numel=part.end - part.first, start=part.at
-                    )
-                    for name, parts in rows.fragments.items()
-                    for part in parts
-                    if part.rank == rank
+                    name: fragment_address(*address)
+                    for name in rows.shapes
+                    if (address := rows.address(name, rank)) is not None
                 }
                 for rows in self.rows
             ],
@@ -296,7 +290,7 @@ class _Writer:
 
     def _stage_3(self, rank: int) -> dict[str, Any]:
         own = self.stored.other.get("deepspeed", {})
-        scaler = _scaler(own)
+        scaler = loss_scaler(own)
         if scaler is None and self.dtype == torch.float16:
             raise CheckpointError(
                 f"stage 3 of DeepSpeed takes its loss scaler from the folder, and this {self.stored.title} has "
@@ -304,7 +298,7 @@ class _Writer:
             )
         return {
             "zero_stage": 3,
-            "loss_scaler": scaler or record(_SCALERS + "LossScaler", cur_scale=1.0, dynamic=False),
+            "loss_scaler": scaler or no_scaling(),
             "dynamic_loss_scale": own.get("dynamic_loss_scale", False),
             "overflow": own.get("overflow", False),
             "partition_count": self.zero.ranks,
@@ -314,12 +308,6 @@ class _Writer:
         }
 
 
-def _scatter(value: Tensor, fragments: Iterable[Fragment], rows: list[Tensor]) -> None:
-    flat = value.reshape(-1)
-    for part in fragments:
-        rows[part.rank][part.at : part.at + part.end - part.first] = flat[part.first : part.end]
-
-
 def _precision(stored: Stored, names: list[str]) -> torch.dtype:
     """What the model computes in: as the source says, or the weights are if all are of a low precision."""
     told = stored.other.get("deepspeed", {}).get("dtype")
@@ -327,13 +315,3 @@ def _precision(stored: Stored, names: list[str]) -> torch.dtype:
         return getattr(torch, told)  # type: ignore[no-any-return]
     kinds = {DTYPES[stored.holdings(weight(name)).dtype] for name in names}
     return kinds.pop() if kinds in ({torch.bfloat16}, {torch.float16}) else torch.float32
-
-
-def _scaler(own: Mapping[str, Any]) -> Record | None:
-    """The object that scales the loss, with the fields that were read of it."""
-    fields = own.get("loss_scaler")
-    if fields is None:
-        return None
-    name = "DynamicLossScaler" if fields.get("dynamic") else "LossScaler"
-    made = {**fields, "dtype": getattr(torch, fields["dtype"].removeprefix("torch."))} if "dtype" in fields else fields
-    return record(_SCALERS + name, **made)

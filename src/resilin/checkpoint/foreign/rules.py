@@ -149,25 +149,33 @@ class Rules:
             return None
         return 1 if found and found[0] == ROWS else int(sub[1]["partition_dim"]) if sub else 0
 
-    def marks(self, name: str) -> dict[str, Any]:
+    def marks(self, name: str, shape: Shape) -> dict[str, Any]:
         """What an atom of a universal folder says of how it is cut again.
 
+        Args:
+            name: of the parameter.
+            shape: of the whole.
+
+        Returns:
+            DeepSpeed's own marks; `sub_param_shape` (several parameters in one) with the fields of its object.
+
         Raises:
-            CheckpointError: for several parameters in one with shapes of their own, which the folder keeps as an object
-                of DeepSpeed's.
+            CheckpointError: a rule does not fit the shape.
         """
-        if self._sub_params(name) is not None:
+        vocabulary = {"vocab_tensor": True} if self.is_vocabulary(name) else {}
+        sub, dim = self._sub_params(name), self.dimension(name) or 0
+        if dim >= max(len(shape), 1):
+            raise CheckpointError(f"{self.where}: {name!r} {list(shape)} has no dimension {dim} to be cut along")
+        if sub is None:
+            two = {"param_n_sub_params": 2} if self._match(TWO, name) is not None else {}
+            return {"cat_dim": dim} | two | vocabulary
+        parts = _parts(sub[1], dim, shape[dim])
+        if sum(parts) != shape[dim]:
             raise CheckpointError(
-                f"{self.where}: {name!r} is several parameters in one ({SUB_PARAMS}), which a universal folder keeps "
-                "as an object of DeepSpeed's; only its own ds_to_universal writes that"
+                f"{self.where}: sub-parameters of {parts} do not make up dimension {dim} of {name!r} {list(shape)}"
             )
-        two = self._match(TWO, name) is not None
-        marks: dict[str, Any] = {"cat_dim": self.dimension(name) or 0}
-        return (
-            marks
-            | ({"param_n_sub_params": 2} if two else {})
-            | ({"vocab_tensor": True} if self.is_vocabulary(name) else {})
-        )
+        whole = (*shape[:dim], tuple(parts), *shape[dim + 1 :])
+        return {"sub_param_shape": {"patterns": [sub[0]], "shape": whole, "partition_dim": dim}} | vocabulary
 
     def is_vocabulary(self, name: str) -> bool:
         """Whether rows of its shards may be padding."""
@@ -196,8 +204,8 @@ class Rules:
         if recorded is not None:
             widths = [list(map(int, row)) for row in recorded]
         else:
-            spec, total, ranks = entry["shape"][dim], sum(sizes), len(shapes)
-            parts = list(spec) if isinstance(spec, (list, tuple)) else [total // spec] * spec
+            total, ranks = sum(sizes), len(shapes)
+            parts = _parts(entry, dim, total)
             if any(part % ranks for part in parts) or sum(parts) != total:
                 raise CheckpointError(
                     f"{where}: sub-parameters of {parts} do not divide over {ranks} ranks into shards "
@@ -244,6 +252,12 @@ def _joined(where: str, shapes: Sequence[Shape], dim: int, widths: Sequence[Sequ
             whole += sum(row)
         slices.append(Slice(shape, tuple(pieces)))
     return Union((*shapes[0][:dim], total, *shapes[0][dim + 1 :]), tuple(slices))
+
+
+def _parts(entry: Mapping[str, Any], dim: int, total: int) -> list[int]:
+    """The sizes of several parameters in one along the dimension that is cut; a number of them are equal."""
+    spec = entry["shape"][dim]
+    return list(map(int, spec)) if isinstance(spec, (list, tuple)) else [total // spec] * spec
 
 
 def _listed(shapes: Sequence[Shape]) -> str:

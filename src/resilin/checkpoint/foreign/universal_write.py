@@ -16,6 +16,7 @@ import torch
 
 from resilin.checkpoint.atomic import write_file
 from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.foreign.deepspeed_objects import several_in_one
 from resilin.checkpoint.foreign.deepspeed_states import (
     VERSION,
     Trained,
@@ -45,7 +46,7 @@ def write_universal(stored: Stored, target: Path, table: Mapping[str, Any] | Non
     trained = trained_of(stored, "a universal folder")
     names = trained.names
     rules = Rules(table or {}, "the rules for the universal folder")
-    marks = {name: rules.marks(name) for name in names}
+    marks = {name: _marks(rules, name, stored.holdings(weight(name)).shape) for name in names}
     if rules.unused():
         raise CheckpointError(f"{rules.where}: {rules.unused()[0]!r} matches no trained parameter; was one renamed?")
     tag = f"global_step{stored.step or 0}_universal"
@@ -77,6 +78,13 @@ def write_universal(stored: Stored, target: Path, table: Mapping[str, Any] | Non
         written += save_pickle(target / tag / file, model)
     write_file(target / POINTER, tag)
     return written
+
+
+def _marks(rules: Rules, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What an atom says of how it is cut; several parameters in one as the object that DeepSpeed makes of them."""
+    found = rules.marks(name, shape)
+    several = found.get("sub_param_shape")
+    return found if several is None else {**found, "sub_param_shape": several_in_one(several)}
 
 
 def _common(stored: Stored, trained: Trained) -> dict[str, Any]:

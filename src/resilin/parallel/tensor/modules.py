@@ -104,10 +104,10 @@ def cut_norm(norm: nn.Module, name: str, width: int, copies: int, group: Group) 
     Raises:
         ParallelError: it is of another kind.
     """
-    if isinstance(norm, RMSNorm):
+    if type(norm) is RMSNorm:
         return CutRMSNorm(norm.weight, norm.eps, width, copies, group)
-    if isinstance(norm, LayerNorm):
+    if type(norm) is LayerNorm:
         return CutLayerNorm(norm.weight, norm.eps, width, copies, group)
-    if isinstance(norm, Transplant):
+    if type(norm) is Transplant:
         return CutTransplant(norm.kappa, norm.eps, width, copies, group)
     raise ParallelError(f"{name}: a {type(norm).__name__} cannot be computed over a width that is divided among ranks")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from resilin.layout import Cut, LayoutError, Mesh, ParamSpec, specs_of
+from resilin.models.linear import Embedding, Linear
 from resilin.models.tensor_plan import TENSOR, TensorPlan
 from resilin.objective.vocabulary import VocabularyShard
 from resilin.parallel.errors import ParallelError
@@ -40,19 +41,40 @@ def parallelise(model: nn.Module | LocalModel, plan: TensorPlan, group: Group, *
     known = model if isinstance(model, LocalModel) else LocalModel.of(model)
     if group.size == 1:
         return known
-    work = _Work(known.module, plan, group, sequence)
+    work = _Work(known.module.get_submodule(plan.root), plan, group, sequence)
     work.cut()
     work.connect()
-    local = known.extended(TENSOR, group, {name: spec.cuts for name, spec in work.specs.items()})
+    prefix = f"{plan.root}." if plan.root else ""
+    local = known.extended(TENSOR, group, {prefix + name: spec.cuts for name, spec in work.specs.items()})
     made = {}
     for name, parameter in local.parameters.items():
+        inside = name.removeprefix(prefix)
+        if not name.startswith(prefix):
+            made[name] = replace(parameter, first=parameter.first and group.index == 0)
+            continue
         spec = parameter.spec
-        if work.specs[name].padded:
-            spec = replace(spec, padded=work.specs[name].padded)
-        sums, first = work.sums_of(name)
+        if work.specs[inside].padded:
+            spec = replace(spec, padded=work.specs[inside].padded)
+        sums, first = work.sums_of(inside)
         groups = parameter.sum_over if sums is None else (*parameter.sum_over, sums)
         made[name] = replace(parameter, spec=spec, sum_over=groups, first=parameter.first and first)
     return LocalModel(local.module, made, local.axes)
+
+
+def plan_of(model: nn.Module) -> TensorPlan:
+    """The plan that a model brings, as its method `tensor_plan()`.
+
+    Raises:
+        ParallelError: it has none.
+    """
+    make = getattr(model, "tensor_plan", None)
+    if make is None:
+        raise ParallelError(
+            f"a {type(model).__name__} has no tensor_plan(), which says how it is cut: use parallel.tensor = 1 and "
+            "parallel.expert = 1, or write one (docs/add-a-model.md)"
+        )
+    plan: TensorPlan = make()
+    return plan
 
 
 @dataclass
@@ -95,13 +117,20 @@ class _Work:
             if self._inside(name) and not spec.cuts and not _matches(name, self.plan.copied):
                 raise ParallelError(
                     f"{name} lies in a region whose weights are cut, but the plan says neither how it is cut nor that "
-                    "every rank has a copy: adapters and other additions are put on after the model was divided, or "
-                    "need a rule of their own"
+                    "every rank has a copy: adapters and other additions need a rule of their own, or "
+                    "parallel.tensor = 1"
                 )
             if spec.cuts:
                 self._divisible(name, spec)
             elif name in (self._head(), f"{self.plan.embedding}.weight"):
                 raise ParallelError(f"{name}: the plan names it as embedding or head, but no rule cuts it")
+
+        for name, _ in self.module.named_buffers():
+            if self._inside(name):
+                raise ParallelError(
+                    f"{name} is a buffer in a region whose weights are cut, and a plan cuts parameters only: use "
+                    "parallel.tensor = 1"
+                )
 
     def _divisible(self, name: str, spec: ParamSpec) -> None:
         try:
@@ -178,12 +207,14 @@ class _Work:
                 )
         for name in [name for pattern in self.plan.biases for name in self._named(pattern)]:
             module = self.modules[name]
-            if not isinstance(module, nn.Linear):
+            if getattr(module, "bias", None) is None:
+                continue
+            if type(module) not in (Linear, nn.Linear):  # a subclass may do more than a linear map does
                 raise ParallelError(
-                    f"{name}: a {type(module).__name__} cannot be told to add its bias on one rank only"
+                    f"{name}: a {type(module).__name__} cannot be told to add its bias on one rank only, as a plain "
+                    "Linear can"
                 )
-            if module.bias is not None:
-                self._replace(name, PartLinear(module, self.group))
+            self._replace(name, PartLinear(module, self.group))
         for norm in self.plan.norms:
             for name in self._named(norm.modules):
                 spec = self.specs[f"{name.rpartition('.')[0]}.{norm.like}"]
@@ -207,9 +238,9 @@ class _Work:
         if name is not None and f"{name}.weight" in self.specs:  # a stage of a pipeline may lack it
             shard = self._shard(f"{name}.weight")
             table = self.modules[name]
-            if not isinstance(table, nn.Embedding):
+            if type(table) not in (Embedding, nn.Embedding):
                 raise ParallelError(
-                    f"{name}: the plan's embedding should be an nn.Embedding, not a {type(table).__name__}"
+                    f"{name}: the plan's embedding should be a plain Embedding, not a {type(table).__name__}"
                 )
             self._replace(name, VocabularyEmbedding(table, shard)).register_forward_hook(stream.leave)
         head = self._head()

@@ -15,9 +15,12 @@ from resilin.nouns import Batch
 from resilin.objective.next_token import NextToken
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.group import Group
+from resilin.parallel.sequence.part import ContextKind
+from resilin.parallel.sequence.ring import ring
 from resilin.parallel.sequence.shard import shard_sequence
 from resilin.parallel.sequence.ulysses import ulysses
 
+TOKENS = 17  # divides by no number of ranks
 SMALL: dict[str, Any] = {"vocab_size": 40, "hidden_size": 24, "layers": 2, "heads": 6, "kv_heads": 2, "init_std": 0.2}
 KINDS: dict[str, DecoderSettings] = {
     "plain": DecoderSettings(**SMALL),
@@ -57,52 +60,58 @@ def loss_and_gradients(model: Decoder, batch: Batch, keys: Keys) -> tuple[float,
     )
 
 
-def _train(rank: int, kind: str, packed: bool, tokens: int) -> tuple[float, float, dict[str, Any]]:
-    group, batch = Group.of(), batch_of(tokens, packed=packed)
-    model = Decoder(KINDS[kind], seed=4).double()
-    ulysses(model, group)
-    loss, units, gradients = loss_and_gradients(model, shard_sequence(batch, group), Keys(1, 2, batch.slots_B))
-    summed = torch.tensor([loss, units], dtype=torch.float64)
-    for tensor in (summed, *gradients.values()):
-        dist.all_reduce(tensor)
-    return float(summed[0]), float(summed[1]), {name: gradient.numpy() for name, gradient in gradients.items()}
+DIVIDE = {"ulysses": ulysses, "ring": ring}
+CASES = [(kind, packed) for kind in KINDS for packed in (False, True)]
 
 
-@pytest.mark.parametrize(("kind", "packed", "tokens", "ranks"), [
-    ("plain", False, 12, 2), ("plain", True, 13, 4), ("dropout", True, 12, 3), ("window", True, 15, 3),
-    ("window", False, 11, 2), ("experts", True, 13, 3), ("experts", False, 11, 2), ("norms", True, 12, 4),
-    ("selective", True, 12, 2), ("stretched", False, 12, 3), ("stretched", True, 14, 2),
-])  # fmt: skip
-def test_loss_and_gradients_summed_over_ranks_are_those_of_one_process(
-    kind: str, packed: bool, tokens: int, ranks: int
-) -> None:
-    batch = batch_of(tokens, packed=packed)
-    model = Decoder(KINDS[kind], seed=4).double()
-    loss, units, gradients = loss_and_gradients(model, batch, Keys(1, 2, batch.slots_B))
-    for found, count, theirs in run_ranks(ranks, _train, kind, packed, tokens):
-        assert found == pytest.approx(loss, rel=1e-9)
-        assert count == pytest.approx(units, rel=1e-12)
-        assert theirs.keys() == gradients.keys()
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(
-                torch.from_numpy(theirs[name]), gradient, rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
-            )
+def _train(rank: int, context: ContextKind) -> list[tuple[float, float, dict[str, Any]]]:
+    group, found = Group.of(), []
+    for kind, packed in CASES:
+        batch, model = batch_of(TOKENS, packed=packed), Decoder(KINDS[kind], seed=4).double()
+        DIVIDE[context](model, group)
+        mine = shard_sequence(batch, group, context)
+        loss, units, gradients = loss_and_gradients(model, mine, Keys(1, 2, batch.slots_B))
+        summed = torch.tensor([loss, units], dtype=torch.float64)
+        for tensor in (summed, *gradients.values()):
+            dist.all_reduce(tensor)
+        found.append((float(summed[0]), float(summed[1]), {name: grad.numpy() for name, grad in gradients.items()}))
+    return found
 
 
-def _as_data_parallel(rank: int) -> float:
+@pytest.mark.parametrize(
+    ("context", "ranks"), [("ulysses", 2), ("ulysses", 3), ("ulysses", 4), ("ring", 2), ("ring", 3)]
+)
+def test_loss_and_gradients_summed_over_ranks_are_those_of_one_process(context: ContextKind, ranks: int) -> None:
+    everyone = run_ranks(ranks, _train, context)
+    for number, (kind, packed) in enumerate(CASES):
+        batch = batch_of(TOKENS, packed=packed)
+        model = Decoder(KINDS[kind], seed=4).double()
+        loss, units, gradients = loss_and_gradients(model, batch, Keys(1, 2, batch.slots_B))
+        for found, count, theirs in (results[number] for results in everyone):
+            assert found == pytest.approx(loss, rel=1e-9), kind
+            assert count == pytest.approx(units, rel=1e-12)
+            assert theirs.keys() == gradients.keys()
+            for name, gradient in gradients.items():
+                said = f"{kind} {packed} {name}"
+                torch.testing.assert_close(
+                    torch.from_numpy(theirs[name]), gradient, rtol=1e-5, atol=1e-8, msg=lambda m, s=said: f"{s}: {m}"
+                )
+
+
+def _as_data_parallel(rank: int, context: ContextKind) -> float:
     """The largest difference between P ranks with a row each, and P ranks that share P rows in turn."""
     group, batch = Group.of(), batch_of(12, packed=True, rows=3)
     parameters = []
     for divided in (False, True):
         model = Decoder(KINDS["plain"], seed=4)
         if divided:
-            ulysses(model, group)
+            DIVIDE[context](model, group)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         rows = range(3) if divided else [rank]
         units = torch.zeros((), dtype=torch.float64)
         for row in rows:
             own = batch.rows(row, row + 1)
-            loss = NextToken().build()(model, shard_sequence(own, group) if divided else own, None)
+            loss = NextToken().build()(model, shard_sequence(own, group, context) if divided else own, None)
             loss.sum.backward()
             units += loss.units
         dist.all_reduce(units)
@@ -115,8 +124,9 @@ def _as_data_parallel(rank: int) -> float:
     return float((parameters[0] - parameters[1]).abs().max())
 
 
-def test_a_step_of_shared_rows_in_turn_is_the_step_of_a_row_for_each_rank() -> None:
-    assert max(run_ranks(3, _as_data_parallel)) < 1e-6
+@pytest.mark.parametrize("context", ["ulysses", "ring"])
+def test_a_step_of_shared_rows_in_turn_is_the_step_of_a_row_for_each_rank(context: ContextKind) -> None:
+    assert max(run_ranks(3, _as_data_parallel, context)) < 1e-6
 
 
 def _refused(rank: int) -> list[str]:

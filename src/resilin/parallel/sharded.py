@@ -1,0 +1,144 @@
+"""FSDP: every worker keeps a share of the weights, and gathers the others block by block while it needs them.
+
+The engine is torch's `fully_shard` (FSDP2; Zhao et al., PyTorch FSDP, 2023), with sums in the place of means: gradients
+are divided once, by the units of the whole step. What the optimizer and checkpoints see are the local tensors, and how
+they lie is said by the same specifications as everywhere (`Shard` of dimension 0, as DTensor cuts it).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from resilin.models.decoder import Decoder
+from resilin.parallel.canonical import Node
+from resilin.parallel.exchange import add_up_all
+from resilin.parallel.group import Group
+from resilin.parallel.world import World
+
+
+def shard_module(module: nn.Module, world: World, device_type: str) -> None:
+    """Divide the parameters of a model among the workers that have copies of them, in place.
+
+    Args:
+        module: this worker's part of a model; a decoder's blocks are gathered one at a time, the rest together.
+        world: all workers, who call together. Copies are sharded over the axes dp and cp, and replicated over rep.
+        device_type: "cpu" or "cuda".
+    """
+    # What a block gives may be a view, and is never written to.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = _mesh(world, device_type)
+    for inner in module.modules():
+        if isinstance(inner, Decoder):
+            for block in inner.blocks:
+                fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for inner in module.modules():
+        if isinstance(inner, FSDPModule):
+            inner.set_gradient_divide_factor(1.0)
+            inner.set_force_sum_reduction_for_comms(True)
+
+
+def _mesh(world: World, device_type: str) -> DeviceMesh:
+    """The ranks that this worker shares its parameters with: (replicas, shards), or (shards,)."""
+    coordinates, sizes = world.mesh.coordinates(), {axis: world.axis(axis) for axis in ("pp", "rep", "dp", "cp", "tp")}
+    ranks = np.arange(world.size).reshape(list(sizes.values()))
+    mine = ranks[int(coordinates["pp"][world.rank]), :, :, :, int(coordinates["tp"][world.rank])]
+    grid = mine.reshape(sizes["rep"], -1)
+    # Groups are made by all workers together: one of the shards, and one of the replicas where there are several.
+    shards = world.group("dp", "cp")
+    if sizes["rep"] == 1:
+        return _of_groups(device_type, grid[0], [shards], ("shards",))
+    return _of_groups(device_type, grid, [world.group("rep"), shards], ("replicas", "shards"))
+
+
+def _of_groups(device_type: str, ranks: np.ndarray, groups: Sequence[Group], names: tuple[str, ...]) -> DeviceMesh:
+    processes: list[dist.ProcessGroup] = []
+    for group in groups:
+        if group.process_group is None:  # torch wants a group even of one
+            raise ValueError(f"the axis {names[len(processes)]} has one rank: FSDP has nothing to divide there")
+        processes.append(group.process_group)
+    return DeviceMesh.from_group(
+        processes if len(processes) > 1 else processes[0],
+        device_type,
+        mesh=torch.from_numpy(np.ascontiguousarray(ranks)) if len(processes) > 1 else None,
+        mesh_dim_names=names,
+    )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class FsdpShards:
+    """What the engine of workers needs of parameters that FSDP has divided: it sums their gradients by itself.
+
+    Args:
+        parameters: by name.
+        sums: for each of them the groups in which a rank has only a part of the gradient's sum.
+        group: all ranks that have copies or shards of these.
+
+    Attributes:
+        shards: by name the local tensors, as parameters for an optimizer; ranks that have none of one lack it.
+    """
+
+    exact = False
+    collects = False
+
+    def __init__(
+        self, parameters: Sequence[tuple[str, nn.Parameter]], sums: Mapping[str, tuple[Group, ...]], group: Group
+    ) -> None:
+        self.names = [name for name, _ in parameters]
+        self.parameters = [p for _, p in parameters]
+        self.group, self._sums = group, dict(sums)
+        self.shards = {name: nn.Parameter(local(p.detach())) for name, p in parameters if local(p).numel()}
+
+    def reduce(self, mine: Sequence[Node], blocks: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """Gradients were summed during the backward passes; what only parts of were computed is summed now."""
+        by_group: dict[tuple[int, ...], tuple[Group, list[Tensor]]] = {}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            for group in self._sums.get(name, ()):
+                if group.size > 1:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    by_group.setdefault(group.ranks, (group, []))[1].append(local(parameter.grad))
+        for group, grads in by_group.values():
+            add_up_all(grads, group)
+
+    def used(self) -> Tensor:
+        """(P,) float64: 1 for every parameter that has a gradient."""
+        return torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.float64)
+
+    def squares(self) -> Tensor:
+        """(P, 1) float64 squared norms of the local gradients."""
+        found = torch.zeros(len(self.parameters), 1, dtype=torch.float64)
+        for row, parameter in enumerate(self.parameters):
+            if parameter.grad is not None:
+                found[row] = local(parameter.grad).double().square().sum().cpu()
+        return found
+
+    def set_gradients(self, used: Sequence[bool]) -> None:
+        """Put local gradients into `.grad` of the shards."""
+        for name, parameter, has in zip(self.names, self.parameters, used, strict=True):
+            if name in self.shards:
+                grad = parameter.grad
+                self.shards[name].grad = local(grad) if has and grad is not None else None
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of what this rank owns."""
+        return [p.grad for p in self.shards.values() if p.grad is not None]
+
+    def read(self) -> None:
+        """Shards are the parameters' own memory."""
+
+    def gather(self) -> None:
+        """Weights are gathered when they are needed."""
