@@ -50,6 +50,9 @@ class ParallelSettings(Settings):
     layers: tuple[Count, ...] = ()
     """Blocks of each stage of the pipeline, in order; empty: shared so that the slowest stage has the least to compute,
     the head counted."""
+    trace: Count = 0
+    """The step whose passes through the pipeline are measured, and written to `workers/schedule.csv` in the run's
+    folder, for `resilin layout schedule --measured`; 0: none."""
     timeout: Annotated[float, Field(gt=0)] = 300.0
     """Seconds that a worker waits for another one before it gives up."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +49,13 @@ class Passes(Protocol):
 
     def evaluate(self, batches: Sequence[Batch]) -> list[Loss]:
         """Forward only, without randomness."""
+
+
+class Tracer(Protocol):
+    """Looks at the passes of chosen steps."""
+
+    def step(self, step: int) -> AbstractContextManager[object]:
+        """Entered by all workers while the passes of a step run."""
 
 
 class WholeModel:
@@ -158,6 +166,7 @@ class Workers:
         lockstep: bool = False,
     ) -> None:
         self._lockstep = lockstep
+        self.trace: Tracer | None = None
         self.world, self.passes, self.trained, self.reductions = world, passes, dict(trained), dict(reductions)
         self._rows, self._objective, self._model = rows, objective, model
         self._micro, self._clip, self._exact = micro_batch_size, clip_norm, exact
@@ -212,7 +221,8 @@ class Workers:
             GradientSum([self.trained[name].parameter for name in names], len(mine), mine.start)
             for names in self._chunk_names
         ]
-        losses = self.passes.train(parts, lambda chunk: sums[chunk].collect())
+        with self.trace.step(keys.step) if self.trace is not None else nullcontext():
+            losses = self.passes.train(parts, lambda chunk: sums[chunk].collect())
         doing("adding gradients up")
         self._reduce([each.blocks() for each in sums], count)
         return self._tell(losses, mine, len(micros))

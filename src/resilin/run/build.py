@@ -183,7 +183,15 @@ def build_run(
         optimizer, computed = settings.optimizer.build(model, settings.train.steps), compiled(model)
     else:
         divided = divide(
-            settings, world, model, objective, sources.source, compiled, device=device, precision=precision
+            settings,
+            world,
+            model,
+            objective,
+            sources.source,
+            compiled,
+            device=device,
+            precision=precision,
+            folder=folder.path if folder is not None else None,
         )
         model, optimizer, computed = divided.model, divided.optimizer, None
     unit = getattr(objective, "unit", "tokens")

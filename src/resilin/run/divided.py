@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from resilin.parallel.assemble import assemble
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.part import Part, divide_decoder
+from resilin.parallel.pipeline.passes import PipelinePasses
+from resilin.parallel.pipeline.trace import Trace
 from resilin.parallel.sharded import local, shard_module
 from resilin.parallel.state import StateLayout, like
 from resilin.parallel.workers import WholeModel, Workers
@@ -55,6 +58,7 @@ def divide(
     *,
     device: torch.device,
     precision: Precision,
+    folder: Path | None = None,
 ) -> Divided:
     """This worker's part of a run.
 
@@ -67,6 +71,7 @@ def divide(
         compiled: compiles what the objective calls, or gives it as it is.
         device: of this worker.
         precision: of the run.
+        folder: of the run, where a measured schedule goes.
 
     Raises:
         ParallelError, UserError: the model cannot be divided so.
@@ -109,6 +114,8 @@ def divide(
         facts=part.facts,
         model=model if chunks[0] is model and len(chunks) == 1 else None,
     )
+    if settings.parallel.trace and isinstance(part.passes, PipelinePasses) and folder is not None:
+        made.engine.trace = Trace(settings.parallel.trace, part.passes, world, folder / "workers" / "schedule.csv")
     mine = chunks[0] if len(chunks) == 1 and not part.blueprint.sharded else WorkerModel(chunks)
     return Divided(mine, made.engine, made.optimizer, StateLayout(part.blueprint, world.everyone))
 

@@ -138,6 +138,7 @@ class PipelinePasses:
         self._tagged = len(peers) > 1 and dist.get_backend(process_group) == "gloo"
         self._known: dict[int, tuple[Op, ...]] = {}
         self.measure = False
+        self._began = 0.0
         self.records: list[Record] = []
 
     # -- whole passes -------------------------------------------------------------------------------------------
@@ -198,16 +199,16 @@ class PipelinePasses:
     # -- actions ------------------------------------------------------------------------------------------------
 
     def _act(self, walk: _Walk, action: Action) -> None:
-        began = time.time()
+        self._began = time.time()
         doing(_SAID[action.kind], "of stage", action.stage, "micro-batch", action.micro)
         if action.kind is F:
             self._forward(walk, action.stage, action.micro)
         else:
             self._backward(walk, action)
-        if self.measure:
+        if self.measure and walk.training:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-            self.records.append(Record(action, self._number, began, time.time()))
+            self.records.append(Record(action, self._number, self._began, time.time()))
 
     def _forward(self, walk: _Walk, number: int, micro: int) -> None:
         stage = self._stages[number]
@@ -273,6 +274,7 @@ class PipelinePasses:
         for work, rank in post.works:
             with waiting((rank,)):
                 work.wait()
+        self._began = time.time()  # waiting for it was no computing
         return post.buffer
 
     def _hand_on(self, walk: _Walk, way: Way, target: int, payload: Tensor) -> None:
