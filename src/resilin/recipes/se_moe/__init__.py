@@ -1,0 +1,1 @@
+"""The recipe `se-moe`: experts in tiers of memory, with and without reading ahead."""
