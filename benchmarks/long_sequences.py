@@ -17,7 +17,7 @@ import math
 import multiprocessing
 import os
 import tempfile
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--limit", type=int, help="MiB for each process; default: 640, 40960 on a GPU")
     parser.add_argument("--fineness", type=float, default=0.1, help="how far apart what fits and what does not may be")
+    parser.add_argument("--processes", type=int, default=2, help="contenders that are tried at the same time")
     parser.add_argument("--only", nargs="*", help="names of contenders; default: all")
     parser.add_argument("--name", help="the results file; default: long_sequences, long_sequences-cuda on a GPU")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
@@ -229,13 +230,17 @@ def main() -> None:
     unknown = set(args.only or ()) - everyone.keys()
     if unknown:
         parser.error(f"no contender is called {min(unknown)!r}; there are: {'; '.join(everyone)}")
-    for name, who in everyone.items():
-        if args.only and name not in args.only:
-            continue
-        began = time.perf_counter()
-        lengths[name], tried = longest(context, who, args.device, limit, args.fineness)
-        runs[name] = {str(length): peak for length, peak in sorted(tried.items()) if peak < math.inf}
-        print(f"{name}: {lengths[name]:,} tokens ({time.perf_counter() - began:.0f} s; MiB {runs[name]})", flush=True)
+    chosen = {name: who for name, who in everyone.items() if not args.only or name in args.only}
+    # Memory is each process's own, so contenders may be tried at the same time; those with the longest rows first.
+    with ThreadPoolExecutor(args.processes) as pool:
+        futures = {
+            name: pool.submit(longest, context, who, args.device, limit, args.fineness)
+            for name, who in reversed(chosen.items())
+        }
+        for name in chosen:
+            lengths[name], tried = futures[name].result()
+            runs[name] = {str(length): peak for length, peak in sorted(tried.items()) if peak < math.inf}
+            print(f"{name}: {lengths[name]:,} tokens (MiB {runs[name]})", flush=True)
     prefix, rows = f"longest row within {limit} MiB", []
     for name, length in lengths.items():
         peer = name == PLAIN or name.startswith("transformers")
