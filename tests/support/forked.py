@@ -20,7 +20,9 @@ from typing import Any
 
 _ROOT = str(Path(__file__).parents[2])  # where the names of test modules start
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "resilin.models.decoder", "resilin.parallel.world"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed", "resilin.models.decoder", "resilin.parallel.part", "resilin.run.start"]
+)
 
 
 def _child(

@@ -14,6 +14,7 @@ from resilin.keys import Keys
 from resilin.layout.dealing import VIRTUAL_SHARDS
 from resilin.nouns import Batch, Loss, Objective, Source
 from resilin.optim.clip import clip_factor, total_norm
+from resilin.parallel.activity import doing, waiting
 from resilin.parallel.canonical import GradientSum, Node, blocks_of
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.exchange import add_up_all
@@ -88,7 +89,8 @@ class WholeModel:
     def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect) -> list[Loss]:
         """Forward, backward, forward, backward, ..."""
         losses = []
-        for batch, keys in micros:
+        for number, (batch, keys) in enumerate(micros):
+            doing("forward and backward of micro-batch", number)
             with self._autocast():
                 loss = self._objective(self._computed, self._prepare(batch.to(self._device)), keys)
             loss.sum.backward()
@@ -221,6 +223,7 @@ class Workers:
         ]
         with self.trace.step(keys.step) if self.trace is not None else nullcontext():
             losses = self.passes.train(parts, lambda chunk: sums[chunk].collect())
+        doing("adding gradients up")
         self._reduce([each.blocks() for each in sums], count)
         return self._tell(losses, mine, len(micros))
 
@@ -334,5 +337,7 @@ class Workers:
         if self.world.size == 1:
             return value
         told = torch.tensor([value], dtype=torch.int64, device=self._device)
-        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX, group=self.world.everyone.process_group)
+        everyone = self.world.everyone
+        with waiting(everyone.ranks, "hearing whether all go on"):
+            torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX, group=everyone.process_group)
         return int(told)
