@@ -91,7 +91,7 @@ def measured(kind: str, workers: int, options: argparse.Namespace) -> list[Row]:
         rows_file = Path(folder) / "rows.json"
         command = [sys.executable, __file__, "--kind", kind, "--rows-to", str(rows_file)]
         command += ["--device", options.device, "--scale", str(options.scale), "--threads", str(options.threads)]
-        ended = run_workers(command, workers, Path(folder))
+        ended = run_workers(command, [kind] * workers, Path(folder))
         if ended.code:
             logs = [path.read_text(encoding="utf-8", errors="replace") for path in Path(folder).glob("*.log")]
             raise SystemExit("\n".join([f"{kind} with {workers} workers failed: {ended.message}", *logs]))
