@@ -1,4 +1,4 @@
-"""Who would do what, told before anything starts: each worker's blocks, slots, memory and groups. No process is made."""
+"""Who would do what, told before anything starts: each worker's blocks, slots, memory and groups."""
 
 from __future__ import annotations
 
