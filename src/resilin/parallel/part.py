@@ -32,7 +32,7 @@ from resilin.parallel.pipeline.schedule import Schedule, loop, vee
 from resilin.parallel.pipeline.split import Split, balanced
 from resilin.parallel.pipeline.stage import Stage, cut, decoder_in
 from resilin.parallel.pipeline.validate import validate
-from resilin.parallel.sequence.shard import shard_sequence
+from resilin.parallel.sequence.shard import refuse_whole_rows, shard_sequence
 from resilin.parallel.sequence.ulysses import ulysses
 from resilin.parallel.settings import ParallelSettings
 from resilin.parallel.sharded import shard_module
@@ -232,6 +232,7 @@ def divide_decoder(
         for module in modules:
             shard_module(module, world, device.type)
     if world.axis("cp") > 1:
+        refuse_whole_rows(objective)
         prepare = partial(shard_sequence, group=world.group("cp"), kind=settings.context_kind)
     else:
         prepare = _same  # type: ignore[assignment]
