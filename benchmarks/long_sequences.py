@@ -17,7 +17,7 @@ import math
 import multiprocessing
 import os
 import tempfile
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -217,6 +217,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--limit", type=int, help="MiB for each process; default: 640, 40960 on a GPU")
     parser.add_argument("--fineness", type=float, default=0.1, help="how far apart what fits and what does not may be")
+    parser.add_argument("--processes", type=int, default=2, help="contenders that are tried at the same time")
+    parser.add_argument("--only", nargs="*", help="names of contenders; default: all")
     parser.add_argument("--name", help="the results file; default: long_sequences, long_sequences-cuda on a GPU")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -224,20 +226,31 @@ def main() -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "long_sequences"])
     lengths, runs = {}, {}
-    for name, who in contenders(args.device).items():
-        began = time.perf_counter()
-        lengths[name], tried = longest(context, who, args.device, limit, args.fineness)
-        runs[name] = {str(length): peak for length, peak in sorted(tried.items()) if peak < math.inf}
-        print(f"{name}: {lengths[name]:,} tokens ({time.perf_counter() - began:.0f} s; MiB {runs[name]})", flush=True)
+    everyone = contenders(args.device)
+    unknown = set(args.only or ()) - everyone.keys()
+    if unknown:
+        parser.error(f"no contender is called {min(unknown)!r}; there are: {'; '.join(everyone)}")
+    chosen = {name: who for name, who in everyone.items() if not args.only or name in args.only}
+    # Memory is each process's own, so contenders may be tried at the same time; those with the longest rows first.
+    with ThreadPoolExecutor(args.processes) as pool:
+        futures = {
+            name: pool.submit(longest, context, who, args.device, limit, args.fineness)
+            for name, who in reversed(chosen.items())
+        }
+        for name in chosen:
+            lengths[name], tried = futures[name].result()
+            runs[name] = {str(length): peak for length, peak in sorted(tried.items()) if peak < math.inf}
+            print(f"{name}: {lengths[name]:,} tokens (MiB {runs[name]})", flush=True)
     prefix, rows = f"longest row within {limit} MiB", []
-    for name in list(lengths)[:3]:
-        target = 8.0 if name != PLAIN else None
-        found = Row(name=f"{prefix}, {ALL}", unit="tokens", ours=lengths[ALL], peer=lengths[name], peer_name=name)
-        rows.append(found.model_copy(update={"target": target}))
-    for name in list(lengths)[3:]:
-        if name != ALL:
-            ours, peer = lengths[name], lengths[PLAIN]
-            rows.append(Row(name=f"{prefix}, {name}", unit="tokens", ours=ours, peer=peer, peer_name=PLAIN))
+    for name, length in lengths.items():
+        peer = name == PLAIN or name.startswith("transformers")
+        if peer and ALL in lengths:
+            found = Row(name=f"{prefix}, {ALL}", unit="tokens", ours=lengths[ALL], peer=length, peer_name=name)
+            rows.append(found.model_copy(update={"target": None if name == PLAIN else 8.0}))
+    for name, length in lengths.items():
+        if name not in (ALL, PLAIN) and not name.startswith("transformers") and PLAIN in lengths:
+            row = Row(name=f"{prefix}, {name}", unit="tokens", ours=length, peer=lengths[PLAIN], peer_name=PLAIN)
+            rows.append(row)
     settings = {"device": args.device, "limit_mib": limit, "fineness": args.fineness, **SHAPES[args.device]}
     name = args.name or results_name("long_sequences", args.device)
     report = Report.of(name, settings | {"peak_mib_by_length": runs}, rows)

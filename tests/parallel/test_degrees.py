@@ -101,6 +101,6 @@ def test_a_world_refuses_what_is_not_there():
     with pytest.raises(ParallelError, match="no rank 3 among 2"):
         World(Degrees(data=2), 3)
     with pytest.raises(ParallelError, match="have to be connected first"):
-        World(Degrees(data=2), 0)
+        World(Degrees(data=2), 0).group("dp")
     with pytest.raises(ParallelError, match="no mesh has the axes xp"):
         World(Degrees()).group("xp")

@@ -28,8 +28,8 @@ def decoder(**more) -> Decoder:
     )
 
 
-def losses(settings: Tiered, steps: int = 5) -> list[float]:
-    model, objective = decoder(), NextToken(load_balance=0.0).build()
+def losses(settings: Tiered, steps: int = 5, recompute: str = "none") -> list[float]:
+    model, objective = decoder(recompute=recompute), NextToken(load_balance=0.0).build()
     optimizer = settings.build(model, steps)
     found = []
     for step in range(steps):
@@ -53,6 +53,7 @@ def test_losses_do_not_depend_on_the_tiers():
     assert want[-1] != want[0]
     for settings in (Tiered(host_experts=1), Tiered(host_experts=4, policy="lru", megabytes_per_second=50.0)):
         assert losses(settings) == want
+    assert losses(Tiered(host_experts=3), recompute="block") == want
 
 
 def test_a_resumed_optimizer_finds_its_experts(tmp_path):

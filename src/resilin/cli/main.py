@@ -92,18 +92,18 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 _python_shows = warnings.showwarning
 
 
-def _left_reason(error: Exception) -> bool:
-    """Whether this process is a worker, whose launcher tells why one failed; its reason is then left there."""
-    from resilin.cluster.local import REPORT, report_failure
+def _end(error: Exception) -> int:
+    """Tell of an error; gives the exit code. What a user can mend has no traceback."""
+    from resilin.cluster.failure import REPORT, StrandedError, leave_report
 
-    if REPORT not in os.environ:
-        return False
-    mended = isinstance(error, UserError) and not os.environ.get("RESILIN_TRACEBACK")
-    told = str(error) if mended else "".join(traceback.format_exception(error))
-    report_failure(error, told)
-    if os.environ.get("RANK") != "0":  # the first one's output is the terminal
-        sys.stderr.write(told + "\n")
-    return True
+    plain = isinstance(error, UserError) and not os.environ.get("RESILIN_TRACEBACK")
+    code = 2 if plain and not isinstance(error, StrandedError) else 1
+    told = f"error: {error}" if plain else "".join(traceback.format_exception(error)).rstrip()
+    if REPORT in os.environ:  # a worker, whose launcher tells why one failed
+        leave_report(error, str(error) if plain else told, code)
+    if os.environ.get("RANK", "0") != "0" or REPORT not in os.environ:  # else the launcher writes to this terminal
+        typer.secho(told, fg=typer.colors.RED if plain else None, err=True)
+    return code
 
 
 def main() -> None:
@@ -115,14 +115,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if _left_reason(error):
-            sys.exit(1)
-        if not isinstance(error, UserError):
-            raise
-        if os.environ.get("RESILIN_TRACEBACK"):
-            raise
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
+        sys.exit(_end(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,14 +54,26 @@ def here_or_launched(settings: RunSettings, path: Path) -> Position | None:
     Raises:
         typer.Exit: with the workers' exit code.
     """
-    from resilin.cluster.local import run_workers, this_command
+    from resilin.cluster.failure import REPORT
+    from resilin.cluster.local import end_with_launcher, run_workers, this_command
     from resilin.cluster.position import position
+    from resilin.config import UserError
+    from resilin.parallel.world import World
 
     place, wanted = position(), settings.parallel.workers
+    if REPORT in os.environ:  # one of those that this command started
+        end_with_launcher()
+        return place
+    if place is not None and wanted:
+        raise UserError(
+            f"this process is worker {place.rank} of {place.workers} already: torchrun or srun started it and set "
+            f"RANK or SLURM_PROCID. Leave out --workers (parallel.workers = {wanted}), or start it without them"
+        )
     if place is not None or wanted < 2:
         return place
-    settings.parallel.degrees(wanted)  # a wrong product is told before anything starts
-    ended = run_workers(this_command(), wanted, path / "workers")
+    degrees = settings.parallel.degrees(wanted)  # a wrong product is told before anything starts
+    places = [World(degrees, rank).where for rank in range(wanted)]
+    ended = run_workers(this_command(), places, path / "workers")
     if ended.message:
         typer.secho(f"error: {ended.message}", fg=typer.colors.RED, err=True)
     raise typer.Exit(ended.code)

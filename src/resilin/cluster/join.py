@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from resilin.cluster.position import Position
+from resilin.cluster.watch import Watch
+from resilin.parallel.activity import waiting
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.group import Group
 from resilin.parallel.messages import tell_all
@@ -19,7 +23,7 @@ from resilin.parallel.world import World
 
 @contextmanager
 def joined(place: Position, device: torch.device, timeout: float) -> Iterator[None]:
-    """While entered, this worker is connected to all others.
+    """While entered, this worker is connected to all others, and says on a board what it does (`cluster/watch.py`).
 
     Args:
         place: which worker this is.
@@ -28,14 +32,16 @@ def joined(place: Position, device: torch.device, timeout: float) -> Iterator[No
 
     Raises:
         ParallelError: the others cannot be reached.
+        StrandedError: another worker failed, went away or hangs while this one was in the body.
     """
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
+        store = _store(place, timedelta(seconds=timeout))
         dist.init_process_group(
             backend,
-            init_method=f"tcp://{place.address}:{place.port}",
+            store=PrefixStore("resilin", store),
             rank=place.rank,
             world_size=place.workers,
             timeout=timedelta(seconds=timeout),
@@ -45,10 +51,25 @@ def joined(place: Position, device: torch.device, timeout: float) -> Iterator[No
             f"worker {place.rank} of {place.workers} did not find the others at {place.address}:{place.port} within "
             f"{timeout:g} s: {error}"
         ) from error
+    watch = Watch(store, place.rank, place.workers, timeout)
     try:
         yield
+    except Exception as error:
+        told = watch.failed(error)
+        if told is error:
+            raise
+        raise told from error
     finally:
+        watch.close()
         dist.destroy_process_group()
+
+
+def _store(place: Position, timeout: timedelta) -> Any:
+    """Of the job: at the first worker, or where torchrun keeps one."""
+    if place.listening is not None:  # our launcher found a free port by listening on it
+        return TCPStore(place.address, place.port, place.workers, True, timeout, master_listen_fd=place.listening)
+    store, _, _ = next(rendezvous(f"tcp://{place.address}:{place.port}", place.rank, place.workers, timeout=timeout))
+    return store
 
 
 @contextmanager
@@ -58,10 +79,12 @@ def lead_first(world: World | None) -> Iterator[None]:
         yield
         return
     if world.rank:
-        dist.barrier()
+        with waiting((0,), "waiting for what the first worker prepares"):
+            dist.barrier()
     yield
     if not world.rank:
-        dist.barrier()
+        with waiting(world.everyone.ranks, "waiting for the others to be ready"):
+            dist.barrier()
 
 
 def agree_on(what: str, mine: dict[str, Any], group: Group) -> None:

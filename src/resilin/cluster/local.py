@@ -8,153 +8,145 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-REPORT = "RESILIN_FAILURE_REPORT"
-"""The variable with the path where a worker that fails says why."""
-WHERE = [""]
-"""What this worker is among all, in words ("pipeline stage 1, data 0"), once that is known."""
-_GRACE = 10.0  # seconds that workers have to end by themselves, once one has failed
+from resilin.cluster.endings import End, Ended, Failed, how_it_ended
+from resilin.cluster.failure import REPORT
+from resilin.cluster.position import LISTENING
+
+LAUNCHER = "RESILIN_LAUNCHER"
+"""The variable with the file descriptor of a pipe whose other end the launcher has: it ends with the launcher."""
+_GRACE = 5.0  # seconds that workers have to end by themselves, once one has failed
+_ORPHANED = 30.0  # seconds that they have to save and end, once the launcher has gone
 _POLL = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How a job of local workers ended.
+def end_with_launcher() -> None:
+    """Called in a worker: once the launcher is gone, killed perhaps, the worker finishes its step, saves and ends."""
+    if LAUNCHER not in os.environ:
+        return
+    pipe = int(os.environ.pop(LAUNCHER))
 
-    Attributes:
-        code: the exit code to end with.
-        message: what went wrong, the first failure's traceback included; empty for nothing.
-    """
+    def watch() -> None:
+        os.read(pipe, 1)  # nothing is ever written: this returns when the other end is closed
+        os.write(2, b"the launcher is gone: finishing this step, then saving\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_ORPHANED)
+        os._exit(1)
 
-    code: int
-    message: str = ""
-
-
-def report_failure(error: BaseException, told: str) -> None:
-    """Called in a worker that fails: leaves its reason where the launcher looks for it.
-
-    Args:
-        error: that it failed with.
-        told: what is to be shown: the traceback, or a message for the user.
-    """
-    path = os.environ.get(REPORT)
-    if path:
-        report = {"time": time.time(), "error": f"{type(error).__name__}: {error}", "told": told, "where": WHERE[0]}
-        with Path(path).open("w", encoding="utf-8") as file:
-            json.dump(report, file)
+    threading.Thread(target=watch, name="resilin-launcher", daemon=True).start()
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run_workers(command: Sequence[str], workers: int, logs: Path) -> Ended:
-    """Run a command as each of so many workers, and wait for all.
+def run_workers(command: Sequence[str], places: Sequence[str], logs: Path) -> Ended:
+    """Run a command as each of several workers, and wait for all.
 
     The first worker writes to this terminal, every other one into `logs/worker-N.log`. Ctrl-C and SIGTERM are passed on
-    to all.
+    to all; the second time all are killed.
 
     Args:
         command: what every worker runs.
-        workers: how many.
+        places: of every worker, in words.
         logs: a folder, made if needed.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    job = _Job(command, workers, logs)
+    job = _Job(places, logs)
     with _passing_on(job):
+        job.start(command)
         return job.wait()
 
 
 class _Job:
-    def __init__(self, command: Sequence[str], workers: int, logs: Path) -> None:
-        self.logs = logs
-        self.reports = [logs / f"worker-{rank}.failure.json" for rank in range(workers)]
+    def __init__(self, places: Sequence[str], logs: Path) -> None:
+        self.places, self.workers, self.logs = places, len(places), logs
+        self.reports = [logs / f"worker-{rank}.failure.json" for rank in range(self.workers)]
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.interrupted = False
-        port = free_port()
-        for rank, report in enumerate(self.reports):
-            report.unlink(missing_ok=True)
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(workers),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(workers),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                REPORT: str(report),
-            }
-            if rank == 0:
-                self.processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
-            else:
-                with (logs / f"worker-{rank}.log").open("wb") as log:
-                    self.processes.append(
-                        subprocess.Popen(
-                            command,
-                            env=environment,
-                            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                        )
-                    )
+        self.interrupts = 0
+        self.stopped: set[int] = set()  # whom we killed
+        self.alive = [time.time()] * self.workers
+
+    def start(self, command: Sequence[str]) -> None:
+        """Start all. The launcher listens before the first worker does, so that no other job can take the port."""
+        self._theirs, self._ours = os.pipe()
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen(self.workers)
+            for rank, report in enumerate(self.reports):
+                report.unlink(missing_ok=True)
+                environment = {
+                    **os.environ,
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(self.workers),
+                    "LOCAL_RANK": str(rank),
+                    "LOCAL_WORLD_SIZE": str(self.workers),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(listening.getsockname()[1]),
+                    REPORT: str(report),
+                    LAUNCHER: str(self._theirs),
+                }
+                if rank == 0:
+                    environment[LISTENING] = str(listening.fileno())
+                    self.processes.append(self._started(command, environment, (self._theirs, listening.fileno())))
+                else:
+                    with self.log(rank).open("wb") as log:
+                        self.processes.append(self._started(command, environment, (self._theirs,), log.fileno()))
+        os.close(self._theirs)
+
+    @staticmethod
+    def _started(
+        command: Sequence[str], environment: dict[str, str], kept: tuple[int, ...], log: int | None = None
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            pass_fds=kept,
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
+            stdin=None if log is None else subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+    def log(self, rank: int) -> Path:
+        """Where a worker's output goes."""
+        return self.logs / f"worker-{rank}.log"
 
     def pass_on(self, number: int) -> None:
-        """Send a signal to all workers that still run."""
-        self.interrupted = True
+        """Send a signal to all workers that still run; the second time, kill them."""
+        self.interrupts += 1
         for process in self.processes:
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(number if self.interrupts == 1 else signal.SIGKILL)
 
     def wait(self) -> Ended:
         """Wait for all; whoever is left behind by a failure is ended."""
         failed_at: float | None = None
-        first: list[int] = []
-        while any(process.poll() is None for process in self.processes):
+        while True:
+            began = time.time()
+            running = [rank for rank, process in enumerate(self.processes) if process.poll() is None]
+            for rank in running:
+                self.alive[rank] = began
+            if not running:
+                break
             if failed_at is None:
-                first = [rank for rank, process in enumerate(self.processes) if process.poll() not in (None, 0)]
-                failed_at = time.monotonic() if first else None
+                failed = any(process.poll() not in (None, 0) for process in self.processes)
+                failed_at = time.monotonic() if failed else None
             elif time.monotonic() - failed_at > _GRACE:
-                for process in self.processes:
-                    if process.poll() is None:
-                        process.kill()
+                for rank in running:
+                    self.stopped.add(rank)
+                    self.processes[rank].kill()
             time.sleep(_POLL)
-        codes = [process.wait() for process in self.processes]
-        if not any(codes):
-            return Ended(0)
-        agreed = set(codes)
-        if len(agreed) == 1 and not any(report.exists() for report in self.reports):
-            return Ended(codes[0])  # all ended alike and said why themselves: interrupted, or a loss that is not finite
-        return Ended(1, self._why(codes, first))
+        os.close(self._ours)
+        return how_it_ended([self._end(rank) for rank in range(self.workers)], self.interrupts)
 
-    def _why(self, codes: Sequence[int], first: Sequence[int]) -> str:
-        killed = [rank for rank in first if codes[rank] < 0]
-        if killed:
-            rank = killed[0]
-            name = signal.Signals(-codes[rank]).name
-            more = " (out of memory?)" if name == "SIGKILL" else ""
-            return f"worker {rank} was ended by {name}{more}; the others were stopped. Its output: {self._log(rank)}"
-        told = []
-        for rank, report in enumerate(self.reports):
-            if report.exists():
-                told.append((json.loads(report.read_text(encoding="utf-8")), rank))
-        if not told:
-            rank = first[0] if first else next(rank for rank, code in enumerate(codes) if code)
-            return f"worker {rank} ended with exit code {codes[rank]}; its output: {self._log(rank)}"
-        reason, rank = min(told, key=lambda pair: pair[0]["time"])
-        where = f" ({reason['where']})" if reason["where"] else ""
-        others = f"\n{len(told) - 1} more failed because of it, or after it." if len(told) > 1 else ""
-        return f"worker {rank}{where} failed first:\n{reason['told'].rstrip()}{others}"
-
-    def _log(self, rank: int) -> str:
-        return "above" if rank == 0 else str(self.logs / f"worker-{rank}.log")
+    def _end(self, rank: int) -> End:
+        report, told = self.reports[rank], None
+        if report.exists():
+            told = Failed(**json.loads(report.read_text(encoding="utf-8")))
+        log = "above" if rank == 0 else str(self.log(rank))
+        code = self.processes[rank].wait()
+        return End(rank, self.places[rank], code, self.alive[rank], rank in self.stopped, told, log)
 
 
 class _passing_on:  # noqa: N801

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from resilin.config import UserError
 
+LISTENING = "RESILIN_LISTENING"
+"""The variable by which our launcher gives the first worker a socket."""
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -25,6 +28,7 @@ class Position:
         local_workers: how many there are on its machine.
         address: of the first worker's machine.
         port: where the first worker's store listens.
+        listening: the file descriptor of a socket that listens there already; None: there is none.
     """
 
     rank: int
@@ -33,6 +37,7 @@ class Position:
     local_workers: int
     address: str
     port: int
+    listening: int | None = None
 
 
 def position(environment: Mapping[str, str] | None = None) -> Position | None:
@@ -47,9 +52,14 @@ def position(environment: Mapping[str, str] | None = None) -> Position | None:
     found = os.environ if environment is None else environment
     if "RANK" in found and "WORLD_SIZE" in found:
         return _checked(_of_torchrun(found))
-    if int(found.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in found:
+    # A batch script has SLURM_PROCID too, but is no step of srun's: what it starts is a job of its own.
+    if "SLURM_PROCID" in found and "SLURM_STEP_ID" in found and _slurm_tasks(found) > 1:
         return _checked(_of_slurm(found))
     return None
+
+
+def _slurm_tasks(found: Mapping[str, str]) -> int:
+    return _number(found, "SLURM_STEP_NUM_TASKS", _number(found, "SLURM_NTASKS", 1))
 
 
 def _number(found: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -70,12 +80,13 @@ def _of_torchrun(found: Mapping[str, str]) -> Position:
         _number(found, "LOCAL_WORLD_SIZE", workers),
         found.get("MASTER_ADDR", "127.0.0.1"),
         _number(found, "MASTER_PORT", 29500),
+        _number(found, LISTENING) if LISTENING in found else None,
     )
 
 
 def _of_slurm(found: Mapping[str, str]) -> Position:
-    rank, workers = _number(found, "SLURM_PROCID"), _number(found, "SLURM_NTASKS")
-    nodes = _number(found, "SLURM_NNODES", 1)
+    rank, workers = _number(found, "SLURM_PROCID"), _slurm_tasks(found)
+    nodes = _number(found, "SLURM_STEP_NUM_NODES", _number(found, "SLURM_NNODES", 1))
     # A job's number spreads jobs that share a machine over ports that users may listen on.
     port = _number(found, "MASTER_PORT", 20000 + _number(found, "SLURM_JOB_ID", 0) % 20000)
     names = found.get("SLURM_STEP_NODELIST") or found.get("SLURM_NODELIST", "")

@@ -138,6 +138,8 @@ class DistilledLoss(NextTokenLoss):
     The teacher is not state: a resumed run makes it again.
     """
 
+    by_token = False  # a teacher has to see whole rows
+
     def __init__(self, settings: Distilled, teacher: nn.Module | None, cache: TeacherCache | None = None) -> None:
         super().__init__(settings)
         self.distilled, self.teacher, self.cache = settings, teacher, cache

@@ -89,7 +89,13 @@ class NextTokenLoss:
 
     Units are the number of valid tokens, or the sum of their weights, so a weight of 0 is the same as a label of
     -100. Router losses are means over a sequence; each counts as many units as its sequence has.
+
+    Attributes:
+        by_token: whether some tokens of rows give, with the model alone, their own part of the sum: rows may then be
+            divided over ranks.
     """
+
+    by_token = True
 
     def __init__(self, settings: NextToken):
         self.settings = settings

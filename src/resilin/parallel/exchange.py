@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from resilin.parallel.activity import waiting
 from resilin.parallel.group import Group
 
 Wait = Callable[[], object]
@@ -37,7 +38,12 @@ def swap(
         received, sent, list(received_sizes), list(sent_sizes), group=group.process_group, async_op=True
     )
     assert work is not None
-    wait: Wait = work.wait
+    travelling = work
+
+    def wait() -> None:
+        with waiting(group.ranks, "exchanging gradients"):
+            travelling.wait()
+
     return wait
 
 
@@ -61,9 +67,10 @@ def share(parts: Sequence[Tensor], group: Group) -> Wait:
     ]
 
     def wait() -> None:
-        for work in works:
-            assert work is not None
-            work.wait()
+        with waiting(group.ranks, "exchanging weights"):
+            for work in works:
+                assert work is not None
+                work.wait()
 
     return wait
 
@@ -71,7 +78,8 @@ def share(parts: Sequence[Tensor], group: Group) -> Wait:
 def add_up(tensor: Tensor, group: Group) -> Tensor:
     """The sum over a group, in place."""
     if group.size > 1:
-        dist.all_reduce(tensor, group=group.process_group)
+        with waiting(group.ranks):
+            dist.all_reduce(tensor, group=group.process_group)
     return tensor
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from resilin.parallel.activity import waiting
 from resilin.parallel.group import Group
 
 
@@ -18,12 +19,14 @@ def tell_all(value: Any, group: Group) -> list[Any]:
     raw = json.dumps(value).encode()
     device = _device_of(group)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size)]
-    dist.all_gather(lengths, torch.tensor([len(raw)], device=device), group=group.process_group)
+    with waiting(group.ranks):
+        dist.all_gather(lengths, torch.tensor([len(raw)], device=device), group=group.process_group)
     counts = [int(length) for length in lengths]
     mine = torch.zeros(max(counts), dtype=torch.uint8, device=device)
     mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     texts = [torch.empty_like(mine) for _ in counts]
-    dist.all_gather(texts, mine, group=group.process_group)
+    with waiting(group.ranks):
+        dist.all_gather(texts, mine, group=group.process_group)
     return [json.loads(text[:count].cpu().numpy().tobytes()) for text, count in zip(texts, counts, strict=True)]
 
 

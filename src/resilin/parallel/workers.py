@@ -14,6 +14,7 @@ from resilin.keys import Keys
 from resilin.layout.dealing import VIRTUAL_SHARDS
 from resilin.nouns import Batch, Loss, Objective, Source
 from resilin.optim.clip import clip_factor, total_norm
+from resilin.parallel.activity import doing, waiting
 from resilin.parallel.canonical import GradientSum, Node, blocks_of
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.exchange import add_up_all
@@ -88,7 +89,8 @@ class WholeModel:
     def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect) -> list[Loss]:
         """Forward, backward, forward, backward, ..."""
         losses = []
-        for batch, keys in micros:
+        for number, (batch, keys) in enumerate(micros):
+            doing("forward and backward of micro-batch", number)
             with self._autocast():
                 loss = self._objective(self._computed, self._prepare(batch.to(self._device)), keys)
             loss.sum.backward()
@@ -123,6 +125,25 @@ class Trained:
     sum_over: tuple[Group, ...] = ()
     counted: bool = True
     row: int = 0
+
+
+def micro_batches(count: int, size: int, workers: int) -> list[range]:
+    """The slots of every micro-batch of a step.
+
+    Args:
+        count: slots of the step.
+        size: slots of a micro-batch; 0: a worker's share of the step.
+        workers: of the data axis.
+    """
+    size = size or -(-count // workers)
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def run_of(micros: int, workers: int, dp: int) -> range:
+    """Which of so many micro-batches a worker of the data axis computes."""
+    base, more = divmod(micros, workers)
+    first = dp * base + min(dp, more)
+    return range(first, first + base + (dp < more))
 
 
 class Workers:
@@ -189,16 +210,12 @@ class Workers:
 
     def micro_batches(self, count: int) -> list[range]:
         """The slots of every micro-batch of a step of `count` slots."""
-        size = self._micro or -(-count // self.world.axis("dp"))
-        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+        return micro_batches(count, self._micro, self.world.axis("dp"))
 
     def _run_of(self, count: int, dp: int | None = None) -> range:
         """Which micro-batches a worker of the data axis computes; None: this one."""
-        micros, workers = len(self.micro_batches(count)), self.world.axis("dp")
-        base, more = divmod(micros, workers)
         dp = self.world.coordinate("dp") if dp is None else dp
-        first = dp * base + min(dp, more)
-        return range(first, first + base + (dp < more))
+        return run_of(len(self.micro_batches(count)), self.world.axis("dp"), dp)
 
     def slots(self, count: int) -> range:
         """Those of this worker's micro-batches."""
@@ -221,6 +238,7 @@ class Workers:
         ]
         with self.trace.step(keys.step) if self.trace is not None else nullcontext():
             losses = self.passes.train(parts, lambda chunk: sums[chunk].collect())
+        doing("adding gradients up")
         self._reduce([each.blocks() for each in sums], count)
         return self._tell(losses, mine, len(micros))
 
@@ -334,5 +352,7 @@ class Workers:
         if self.world.size == 1:
             return value
         told = torch.tensor([value], dtype=torch.int64, device=self._device)
-        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX, group=self.world.everyone.process_group)
+        everyone = self.world.everyone
+        with waiting(everyone.ranks, "hearing whether all go on"):
+            torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX, group=everyone.process_group)
         return int(told)

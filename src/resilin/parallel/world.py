@@ -18,8 +18,8 @@ from resilin.parallel.group import Group, make_groups
 class World:
     """All workers of a job, on the meshes of their degrees, as one of them sees them.
 
-    Groups are made when they are first asked for, by all workers together: every worker asks for the same ones in the
-    same order.
+    Where workers stand can be asked before they are connected; groups cannot. These are made when they are first asked
+    for, by all workers together: every worker asks for the same ones in the same order.
 
     Args:
         degrees: whose product is the number of workers.
@@ -31,11 +31,6 @@ class World:
         self.mesh, self.expert_mesh = degrees.mesh, degrees.expert_mesh
         if not 0 <= rank < degrees.workers:
             raise ParallelError(f"there is no rank {rank} among {degrees.workers} workers ({degrees})")
-        if degrees.workers > 1:
-            if not dist.is_initialized():
-                raise ParallelError(f"{degrees.workers} workers ({degrees}) have to be connected first: see `join`")
-            if dist.get_world_size() != degrees.workers:
-                raise ParallelError(f"{degrees}: {degrees.workers} workers, but {dist.get_world_size()} are connected")
         self._groups: dict[tuple[str, ...], Group] = {}
 
     def __str__(self) -> str:
@@ -70,6 +65,7 @@ class World:
 
         All workers must ask together.
         """
+        self._connected()
         if axes not in self._groups:
             self._groups[axes] = self._make(axes)
         return self._groups[axes]
@@ -77,7 +73,16 @@ class World:
     @cached_property
     def everyone(self) -> Group:
         """All workers."""
+        self._connected()
         return Group.of() if self.size > 1 else Group.alone()
+
+    def _connected(self) -> None:
+        if self.size == 1:
+            return
+        if not dist.is_initialized():
+            raise ParallelError(f"{self} have to be connected first: see `join`")
+        if dist.get_world_size() != self.size:
+            raise ParallelError(f"{self}, but {dist.get_world_size()} are connected")
 
     def members(self, *axes: str) -> list[tuple[int, ...]]:
         """All groups of workers that differ on these axes only."""

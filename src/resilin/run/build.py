@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from resilin.checkpoint.background import BackgroundSaves
 from resilin.checkpoint.folder import CheckpointFolder
-from resilin.cluster.join import lead_first
+from resilin.cluster.join import agree_on, lead_first
 from resilin.config import UserError
 from resilin.data.settings import SourceContext
 from resilin.models.decoder import Decoder
@@ -50,6 +51,20 @@ def build_sources(settings: RunSettings, *, validation: bool = True, folder: Run
         held_out |= {name: more.build(context) for name, more in settings.evaluation.held_out.items()}
         _check_tokenizers(source, held_out)
     return Sources(source, held_out)
+
+
+def facts_of(source: Source) -> dict[str, Any]:
+    """What tells two sources apart, as JSON values: workers that read different files must not train together."""
+    shards = getattr(getattr(source, "stream", None), "shards", None)
+    facts: dict[str, Any] = {}
+    for name, holder in (("digest", source), ("digest of its tokens", shards)):
+        digest = getattr(holder, "digest", None)
+        if isinstance(digest, str):
+            facts[name] = digest
+    facts["digest of its tokenizer"] = getattr(getattr(source, "tokenizer", None), "digest", None)
+    with suppress(TypeError):  # it does not end
+        facts["batches"] = len(source)  # type: ignore[arg-type]
+    return facts
 
 
 def _check_tokenizers(source: Source, held_out: dict[str, Source]) -> None:
@@ -149,6 +164,8 @@ def build_run(
         keep_freed_memory()
     with lead_first(world):  # what it prepares, the others find
         sources = build_sources(settings, folder=folder)
+    if world is not None:
+        agree_on("data", facts_of(sources.source), world.everyone)
     tree: dict[str, Any] = settings.model_dump(mode="json")
     steps = steps_of(settings, sources.source)
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": steps})})

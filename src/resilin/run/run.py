@@ -21,6 +21,7 @@ from resilin.checkpoint.store import SavedCheckpoint
 from resilin.keys import Keys
 from resilin.layout import Layout
 from resilin.nouns import Batch, Objective, Optimizer, Source, State, StepView
+from resilin.parallel import activity
 from resilin.parallel.step import Autocast, Engine, OneProcess, StepGradient
 from resilin.run.events import (
     Evaluated,
@@ -146,6 +147,8 @@ class Run:
 
     def _take_step(self) -> Outcome | None:
         began = time.perf_counter()
+        activity.now.step = self.step
+        activity.doing("getting ready and reading its slots")
         try:
             batch, count = self._next_batch()
         except Exception as error:
@@ -161,6 +164,7 @@ class Run:
             self.optimizer.zero_grad()
             return self._not_committed(gradient, self.engine.non_finite(batch, keys))
         self._finish_staging()
+        activity.doing("updating weights")
         applied = self.optimizer.step(self.step)
         self.step, self.samples = self.step + 1, self.samples + count
         self._after_commit(gradient, applied, began)
@@ -270,6 +274,7 @@ class Run:
     def evaluate(self) -> dict[str, dict[str, float]]:
         """The objective and its logs on the held-out batches, without any randomness."""
         self._finish_staging()
+        activity.doing("evaluating")
         results = {}
         self.model.eval()
         for name, source in self.validation.items():
@@ -332,6 +337,7 @@ class Run:
         if self.checkpoints is None:
             raise ValueError("this run has no checkpoint folder: give it one, or do not ask it to save")
         self._finish_staging()
+        activity.doing("saving")
         with self._telling_failures():
             state = self.state_dict()
             layout = self.layout(state) if self.layout is not None else None

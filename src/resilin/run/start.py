@@ -13,8 +13,8 @@ from resilin import __version__
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cluster.join import agree_on, joined, lead_first
-from resilin.cluster.local import WHERE
 from resilin.cluster.position import Position
+from resilin.parallel import activity
 from resilin.parallel.messages import tell_all
 from resilin.parallel.world import World
 from resilin.precision.autocast import choose_precision
@@ -151,7 +151,7 @@ def workers_of(settings: RunSettings, place: Position | None) -> Iterator[World 
         return
     with joined(place, choose_device(settings.train.device), settings.parallel.timeout):
         world = World(degrees, place.rank)
-        WHERE[0] = world.where
+        activity.now.place = world.where
         yield world
 
 

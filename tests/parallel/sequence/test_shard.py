@@ -6,9 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilin.nouns import Batch
+from resilin.objective.distill import DistilledLoss
+from resilin.objective.next_token import NextToken
+from resilin.parallel.errors import ParallelError
 from resilin.parallel.group import Group
 from resilin.parallel.sequence.part import RankPart
-from resilin.parallel.sequence.shard import shard_sequence
+from resilin.parallel.sequence.shard import refuse_whole_rows, shard_sequence
 
 
 class _Ranks:
@@ -80,3 +83,11 @@ def test_ring_pieces_give_every_rank_the_same_causal_work(ranks: int):
     size, device = 4, torch.device("cpu")
     seen = [int((RankPart("ring", group_of(r, ranks)).places(2 * size, device) + 1).sum()) for r in range(ranks)]
     assert len(set(seen)) == 1
+
+
+def test_objectives_of_whole_rows_are_refused_by_name():
+    refuse_whole_rows(NextToken().build())
+    with pytest.raises(ParallelError, match="DistilledLoss looks at whole rows"):
+        refuse_whole_rows(DistilledLoss.__new__(DistilledLoss))
+    with pytest.raises(ParallelError, match="object looks at whole rows"):
+        refuse_whole_rows(object())

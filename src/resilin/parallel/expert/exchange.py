@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from resilin.parallel.activity import waiting
 from resilin.parallel.group import Group
 
 
@@ -87,7 +88,8 @@ def swap_equal(parts_PX: Tensor, group: Group) -> Tensor:
         return parts_PX
     on = device_of(group, parts_PX)
     came = torch.empty_like(parts_PX, device=on, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(came, parts_PX.to(on).contiguous(), group=group.process_group)
+    with waiting(group.ranks):
+        dist.all_to_all_single(came, parts_PX.to(on).contiguous(), group=group.process_group)
     return came.to(parts_PX.device)
 
 
@@ -96,7 +98,8 @@ def swap_rows(rows_SD: Tensor, sent: list[int], received: list[int], group: Grou
     if group.size == 1:
         return rows_SD
     came = rows_SD.new_empty(sum(received), *rows_SD.shape[1:])
-    dist.all_to_all_single(came, rows_SD.contiguous(), received, sent, group=group.process_group)
+    with waiting(group.ranks):
+        dist.all_to_all_single(came, rows_SD.contiguous(), received, sent, group=group.process_group)
     return came
 
 

@@ -24,14 +24,16 @@ from resilin.keys import Keys
 from resilin.models.linear import WeightGradients, weight_gradients_later
 from resilin.models.stage_span import Hidden
 from resilin.nouns import Batch, Loss, Objective
+from resilin.parallel.activity import doing, waiting
 from resilin.parallel.pipeline.messages import Message, Op, Part, Receive, Send
-from resilin.parallel.pipeline.schedule import Action, B, F, I
+from resilin.parallel.pipeline.schedule import Action, B, F, I, W
 from resilin.parallel.pipeline.stage import Stage
 from resilin.parallel.pipeline.timeline import Record
 from resilin.parallel.step import Autocast
 from resilin.parallel.workers import Collect
 
 _AHEAD = 4  # operations, beyond the next one, whose messages are asked for
+_SAID = {F: "forward", B: "backward", I: "backward to the input", W: "backward to the weights"}
 _STAGES = 4096  # more than any pipeline has: tags are numbers
 
 Micro = tuple[Batch, Keys | None]
@@ -56,7 +58,7 @@ class _Post:
     """A payload that was asked for: its rows come in one message or in several."""
 
     buffer: Tensor
-    works: list[Any] = field(default_factory=list)
+    works: list[tuple[Any, int]] = field(default_factory=list)  # and from whom
 
 
 @dataclass
@@ -72,7 +74,7 @@ class _Walk:
     flights: dict[tuple[int, int], _Flight] = field(default_factory=dict)
     made: dict[Way, Tensor] = field(default_factory=dict)
     posts: dict[Way, _Post] = field(default_factory=dict)
-    sends: list[tuple[Any, Tensor]] = field(default_factory=list)
+    sends: list[tuple[Any, Tensor, int]] = field(default_factory=list)  # under way, what is sent, and to whom
     losses: dict[int, Loss] = field(default_factory=dict)
 
 
@@ -184,8 +186,10 @@ class PipelinePasses:
                 self._act(walk, op)
             elif isinstance(op, Send):
                 self._send(walk, op)
-        for work, _ in walk.sends:
-            work.wait()
+        doing("sending to other stages")
+        for work, _, rank in walk.sends:
+            with waiting((rank,)):
+                work.wait()
         return [walk.losses[micro] for micro in range(len(micros))] if self._last else []
 
     def _call(self, stage: Stage, micro: Micro) -> Any:
@@ -196,6 +200,7 @@ class PipelinePasses:
 
     def _act(self, walk: _Walk, action: Action) -> None:
         self._began = time.time()
+        doing(_SAID[action.kind], "of stage", action.stage, "micro-batch", action.micro)
         if action.kind is F:
             self._forward(walk, action.stage, action.micro)
         else:
@@ -262,12 +267,13 @@ class PipelinePasses:
         if isinstance(message, Part):
             buffer = buffer[message.rows.receiver_row :][: message.rows.rows]
         work = dist.irecv(buffer, self._peers[op.peer], group=self._process_group, tag=self._tag(message))
-        walk.posts[way].works.append(work)
+        walk.posts[way].works.append((work, self._peers[op.peer]))
 
     def _arrived(self, walk: _Walk, way: Way) -> Tensor:
         post = walk.posts.pop(way)
-        for work in post.works:
-            work.wait()
+        for work, rank in post.works:
+            with waiting((rank,)):
+                work.wait()
         self._began = time.time()  # waiting for it was no computing
         return post.buffer
 
@@ -287,5 +293,5 @@ class PipelinePasses:
         if isinstance(message, Part):
             payload = payload[message.rows.sender_row :][: message.rows.rows]
         work = dist.isend(payload, self._peers[op.peer], group=self._process_group, tag=self._tag(message))
-        walk.sends = [(sent, kept) for sent, kept in walk.sends if not sent.is_completed()]
-        walk.sends.append((work, payload))
+        walk.sends = [sent for sent in walk.sends if not sent[0].is_completed()]
+        walk.sends.append((work, payload, self._peers[op.peer]))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from resilin.parallel.activity import waiting
 from resilin.parallel.group import Group
 from resilin.parallel.sequence.heads import HeadShares
 
@@ -23,7 +24,8 @@ class _AllToAll(torch.autograd.Function):
     def forward(ctx: Any, flat: Tensor, given: Sequence[int], taken: Sequence[int], group: Group) -> Tensor:
         ctx.given, ctx.taken, ctx.group = given, taken, group
         out = flat.new_empty(sum(taken))
-        dist.all_to_all_single(out, flat.contiguous(), list(taken), list(given), group=group.process_group)
+        with waiting(group.ranks):
+            dist.all_to_all_single(out, flat.contiguous(), list(taken), list(given), group=group.process_group)
         return out
 
     @staticmethod
@@ -112,7 +114,8 @@ def rows_to_heads(mixed_BhRD: Tensor, shares: HeadShares, group: Group) -> Tenso
 def gather_rows(part_NBT: Tensor, group: Group) -> Tensor:
     """Some fields' tokens of every rank, (N, B, T) -> (N, B, P, T); without a gradient."""
     parts = [torch.empty_like(part_NBT) for _ in range(group.size)]
-    dist.all_gather(parts, part_NBT.contiguous(), group=group.process_group)
+    with waiting(group.ranks):
+        dist.all_gather(parts, part_NBT.contiguous(), group=group.process_group)
     return torch.stack(parts, dim=2)
 
 
@@ -120,5 +123,6 @@ def total(part: Tensor, group: Group) -> Tensor:
     """The sum of each rank's tensor; without a gradient."""
     summed = part.detach().clone()
     if group.size > 1:
-        dist.all_reduce(summed, group=group.process_group)
+        with waiting(group.ranks):
+            dist.all_reduce(summed, group=group.process_group)
     return summed

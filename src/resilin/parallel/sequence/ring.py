@@ -23,6 +23,7 @@ from resilin.models.mask import Mask
 from resilin.models.mask_rule import MaskRule
 from resilin.models.recompute import nothing_kept
 from resilin.models.tiled_attention import Stretch, refuse_second_derivative
+from resilin.parallel.activity import waiting
 from resilin.parallel.group import Group
 from resilin.parallel.sequence.part import RankPart, pieces_of
 from resilin.parallel.sequence.piece_attention import attend_piece, piece_gradients
@@ -37,12 +38,14 @@ class _Passing:
         self._sent, self._coming = tensor.contiguous(), torch.empty_like(tensor, memory_format=torch.contiguous_format)
         send = dist.P2POp(dist.isend, self._sent, group.ranks[(index + 1) % P], group.process_group)
         receive = dist.P2POp(dist.irecv, self._coming, group.ranks[(index - 1) % P], group.process_group)
+        self._from = (group.ranks[(index - 1) % P],)
         self._works = dist.batch_isend_irecv([send, receive])
 
     def arrived(self) -> Tensor:
         """What the rank before has sent."""
-        for work in self._works:
-            work.wait()
+        with waiting(self._from):
+            for work in self._works:
+                work.wait()
         return self._coming
 
 

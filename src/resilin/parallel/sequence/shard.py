@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resilin.nouns import Batch
 from resilin.objective.next_token import IGNORE
+from resilin.parallel.errors import ParallelError
 from resilin.parallel.group import Group
 from resilin.parallel.sequence.part import ContextKind, RankPart, pieces_of
 
@@ -51,6 +52,22 @@ def shard_sequence(batch: Batch, group: Group, kind: ContextKind = "ulysses") ->
         if field.dim() >= 2 and field.shape[1] == T
     }
     return Batch(batch.slots_B, {**fields, **divided})
+
+
+def refuse_whole_rows(objective: object) -> None:
+    """Refuse an objective whose loss some tokens of a row do not tell: it would be wrong without a word.
+
+    Args:
+        objective: of the run; one that is a sum over tokens says so by a true attribute `by_token`.
+
+    Raises:
+        ParallelError: naming it.
+    """
+    if not getattr(objective, "by_token", False):
+        raise ParallelError(
+            f"parallel.context divides rows over workers, and {type(objective).__name__} looks at whole rows (it has "
+            "no true attribute `by_token`): use resilin.objective.next_token:NextToken, or parallel.context = 1"
+        )
 
 
 def _padded(name: str, field: Tensor, tokens: int) -> Tensor:

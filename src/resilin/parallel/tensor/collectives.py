@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from resilin.parallel.activity import waiting
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.exchange import add_up
 from resilin.parallel.group import Group
@@ -35,7 +36,8 @@ def _summed(x: Tensor, group: Group) -> Tensor:
 def _gathered(x: Tensor, dim: int, group: Group) -> Tensor:
     dim = dim % x.ndim
     parts = x.new_empty(group.size, *x.shape)
-    _all_gather(parts.flatten(0, 1), x.contiguous(), group=group.process_group)
+    with waiting(group.ranks):
+        _all_gather(parts.flatten(0, 1), x.contiguous(), group=group.process_group)
     return parts.flatten(0, 1) if dim == 0 else parts.movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -44,10 +46,12 @@ def _scattered_sum(x: Tensor, dim: int, group: Group) -> Tensor:
     parts = x.unflatten(dim, (group.size, -1)).movedim(dim, 0).contiguous()
     if x.device.type == "cpu":  # gloo's reduce-scatter takes twice as long as this, on two ranks and on four
         received = torch.empty_like(parts)
-        dist.all_to_all_single(received.flatten(0, 1), parts.flatten(0, 1), group=group.process_group)
+        with waiting(group.ranks):
+            dist.all_to_all_single(received.flatten(0, 1), parts.flatten(0, 1), group=group.process_group)
         return received.sum(0)
     own = x.new_empty(parts.shape[1:])
-    _reduce_scatter(own, parts.flatten(0, 1), group=group.process_group)
+    with waiting(group.ranks):
+        _reduce_scatter(own, parts.flatten(0, 1), group=group.process_group)
     return own
 
 

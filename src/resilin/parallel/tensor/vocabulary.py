@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resilin.models.linear import PackedWeight
 from resilin.objective.vocabulary import VocabularyShard
+from resilin.parallel.activity import waiting
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.group import Group
 from resilin.parallel.tensor.collectives import copy_in, put_together
@@ -20,10 +21,12 @@ def vocabulary_shard(start: int, size: int, whole: int, group: Group) -> Vocabul
     """A rank's tokens, and messages among the group."""
 
     def all_max(x: Tensor) -> None:
-        dist.all_reduce(x, dist.ReduceOp.MAX, group=group.process_group)
+        with waiting(group.ranks):
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=group.process_group)
 
     def all_sum(x: Tensor) -> None:
-        dist.all_reduce(x, group=group.process_group)
+        with waiting(group.ranks):
+            dist.all_reduce(x, group=group.process_group)
 
     return VocabularyShard(start, size, whole, group.size, all_max, all_sum)
 
