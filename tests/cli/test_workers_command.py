@@ -294,3 +294,18 @@ def test_a_number_of_workers_that_the_degrees_do_not_give_is_refused(resilin, mo
     assert done.returncode == 2
     assert "3 workers cannot be divided so" in done.stderr
     assert os.environ["WORLD_SIZE"] == "3"
+
+
+def test_who_does_what_is_told_before_anything_starts(resilin):
+    done = resilin("inspect", "run.toml", "--workers", "4", "parallel.pipeline=2", "model.layers=2",
+                   "train.micro_batch_size=1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4 workers (pipeline=2 data=2): who does what" in done.stdout
+    table = done.stdout[done.stdout.index("who does what") :].splitlines()
+    assert [row.split()[:4] for row in table[2:6]] == [
+        ["0", "0", "0", "0"], ["1", "0", "1", "0"], ["2", "1", "0", "1"], ["3", "1", "1", "1"]
+    ]  # fmt: skip
+    assert "pipeline bubble" in done.stdout
+    done = resilin("inspect", "run.toml", "--workers", "6", "parallel.tensor=4")
+    assert done.returncode == 2
+    assert "use parallel.tensor=3, or 4 workers, or 8 workers" in done.stderr

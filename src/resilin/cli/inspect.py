@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from resilin.cli.arguments import split_settings
 from resilin.cli.stages import STAGES, StageName, stage_settings
 from resilin.config.errors import UserError
+
+if TYPE_CHECKING:
+    from resilin.run.settings import RunSettings
 
 
 def inspect(
@@ -21,6 +24,9 @@ def inspect(
     stage: Annotated[
         StageName | None, typer.Option(help="The settings file is one for this command: resilin sft, dpo, ...")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Settings file: also who would do what among so many workers.")
+    ] = None,
 ) -> None:
     """Tell what something is, without running it.
 
@@ -29,6 +35,7 @@ def inspect(
 
     \b
     resilin inspect run.toml model.layers=12
+    resilin inspect run.toml --workers 8 parallel.tensor=2 parallel.pipeline=2
     resilin inspect chat.toml --stage sft
     resilin inspect runs/shakespeare
     resilin inspect runs/shakespeare/checkpoints/step-00000300 --verify
@@ -37,7 +44,27 @@ def inspect(
     file, overrides = split_settings(arguments)
     if file is None:
         raise UserError("inspect needs something to look at: a settings file, a folder, or a .gguf file")
+    if workers is not None:
+        if file.suffix != ".toml":
+            raise UserError(f"{file}: --workers goes with a settings file only")
+        overrides = [*overrides, f"parallel.workers={workers}"]
+        settings_of(file, overrides, stage).parallel.degrees(workers)  # a wrong product is told before all else
     print_facts(facts_of(file, overrides, verify=verify, stage=stage))
+    if workers is not None:
+        from resilin.cli.division import print_division
+        from resilin.run.who_does_what import who_does_what
+
+        print_division(who_does_what(settings_of(file, overrides, stage), workers))
+
+
+def settings_of(path: Path, overrides: list[str], stage: StageName | None = None) -> RunSettings:
+    """The settings of a file: of `resilin train`, or of a stage."""
+    from resilin.config import load_settings
+    from resilin.run.settings import RunSettings
+
+    if stage is not None:
+        return stage_settings(STAGES[stage], path, overrides)
+    return load_settings(RunSettings, path, overrides)
 
 
 def facts_of(
@@ -47,12 +74,7 @@ def facts_of(
     from resilin.run import look
 
     if path.suffix == ".toml":
-        from resilin.config import load_settings
-        from resilin.run.settings import RunSettings
-
-        if stage is not None:
-            return look.at_settings(stage_settings(STAGES[stage], path, overrides))
-        return look.at_settings(load_settings(RunSettings, path, overrides))
+        return look.at_settings(settings_of(path, overrides, stage))
     if stage is not None:
         raise UserError(f"{path}: --stage goes with a settings file only")
     if overrides:

@@ -76,7 +76,13 @@ def _at_work(s: DecoderSettings, layer: int, batch: int, length: int) -> float:
 
 
 def activation_bytes(
-    settings: DecoderSettings, batch: int, sequence_length: int, *, value_bytes: int = 4, logit_rows: int = 1024
+    settings: DecoderSettings,
+    batch: int,
+    sequence_length: int,
+    *,
+    value_bytes: int = 4,
+    logit_rows: int = 1024,
+    blocks: range | None = None,
 ) -> int:
     """What one micro-batch keeps between its forward and its backward pass.
 
@@ -87,8 +93,9 @@ def activation_bytes(
         sequence_length: tokens of a row.
         value_bytes: of one activation (4 in float32, 2 in bfloat16).
         logit_rows: tokens whose logits (and their gradient) the loss holds at once.
+        blocks: those of one stage of a pipeline, the last of which has the logits; None: all.
     """
-    tokens, layers = batch * sequence_length, range(settings.layers)
+    tokens, layers = batch * sequence_length, range(settings.layers) if blocks is None else blocks
     at_work = max(_at_work(settings, layer, batch, sequence_length) for layer in layers)
     if settings.recompute == "none":
         tiled = tile_count(settings.mlp_tiles, batch, sequence_length, settings.hidden_size) > 1
@@ -102,12 +109,12 @@ def activation_bytes(
     elif settings.recompute == "block":
         # While a block is recomputed, all of its own values are there. Of inputs that wait elsewhere, those of the last
         # block, of the one at work, and two on their way.
-        inputs = settings.layers if settings.offload == "none" else min(settings.layers, 4)
+        inputs = len(layers) if settings.offload == "none" else min(len(layers), 4)
         kept = inputs * settings.hidden_size + at_work
     else:
         kept = sum(_selective_kept(settings, layer) for layer in layers) + at_work
     ends = 3 * settings.hidden_size  # embedded tokens, input and output of the final norm
-    logits = 2 * min(tokens, logit_rows) * settings.vocab_size * 4
+    logits = 2 * min(tokens, logit_rows) * settings.vocab_size * 4 if layers[-1] == settings.layers - 1 else 0
     return int(tokens * (kept + ends) * value_bytes) + logits
 
 

@@ -139,6 +139,53 @@ def specs_of_decoder(decoder: nn.Module, world: World) -> dict[str, ParamSpec]:
     }
 
 
+@dataclass(frozen=True)
+class Cutting:
+    """How a decoder is cut, which is the same for all workers.
+
+    Attributes:
+        specs: of every parameter.
+        split: of the blocks over stages; None: there is one stage.
+        rank_of: for each stage the pipeline rank that holds it.
+    """
+
+    specs: dict[str, ParamSpec]
+    split: Split | None = None
+    rank_of: tuple[int, ...] = (0,)
+
+
+def cutting_of(settings: ParallelSettings, world: World, model: nn.Module, tokens: int) -> Cutting:
+    """How a model with a decoder in it is cut; nothing is sent, and the model may be on the meta device.
+
+    Args:
+        settings: of the run.
+        world: all workers, connected or not.
+        model: whole.
+        tokens: of a row.
+
+    Raises:
+        ParallelError: what cannot be divided so, by name.
+    """
+    decoder = decoder_in(model)
+    if world.axis("tp") > 1 or world.axis("ep") > 1:
+        specs = specs_of_decoder(model, world)
+    else:
+        specs = {name: ParamSpec(shape, dtype) for name, (shape, dtype) in shapes_of(model).items()}
+    if world.axis("pp") == 1:
+        return Cutting(specs)
+    split, rank_of = stages_of(settings, world, decoder, tokens)
+    return Cutting(staged(specs, _holders(decoder, model, split, rank_of)), split, tuple(rank_of))
+
+
+def schedule_of(settings: ParallelSettings, cutting: Cutting, world: World, micros: int) -> Schedule:
+    """The order of a pipeline's actions for so many micro-batches of a data worker.
+
+    Raises:
+        ParallelError: there is no such schedule.
+    """
+    return _schedule(settings.schedule, len(cutting.rank_of), world.axis("pp"), micros)
+
+
 def divide_decoder(
     settings: ParallelSettings,
     world: World,
@@ -167,18 +214,11 @@ def divide_decoder(
     """
     decoder = decoder_in(model)
     trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-    cuts = world.axis("tp") > 1 or world.axis("ep") > 1
-    shapes = shapes_of(model)
-    specs = (
-        specs_of_decoder(model, world)
-        if cuts
-        else {name: ParamSpec(shape, dtype) for name, (shape, dtype) in shapes.items()}
-    )
+    cutting = cutting_of(settings, world, model, tokens)
+    specs, split, rank_of = cutting.specs, cutting.split, cutting.rank_of
     pipeline = world.group("pp")
     tied = _ends(world) if decoder.head is None and world.axis("pp") > 1 else None
-    if world.axis("pp") > 1:
-        split, rank_of = stages_of(settings, world, decoder, tokens)
-        specs = staged(specs, _holders(decoder, model, split, rank_of))
+    if split is not None:
         mine = [stage for stage, rank in enumerate(rank_of) if rank == pipeline.index]
         modules = cut(model, split, mine)
     else:
@@ -202,7 +242,7 @@ def divide_decoder(
         sequence = world.axis("tp") if settings.sequence else 1
         passes = PipelinePasses(
             [Stage(number, module, sequence) for number, module in zip(mine, modules, strict=True)],
-            partial(_ops, settings, split.stages, pipeline.size, pipeline.index),
+            partial(_ops, settings, len(rank_of), pipeline.size, pipeline.index),
             rank_of,
             objective,
             peers=pipeline.ranks,

@@ -13,7 +13,7 @@ from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.group import Group
 from resilin.parallel.messages import tell_all
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
@@ -67,7 +67,7 @@ class StateLayout:
         specs = self._blueprint.specs
         for name, tensor in tensors_of(state).items():
             part, _, rest = name.partition("/")
-            dtype = _DTYPES[tensor.dtype]
+            dtype = DTYPES[tensor.dtype]
             if part in ("model", "frozen") and rest in specs:
                 found[name] = ("weight", rest, specs[rest].shape, dtype)
             elif tensor.dim() == 0:

@@ -127,6 +127,25 @@ class Trained:
     row: int = 0
 
 
+def micro_batches(count: int, size: int, workers: int) -> list[range]:
+    """The slots of every micro-batch of a step.
+
+    Args:
+        count: slots of the step.
+        size: slots of a micro-batch; 0: a worker's share of the step.
+        workers: of the data axis.
+    """
+    size = size or -(-count // workers)
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def run_of(micros: int, workers: int, dp: int) -> range:
+    """Which of so many micro-batches a worker of the data axis computes."""
+    base, more = divmod(micros, workers)
+    first = dp * base + min(dp, more)
+    return range(first, first + base + (dp < more))
+
+
 class Workers:
     """The `Engine` of many workers.
 
@@ -191,16 +210,12 @@ class Workers:
 
     def micro_batches(self, count: int) -> list[range]:
         """The slots of every micro-batch of a step of `count` slots."""
-        size = self._micro or -(-count // self.world.axis("dp"))
-        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+        return micro_batches(count, self._micro, self.world.axis("dp"))
 
     def _run_of(self, count: int, dp: int | None = None) -> range:
         """Which micro-batches a worker of the data axis computes; None: this one."""
-        micros, workers = len(self.micro_batches(count)), self.world.axis("dp")
-        base, more = divmod(micros, workers)
         dp = self.world.coordinate("dp") if dp is None else dp
-        first = dp * base + min(dp, more)
-        return range(first, first + base + (dp < more))
+        return run_of(len(self.micro_batches(count)), self.world.axis("dp"), dp)
 
     def slots(self, count: int) -> range:
         """Those of this worker's micro-batches."""

@@ -78,9 +78,8 @@ def divide(
     """
     outline = _outline(settings, model, source)
     whole = settings.optimizer.keeps_whole(outline)
-    if settings.parallel.sharding == "fsdp":
-        _check_sharded(settings, world, whole)
-    if world.degrees.data * world.degrees.replicate == world.size:
+    check_division(settings, world, model, source, whole)
+    if _whole_everywhere(world):
         blueprint = Blueprint.uncut(model, world.degrees, whole)
         if settings.parallel.sharding == "fsdp":
             blueprint = replace(blueprint, sharded=True)
@@ -88,13 +87,12 @@ def divide(
         passes = WholeModel(model, objective, compiled(model) or model, device=device, autocast=precision.autocast)
         part = Part(passes, blueprint, {})
     else:
-        _check(settings, world, model, source)
         part = divide_decoder(
             settings.parallel,
             world,
             model,
             objective,
-            tokens=_tokens(source, model),
+            tokens=tokens_of(source, model),
             keep_whole=whole,
             device=device,
             autocast=precision.autocast,
@@ -157,12 +155,30 @@ def _outline(settings: RunSettings, model: nn.Module, source: Source) -> nn.Modu
     return model if found is None else found
 
 
-def _tokens(source: Source, model: nn.Module) -> int:
+def tokens_of(source: Source, model: nn.Module) -> int:
+    """Of a row."""
     length = getattr(source, "sequence_length", None)
     if length is not None:
         return int(length)
     decoder = next((module for module in model.modules() if isinstance(module, Decoder)), None)
     return decoder.settings.max_positions if decoder is not None else 1
+
+
+def check_division(settings: RunSettings, world: World, model: nn.Module, source: Source, whole: set[str]) -> None:
+    """Refuse what would be wrong, or wait for ever, later on; nothing is sent, and the model may be an outline.
+
+    Raises:
+        ParallelError: what it is.
+    """
+    if settings.parallel.sharding == "fsdp":
+        _check_sharded(settings, world, whole)
+    if not _whole_everywhere(world):
+        _check(settings, world, model, source)
+
+
+def _whole_everywhere(world: World) -> bool:
+    """Whether every worker computes the whole model; experts are divided without taking workers of their own."""
+    return world.degrees.data * world.degrees.replicate == world.size and world.degrees.expert == 1
 
 
 def _check_sharded(settings: RunSettings, world: World, whole: set[str]) -> None:
