@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import json
 import math
 import shutil
@@ -14,29 +15,34 @@ from typing import Any
 from resilin.config import SettingsError, parse_settings
 from resilin.config.errors import UserError
 from resilin.models.decoder import Decoder
+from resilin.models.digest import weights_digest
 from resilin.models.flops import parameter_counts
 from resilin.recipes.cells import NOT_HASHED
 from resilin.recipes.code_digest import code_digest
 from resilin.recipes.findings import Evaluation, Metrics, RunRecord
-from resilin.run.events import Event, RunStarted, StepDone
+from resilin.run.events import Event, Listener, RunStarted, StepDone
 from resilin.run.folder import RunFolder, changed_settings
-from resilin.run.run import Run
+from resilin.run.run import Outcome, Run
 from resilin.run.settings import RunSettings
 from resilin.run.start import settle, start_run
 
 Report = Callable[[int], None]
 """Told the number of committed steps, now and then."""
 
+Runner = Callable[[RunSettings, Path, tuple[Listener, ...]], tuple[Run, Outcome]]
+"""Trains in a folder, or goes on there, telling listeners of events; gives the run as it stands and how it ended."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run to make: its settings, its hash (also its folder's name) and the logged series its record keeps."""
+    """A run to make: its settings, its hash (also its folder's name), the logged series its record keeps, its runner."""
 
     hash: str
     label: str
     settings: RunSettings
     folder: Path
     series: tuple[str, ...]
+    runner: str = ""
 
     @property
     def record_file(self) -> Path:
@@ -139,6 +145,7 @@ def record_of(job: Job, run: Run, data_digest: str) -> RunRecord:
         wall_seconds=round(seconds, 2),
         data_digest=data_digest,
         code=code_digest(),
+        weights=weights_digest(model),
         settings=job.settings.model_dump(mode="json"),
     )
 
@@ -158,6 +165,15 @@ def _continues(job: Job) -> bool:
 
 class RunFailedError(UserError):
     """A run of a recipe ended for another reason than a non-finite number; the text is for the user."""
+
+
+def runner_of(job: Job) -> Runner:
+    """What trains a job: a run in this process, unless the recipe names something else."""
+    if not job.runner:
+        return lambda settings, folder, listeners: start_run(settings, folder, resume=True, extra_listeners=listeners)
+    module, name = job.runner.split(":")
+    found: Runner = getattr(importlib.import_module(module), name)
+    return found
 
 
 def train(job: Job, threads: int, report: Report | None = None) -> RunRecord | None:
@@ -189,7 +205,7 @@ def train(job: Job, threads: int, report: Report | None = None) -> RunRecord | N
         elif report is not None and isinstance(event, RunStarted):
             report(event.start_step)
 
-    run, outcome = start_run(settings, job.folder, resume=True, extra_listeners=(listen,))
+    run, outcome = runner_of(job)(settings, job.folder, (listen,))
     if outcome.reason == "interrupted":
         return None
     record = record_of(job, run, str(getattr(run.source, "digest", "")))

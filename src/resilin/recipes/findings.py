@@ -40,6 +40,8 @@ class RunRecord(Settings):
     data_digest: str = ""
     code: str = ""
     """Of the package's source that made it (`resilin.recipes.code_digest`)."""
+    weights: str = ""
+    """A digest of the final weights (`resilin.models.digest`)."""
     settings: dict[str, Any] = Field(default={})
 
     @property

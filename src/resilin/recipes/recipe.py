@@ -101,6 +101,8 @@ class Recipe(Settings):
     paper: Paper
     analysis: str = Field(default="resilin.recipes.compare:compare", pattern=r"^[\w.]+:\w+$")
     """Import path of a function `Study -> Findings`."""
+    runner: str = Field(default="", pattern=r"^([\w.]+:\w+)?$")
+    """Import path of what trains a run (`resilin.recipes.execute.Runner`); empty: a run in one process."""
     series: tuple[str, ...] = ("loss",)
     """Logged quantities each record keeps, as shell patterns."""
     settings: Patch

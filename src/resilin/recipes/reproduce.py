@@ -180,7 +180,7 @@ def train_cells(
     hashes = hashed(found, data_digest, hashed_versions())
     jobs: dict[str, Job] = {}
     for cell, name in zip(found, hashes, strict=True):
-        jobs.setdefault(name, Job(name, str(cell), cell.settings, folder / name, recipe.series))
+        jobs.setdefault(name, Job(name, str(cell), cell.settings, folder / name, recipe.series, recipe.runner))
     if fresh:
         forget(list(jobs.values()))
         for job in jobs.values():

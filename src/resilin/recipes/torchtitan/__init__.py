@@ -1,0 +1,1 @@
+"""What the recipe `torchtitan` needs: runs that change their layout, and their analysis."""
