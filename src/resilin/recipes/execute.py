@@ -35,7 +35,7 @@ Runner = Callable[[RunSettings, Path, tuple[Listener, ...]], tuple[Run, Outcome]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run to make: its settings, its hash (also its folder's name), the logged series its record keeps, its runner."""
+    """A run to make: its settings, its hash and folder, the logged series its record keeps, and what trains it."""
 
     hash: str
     label: str

@@ -81,8 +81,8 @@ def _claims(study: Study) -> list[Claim]:
         claims.append(
             Claim(
                 name="keeping each worker's batch is worse",
-                statement=f"with 4 times the workers and the batch of each kept, the same tokens end more than {CLOSE:.1%} "
-                "higher",
+                statement="with 4 times the workers and the batch of each kept, the same tokens end more than "
+                f"{CLOSE:.1%} higher",
                 holds=min(worse) > max([CLOSE, *right]),
                 evidence=f"{min(worse):.1%} to {max(worse):.1%} higher, {len(worse)} seeds",
             )

@@ -1,8 +1,7 @@
 """Runs in stretches: each in a layout of its own, by workers of its own, from the checkpoint of the one before.
 
 Every stretch is `resilin train --resume` as a user starts it: real processes, which find each other, read their parts
-of the checkpoint, and end. Two mistakes can be made on purpose: to keep each worker's batch where the number of workers
-changes, and to leave the optimizer's state behind.
+of the checkpoint, and end. A mistake can be made on purpose: to leave the optimizer's state behind.
 """
 
 from __future__ import annotations
@@ -32,8 +31,6 @@ class Stretch(Settings):
     """The step it ends with."""
     parallel: dict[str, Any] = Field(default={})
     """Of the run, `workers` among them; empty: one process."""
-    batch_size: Annotated[int, Field(ge=0)] = 0
-    """Slots of a step; 0: those of the run."""
     forget: bool = False
     """Whether the optimizer's state is lost before it."""
 
@@ -91,8 +88,7 @@ def train_in_stretches(settings: RunSettings, path: Path, listeners: tuple[Liste
 
 
 def _settings_of(settings: RunSettings, stretch: Stretch) -> RunSettings:
-    batch = stretch.batch_size or settings.train.batch_size
-    train = settings.train.model_copy(update={"steps": stretch.until, "batch_size": batch})
+    train = settings.train.model_copy(update={"steps": stretch.until})
     parallel = type(settings.parallel).model_validate({**settings.parallel.model_dump(), **stretch.parallel})
     return settings.model_copy(update={"train": train, "parallel": parallel})
 
