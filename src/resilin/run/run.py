@@ -179,7 +179,8 @@ class Run:
                     self._finish_staging()
                 part.before_step(view)
         count = self.source.slots(self.step)
-        return self.source.fetch(self.step, self.engine.slots(count)) if count else _NOTHING, count
+        mine = self.engine.slots(count)
+        return self.source.fetch(self.step, mine) if len(mine) else _NOTHING, count
 
     def _after_commit(self, gradient: StepGradient, applied: Any, began: float) -> None:
         logs = {**gradient.logs, **{k: v for k, v in applied.items() if k != "lr"}}
