@@ -1,0 +1,1 @@
+"""What the recipe `megatron-ptdp` needs."""
