@@ -114,10 +114,8 @@ def _table(costs: list[Cost]) -> Table:
             held = None if one.published_held is None else float(one.published_held)
             rows.append((name, ranks, chunks, micros, float(one.bubble), published, float(one.held), held))
     columns = ("schedule", "p", "v", "m", "bubble", "formula", "held", "formula")
-    note = f"Simulated; of {len(FORMULAS)} schedules with formulas, those of the paper."
-    return Table(
-        title="Bubble over ideal time, activations of the fullest rank", columns=columns, rows=tuple(rows), note=note
-    )
+    title = "Simulated: bubble over ideal time, activations of the fullest rank"
+    return Table(title=title, columns=columns, rows=tuple(rows))
 
 
 def analyse(study: Study) -> Findings:
