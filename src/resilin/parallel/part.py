@@ -78,6 +78,11 @@ def stages_of(settings: ParallelSettings, world: World, decoder: Decoder, tokens
         stages, rank_of = 2 * ranks, vee(2 * ranks, ranks)
     else:
         rank_of = loop(stages, ranks)
+    if stages > model.layers:
+        raise ParallelError(
+            f"{model.layers} block{'s' if model.layers > 1 else ''} cannot be divided over {stages} stages "
+            f"(parallel.pipeline {ranks} * chunks {stages // ranks}): every stage needs one"
+        )
     try:
         if settings.layers:
             bounds = [0]
