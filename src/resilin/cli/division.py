@@ -17,26 +17,28 @@ def print_division(division: Division) -> None:
 
     axes = {"pp": "stage", "rep": "replica", "dp": "data", "cp": "context", "tp": "tensor", "ep": "expert"}
     there = [axis for axis in axes if axis in division.shares[0].coordinates]
-    table = Table(title=f"{division.world}: who does what", title_justify="left", box=None, pad_edge=False)
-    for name in ("worker", *(axes[axis] for axis in there), "blocks", "slots", "micro-batches", "weights", "gradients"):
-        table.add_column(name, justify="right")
-    for name in ("optimizer", "activations", "together"):
-        table.add_column(name, justify="right")
+    held = division.bubble is not None
+    table = Table(title=f"{division.world}: who does what (memory in MiB)", title_justify="left", box=None)
+    table.pad_edge, table.padding = False, (0, 1, 0, 0)  # one blank between columns: 80 characters have to do
+    names = ["worker", *(axes[axis] for axis in there), "blocks", "slots", "micro", *(["held"] if held else [])]
+    for name in (*names, "weight", "grads", "states", "acts", "all"):
+        table.add_column(name, justify="right", no_wrap=True)
     for share in division.shares[:_SHOWN]:
-        flight = f" ({share.in_flight} in flight)" if division.bubble is not None else ""
         table.add_row(
             str(share.rank),
             *(str(share.coordinates[axis]) for axis in there),
             ", ".join(_run(blocks) for blocks in share.blocks) or "-",
             _run(share.slots),
-            f"{share.micro_batches}{flight}",
-            *(_bytes(b) for b in (share.weights, share.gradients, share.optimizer, share.activations, share.total)),
+            str(share.micro_batches),
+            *([str(share.in_flight)] if held else []),
+            *(_mib(b) for b in (share.weights, share.gradients, share.optimizer, share.activations, share.total)),
         )
     console = Console(highlight=False)
     console.print(table)
     if len(division.shares) > _SHOWN:
         console.print(f"and {len(division.shares) - _SHOWN} more")
-    console.print()
+    told = "micro: micro-batches in a step" + ("; held: those whose activations are there at once" if held else "")
+    console.print(f"{told}; acts: an estimate\n")
     groups = Table(show_header=False, box=None, pad_edge=False)
     groups.add_column(style="bold cyan", no_wrap=True)
     groups.add_column(overflow="fold")
@@ -56,5 +58,6 @@ def _run(numbers: range) -> str:
     return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
 
 
-def _bytes(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+def _mib(value: float) -> str:
+    mib = value / 2**20
+    return f"{mib:,.0f}" if mib >= 100 else f"{mib:.1f}"

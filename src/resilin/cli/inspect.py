@@ -27,6 +27,7 @@ def inspect(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Settings file: also who would do what among so many workers.")
     ] = None,
+    picture: Annotated[Path | None, typer.Option(help="With --workers: draw it into this file (svg, png).")] = None,
 ) -> None:
     """Tell what something is, without running it.
 
@@ -44,6 +45,8 @@ def inspect(
     file, overrides = split_settings(arguments)
     if file is None:
         raise UserError("inspect needs something to look at: a settings file, a folder, or a .gguf file")
+    if picture is not None and workers is None:
+        raise UserError("--picture draws who does what: give --workers too")
     if workers is not None:
         if file.suffix != ".toml":
             raise UserError(f"{file}: --workers goes with a settings file only")
@@ -54,7 +57,12 @@ def inspect(
         from resilin.cli.division import print_division
         from resilin.run.who_does_what import who_does_what
 
-        print_division(who_does_what(settings_of(file, overrides, stage), workers))
+        division = who_does_what(settings_of(file, overrides, stage), workers)
+        print_division(division)
+        if picture is not None:
+            from resilin.run.division_picture import draw_division
+
+            draw_division(division, picture)
 
 
 def settings_of(path: Path, overrides: list[str], stage: StageName | None = None) -> RunSettings:

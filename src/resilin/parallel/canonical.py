@@ -17,14 +17,19 @@ from torch import Tensor, nn
 Leaf = list[Tensor | None]
 
 
-def _add(left: Leaf, right: Leaf) -> Leaf:
-    """Elementwise sum, written into `left`'s memory; None is a zero that was never computed."""
+def _add(left: Leaf, right: Leaf, home: Tensor | None = None) -> Leaf:
+    """Elementwise sum, written into `left`'s memory, or into that of `home`; None is a zero that was never computed."""
     if len(left) != len(right):
         raise ValueError(f"two leaves of one sum have {len(left)} and {len(right)} tensors")
-    both = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
+    total = [b if a is None or (b is not None and b is home) else a for a, b in zip(left, right, strict=True)]
+    both = [
+        (t, a if t is b else b)  # of two summands either may come first
+        for a, b, t in zip(left, right, total, strict=True)
+        if a is not None and b is not None and t is not None
+    ]
     if both:
-        torch._foreach_add_([a for a, _ in both], [b for _, b in both])
-    return [b if a is None else a for a, b in zip(left, right, strict=True)]
+        torch._foreach_add_([t for t, _ in both], [other for _, other in both])
+    return total
 
 
 class Node(NamedTuple):
@@ -41,11 +46,12 @@ class TreeSum:
     Args:
         first: the number of the leaf that comes first: who has a run of leaves from the middle adds those blocks that
             are blocks of the whole tree.
+        home: a tensor among the leaves whose memory is to hold every sum it is part of, and so the total.
     """
 
-    def __init__(self, first: int = 0) -> None:
+    def __init__(self, first: int = 0, home: Tensor | None = None) -> None:
         self._nodes: list[Node] = []
-        self._next = first
+        self._next, self._home = first, home
 
     def push(self, leaf: Leaf, height: int = 0) -> None:
         """Add the next leaf, or (height h) the finished sum of the next aligned block of 2**h leaves."""
@@ -58,7 +64,7 @@ class TreeSum:
             if left.height != node.height or left.start % 2 ** (left.height + 1):
                 break
             self._nodes.pop()
-            node = Node(left.start, left.height + 1, _add(left.sum, node.sum))
+            node = Node(left.start, left.height + 1, _add(left.sum, node.sum, self._home))
         self._nodes.append(node)
 
     def nodes(self) -> list[Node]:
@@ -75,7 +81,7 @@ class TreeSum:
             raise ValueError(f"the sum begins at leaf {nodes[0].start}: those before it are missing")
         total = nodes.pop().sum
         while nodes:
-            total = _add(nodes.pop().sum, total)
+            total = _add(nodes.pop().sum, total, self._home)
         return total
 
 

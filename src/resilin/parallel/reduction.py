@@ -21,8 +21,10 @@ from resilin.parallel.canonical import Node, TreeSum
 from resilin.parallel.exchange import Wait, share, swap
 from resilin.parallel.group import Group
 from resilin.parallel.ownership import Ownership, Run
+from resilin.parallel.pool import Pool
 
 BUCKET_BYTES = 32 << 20
+_IN_FLIGHT = 2  # buckets that travel at one time
 _PAD = 16  # elements; every shard begins at a multiple, as vector kernels like it
 
 
@@ -44,6 +46,23 @@ class _Bucket:
         """Elements of a rank's part, padding included."""
         low, high = self.spans[rank]
         return high - low
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A bucket on its way.
+
+    Attributes:
+        bucket: which.
+        own: for each of this worker's blocks what stays here; the first in its place in the gradient.
+        received: what comes from all others, in the order of ranks and blocks.
+        wait: until it is there.
+    """
+
+    bucket: _Bucket
+    own: list[Tensor]
+    received: Tensor
+    wait: Wait
 
 
 class Reduced(Protocol):
@@ -129,6 +148,7 @@ class Reduction:
         like = self.parameters[0] if self.parameters else torch.empty(0)
         self._weights = torch.zeros(size, dtype=like.dtype, device=like.device)
         self._gradient = torch.zeros_like(self._weights)
+        self._packed, self._beside, self._received = (Pool(like, _IN_FLIGHT) for _ in range(3))
         self._own, self._grads = self._views(self._weights), self._views(self._gradient)
         self._make_shards()
         self.read()
@@ -200,13 +220,13 @@ class Reduction:
         if len(leaves) != counts[self.group.index]:
             raise ValueError(f"{len(leaves)} blocks were added up where {counts[self.group.index]} are this worker's")
         self._used = [any(leaf[number] is not None for leaf in leaves) for number in range(len(self.parameters))]
-        waiting: list[tuple[_Bucket, Tensor, Wait, Tensor]] = []
+        waiting: list[_Sent] = []
         for bucket in self._buckets:
             waiting.append(self._send(bucket, leaves, counts))
-            if len(waiting) > 1:  # one travels while the next is packed
-                self._receive(*waiting.pop(0)[:3], blocks, counts)
-        for bucket, received, wait, _ in waiting:
-            self._receive(bucket, received, wait, blocks, counts)
+            if len(waiting) == _IN_FLIGHT:  # one travels while the next is packed
+                self._receive(waiting.pop(0), blocks, counts)
+        for sent in waiting:
+            self._receive(sent, blocks, counts)
 
     def _total(self, mine: Sequence[Node]) -> list[Tensor | None]:
         """The sum of this worker's blocks: the canonical one, where it has all."""
@@ -217,50 +237,47 @@ class Reduction:
             tree.push(node.sum, node.height if self.group.size == 1 else 0)
         return tree.total()
 
-    def _send(
-        self, bucket: _Bucket, leaves: Sequence[Sequence[Tensor | None]], counts: Sequence[int]
-    ) -> tuple[_Bucket, Tensor, Wait, Tensor]:
-        own, sizes = bucket.size(self.group.index), [bucket.size(rank) for rank in range(self.group.size)]
-        like = self._gradient
-        sent = like.new_empty(sum(sizes) * len(leaves))
-        at, targets, given = 0, [], []
-        for rank, size in enumerate(sizes):
-            for leaf in leaves:
+    def _send(self, bucket: _Bucket, leaves: Sequence[Sequence[Tensor | None]], counts: Sequence[int]) -> _Sent:
+        """Pack a bucket for all others, and what stays here where it is to be added up."""
+        me, sizes = self.group.index, [bucket.size(rank) for rank in range(self.group.size)]
+        gives = [0 if rank == me else size * len(leaves) for rank, size in enumerate(sizes)]
+        gets = [0 if rank == me else sizes[me] * count for rank, count in enumerate(counts)]
+        packed = self._packed.take(sum(gives))
+        own = [self._gradient[slice(*bucket.spans[me])]] if leaves else []
+        if len(leaves) > 1:
+            beside = self._beside.take(sizes[me] * (len(leaves) - 1))
+            own += beside.view(len(leaves) - 1, sizes[me]).unbind()
+        places = iter(packed.split([size for rank, size in enumerate(sizes) if rank != me for _ in leaves]))
+        targets, given = [], []
+        for rank in range(self.group.size):
+            for leaf, place in zip(leaves, own if rank == me else places, strict=False):
                 for run, start in zip(bucket.runs[rank], bucket.starts[rank], strict=True):
-                    target, grad = sent[at + start :][: run.size], leaf[run.parameter]
+                    target, grad = place[start : start + run.size], leaf[run.parameter]
                     if grad is None:
                         target.zero_()
                     else:
                         targets.append(target)
                         given.append(grad.reshape(-1)[run.begin : run.end])
-                at += size
         if targets:
             torch._foreach_copy_(targets, given)
-        received = like.new_empty(own * sum(counts))
-        wait = swap(received, sent, [own * n for n in counts], [size * len(leaves) for size in sizes], self.group)
-        return bucket, received, wait, sent
+        received = self._received.take(sum(gets))
+        return _Sent(bucket, own, received, swap(received, packed, gets, gives, self.group))
 
-    def _receive(
-        self,
-        bucket: _Bucket,
-        received: Tensor,
-        wait: Wait,
-        blocks: Sequence[Sequence[tuple[int, int]]],
-        counts: Sequence[int],
-    ) -> None:
-        wait()
-        own = bucket.size(self.group.index)
-        if not own or not sum(counts):
+    def _receive(self, sent: _Sent, blocks: Sequence[Sequence[tuple[int, int]]], counts: Sequence[int]) -> None:
+        sent.wait()
+        size, me = sent.bucket.size(self.group.index), self.group.index
+        if not size or not sum(counts):
             return
-        tree = TreeSum()
-        parts = iter(received.split(own))
-        for each, count in zip(blocks, counts, strict=True):
+        tree = TreeSum(home=sent.own[0] if sent.own else None)
+        theirs = iter(sent.received.split(size))
+        for rank, (each, count) in enumerate(zip(blocks, counts, strict=True)):
+            parts = iter(sent.own) if rank == me else theirs
             for _, height in each if self.exact else [(0, 0)] * count:
                 tree.push([next(parts)], height)
         (total,) = tree.total()
         assert total is not None
-        low, high = bucket.spans[self.group.index]
-        self._gradient[low:high].copy_(total)
+        if not sent.own:
+            self._gradient[slice(*sent.bucket.spans[me])].copy_(total)
 
     def used(self) -> Tensor:
         """(P,) float64: 1 for every parameter that this worker computed a gradient of in this step."""
@@ -325,17 +342,23 @@ class Reduction:
                 parts = self.shards[self.names[number]].detach().split([run.size for run in runs])
                 for run, part in zip(runs, parts, strict=True):
                     self._own[run].copy_(part)
-        sizes = [[bucket.size(rank) for rank in range(self.group.size)] for bucket in self._buckets]
-        parts = [list(self._weights.new_empty(sum(each)).split(each)) for each in sizes]
-        waits = []
-        for bucket, each in zip(self._buckets, parts, strict=True):
-            each[self.group.index] = self._weights[slice(*bucket.spans[self.group.index])]
-            waits.append(share(each, self.group))
-        for bucket, each, wait in zip(self._buckets, parts, waits, strict=True):
-            wait()
-            targets, given = [], []
-            for runs, starts, part in zip(bucket.runs, bucket.starts, each, strict=True):
-                for run, start in zip(runs, starts, strict=True):
-                    targets.append(self.parameters[run.parameter].detach().view(-1)[run.begin : run.end])
-                    given.append(part[start : start + run.size])
-            torch._foreach_copy_(targets, given)
+        waiting: list[tuple[_Bucket, list[Tensor], Wait]] = []
+        for bucket in self._buckets:
+            sizes = [0 if rank == self.group.index else bucket.size(rank) for rank in range(self.group.size)]
+            parts = list(self._received.take(sum(sizes)).split(sizes))
+            parts[self.group.index] = self._weights[slice(*bucket.spans[self.group.index])]
+            waiting.append((bucket, parts, share(parts, self.group)))
+            if len(waiting) == _IN_FLIGHT:
+                self._fill(*waiting.pop(0))
+        for each in waiting:
+            self._fill(*each)
+
+    def _fill(self, bucket: _Bucket, parts: Sequence[Tensor], wait: Wait) -> None:
+        """Put the weights of a bucket into the parameters."""
+        wait()
+        targets, given = [], []
+        for runs, starts, part in zip(bucket.runs, bucket.starts, parts, strict=True):
+            for run, start in zip(runs, starts, strict=True):
+                targets.append(self.parameters[run.parameter].detach().view(-1)[run.begin : run.end])
+                given.append(part[start : start + run.size])
+        torch._foreach_copy_(targets, given)
