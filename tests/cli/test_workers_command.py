@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 FAULTY = '''
 """Text that one worker cannot read."""
@@ -193,12 +193,6 @@ def test_a_second_interrupt_ends_at_once(place: Path, environment: dict[str, str
 
 
 # -- starts by hand, by torchrun and by Slurm ---------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def by_hand(place: Path, environment: Mapping[str, str], *each: tuple[str, ...]) -> list[tuple[int, str]]:

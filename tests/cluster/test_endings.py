@@ -39,6 +39,11 @@ def test_what_a_user_can_mend_ends_with_2():
     assert how_it_ended([GOOD, MISTAKE]) == Ended(2, "worker 1 (data 1) failed:\nlr is wrong")
 
 
+def test_what_all_say_alike_is_no_single_worker_s():
+    ends = [end(rank, 2, 5.0, Failed(5.0 - rank, "reason", "lr is wrong", 2)) for rank in range(3)]
+    assert how_it_ended(ends) == Ended(2, "lr is wrong")
+
+
 def test_who_waited_in_vain_tells_more_than_who_lost_a_connection():
     ends = [GOOD, end(1, -9, stopped=True), LOST, WAITED]
     assert how_it_ended(ends).message == "worker 3 waited\n(1 of 4 workers had to be stopped)"

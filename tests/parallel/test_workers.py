@@ -165,3 +165,39 @@ def test_fast_mode_agrees_to_rounding(workers, count, micro):
             assert (loss, norm, units) == pytest.approx((expected, its_norm, its_units), rel=1e-5)
         for name, p in model.named_parameters():
             torch.testing.assert_close(weights[name], p.detach(), rtol=1e-4, atol=1e-6)
+
+
+def broken(rank, degrees, count):
+    """A step in which the loss of slot 5 is infinite."""
+    world = World(degrees, rank)
+    model = SIZES.build(ModelContext(SEED, 61))
+    settings, objective = OPTIMIZERS["adamw"], NextToken().build()
+    cpu = torch.device("cpu")
+    made = assemble(
+        world,
+        WholeModel(model, objective, model, device=cpu, autocast=_plain),
+        Blueprint.uncut(model, degrees),
+        lambda owned: settings.build_owned(model, 1, owned),
+        objective=objective,
+        micro_batch_size=2,
+        clip_norm=1.0,
+        exact=True,
+        device=cpu,
+        autocast=_plain,
+        model=model,
+    )
+    plain = fetch(0, made.engine.slots(count), count)
+    weights = torch.ones(len(plain), T)
+    weights[plain.slots_B == 5] = float("inf")
+    batch = Batch(plain.slots_B, {**plain.fields, "weights": weights})
+    keys = Keys(SEED, 0, batch.slots_B)
+    found = made.engine.gradient(batch, keys, count)
+    made.optimizer.zero_grad()
+    return found.finite, made.engine.non_finite(batch, keys), made.engine.agreed(rank * 7)
+
+
+def test_all_workers_learn_which_slot_is_not_finite_and_agree_on_the_largest():
+    for finite, slots, agreed in run_ranks(3, broken, Degrees(data=3), 8):
+        assert not finite
+        assert slots == [5]
+        assert agreed == 14

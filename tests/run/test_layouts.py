@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from forked import run_ranks
+from ports import free_port
 
 from resilin.checkpoint.folder import CheckpointFolder
-from resilin.cluster.local import free_port
 from resilin.cluster.position import Position
 from resilin.config import parse_settings
 from resilin.run.settings import RunSettings

@@ -1,7 +1,7 @@
 """What this process is doing now, for whoever asks when it hangs.
 
 One worker is one process, so what it does is one value of this module. Its main thread sets it, a few times in a
-micro-batch (0.2 microseconds each); a thread of `resilin.cluster.watch` reads it.
+micro-batch (one or two microseconds each); a thread of `resilin.cluster.watch` reads it.
 """
 
 from __future__ import annotations

@@ -87,6 +87,8 @@ class LocalModel:
         Returns:
             A tensor of its own memory; padding is zeros.
         """
+        if not self.axes:
+            return whole.clone()
         return cut_out(self.parameters[name].spec, self.mesh, self.rank, whole)
 
     def pieces(self, name: str) -> list[Piece]:

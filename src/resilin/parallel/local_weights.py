@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.huggingface import Target, fill_targets
 from resilin.models.initial import initial_value
 from resilin.parallel.local_model import LocalModel
+
+
+def materialise(modules: Sequence[nn.Module], device: torch.device | str) -> None:
+    """Give parameters on the meta device memory, without values; a parameter that several modules share stays one."""
+    made: dict[int, nn.Parameter] = {}
+    for module in (inner for outer in modules for inner in outer.modules()):
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:
+                empty = torch.empty_like(parameter, device=device)
+                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            setattr(module, name, made[id(parameter)])
 
 
 def draw_initial(local: LocalModel, settings: DecoderSettings, seed: int, device: torch.device | str = "cpu") -> None:
@@ -23,7 +36,7 @@ def draw_initial(local: LocalModel, settings: DecoderSettings, seed: int, device
         seed: of the run.
         device: where its parameters shall be.
     """
-    local.module.to_empty(device=device)
+    materialise([local.module], device)
     local.fill(lambda name, shape: initial_value(name, torch.Size(shape), settings, seed))
 
 
@@ -41,7 +54,7 @@ def read_folder(
     Raises:
         ModelFolderError: what is missing, broken or superfluous, by name.
     """
-    local.module.to_empty(device=device)
+    materialise([local.module], device)
     targets = {}
     for name, parameter in local.module.named_parameters():
         target = Target(parameter.data, local.parameters[name].spec.shape, local.pieces(name))

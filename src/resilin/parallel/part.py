@@ -6,13 +6,13 @@ cut, the experts' among them; then attention cores learn of other ranks' tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from resilin.layout import LayoutError, ParamSpec, specs_of, staged
 from resilin.models.decoder import Decoder
@@ -24,6 +24,7 @@ from resilin.parallel.errors import ParallelError
 from resilin.parallel.expert.parallelise import parallelise_experts
 from resilin.parallel.group import Group, make_groups
 from resilin.parallel.local_model import LocalModel, shapes_of
+from resilin.parallel.local_weights import materialise
 from resilin.parallel.pipeline.build import build
 from resilin.parallel.pipeline.errors import ScheduleError
 from resilin.parallel.pipeline.messages import Op, lower
@@ -78,6 +79,11 @@ def stages_of(settings: ParallelSettings, world: World, decoder: Decoder, tokens
         stages, rank_of = 2 * ranks, vee(2 * ranks, ranks)
     else:
         rank_of = loop(stages, ranks)
+    if stages > model.layers:
+        raise ParallelError(
+            f"{model.layers} block{'s' if model.layers > 1 else ''} cannot be divided over {stages} stages "
+            f"(parallel.pipeline {ranks} * chunks {stages // ranks}): every stage needs one"
+        )
     try:
         if settings.layers:
             bounds = [0]
@@ -196,6 +202,7 @@ def divide_decoder(
     keep_whole: set[str],
     device: torch.device,
     autocast: Autocast,
+    values: Callable[[str, tuple[int, ...]], Tensor] | None = None,
 ) -> Part:
     """This worker's part of a model with a decoder in it; the model itself is used up.
 
@@ -208,6 +215,7 @@ def divide_decoder(
         keep_whole: names of parameters that one rank has to own in whole.
         device: of this worker.
         autocast: the format of the step.
+        values: for a model on the meta device: (name, shape) -> a whole parameter, of which this worker's part is kept.
 
     Raises:
         ParallelError: what cannot be divided so, by name.
@@ -224,6 +232,10 @@ def divide_decoder(
     else:
         modules = [model]
     parts = [_cut_further(module, settings, world) for module in modules]
+    if values is not None:
+        materialise(modules, device)
+        for part in parts:
+            part.fill(values)
     blueprint = Blueprint(world.degrees, specs, trained, frozenset(keep_whole))
     facts = _facts(parts, tied, world)
     _agree(parts, blueprint, world)

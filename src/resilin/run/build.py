@@ -25,7 +25,7 @@ from resilin.precision.autocast import choose_precision
 from resilin.precision.compiled import compile_model
 from resilin.run.allocator import keep_freed_memory
 from resilin.run.device import choose_device, device_in_words, set_threads
-from resilin.run.divided import Divided, coordinator, divide
+from resilin.run.divided import Divided, coordinator, divide, starts_as_outline
 from resilin.run.events import Listener, RunStarted
 from resilin.run.folder import RunFolder
 from resilin.run.run import Pace, Run
@@ -169,7 +169,11 @@ def build_run(
     tree: dict[str, Any] = settings.model_dump(mode="json")
     steps = steps_of(settings, sources.source)
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": steps})})
-    model = settings.model.build(ModelContext(settings.seed, getattr(sources.source, "vocab_size", None))).to(device)
+    model_context, model = ModelContext(settings.seed, getattr(sources.source, "vocab_size", None)), None
+    if world is not None and starts_as_outline(settings, world):
+        model = settings.model.outline(model_context)
+    if model is None:
+        model = settings.model.build(model_context).to(device)
     parameters, flops = sum(p.numel() for p in model.parameters()), flops_per_unit(model, sources.source)
     precision = choose_precision(settings.precision, device)
     context = objective_context(settings, sources.source, device, folder)

@@ -14,6 +14,8 @@ from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.process_group import ProcessGroup
 from resilin.config import UserError
 from resilin.models.decoder import Decoder
+from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.initial import initial_value
 from resilin.models.settings import ModelContext
 from resilin.nouns import Objective, Optimizer, Source, State
 from resilin.parallel.assemble import assemble
@@ -65,7 +67,7 @@ def divide(
     Args:
         settings: of the run; its steps are known.
         world: all workers.
-        model: the whole model; used up.
+        model: the whole model, or its outline where `starts_as_outline` says so; used up.
         objective: of the run.
         source: of the run.
         compiled: compiles what the objective calls, or gives it as it is.
@@ -96,6 +98,7 @@ def divide(
             keep_whole=whole,
             device=device,
             autocast=precision.autocast,
+            values=_initial(settings, model),
         )
     chunks = part.passes.chunks
     made = assemble(
@@ -162,6 +165,19 @@ def tokens_of(source: Source, model: nn.Module) -> int:
         return int(length)
     decoder = next((module for module in model.modules() if isinstance(module, Decoder)), None)
     return decoder.settings.max_positions if decoder is not None else 1
+
+
+def starts_as_outline(settings: RunSettings, world: World) -> bool:
+    """Whether a worker draws its part of the initial weights, tensor by tensor, and never has the whole model."""
+    return type(settings.model) is DecoderSettings and not _whole_everywhere(world)
+
+
+def _initial(settings: RunSettings, model: nn.Module) -> Callable[[str, tuple[int, ...]], torch.Tensor] | None:
+    """The values of a model that is an outline only; None where it has them."""
+    if not (isinstance(model, Decoder) and next(model.parameters()).device.type == "meta"):
+        return None
+    decoder = model.settings
+    return lambda name, shape: initial_value(name, torch.Size(shape), decoder, settings.seed)
 
 
 def check_division(settings: RunSettings, world: World, model: nn.Module, source: Source, whole: set[str]) -> None:
