@@ -34,13 +34,14 @@ def losses(record: RunRecord) -> dict[int, float]:
 
 
 def jumps(study: Study, arm: str) -> list[float]:
-    """For each seed, the largest difference of the training losses in the steps after the first change of layout."""
+    """For each seed, the largest difference of the training losses in the steps after any change of layout."""
     reference = {trial.seed: losses(trial.record) for trial in study.select(arm=REFERENCE)}
     found = []
     for trial in study.select(arm=arm):
-        first = int(trial.record.settings["model"]["stretches"][0]["until"])
+        changes = [int(stretch["until"]) for stretch in trial.record.settings["model"]["stretches"][:-1]]
         mine, other = losses(trial.record), reference.get(trial.seed, {})
-        steps = [step for step in range(first + 1, first + AFTER + 1) if step in mine and step in other]
+        after = {change + number for change in changes for number in range(1, AFTER + 1)}
+        steps = [step for step in sorted(after) if step in mine and step in other]
         found.append(max((abs(mine[s] - other[s]) for s in steps), default=math.nan))
     return found
 
