@@ -107,7 +107,7 @@ def _claims(study: Study, costs: list[Cost]) -> list[Claim]:
         claims.append(
             Claim(
                 name="halves agree to rounding",
-                statement=f"with backward passes in halves (zero-bubble H1) losses agree within {ROUNDING:g} of their size",
+                statement=f"with backward passes in halves (zero-bubble H1) losses agree within {ROUNDING:g}",
                 holds=max(gaps) < ROUNDING,
                 evidence=f"{max(gaps):.1e} at most over all steps, {len(gaps)} seeds",
             )
