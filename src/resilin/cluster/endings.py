@@ -108,8 +108,8 @@ def _told(ends: Sequence[End], rank: int) -> Ended:
     assert end.failed is not None
     stopped = sum(1 for other in ends if other.stopped)
     more = f"\n({stopped} of {len(ends)} workers had to be stopped)" if stopped else ""
-    texts = {other.failed.told for other in ends if other.failed is not None and other.failed.kind == "reason"}
-    if len(texts) == 1 and all(other.failed is not None for other in ends):
+    texts = [other.failed.told for other in ends if other.failed is not None and other.failed.kind == "reason"]
+    if len(texts) == len(ends) and len(set(texts)) == 1:
         return Ended(end.failed.code, end.failed.told.rstrip())  # all alike: it is no worker's own
     head = f"{end.name} failed:\n" if end.failed.kind == "reason" else ""  # others name themselves in what they tell
     return Ended(end.failed.code, f"{head}{end.failed.told.rstrip()}{more}")
