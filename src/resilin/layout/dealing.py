@@ -12,6 +12,11 @@ VIRTUAL_SHARDS = 64
 """Into how many a parameter is cut. It decides the order in which a norm is added, so it does not follow the ranks."""
 
 
+def virtual_shards(owners: int) -> int:
+    """Into how many shards a parameter is cut for so many owners: the same number as long as it is enough."""
+    return VIRTUAL_SHARDS if owners <= VIRTUAL_SHARDS else 4 * owners
+
+
 def deal(shards: int, owners: int) -> tuple[int, ...]:
     """Shards in equal runs, as far as they divide: neighbours in a tensor have one owner.
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from resilin.config import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class VocabularyShard:
@@ -68,11 +70,11 @@ def whole_head(model: Any, what: str) -> Tensor:
         what: needs it, for the message.
 
     Raises:
-        NotImplementedError: the model's vocabulary is divided among ranks.
+        UserError: the model's vocabulary is divided among ranks.
     """
     shard = shard_of(model)
     if shard is not None:
-        raise NotImplementedError(
+        raise UserError(
             f"{what} reads the whole output matrix, but the model's {shard.whole} tokens are divided among "
             f"{shard.ranks} ranks: use parallel.tensor = 1"
         )

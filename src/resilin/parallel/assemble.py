@@ -123,7 +123,8 @@ def assemble(
         exact=exact,
         device=device,
         autocast=autocast,
-        model=model if not lockstep else None,
+        # A slot by itself is computed where nobody else has to compute, or holds tokens, at the same time.
+        model=None if lockstep or world.axis("cp") > 1 else model,
         lockstep=lockstep,
     )
     return Assembled(engine, optimizer, reductions)

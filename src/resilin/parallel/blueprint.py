@@ -7,19 +7,18 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from torch import nn
 
 from resilin.layout import Cut, Deal, Layout, Mesh, Only, ParamSpec, Shard, layout_of, merge
 from resilin.layout.dealing import ALIGN, VIRTUAL_SHARDS, deal
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.errors import ParallelError
+from resilin.parallel.local_model import shapes_of
 
 DENSE, EXPERTS = "dense", "experts"
 REDUCED_OVER = {DENSE: ("rep", "dp", "cp"), EXPERTS: ("rep", "edp")}
 """The mesh axes over which gradients are summed and optimizer states divided."""
 _OWNERS = "owners"  # those axes as one
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Blueprint:
     @classmethod
     def uncut(cls, model: nn.Module, degrees: Degrees, keep_whole: Collection[str] = ()) -> Blueprint:
         """Of a model that every worker has in whole."""
-        specs = {name: ParamSpec(tuple(p.shape), _DTYPES[p.dtype]) for name, p in model.named_parameters()}
+        specs = {name: ParamSpec(*known) for name, known in shapes_of(model).items()}
         trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
         return cls(degrees, specs, trained, frozenset(keep_whole))
 

@@ -11,13 +11,12 @@ from dataclasses import replace
 from typing import Literal
 
 from resilin.layout import Cut, Deal, Flat, Mesh, ParamSpec, Shard, flat_group, specs_of, staged
-from resilin.layout.dealing import ALIGN, deal
+from resilin.layout.dealing import ALIGN, deal, virtual_shards
 from resilin.layout.errors import LayoutError
 from resilin.models.decoder_plan import decoder_rules
 from resilin.models.decoder_settings import DecoderSettings
 
 Sharding = Literal["none", "fsdp", "zero1", "zero2", "zero3", "dealt"]
-VIRTUAL_SHARDS_PER_RANK = 4
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
@@ -63,7 +62,7 @@ def decoder_specs(
             buffer of all parameters in order; what ZeRO shards are the optimizer states, and the gradients), "zero3"
             (each parameter flat), or "dealt" (virtual shards owned through a table, so that a loss moves few bytes).
         vocabulary_multiple: rows of embedding and head are padded to a multiple of this.
-        owners: of "dealt", the owner of each virtual shard; None: four for every rank, in equal runs.
+        owners: of "dealt", the owner of each virtual shard; None: equal runs, as in training (see `virtual_shards`).
 
     Raises:
         LayoutError: naming the parameter that the mesh cannot cut.
@@ -76,8 +75,12 @@ def decoder_specs(
         specs = staged(specs, decoder_stages(shapes, settings, mesh.axis("pp")))
     if sharding in ("zero1", "zero2"):
         return flat_group(specs, mesh, "dp")
-    table = owners or deal(VIRTUAL_SHARDS_PER_RANK * mesh.axis("dp"), mesh.axis("dp"))
-    last: dict[str, Cut] = {"fsdp": Shard("dp", 0), "zero3": Flat("dp"), "dealt": Deal("dp", table, align=ALIGN)}
+    table = owners or deal(virtual_shards(mesh.axis("dp")), mesh.axis("dp"))
+    last: dict[str, Cut] = {
+        "fsdp": Shard("dp", 0),
+        "zero3": Flat("dp"),
+        "dealt": Deal("dp", table, rule="even", align=ALIGN),
+    }
     if sharding == "none":
         return specs
     return {

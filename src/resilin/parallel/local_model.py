@@ -12,18 +12,14 @@ from torch import Tensor, nn
 
 from resilin.layout import Cut, Layout, Mesh, ParamSpec, layout_of
 from resilin.layout.local import Local
+from resilin.parallel.dtypes import DTYPES
 from resilin.parallel.exchange import add_up_all
 from resilin.parallel.group import Group
-
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every parameter, tied ones once."""
-    return {
-        name: (tuple(parameter.shape), _DTYPES[str(parameter.dtype).removeprefix("torch.")])
-        for name, parameter in model.named_parameters()
-    }
+    return {name: (tuple(parameter.shape), DTYPES[parameter.dtype]) for name, parameter in model.named_parameters()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from resilin.layout import Layout
 from resilin.parallel.blueprint import Blueprint
+from resilin.parallel.dtypes import DTYPES
 from resilin.parallel.group import Group
 from resilin.parallel.messages import tell_all
 
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 Entry = tuple[str, str, tuple[int, ...], str]
 
 
@@ -49,10 +45,7 @@ class StateLayout:
     def __call__(self, state: Mapping[str, Any]) -> Layout:
         """The layout of a state like this on all workers; the same object as long as nothing changes."""
         mine = self._entries(state)
-        if self._known is not None and self._known[0] == mine:
-            changed = False
-        else:
-            changed = True
+        changed = self._known is None or self._known[0] != mine
         if any(tell_all(changed, self._everyone)):
             everything: dict[str, Entry] = {}
             for told in tell_all(mine, self._everyone):
@@ -67,13 +60,13 @@ class StateLayout:
         specs = self._blueprint.specs
         for name, tensor in tensors_of(state).items():
             part, _, rest = name.partition("/")
+            parameter = rest.rpartition("/")[0].rpartition("/")[2]
             dtype = DTYPES[tensor.dtype]
             if part in ("model", "frozen") and rest in specs:
                 found[name] = ("weight", rest, specs[rest].shape, dtype)
             elif tensor.dim() == 0:
                 continue  # the same at every worker that has it
-            elif part == "optimizer":
-                parameter = rest.rpartition("/")[0].rpartition("/")[2]
+            elif part == "optimizer" and parameter in specs:
                 found[name] = ("state", parameter, specs[parameter].shape, dtype)
             else:
                 found[name] = ("copy", "", tuple(tensor.shape), dtype)

@@ -65,8 +65,8 @@ class Engine(Protocol):
             count: slots of the whole step.
         """
 
-    def non_finite(self, batch: Batch, keys: Keys) -> list[int]:
-        """The slots of the whole step whose own loss or gradient is not finite."""
+    def non_finite(self, batch: Batch, keys: Keys) -> list[int] | None:
+        """The slots of the whole step whose own loss or gradient is not finite; None: nobody could look for them."""
 
     def evaluate(self, source: Source, indices: Iterable[int]) -> Summed:
         """The losses of whole held-out batches, without randomness."""

@@ -202,6 +202,11 @@ class Workers:
         self._shared = self._sums_over()
 
     @property
+    def exact(self) -> bool:
+        """Whether sums have the order of one process."""
+        return self._exact
+
+    @property
     def lead(self) -> bool:
         """Whether this is the first worker."""
         return self.world.rank == 0
@@ -312,13 +317,15 @@ class Workers:
             squares[at] += found if self._exact else found.sum(1, keepdim=True)
         return used, squares if self._exact else squares.sum()[None]
 
-    def non_finite(self, batch: Batch, keys: Keys) -> list[int]:
-        """Looked for by each worker among its own slots."""
+    def non_finite(self, batch: Batch, keys: Keys) -> list[int] | None:
+        """Looked for by each worker among its own slots, where it can compute a slot by itself."""
         for reduction in self.reductions.values():
             for shard in reduction.shards.values():
                 shard.grad = None
+        if self._model is None:
+            return None
         found: list[int] = []
-        if self._model is not None and len(batch):
+        if len(batch):
             found = non_finite_slots(
                 self._model, self._objective, batch, keys, device=self._device, autocast=self._autocast
             )

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from resilin.config import UserError
 from resilin.objective.cross_entropy import chunk_rows
 from resilin.objective.vocabulary import VocabularyShard
 
@@ -66,10 +67,10 @@ class Head(NamedTuple):
         """(N, V), float32 at least.
 
         Raises:
-            NotImplementedError: the vocabulary is divided among ranks.
+            UserError: the vocabulary is divided among ranks.
         """
         if self.shard is not None:
-            raise NotImplementedError(
+            raise UserError(
                 f"whole logits (objective.chunk = 0) of a vocabulary divided among {self.shard.ranks} ranks: leave "
                 "objective.chunk out"
             )

@@ -13,11 +13,11 @@ from resilin.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from resilin.data.tokenizer_settings import TokenizerSettings
 from resilin.data.train_tokenizer import byte_tokenizer
 from resilin.layout import Layout, Mesh, layout_of
-from resilin.layout.dealing import deal, redeal
+from resilin.layout.dealing import deal, redeal, virtual_shards
 from resilin.models.decoder import Decoder
 from resilin.models.pretrained import Pretrained
 from resilin.models.settings import ModelContext
-from resilin.parallel.decoder_specs import VIRTUAL_SHARDS_PER_RANK, Sharding, decoder_specs
+from resilin.parallel.decoder_specs import Sharding, decoder_specs
 from resilin.parallel.local_model import shapes_of
 from resilin.run.folder import RunFolder
 from resilin.run.settings import RunSettings
@@ -100,4 +100,4 @@ def lay_out(
 def owners_after(before: Mesh, after: Mesh) -> tuple[int, ...]:
     """The table of "dealt" after the data axis has changed: the fewest virtual shards change hands."""
     old = before.axis("dp")
-    return redeal(deal(VIRTUAL_SHARDS_PER_RANK * old, old), after.axis("dp"))
+    return redeal(deal(virtual_shards(old), old), after.axis("dp"))

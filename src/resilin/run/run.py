@@ -241,11 +241,14 @@ class Run:
         self._tell(Interrupted(step=self.step, signal=signal_name))
         return Outcome("interrupted", self.step, dict(self.metrics), path, f"{signal_name} after step {self.step}")
 
-    def _not_committed(self, gradient: StepGradient, slots: list[int]) -> Outcome | None:
+    def _not_committed(self, gradient: StepGradient, slots: list[int] | None) -> Outcome | None:
         what = "loss" if not abs(gradient.loss) < float("inf") else "gradient norm"
-        where = (
-            f"slot{'s' if len(slots) != 1 else ''} {', '.join(map(str, slots))}" if slots else "no single slot alone"
-        )
+        if slots is None:
+            where = "a slot that nobody can look for where several workers share one (data parallelism alone can)"
+        elif slots:
+            where = f"slot{'s' if len(slots) != 1 else ''} {', '.join(map(str, slots))}"
+        else:
+            where = "no single slot alone"
         message = (
             f"step {self.step} was not committed: its {what} is not finite "
             f"(loss {gradient.loss}, gradient norm {gradient.norm}); the batch of step {self.step} holds it in {where}"
@@ -254,7 +257,7 @@ class Run:
         if self.pace.non_finite == "skip" and not skip:
             message += f"; {self.skipped} steps were left out already, the cap (train.non_finite_cap) is reached"
         action: Literal["skip", "stop"] = "skip" if skip else "stop"
-        self._tell(Failure(step=self.step, kind="non_finite", message=message, slots=tuple(slots), action=action))
+        self._tell(Failure(step=self.step, kind="non_finite", message=message, slots=tuple(slots or ()), action=action))
         if skip:
             self.samples += self.source.slots(self.step)
             self.step, self.skipped = self.step + 1, self.skipped + 1

@@ -10,6 +10,7 @@ import torch
 from forked import run_ranks
 from torch import Tensor
 
+from resilin.config import UserError
 from resilin.keys import Keys
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
@@ -107,7 +108,7 @@ def logprobs(rank: int) -> None:
         close(own.grad, head.grad[shard.start : shard.start + shard.size])
         whole = chunked_label_logprobs(hidden, Head(head, softcap, temperature), labels)
         close(chunked_label_logprobs(again, local, labels), whole)
-    with pytest.raises(NotImplementedError, match="leave objective"):
+    with pytest.raises(UserError, match="leave objective"):
         local.logits(hidden)
 
 
@@ -128,7 +129,7 @@ def other_losses(rank: int) -> None:
     local = parallelise(model, model.tensor_plan(), group, sequence=False)
     teacher = Decoder(SETTINGS, seed=2).requires_grad_(False)
     keys = Keys(0, 0, torch.arange(2))
-    with pytest.raises(NotImplementedError, match=r"chunk = 0.* 13 tokens are divided among 2 ranks"):
+    with pytest.raises(UserError, match=r"chunk = 0.* 13 tokens are divided among 2 ranks"):
         DistilledLoss(Distilled(), teacher)(local.module, batch(), keys)
     objective = DistilledLoss(Distilled(chunk=0), teacher)
     wanted, found = (objective(one, batch(), keys).sum for one in (whole, local.module))
