@@ -141,6 +141,28 @@ def flops_per_unit(model: nn.Module, source: Source) -> float | None:
     return None
 
 
+def model_of(settings: RunSettings, source: Source, device: torch.device, world: World | None) -> nn.Module:
+    """The whole model, or its outline where a worker draws only its part."""
+    context = ModelContext(settings.seed, getattr(source, "vocab_size", None))
+    if world is not None and starts_as_outline(settings, world):
+        outline = settings.model.outline(context)
+        if outline is not None:
+            return outline
+    return settings.model.build(context).to(device)
+
+
+def store_of(settings: RunSettings, folder: RunFolder, world: World | None) -> CheckpointFolder:
+    """Where the run saves; all workers call together."""
+    keep = settings.checkpoint
+    return CheckpointFolder(
+        folder.checkpoints_of(settings),
+        keep.keep_last,
+        keep.keep_every,
+        coordinator=None if world is None else coordinator(world),
+        second_copy=keep.second_copy,
+    )
+
+
 def build_run(
     settings: RunSettings,
     folder: RunFolder | None = None,
@@ -169,11 +191,7 @@ def build_run(
     tree: dict[str, Any] = settings.model_dump(mode="json")
     steps = steps_of(settings, sources.source)
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": steps})})
-    model_context, model = ModelContext(settings.seed, getattr(sources.source, "vocab_size", None)), None
-    if world is not None and starts_as_outline(settings, world):
-        model = settings.model.outline(model_context)
-    if model is None:
-        model = settings.model.build(model_context).to(device)
+    model = model_of(settings, sources.source, device, world)
     parameters, flops = sum(p.numel() for p in model.parameters()), flops_per_unit(model, sources.source)
     precision = choose_precision(settings.precision, device)
     context = objective_context(settings, sources.source, device, folder)
@@ -203,20 +221,16 @@ def build_run(
     if folder is None:
         pace = replace(pace, save_every=0)
     else:
-        keep = settings.checkpoint
-        store = CheckpointFolder(
-            folder.checkpoints_of(settings),
-            keep.keep_last,
-            keep.keep_every,
-            coordinator=None if world is None else coordinator(world),
-            second_copy=keep.second_copy,
-        )
-        saves = BackgroundSaves(store) if keep.asynchronous else None
+        store = store_of(settings, folder, world)
+        saves = BackgroundSaves(store) if settings.checkpoint.asynchronous else None
+    where = f"{device_in_words(device)}, {precision.compute}"
+    if world is not None and divided is not None:
+        where += f", {world}, {'exact' if divided.engine.exact else 'fast'} sums"
     started = RunStarted(
         folder=str(folder.path) if folder is not None else "",
         settings=tree,
         parameters=parameters,
-        device=f"{device_in_words(device)}, {precision.compute}" + (f", {world}" if world is not None else ""),
+        device=where,
         start_step=0,
         total_steps=settings.train.steps,
         unit=unit,
