@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from resilin.optim.clip import shard_norms
 from resilin.parallel.canonical import Node, TreeSum
+from resilin.parallel.errors import ParallelError
 from resilin.parallel.exchange import Wait, share, swap
 from resilin.parallel.group import Group
 from resilin.parallel.ownership import Ownership, Run
@@ -134,7 +135,10 @@ class Reduction:
     ) -> None:
         dtypes = {p.dtype for _, p in parameters}
         if len(dtypes) > 1:
-            raise ValueError(f"parameters of several formats, {sorted(map(str, dtypes))}, cannot share a buffer")
+            raise ParallelError(
+                f"trained parameters have several formats, {', '.join(sorted(map(str, dtypes)))}, and travel in one "
+                "buffer: train them all in one, or use one worker"
+            )
         self.names = [name for name, _ in parameters]
         self.parameters = [p for _, p in parameters]
         self.group, self.ownership, self.exact = group, ownership, exact
