@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -19,6 +20,7 @@ from resilin.objective.cross_entropy import CrossEntropyTerms, chunked_cross_ent
 from resilin.objective.distill import Distilled, DistilledLoss
 from resilin.objective.vocabulary import VocabularyShard
 from resilin.parallel.group import Group
+from resilin.parallel.local_model import LocalModel
 from resilin.parallel.tensor import parallelise
 from resilin.parallel.tensor.vocabulary import vocabulary_shard
 from resilin.posttrain.logprob_loss import Head, chunked_label_logprobs, chunked_logprob_loss, whole_logprob_loss
@@ -121,6 +123,18 @@ def batch() -> Batch:
     return Batch(torch.arange(2), {"tokens": tokens, "labels": labels})
 
 
+def learns_alike(whole: Decoder, local: LocalModel, loss: Callable[..., torch.Tensor]) -> None:
+    """A loss and its gradients on the ranks are those of the whole model."""
+    wanted, found = loss(whole), loss(local.module)
+    wanted.backward()
+    found.backward()
+    local.sum_gradients()
+    close(found.detach(), wanted.detach())
+    for (name, ours), theirs in zip(local.module.named_parameters(), whole.parameters(), strict=True):
+        assert theirs.grad is not None
+        close(ours.grad, local.part(name, theirs.grad))
+
+
 def other_losses(rank: int) -> None:
     """Whole logits are put together where a loss asks for them; the chunked distillation refuses by name."""
     group = Group.of()
@@ -132,14 +146,7 @@ def other_losses(rank: int) -> None:
     with pytest.raises(UserError, match=r"chunk = 0.* 13 tokens are divided among 2 ranks"):
         DistilledLoss(Distilled(), teacher)(local.module, batch(), keys)
     objective = DistilledLoss(Distilled(chunk=0), teacher)
-    wanted, found = (objective(one, batch(), keys).sum for one in (whole, local.module))
-    wanted.backward()
-    found.backward()
-    local.sum_gradients()
-    close(found.detach(), wanted.detach())
-    for (name, ours), theirs in zip(local.module.named_parameters(), whole.parameters(), strict=True):
-        assert theirs.grad is not None
-        close(ours.grad, local.part(name, theirs.grad))
+    learns_alike(whole, local, lambda model: objective(model, batch(), keys).sum)
 
 
 def preferences(rank: int) -> None:
@@ -156,14 +163,7 @@ def preferences(rank: int) -> None:
         whole, model = (Decoder(SETTINGS, seed=1) for _ in range(2))
         local = parallelise(model, model.tensor_plan(), group, sequence=sequence)
         objective = Preference(loss="simpo").build(None)
-        wanted, found = (objective(one, pairs, None).sum for one in (whole, local.module))
-        wanted.backward()
-        found.backward()
-        local.sum_gradients()
-        close(found.detach(), wanted.detach())
-        for (name, ours), theirs in zip(local.module.named_parameters(), whole.parameters(), strict=True):
-            assert theirs.grad is not None
-            close(ours.grad, local.part(name, theirs.grad))
+        learns_alike(whole, local, lambda model, o=objective: o(model, pairs, None).sum)
 
 
 def test_preferences_are_learned_alike() -> None:

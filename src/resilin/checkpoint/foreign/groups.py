@@ -17,8 +17,6 @@ A file of groups is TOML or JSON:
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -29,6 +27,7 @@ import torch
 from torch import Tensor
 
 from resilin.checkpoint.errors import CheckpointError
+from resilin.checkpoint.foreign.rules import read_table
 from resilin.checkpoint.foreign.shards import LayoutBuilder, Slice
 from resilin.checkpoint.foreign.stored import MODEL, OPTIMIZER, Stored, moment
 from resilin.checkpoint.tensor_record import DTYPES
@@ -44,11 +43,7 @@ def load_groups(path: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: it is missing, or not such a file.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        table = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as groups of parameters ({error})") from None
+    table: Any = read_table(path, "groups of parameters")
     groups = table.get("group") if isinstance(table, dict) else None
     if not isinstance(groups, list) or not groups or set(table) != {"group"}:
         raise CheckpointError(

@@ -269,17 +269,30 @@ def unsharded(shape: Shape) -> Union:
     return Union(shape, (Slice.whole(shape),))
 
 
+def read_table(path: Path, what: str) -> Any:
+    """What a TOML file (by its suffix), or else a JSON file, holds.
+
+    Args:
+        path: of the file.
+        what: it is read as, for the message.
+
+    Raises:
+        CheckpointError: it is missing, or neither.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as {what} ({error})") from None
+
+
 def load_rules(path: Path) -> dict[str, Any]:
     """A table of rules from a JSON or TOML file.
 
     Raises:
         CheckpointError: it is missing, or not such a file.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        table = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a table of rules ({error})") from None
+    table: Any = read_table(path, "a table of rules")
     if not isinstance(table, dict):
         raise CheckpointError(f"{path}: should hold a table, holds a {type(table).__name__}")
     return table
