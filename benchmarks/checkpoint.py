@@ -371,8 +371,9 @@ def in_a_loop(args: argparse.Namespace, turn: Turn, label: str) -> list[Row]:
     def row(what: str, part: str, peer: str, **more: Any) -> Row:
         mine, other = ([getattr(cost, part) for cost in found[kind]] for kind in ("ours", peer))
         made = Row.from_turns(what, "s", mine, other, peers[peer], better="lower", **more)
-        # Differences of two times: below a millisecond they are noise, of either sign.
-        return made.model_copy(update={"ours": max(made.ours, 1e-3), "peer": max(made.peer or 0.0, 1e-3)})
+        # Differences of step times: less than a millisecond is none, and nothing can be so many times none.
+        ours, peer = (value if value >= 1e-3 else 0.0 for value in (made.ours, made.peer or 0.0))
+        return made.model_copy(update={"ours": max(ours, 1e-3) if made.target is not None else ours, "peer": peer})
 
     aimed = {"target": 20.0, "note": "at most 5% of a blocking save"}
     longer = f"{label}: by how much a step takes longer before which a save in the background is begun"
