@@ -60,12 +60,15 @@ class Board:
         store.set_timeout(_READ)
 
     def say(self, status: Status) -> None:
-        """Put up what this worker does.
+        """Put up what this worker does; from then on whoever reads sees it.
 
         Raises:
             RuntimeError: the store is gone.
         """
         self._store.set(str(self._rank), json.dumps(asdict(status)))
+        # The server answers no `set`, but takes the requests of one connection in turn: once it answers this one, the
+        # status is up, also for those who learn from this worker's closed connections that it ended.
+        self._store.check([str(self._rank)])
 
     def read(self) -> list[Status]:
         """What all workers said last.
