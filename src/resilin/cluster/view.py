@@ -1,0 +1,129 @@
+"""Who takes part in a run, and who does and keeps what: the one value that every change of an elastic run replaces.
+
+A view is decided in one place, numbered by its epoch and compared by all before anyone uses it (ElasWave, section 9).
+Members are processes: a number is given once and never again, so that whoever was declared dead and comes back, or
+speaks late, is a stranger. Pure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+
+class ViewError(ValueError):
+    """A view contradicts itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The members that hold one stage of the model, each in whole.
+
+    Attributes:
+        members: their numbers; micro-batches are dealt to them in this order.
+        shards: (V,) the number of the member that owns each virtual shard of this stage's optimizer states.
+    """
+
+    members: tuple[int, ...]
+    shards: tuple[int, ...]
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """(V,) the owners as places in `members`."""
+        place = {number: index for index, number in enumerate(self.members)}
+        return tuple(place[number] for number in self.shards)
+
+
+@dataclass(frozen=True)
+class View:
+    """A run's members at one time.
+
+    Attributes:
+        epoch: how many changes there were.
+        stages: of the pipeline; one, where the model is not divided.
+        hosts: by member the machine it is on.
+        layers: (stages + 1,) the first block of each stage, and one past the last; () where nothing is divided.
+        copies: of every member's states in others' memory.
+    """
+
+    epoch: int
+    stages: tuple[Stage, ...]
+    hosts: Mapping[int, str]
+    layers: tuple[int, ...] = ()
+    copies: int = 1
+
+    def __post_init__(self) -> None:
+        counts = Counter(number for stage in self.stages for number in stage.members)
+        if twice := [number for number, count in counts.items() if count > 1]:
+            raise ViewError(f"epoch {self.epoch}: member {twice[0]} is in two places")
+        if set(counts) != set(self.hosts):
+            raise ViewError(f"epoch {self.epoch}: hosts are known of {sorted(self.hosts)}, members are {self.members}")
+        for number, stage in enumerate(self.stages):
+            if not stage.members:
+                raise ViewError(f"epoch {self.epoch}: nobody holds stage {number}")
+            if strangers := set(stage.shards) - set(stage.members):
+                raise ViewError(f"epoch {self.epoch}: a shard of stage {number} is owned by {min(strangers)}, no member")
+
+    @cached_property
+    def members(self) -> tuple[int, ...]:
+        """All of them, stage by stage: a member's place here is its rank."""
+        return tuple(number for stage in self.stages for number in stage.members)
+
+    def stage_of(self, number: int) -> int:
+        """The stage that a member holds.
+
+        Raises:
+            ViewError: it is none.
+        """
+        for place, stage in enumerate(self.stages):
+            if number in stage.members:
+                return place
+        raise ViewError(f"epoch {self.epoch}: there is no member {number}; there are {list(self.members)}")
+
+    @cached_property
+    def holders(self) -> dict[int, tuple[int, ...]]:
+        """By member those that keep copies of its states (ElasWave, section 7).
+
+        The next ones on the ring of its own stage, and then of the following stages; those on other machines first.
+        """
+        return {number: self._holders_of(number) for number in self.members}
+
+    def _holders_of(self, number: int) -> tuple[int, ...]:
+        at = self.stage_of(number)
+        ring: list[int] = []
+        for step in range(len(self.stages)):
+            members = self.stages[(at + step) % len(self.stages)].members
+            first = members.index(number) + 1 if not step else 0
+            ring += [one for one in members[first:] + members[:first] if one != number]
+        elsewhere = [one for one in ring if self.hosts[one] != self.hosts[number]]
+        here = [one for one in ring if self.hosts[one] == self.hosts[number]]
+        return tuple((elsewhere + here)[: self.copies])
+
+    def json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "hosts": {str(number): host for number, host in sorted(self.hosts.items())}}
+
+    @classmethod
+    def of_json(cls, told: Mapping[str, Any]) -> View:
+        """From what `json` gave.
+
+        Raises:
+            ViewError: it is something else.
+        """
+        try:
+            stages = tuple(Stage(tuple(one["members"]), tuple(one["shards"])) for one in told["stages"])
+            hosts = {int(number): str(host) for number, host in told["hosts"].items()}
+            return cls(int(told["epoch"]), stages, hosts, tuple(told["layers"]), int(told["copies"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ViewError(f"this is no view: {told!r:.200} ({type(error).__name__}: {error})") from None
+
+    @cached_property
+    def digest(self) -> str:
+        """What all members compare before they use it."""
+        raw = json.dumps(self.json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(raw.encode(), digest_size=8).hexdigest()
