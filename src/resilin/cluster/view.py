@@ -67,7 +67,7 @@ class View:
             if not stage.members:
                 raise ViewError(f"epoch {self.epoch}: nobody holds stage {number}")
             if strangers := set(stage.shards) - set(stage.members):
-                raise ViewError(f"epoch {self.epoch}: a shard of stage {number} is owned by {min(strangers)}, no member")
+                raise ViewError(f"epoch {self.epoch}: {min(strangers)} owns a shard of stage {number} and is no member")
 
     @cached_property
     def members(self) -> tuple[int, ...]:
