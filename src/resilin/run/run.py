@@ -179,7 +179,7 @@ class Run:
                     self._finish_staging()
                 part.before_step(view)
         count = self.source.slots(self.step)
-        mine = self.engine.slots(count)
+        mine = self.engine.slots(count, self.step)
         return self.source.fetch(self.step, mine) if len(mine) else _NOTHING, count
 
     def _after_commit(self, gradient: StepGradient, applied: Any, began: float) -> None:
