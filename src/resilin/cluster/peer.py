@@ -77,6 +77,10 @@ class _Channel:
         self.connection.close()
 
 
+def _key(told: Mapping[str, Any]) -> tuple[int, int, int]:
+    return int(told["owner"]), int(told["epoch"]), int(told["version"])
+
+
 def _bytes(tensor: Tensor) -> memoryview:
     array: Any = tensor.numpy()
     return memoryview(array).cast("B")
@@ -133,9 +137,9 @@ class PeerServer:
                 self._pool.put(Copy.of_head(told["head"], memory))
                 channel.say({"ok": True})
             elif told["do"] == "head":
-                channel.say({"ok": True, "head": self._pool.get(int(told["owner"]), int(told["version"])).head()})
+                channel.say({"ok": True, "head": self._pool.get(*_key(told)).head()})
             elif told["do"] == "get":
-                copy = self._pool.get(int(told["owner"]), int(told["version"]))
+                copy = self._pool.get(*_key(told))
                 pieces = [(int(start), int(size)) for start, size in told["pieces"]]
                 if any(start < 0 or size < 0 or start + size > copy.data.numel() for start, size in pieces):
                     raise CopyError(f"the copy of member {copy.owner} has {copy.data.numel()} bytes")
@@ -200,20 +204,21 @@ class Peer:
         """
         self._ask({"do": "put", "head": copy.head()}, _bytes(copy.data))
 
-    def head(self, owner: int, version: int) -> dict[str, Any]:
+    def head(self, owner: int, epoch: int, version: int) -> dict[str, Any]:
         """The head of a copy that the member has.
 
         Raises:
             PeerError, CopyError: it has none.
         """
-        found: dict[str, Any] = self._ask({"do": "head", "owner": owner, "version": version})["head"]
+        found: dict[str, Any] = self._ask({"do": "head", "owner": owner, "epoch": epoch, "version": version})["head"]
         return found
 
-    def get(self, owner: int, version: int, pieces: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def get(self, owner: int, epoch: int, version: int, pieces: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Pieces of a copy.
 
         Args:
             owner: whose states.
+            epoch: of the view under which they were copied.
             version: of them.
             pieces: (first byte, bytes) of each.
 
@@ -223,7 +228,7 @@ class Peer:
         found = []
         for first in range(0, len(pieces), _PIECES):
             some = pieces[first : first + _PIECES]
-            self._ask({"do": "get", "owner": owner, "version": version, "pieces": some})
+            self._ask({"do": "get", "owner": owner, "epoch": epoch, "version": version, "pieces": some})
             memory = torch.empty(sum(size for _, size in some), dtype=torch.uint8)
             try:
                 self._channel.fill(memory)

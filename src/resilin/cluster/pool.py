@@ -1,7 +1,8 @@
 """Copies of members' states in host memory: each member's own, and those it keeps for others (ElasWave, section 7).
 
 Of every owner the last two versions that are complete are kept. A third is taken only once it is whole, so a failure in
-the middle never costs the only good one.
+the middle never costs the only good one. A change of the view changes who owns what: copies made under the old view are
+kept, beside those of the new one, until these are known to be everywhere (`forget`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from resilin.checkpoint.tensor_record import DTYPE_NAMES, DTYPES
 from resilin.cluster.sum64 import sum64
 
 KEPT = 2
+_SPARE = 4
 _ALIGN = 64
 
 
@@ -51,6 +53,7 @@ class Copy:
 
     Attributes:
         owner: its number.
+        epoch: of the view under which it owns them.
         version: steps committed.
         slots: what is where in `data`.
         rest: JSON values that belong to it.
@@ -59,6 +62,7 @@ class Copy:
     """
 
     owner: int
+    epoch: int
     version: int
     slots: tuple[Slot, ...]
     rest: Any
@@ -74,6 +78,7 @@ class Copy:
         slots = [[s.parameter, s.path, s.dtype, list(s.shape), s.start, s.bytes] for s in self.slots]
         return {
             "owner": self.owner,
+            "epoch": self.epoch,
             "version": self.version,
             "slots": slots,
             "rest": self.rest,
@@ -89,11 +94,9 @@ class Copy:
             CopyError: the data is not what the head says, or the head none.
         """
         try:
-            slots = tuple(
-                Slot(str(p), str(path), str(dtype), tuple(map(int, shape)), int(start), int(size))
-                for p, path, dtype, shape, start, size in head["slots"]
-            )
-            made = cls(int(head["owner"]), int(head["version"]), slots, head["rest"], data, int(head["sum"]))
+            slots = slots_of(head)
+            owner, epoch, version = int(head["owner"]), int(head["epoch"]), int(head["version"])
+            made = cls(owner, epoch, version, slots, head["rest"], data, int(head["sum"]))
             length = int(head["bytes"])
         except (KeyError, TypeError, ValueError) as error:
             raise CopyError(f"this is no head of a copy: {head!r:.200} ({type(error).__name__}: {error})") from None
@@ -116,6 +119,14 @@ class Copy:
             )
 
 
+def slots_of(head: dict[str, Any]) -> tuple[Slot, ...]:
+    """Of what `Copy.head` gave."""
+    return tuple(
+        Slot(str(p), str(path), str(dtype), tuple(map(int, shape)), int(start), int(size))
+        for p, path, dtype, shape, start, size in head["slots"]
+    )
+
+
 class Pool:
     """The copies in one member's memory. Any thread may ask.
 
@@ -126,7 +137,7 @@ class Pool:
     def __init__(self, member: int) -> None:
         self.member = member
         self._lock = threading.Lock()
-        self._copies: dict[int, dict[int, Copy]] = {}
+        self._copies: dict[tuple[int, int], dict[int, Copy]] = {}  # by owner and epoch
         self._free: list[Tensor] = []
 
     def memory(self, size: int) -> Tensor:
@@ -135,46 +146,42 @@ class Pool:
             for place, old in enumerate(self._free):
                 if old.numel() == size:
                     return self._free.pop(place)
-            self._free.clear()  # sizes change when ownership does
+            del self._free[_SPARE:]  # sizes change when ownership does
         return torch.empty(size, dtype=torch.uint8)
 
     def put(self, copy: Copy) -> None:
-        """Keep a complete copy; of this owner's others the newest `KEPT - 1` stay."""
+        """Keep a complete copy; of this owner's others of the epoch the newest `KEPT - 1` stay."""
         with self._lock:
-            mine = self._copies.setdefault(copy.owner, {})
+            mine = self._copies.setdefault((copy.owner, copy.epoch), {})
             mine[copy.version] = copy
             for version in sorted(mine)[:-KEPT]:
-                self._free.append(mine.pop(version).data)
+                self._free.insert(0, mine.pop(version).data)
 
-    def get(self, owner: int, version: int) -> Copy:
+    def get(self, owner: int, epoch: int, version: int) -> Copy:
         """A copy.
 
         Raises:
             CopyError: it is not here.
         """
         with self._lock:
-            found = self._copies.get(owner, {}).get(version)
-            have = {number: sorted(versions) for number, versions in self._copies.items()}
+            found = self._copies.get((owner, epoch), {}).get(version)
         if found is None:
             raise CopyError(
-                f"member {self.member} has no copy of member {owner}'s states of version {version}; it has {have}"
+                f"member {self.member} has no copy of member {owner}'s states of epoch {epoch}, version {version}; it "
+                f"has {self.versions()}"
             )
         return found
 
-    def versions(self) -> dict[int, list[int]]:
-        """By owner the versions that are here, ascending."""
+    def versions(self) -> dict[tuple[int, int], list[int]]:
+        """By owner and epoch the versions that are here, ascending."""
         with self._lock:
-            return {owner: sorted(versions) for owner, versions in self._copies.items() if versions}
+            return {key: sorted(versions) for key, versions in self._copies.items() if versions}
 
-    def keep_only(self, owners: set[int], version: int) -> None:
-        """Forget copies of other owners, and later versions than this one: those steps are taken anew."""
+    def forget(self, epoch: int) -> None:
+        """Drop copies of epochs before this one."""
         with self._lock:
-            for owner in list(self._copies):
-                mine = self._copies[owner]
-                for old in [v for v in mine if v > version or owner not in owners]:
-                    del mine[old]
-                if not mine:
-                    del self._copies[owner]
+            for key in [key for key in self._copies if key[1] < epoch]:
+                del self._copies[key]
             self._free.clear()
 
     @property
@@ -185,13 +192,14 @@ class Pool:
 
 
 def copy_of(
-    owner: int, version: int, tensors: list[tuple[str, str, Tensor]], rest: Any, pool: Pool | None = None
+    owner: int, epoch: int, version: int, tensors: list[tuple[str, str, Tensor]], rest: Any, pool: Pool | None = None
 ) -> Copy:
     """A copy of tensors as they are now.
 
     Args:
         owner: whose they are.
-        version: of them.
+        epoch: of the view.
+        version: of the states.
         tensors: (parameter, path, tensor), see `Slot`.
         rest: JSON values.
         pool: whose free memory is used.
@@ -211,4 +219,4 @@ def copy_of(
     data[end:].zero_()
     if views:
         torch._foreach_copy_(views, given)
-    return Copy(owner, version, tuple(slots), rest, data, sum64(data))
+    return Copy(owner, epoch, version, tuple(slots), rest, data, sum64(data))

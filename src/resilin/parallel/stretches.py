@@ -44,6 +44,27 @@ def joined(nodes: Sequence[Node]) -> list[Node]:
     return found + (tree.nodes() if tree is not None else [])
 
 
+def left_to_do(micros: int, kept: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Who computes what of a step that is redone: everyone keeps what he has, the rest goes to who has least.
+
+    Orphans are taken in ascending order; of equals the first worker takes one (ElasWave, section 1).
+
+    Args:
+        micros: micro-batches of the step.
+        kept: by worker the numbers of those that are finished.
+
+    Raises:
+        ValueError: a micro-batch is kept twice, or there is none of that number.
+    """
+    found = [sorted(mine) for mine in kept]
+    seen = [number for mine in found for number in mine]
+    if len(set(seen)) != len(seen) or any(not 0 <= number < micros for number in seen):
+        raise ValueError(f"of {micros} micro-batches these are kept: {found}")
+    for number in sorted(set(range(micros)) - set(seen)):
+        min(found, key=len).append(number)
+    return [sorted(mine) for mine in found]
+
+
 class StretchSums:
     """Sums the gradients of some of a step's micro-batches, block by block.
 

@@ -141,8 +141,8 @@ def micro_batches(count: int, size: int, workers: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-Dealt = Callable[[int], Sequence[Sequence[int]]]
-"""How so many micro-batches are dealt: for each worker of the data axis the numbers of its own, ascending."""
+Dealt = Callable[[int, int], Sequence[Sequence[int]]]
+"""How a step's micro-batches, so many of them, are dealt: to each worker of the data axis, ascending numbers."""
 
 
 def run_of(micros: int, workers: int, dp: int) -> range:
@@ -150,6 +150,11 @@ def run_of(micros: int, workers: int, dp: int) -> range:
     base, more = divmod(micros, workers)
     first = dp * base + min(dp, more)
     return range(first, first + base + (dp < more))
+
+
+def in_runs(micros: int, workers: int) -> list[range]:
+    """Every worker's run of neighbours."""
+    return [run_of(micros, workers, dp) for dp in range(workers)]
 
 
 class Workers:
@@ -171,12 +176,14 @@ class Workers:
         device, autocast: as for `OneProcess`.
         model: what the objective calls when it looks for bad slots; None: they are not looked for.
         lockstep: whether workers of the data axis exchange something during a pass.
-        dealt: who of the data axis computes which micro-batches; None: runs of neighbours, as long as they divide.
 
     Attributes:
         trace: looks at the passes of some steps.
+        dealt: who of the data axis computes which micro-batches: runs of neighbours.
         keeps: whether what a step has finished is kept until the next one begins, for redoing it with other workers.
         kept: that; a step of the same number goes on from there.
+        ready: called before the last exchange of a step's gradient: once it returns at all workers, the step may be
+            taken.
     """
 
     def __init__(
@@ -195,13 +202,13 @@ class Workers:
         autocast: Autocast,
         model: nn.Module | None = None,
         lockstep: bool = False,
-        dealt: Dealt | None = None,
     ) -> None:
         self._lockstep = lockstep
         self.trace: Tracer | None = None
         self.kept: Kept | None = None
         self.keeps = False
-        self._dealt = dealt or (lambda micros: [run_of(micros, world.axis("dp"), dp) for dp in range(world.axis("dp"))])
+        self.dealt: Dealt = lambda _, micros: in_runs(micros, world.axis("dp"))
+        self.ready: Callable[[], None] = lambda: None
         self.world, self.passes, self.trained, self.reductions = world, passes, dict(trained), dict(reductions)
         self._rows, self._objective, self._model = rows, objective, model
         self._micro, self._clip, self._exact = micro_batch_size, clip_norm, exact
@@ -233,21 +240,20 @@ class Workers:
         """The slots of every micro-batch of a step of `count` slots."""
         return micro_batches(count, self._micro, self.world.axis("dp"))
 
-    def _micros_of(self, count: int, dp: int | None = None) -> tuple[int, ...]:
-        """Which micro-batches a worker of the data axis computes; None: this one."""
-        dp = self.world.coordinate("dp") if dp is None else dp
-        return tuple(self._dealt(len(self.micro_batches(count)))[dp])
+    def _micros_of(self, step: int, count: int) -> list[tuple[int, ...]]:
+        """Which micro-batches each worker of the data axis computes."""
+        return [tuple(each) for each in self.dealt(step, len(self.micro_batches(count)))]
 
-    def _missing(self, count: int, step: int) -> tuple[int, ...]:
+    def _missing(self, step: int, count: int) -> tuple[int, ...]:
         """This worker's micro-batches of a step that are not finished yet."""
-        mine = self._micros_of(count)
+        mine = self._micros_of(step, count)[self.world.coordinate("dp")]
         kept = self.kept.micros if self.kept is not None and self.kept.step == step else ()
         return tuple(number for number in mine if number not in kept)
 
     def slots(self, count: int, step: int) -> Sequence[int]:
         """Those of this worker's micro-batches that are still to be computed."""
         micros = self.micro_batches(count)
-        runs = stretches(self._missing(count, step))
+        runs = stretches(self._missing(step, count))
         if len(runs) == 1:
             return range(micros[runs[0].start].start, micros[runs[0].stop - 1].stop)
         return [slot for run in runs for number in run for slot in micros[number]]
@@ -256,7 +262,7 @@ class Workers:
 
     def gradient(self, batch: Batch, keys: Keys, count: int) -> StepGradient:
         """Forward and backward over this worker's micro-batches; sums, norm and clipping with all others."""
-        micros, todo = self.micro_batches(count), self._missing(count, keys.step)
+        micros, todo = self.micro_batches(count), self._missing(keys.step, count)
         parts, row = [], 0
         for number in todo:
             rows = row, row + len(micros[number])
@@ -273,10 +279,11 @@ class Workers:
             made = made.after(self.kept)
         self.kept = made if self.keeps else None
         doing("adding gradients up")
-        self._reduce(made.chunks, count)
+        self._reduce(made.chunks, keys.step, count)
+        self.ready()
         return self._tell(made.losses, len(micros))
 
-    def _reduce(self, nodes: Sequence[Sequence[Node]], count: int) -> None:
+    def _reduce(self, nodes: Sequence[Sequence[Node]], step: int, count: int) -> None:
         blocks = [node[:2] for node in nodes[0]]
         leaves: list[dict[str, Tensor | None]] = [{} for _ in blocks]
         for number, leaf in enumerate(leaves):
@@ -293,12 +300,13 @@ class Workers:
                 Node(start, height, [leaf[name] for name in names])
                 for (start, height), leaf in zip(blocks, leaves, strict=True)
             ]
-            reduction.reduce(mine, self._blocks_in(reduction.group, count))
+            reduction.reduce(mine, self._blocks_in(reduction.group, step, count))
 
-    def _blocks_in(self, group: Group, count: int) -> list[list[tuple[int, int]]]:
+    def _blocks_in(self, group: Group, step: int, count: int) -> list[list[tuple[int, int]]]:
         """The blocks of every rank of a group."""
         data = self.world.mesh.coordinates()["dp"]
-        return [blocks_in(self._micros_of(count, int(data[rank]))) for rank in group.ranks]
+        dealt = self._micros_of(step, count)
+        return [blocks_in(dealt[int(data[rank])]) for rank in group.ranks]
 
     def _sums_over(self) -> list[tuple[Group, list[str]]]:
         found: dict[tuple[int, ...], tuple[Group, list[str]]] = {}
