@@ -57,9 +57,9 @@ class Facts:
     """Where a worker stands that was halted.
 
     Attributes:
-        step: the version its weights are of; None: they are of none.
+        step: that it works on; None: it has no states yet.
         copies: by owner and epoch the versions in its memory.
-        kept: micro-batches of the step after `step` whose gradients it has.
+        kept: micro-batches of that step whose gradients it has.
     """
 
     step: int | None
@@ -271,7 +271,7 @@ class Elastic:
         """Say where this worker stands, and hear what becomes of it."""
         self._sever(str(error))
         kept = self._kept = self.made.engine.kept if run is not None else None
-        step = run.step if run is not None and self._weights.version == run.step else None
+        step = run.step if run is not None else None
         activity.doing("waiting for its place in the next view")
         facts = Facts(step, self.pool.versions(), kept.micros if kept is not None and kept.step == step else ())
         return self._agent.halted(error, facts)
