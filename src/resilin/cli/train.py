@@ -41,11 +41,35 @@ def train(given: RunArguments) -> None:
         typer.echo(settings_to_toml(settings), nl=False)
         return
     path = given.folder or settings.default_folder()
+    if settings.cluster.elastic:
+        come_and_go(settings, path, given)
+        return
     place = here_or_launched(settings, path)
     from resilin.run.start import start_run
 
     _, outcome = start_run(settings, path, resume=given.resume, accept_changes=given.accept_changes, place=place)
     finish(path, outcome, place)
+
+
+def come_and_go(settings: RunSettings, path: Path, given: RunArguments) -> None:
+    """A run whose workers come and go: this process starts them, or is one of them.
+
+    Raises:
+        typer.Exit: with the run's exit code.
+    """
+    from resilin.cluster.local import this_command
+    from resilin.config import UserError
+    from resilin.run.elastic_start import is_member, launch, work
+
+    if is_member():
+        work()
+        return
+    if settings.parallel.workers < 1:
+        raise UserError("cluster.elastic starts its workers itself: say how many with --workers (parallel.workers)")
+    ended = launch(settings, path, this_command(), resume=given.resume, accept_changes=given.accept_changes)
+    if ended.message:
+        typer.secho(f"error: {ended.message}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(ended.code)
 
 
 def here_or_launched(settings: RunSettings, path: Path) -> Position | None:

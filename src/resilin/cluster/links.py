@@ -26,6 +26,10 @@ from resilin.parallel.group import Group
 _making = threading.Lock()
 
 
+class LinksCutError(RuntimeError):
+    """The groups of this epoch are of no use any more."""
+
+
 class Links:
     """The groups of one epoch.
 
@@ -57,7 +61,8 @@ class Links:
             ranks: of its members in the view, in order.
 
         Raises:
-            RuntimeError: they did not all come, or the links were cut meanwhile.
+            LinksCutError: the links were cut.
+            RuntimeError: the others did not all come.
         """
         ranks = tuple(ranks)
         if len(ranks) == 1:
@@ -93,7 +98,7 @@ class Links:
 
     def _refuse_if_cut(self) -> None:
         if self._cut:
-            raise RuntimeError(f"the links of epoch {self.epoch} were cut")
+            raise LinksCutError(f"the links of epoch {self.epoch} were cut")
 
     def cut(self) -> None:
         """End all connections: calls that wait in a group, or for one, fail, in this process and in all others."""

@@ -192,7 +192,7 @@ def build_run(
     set_threads(settings.train.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    with lead_first(world):  # what it prepares, the others find
+    with lead_first(world) if elastic is None else elastic.in_turn():  # what it prepares, the others find
         sources = build_sources(settings, folder=folder)
     if world is not None:
         agree_on("data", facts_of(sources.source), world.everyone)

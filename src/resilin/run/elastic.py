@@ -8,11 +8,11 @@ owns from the copies that survivors have, and the loop goes on (ElasWave, sectio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +20,12 @@ from torch import Tensor
 from resilin.checkpoint.background import BackgroundSaves
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.tree import put_together, take_apart
+from resilin.cluster.agent import Agent, HaltedError
 from resilin.cluster.failure import kind_of
-from resilin.cluster.links import Links
+from resilin.cluster.links import Links, LinksCutError
 from resilin.cluster.peer import Address, Peer, PeerError, PeerServer
 from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
+from resilin.cluster.protocol.messages import Adopt
 from resilin.cluster.restore import Need, Owners, Piece, Restorer, Shared, pieces_owned, pieces_whole
 from resilin.cluster.snapshots import Snapshots, StoppedError
 from resilin.cluster.sum64 import sum64
@@ -45,82 +47,8 @@ WEIGHTS = "weights"
 _REST = ("source", "objective", "run")
 
 
-class HaltedError(RuntimeError):
-    """This worker was told to stop what it was doing: the view has changed."""
-
-
-_CHANGED = (HaltedError, StoppedError, PeerError, CopyError)
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """Where a worker stands that was halted.
-
-    Attributes:
-        step: that it works on; None: it has no states yet.
-        copies: by owner and epoch the versions in its memory.
-        kept: micro-batches of that step whose gradients it has.
-    """
-
-    step: int | None
-    copies: Mapping[tuple[int, int], Sequence[int]]
-    kept: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What a worker is to become.
-
-    Attributes:
-        view: from now on.
-        before: the view under which the copies were made; None: there are none yet, everyone begins.
-        version: of the copies that everyone goes on from.
-        where: by owner in `before` the member in whose memory its copy is read.
-        kept: by member the micro-batches of the step to be redone whose gradients it has.
-    """
-
-    view: View
-    before: View | None
-    version: int
-    where: Mapping[int, int]
-    kept: Mapping[int, Sequence[int]]
-
-
-class Agent(Protocol):
-    """A worker's connection to the launcher, which decides everything. Its thread is not the one that trains.
-
-    Attributes:
-        number: of this worker, given once and never again.
-        store: of the job.
-        secret: of the job.
-        timeout: seconds that a worker waits for another.
-        pausing: whether everyone is to stop at the next boundary of steps.
-    """
-
-    number: int
-    store: Any
-    secret: str
-    timeout: float
-    pausing: bool
-
-    def warm(self) -> Change:
-        """Say that this worker can be given a place; returns once it has one."""
-
-    def halted(self, error: BaseException, facts: Facts) -> Change:
-        """Say where this worker stands; returns once it has its place in the next view."""
-
-    def adopted(self, change: Change, digest: str) -> None:
-        """Say that this worker is what the change says; returns once all are.
-
-        Raises:
-            HaltedError: something else changed meanwhile.
-        """
-
-    def committed(self, version: int) -> None:
-        """Say that a step was taken."""
-
-    def on_halt(self, sever: Callable[[str], None]) -> None:
-        """What is called, in the agent's thread, when the main thread has to come out of whatever it waits for."""
+_CHANGED = (HaltedError, LinksCutError, StoppedError, PeerError, CopyError)
+_PAUSE = 1000  # more than any signal
 
 
 class _Marking(OptimizerTransform):
@@ -170,6 +98,19 @@ class Elastic:
 
     # -- the beginning ------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The body, at one worker before all others: what it prepares, they find."""
+        store, mine = self._agent.store, str(self.number)
+        first = store.compare_set("preparing", "", mine).decode() == mine
+        with activity.waiting((-1,), "waiting for what the first worker prepares"):
+            while not (first or store.check(["prepared"])):
+                self._agent.check()
+                time.sleep(0.05)
+        yield
+        if first:
+            store.set("prepared", mine)
+
     def first(
         self,
         blueprint: Blueprint,
@@ -200,11 +141,7 @@ class Elastic:
     # -- at every boundary --------------------------------------------------------------------------------------
 
     def boundary(self, run: Run) -> None:
-        """Before a step: keep a copy of this worker's states, and send it to its holders meanwhile.
-
-        Raises:
-            HaltedError: everyone stops here.
-        """
+        """Before a step: keep a copy of this worker's states, and send it to its holders meanwhile."""
         epoch = self.change.view.epoch
         if self._staged != (epoch, run.step):
             activity.doing("copying its states")
@@ -215,8 +152,39 @@ class Elastic:
             if run.step > self.change.version:  # an exchange under this view has been completed
                 self.pool.forget(epoch)
             self._agent.committed(run.step)
-        if run.engine.agreed(int(self._agent.pausing)):
+
+    def asks(self, signal: int) -> int:
+        """To come out, if a change was announced; else what the signal asks."""
+        return _PAUSE if self._agent.pausing else signal
+
+    def agreed(self, number: int) -> int:
+        """The signal that all end for.
+
+        Raises:
+            HaltedError: everyone comes out here.
+        """
+        if number == _PAUSE:
             raise HaltedError("a change was announced")
+        return number
+
+    def ended(self, run: Run) -> None:
+        """Wait until all others have ended too.
+
+        Raises:
+            HaltedError: something has changed before that.
+        """
+        digest = self._digest(run)
+        with activity.waiting((-1,), "waiting for the others to end"):
+            self._agent.done(run.step, digest)
+
+    def leave(self) -> None:
+        """End, once this worker's states are elsewhere."""
+        self._agent.leaving()
+
+    @property
+    def lead(self) -> bool:
+        """Whether this worker speaks for the run."""
+        return self.world.rank == 0
 
     def _copy(self, run: Run, epoch: int) -> Copy:
         state = run.state_dict()
@@ -249,7 +217,7 @@ class Elastic:
         self._go_on(run, self._next(run, error))
         return True
 
-    def _go_on(self, run: Run, change: Change, placed: bool = False) -> None:
+    def _go_on(self, run: Run, change: Adopt, placed: bool = False) -> None:
         while True:
             try:
                 if not placed:
@@ -267,20 +235,21 @@ class Elastic:
         if self._links is not None:
             self._links.cut()
 
-    def _next(self, run: Run | None, error: BaseException) -> Change:
+    def _next(self, run: Run | None, error: BaseException) -> Adopt:
         """Say where this worker stands, and hear what becomes of it."""
         self._sever(str(error))
         kept = self._kept = self.made.engine.kept if run is not None else None
         step = run.step if run is not None else None
-        activity.doing("waiting for its place in the next view")
-        facts = Facts(step, self.pool.versions(), kept.micros if kept is not None and kept.step == step else ())
-        return self._agent.halted(error, facts)
+        micros = kept.micros if kept is not None and kept.step == step else ()
+        with activity.waiting((-1,), "waiting for its place in the next view"):
+            return self._agent.halted(error, step, self.pool.versions(), micros)
 
-    def _take_place(self, change: Change) -> None:
+    def _take_place(self, change: Adopt) -> None:
         """Groups, engine and optimizer of a view."""
         activity.doing("taking its place")
         view, kept = change.view, self._kept
         self._links = Links(self._agent.store, view.epoch, view.members.index(self.number), self._agent.timeout)
+        self._agent.check()  # it may have been called off before there was anything to cut
         self.world = ViewWorld(view, self.number, self._links)
         activity.now.place = self.world.where
         blueprint = self._of(view)
@@ -305,7 +274,7 @@ class Elastic:
         ownership = Ownership(sizes, blueprint.table(DENSE), whole, len(view.members))
         return Owners(names, ownership, view.members)
 
-    def _settle(self, run: Run, change: Change) -> None:
+    def _settle(self, run: Run, change: Adopt) -> None:
         """Give the run its part in the view, and this worker's states; returns once all workers have theirs."""
         run.workers = run.engine = self.made.engine
         run.optimizer, run.layout = self.optimizer, self.layout
@@ -325,7 +294,9 @@ class Elastic:
                 self._fill(run, change, Restorer(self.pool, change.before.epoch, change.version, change.where, connect))
         self._weights.version, self._fresh = run.step, False
         self.snapshots.begin(change.view.holders[self.number])
-        self._agent.adopted(change, self._digest(run))
+        digest = self._digest(run)
+        with activity.waiting((-1,), "waiting for the others to be ready"):
+            self._agent.adopted(change, digest)
 
     def _new_store(self, run: Run) -> None:
         if self._store is None:
@@ -336,7 +307,7 @@ class Elastic:
             run.saves = BackgroundSaves(run.checkpoints)
 
     @torch.no_grad()
-    def _fill(self, run: Run, change: Change, restorer: Restorer) -> None:
+    def _fill(self, run: Run, change: Adopt, restorer: Restorer) -> None:
         assert change.before is not None
         activity.doing("reading its states from copies")
         before, after = self._owners(change.before), self._owners(change.view)
@@ -394,7 +365,7 @@ class Elastic:
         self._server.close()
 
 
-def _dealt(change: Change, members: Sequence[int], step: int, micros: int) -> list[list[int]] | list[range]:
+def _dealt(change: Adopt, members: Sequence[int], step: int, micros: int) -> list[list[int]] | list[range]:
     """Runs of neighbours; a step that is redone leaves everyone what he has finished."""
     if step != change.version or not change.kept:
         return in_runs(micros, len(members))

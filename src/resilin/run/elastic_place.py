@@ -40,9 +40,7 @@ def check_elastic(settings: RunSettings, degrees: Degrees, device: torch.device)
             "train.micro_batch_size, best to train.batch_size / (a few times the number of workers)"
         )
     if device.type != "cpu":
-        raise ParallelError(
-            f"workers come and go on CPUs, over gloo; this one computes on {device.type}"
-        )
+        raise ParallelError(f"workers come and go on CPUs, over gloo; this one computes on {device.type}")
 
 
 def first_place(

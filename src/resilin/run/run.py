@@ -65,7 +65,19 @@ class Elastic(Protocol):
     """What lets a run go on when its workers change; see `resilin.run.elastic`."""
 
     def boundary(self, run: Run) -> None:
-        """Called before every step, when the run's state is that of its steps committed so far."""
+        """Called before every step, and at the end, when the run's state is that of its steps committed so far."""
+
+    def asks(self, signal: int) -> int:
+        """What this worker asks of all others, given the signal it got (0: none); the largest number is agreed on."""
+
+    def agreed(self, number: int) -> int:
+        """The signal that everyone ends for, or 0, of the number that was agreed on; it may come out of the loop."""
+
+    def ended(self, run: Run) -> None:
+        """The run is over for this worker; returns once it is for all."""
+
+    def leave(self) -> None:
+        """This worker is to end, but not the run."""
 
     def recover(self, run: Run, error: Exception) -> bool:
         """Give the run its place among the workers there are now; False: the error is its own."""
@@ -140,7 +152,7 @@ class Run:
 
     def train(self) -> Outcome:
         """Take the remaining steps; returns how it ended. Nothing that was committed is lost on any way out."""
-        with Interrupts() as interrupts:
+        with Interrupts(self.elastic.leave if self.elastic is not None else None) as interrupts:
             if self.started is not None:
                 self._tell(replace(self.started, start_step=self.step))
             if self.step == 0 and self.pace.evaluate_at_start:
@@ -168,10 +180,20 @@ class Run:
                 self._save_again = False
                 self._begin_save()
         if self.step >= self.pace.steps:
-            return self._completed()
-        # All workers end after the same step, whichever of them was asked to.
-        signal_number = self.engine.agreed(interrupts.number)
-        return self._interrupted(Signals(signal_number).name) if signal_number else self._take_step()
+            outcome: Outcome | None = self._completed()
+        elif number := self._agreed(interrupts.number):
+            outcome = self._interrupted(Signals(number).name)
+        else:
+            outcome = self._take_step()
+        if outcome is not None and self.elastic is not None:
+            self.elastic.ended(self)
+        return outcome
+
+    def _agreed(self, signal_number: int) -> int:
+        """All workers end after the same step, whichever of them was asked to."""
+        if self.elastic is None:
+            return self.engine.agreed(signal_number)
+        return self.elastic.agreed(self.engine.agreed(self.elastic.asks(signal_number)))
 
     def _take_step(self) -> Outcome | None:
         began = time.perf_counter()
@@ -295,6 +317,8 @@ class Run:
 
     def _kept(self, error: Exception, kind: str) -> None:
         """A part (a selector, a file of data, a judge's endpoint) failed between steps: keep what was committed."""
+        if self.elastic is not None:
+            return  # it may be a change of workers only, and the run goes on
         self._tell(Failure(step=self.step, kind=kind, message=str(error)))
         if self.step and self.workers is None:  # one worker alone cannot save: the others do not know of it
             self._save_if_new()
