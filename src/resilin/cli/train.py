@@ -32,9 +32,15 @@ def train(given: RunArguments) -> None:
     resilin train run.toml --resume
     resilin train run.toml --print-config > complete.toml
     """
+    from resilin.cluster.position import MEMBER
     from resilin.config import load_settings, settings_to_toml
     from resilin.run.settings import RunSettings
 
+    if MEMBER in os.environ:  # one of the workers of an elastic run: the launcher has the settings
+        from resilin.run.elastic_start import work
+
+        work()
+        return
     file, overrides = given.split()
     settings = load_settings(RunSettings, file, overrides)
     if given.print_config:
@@ -52,18 +58,15 @@ def train(given: RunArguments) -> None:
 
 
 def come_and_go(settings: RunSettings, path: Path, given: RunArguments) -> None:
-    """A run whose workers come and go: this process starts them, or is one of them.
+    """Start the workers of a run that may come and go, and see it through.
 
     Raises:
         typer.Exit: with the run's exit code.
     """
     from resilin.cluster.local import this_command
     from resilin.config import UserError
-    from resilin.run.elastic_start import is_member, launch, work
+    from resilin.run.elastic_start import launch
 
-    if is_member():
-        work()
-        return
     if settings.parallel.workers < 1:
         raise UserError("cluster.elastic starts its workers itself: say how many with --workers (parallel.workers)")
     ended = launch(settings, path, this_command(), resume=given.resume, accept_changes=given.accept_changes)

@@ -26,11 +26,12 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
+from resilin.cluster.position import MEMBER
 from resilin.cluster.protocol.coordinator import Coordinator, Effect, Fence, Finish, Note, Rules, Tell
 from resilin.cluster.protocol.messages import MessageError, Told, of_json, to_json
 from resilin.cluster.wire import Wire
 
-MEMBER, COORDINATOR, SECRET, STORE = "RESILIN_MEMBER", "RESILIN_COORDINATOR", "RESILIN_SECRET", "RESILIN_STORE"
+COORDINATOR, SECRET, STORE = "RESILIN_COORDINATOR", "RESILIN_SECRET", "RESILIN_STORE"
 ADDRESS = "cluster.json"
 _TICK, _POLL = 0.1, 0.01
 _GRACE = 5.0  # seconds that workers have to end by themselves, once the job is over
@@ -60,6 +61,7 @@ class ElasticJob:
         hear: told of every event that the worker who speaks for the run has, as JSON values.
         note: told of every decision: a word, and facts.
         replace: whether another worker is started for each that is lost.
+        environment: more variables for the workers.
         host: the name of this machine.
     """
 
@@ -73,10 +75,11 @@ class ElasticJob:
         hear: Callable[[Mapping[str, Any]], None],
         note: Callable[[str, Mapping[str, Any]], None],
         replace: bool = False,
+        environment: Mapping[str, str] | None = None,
         host: str = "localhost",
     ) -> None:
         self._command, self._folder, self._hear, self._say = list(command), folder, hear, note
-        self._replace, self._host = replace, host
+        self._replace, self._host, self._environment = replace, host, dict(environment or {})
         self._secret = secrets.token_hex(16)
         self._coordinator = Coordinator(rules)
         self._lock = threading.RLock()
@@ -162,6 +165,7 @@ class ElasticJob:
             number, self._number = self._number, self._number + 1
             environment = {
                 **os.environ,
+                **self._environment,
                 MEMBER: str(number),
                 COORDINATOR: f"127.0.0.1:{self._listening.getsockname()[1]}",
                 SECRET: self._secret,
@@ -177,6 +181,15 @@ class ElasticJob:
                     stderr=log,
                 )
             return number
+
+    def signal(self, number: int, which: int) -> bool:
+        """Send a signal to a worker; False: there is none of that number."""
+        with self._lock:
+            process = self._processes.get(number)
+            if process is None:
+                return False
+            process.send_signal(which)
+            return True
 
     def log(self, number: int) -> Path:
         """Where a worker's output goes."""

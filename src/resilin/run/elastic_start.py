@@ -6,9 +6,10 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch._C._distributed_c10d import TCPStore
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.lock import lock_folder, unlock_folder
 from resilin.cluster.agent import Agent, EndedError
-from resilin.cluster.elastic_job import COORDINATOR, MEMBER, SECRET, STORE, ElasticJob, JobEnded
+from resilin.cluster.elastic_job import COORDINATOR, SECRET, STORE, ElasticJob, JobEnded
+from resilin.cluster.faults import Fault, await_faults, to_environment
+from resilin.cluster.position import MEMBER
 from resilin.cluster.protocol.coordinator import Rules
 from resilin.config import parse_settings
 from resilin.run.build import build_run
@@ -33,13 +36,15 @@ from resilin.run.start import listeners_of, resume_from_latest, settle
 _ONCE = ("step", "evaluation", "save", "start", "end")
 
 
-def is_member() -> bool:
-    """Whether this process was started as one of the workers of such a run."""
-    return MEMBER in os.environ
-
-
 def launch(
-    settings: RunSettings, path: Path, command: Sequence[str], *, resume: bool = False, accept_changes: bool = False
+    settings: RunSettings,
+    path: Path,
+    command: Sequence[str],
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    faults: Sequence[Fault] = (),
+    watch: Callable[[ElasticJob, Event], None] = lambda job, event: None,
 ) -> JobEnded:
     """Start the workers of a run, and see it through.
 
@@ -49,6 +54,8 @@ def launch(
         command: what every worker runs.
         resume: go on from the last checkpoint.
         accept_changes: although settings that decide what is learned have changed.
+        faults: failures on purpose.
+        watch: told of the job's events, once each; it may ask the job for something.
     """
     folder = RunFolder(path)
     check_elastic(settings, settings.parallel.degrees(settings.parallel.workers), choose_device(settings.train.device))
@@ -75,7 +82,17 @@ def launch(
         stack.callback(unlock_folder, workers)
         log = EventLog(listeners_of(settings, folder, 0))
         stack.callback(log.close)
-        job = ElasticJob(command, rules, workers, facts=facts, hear=log.hear, note=log.note, replace=cluster.replace)
+        job = ElasticJob(
+            command,
+            rules,
+            workers,
+            facts=facts,
+            hear=log.hear,
+            note=log.note,
+            replace=cluster.replace,
+            environment=to_environment(faults),
+        )
+        log.also(partial(watch, job))
         return job.run()
 
 
@@ -87,7 +104,8 @@ class EventLog:
     """
 
     def __init__(self, listeners: Sequence[Any]) -> None:
-        self._listeners = listeners
+        self._listeners = [*listeners]
+        self._also: list[Listener] = []
         self._seen: set[tuple[Any, ...]] = set()
 
     def hear(self, told: Mapping[str, Any]) -> None:
@@ -105,8 +123,12 @@ class EventLog:
         self._pass_on(Cluster(what=what, facts=facts))
 
     def _pass_on(self, event: Event) -> None:
-        for listener in self._listeners:
+        for listener in (*self._listeners, *self._also):
             listener(event)
+
+    def also(self, listener: Listener) -> None:
+        """One more listener, which need not be closed."""
+        self._also.append(listener)
 
     def close(self) -> None:
         """Close the listeners."""
@@ -137,6 +159,7 @@ def work(extra_listeners: Sequence[Listener] = ()) -> Outcome:
     settings = parse_settings(RunSettings, json.loads(store.get("settings")), "the launcher's settings")
     folder, resume = RunFolder(Path(store.get("folder").decode())), json.loads(store.get("resume"))
     number, secret = int(os.environ[MEMBER]), os.environ[SECRET]
+    await_faults(number)
     agent = Agent((host, int(port)), number, secret, store, socket.gethostname(), settings.parallel.timeout)
     elastic = Elastic(agent)
     with ExitStack() as stack:

@@ -224,12 +224,18 @@ class Coordinator:
             member.beat = message
         elif isinstance(message, Warm):
             member.warm = True
+            if self.phase != "gathering":
+                self._note("ready", member=number)
             self._consider(now)
         elif isinstance(message, Leaving):
             if not member.leaving:
                 member.leaving = True
                 self._note("leaving", member=number)
-                self._consider(now)
+                if member.epoch < 0 and self.phase != "gathering":  # it has nothing that anybody needs
+                    self._out.append(Tell(number, End(0, "it left before it had a place")))
+                    del self.members[number]
+                else:
+                    self._consider(now)
         elif isinstance(message, Halted):
             if message.epoch == member.epoch:
                 member.halted, member.ready, member.done = message, None, None
