@@ -117,7 +117,8 @@ def go(settings: RunSettings, folder: Path, faults: Sequence[Fault] = (), **more
 def test_whatever_happens_the_bits_are_those_of_one_process(
     faults: list[Fault], text: Path, undisturbed: Path, tmp_path: Path
 ):
-    ended = go(settings_of(text), tmp_path / "run", faults)
+    together = faults[0].step == faults[1].step  # two neighbours on the ring, of three: then two copies are needed
+    ended = go(settings_of(text, cluster={"copies": 1 + together}), tmp_path / "run", faults)
     assert ended == JobEnded(0, "")
     check_same(tmp_path / "run", undisturbed)
     happened = changes(tmp_path / "run")
