@@ -471,7 +471,7 @@ def main() -> None:
         "plain_steps": args.plain_steps,
         "page_cache": "dropped before each load" if args.cold else "warm",
     }
-    name = args.name or results_name("checkpoint", args.device)
+    name = args.name or results_name("checkpoint-cold" if args.cold else "checkpoint", args.device)
     print(f"wrote {Report.of(name, settings, rows).write(args.output)}")
 
 
