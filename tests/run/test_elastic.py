@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
+from resilin.cluster.local import worker_command
 from resilin.config import parse_settings
 from resilin.parallel.errors import ParallelError
 from resilin.run.elastic_start import launch
@@ -23,7 +23,6 @@ from resilin.run.settings import RunSettings
 from resilin.run.start import start_run
 
 STEPS = 14
-COMMAND = [sys.executable, "-m", "resilin", "train", "this-file-is-not-read.toml"]
 
 
 def settings_of(text: Path, **over: Any) -> RunSettings:
@@ -84,9 +83,10 @@ def equal(left: Any, right: Any) -> bool:
 
 def check_same(folder: Path, other: Path) -> None:
     """Losses of all steps, evaluations, and the whole state of the last checkpoint, to the bit."""
-    for kind, fields in (("step", ("step", "loss", "grad_norm")), ("evaluation", ("step", "metrics"))):
+    for kind, fields in (("step", ("step", "loss", "grad_norm")), ("eval", ("step", "metrics"))):
         found, expected = ([[e[f] for f in fields] for e in events(at, kind)] for at in (folder, other))
         assert found == expected, kind
+        assert found, kind
     mine, theirs = states(folder, STEPS), states(other, STEPS)
     for part in ("model", "optimizer", "run"):
         one, two = mine[part], theirs[part]
@@ -100,7 +100,7 @@ def changes(folder: Path) -> list[dict[str, Any]]:
 
 
 def go(settings: RunSettings, folder: Path, faults: Sequence[Fault] = (), **more: Any) -> JobEnded:
-    return launch(settings, folder, COMMAND, faults=faults, **more)
+    return launch(settings, folder, worker_command(), faults=faults, **more)
 
 
 @pytest.mark.parametrize(

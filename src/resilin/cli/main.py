@@ -12,6 +12,7 @@ import typer
 
 from resilin import __version__
 from resilin.cli import adapter, bench, checkpoint, cluster, data, layout, recipes
+from resilin.cli.chaos import chaos
 from resilin.cli.evaluate import evaluate
 from resilin.cli.export import export
 from resilin.cli.generate import generate
@@ -56,6 +57,7 @@ app.command(rich_help_panel=POST_TRAINING)(reward)
 app.command(rich_help_panel=POST_TRAINING)(dpo)
 app.command(rich_help_panel=POST_TRAINING)(rl)
 app.command(rich_help_panel=TRAINING)(inspect)
+app.command(rich_help_panel=TRAINING)(chaos)
 app.command(rich_help_panel=USING)(evaluate)
 app.command(rich_help_panel=USING)(generate)
 app.command(rich_help_panel=USING)(export)

@@ -63,13 +63,13 @@ def come_and_go(settings: RunSettings, path: Path, given: RunArguments) -> None:
     Raises:
         typer.Exit: with the run's exit code.
     """
-    from resilin.cluster.local import this_command
+    from resilin.cluster.local import worker_command
     from resilin.config import UserError
     from resilin.run.elastic_start import launch
 
     if settings.parallel.workers < 1:
         raise UserError("cluster.elastic starts its workers itself: say how many with --workers (parallel.workers)")
-    ended = launch(settings, path, this_command(), resume=given.resume, accept_changes=given.accept_changes)
+    ended = launch(settings, path, worker_command(), resume=given.resume, accept_changes=given.accept_changes)
     if ended.message:
         typer.secho(f"error: {ended.message}", fg=typer.colors.RED, err=True)
     raise typer.Exit(ended.code)

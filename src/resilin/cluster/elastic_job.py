@@ -182,6 +182,12 @@ class ElasticJob:
                 )
             return number
 
+    def training(self) -> list[int]:
+        """The members of the present view that are alive."""
+        with self._lock:
+            view = self._coordinator.view
+            return [n for n in view.members if n in self._coordinator.members] if view is not None else []
+
     def signal(self, number: int, which: int) -> bool:
         """Send a signal to a worker; False: there is none of that number."""
         with self._lock:

@@ -33,7 +33,7 @@ from resilin.run.run import Outcome
 from resilin.run.settings import RunSettings
 from resilin.run.start import listeners_of, resume_from_latest, settle
 
-_ONCE = ("step", "evaluation", "save", "start", "end")
+_ONCE = ("step", "eval", "save", "start", "end")
 
 
 def launch(
