@@ -110,7 +110,7 @@ class Agent:
             copies: by owner and epoch the versions in its memory.
             kept: micro-batches of that step whose gradients it has.
         """
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
         listed = tuple((owner, epoch, tuple(versions)) for (owner, epoch), versions in copies.items())
         self._say(Halted(self._epoch, f"{type(error).__name__}: {why:.160}", step, listed, tuple(kept)))
         return self._await_place()

@@ -33,7 +33,7 @@ from resilin.cluster.wire import Wire
 
 COORDINATOR, SECRET, STORE = "RESILIN_COORDINATOR", "RESILIN_SECRET", "RESILIN_STORE"
 ADDRESS = "cluster.json"
-_TICK, _POLL = 0.1, 0.01
+_TICK, _POLL, _MOMENT = 0.1, 0.01, 0.01
 _GRACE = 5.0  # seconds that workers have to end by themselves, once the job is over
 
 
@@ -207,9 +207,8 @@ class ElasticJob:
             if code is None:
                 continue
             del self._processes[number]
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             with self._lock:
-                self._gone(number, how)
+                self._gone(number, _how(code))
 
     def _gone(self, number: int, how: str) -> None:
         known = number in self._coordinator.members
@@ -259,9 +258,19 @@ class ElasticJob:
             with self._lock:
                 if self._wires.get(number) is wire:
                     self._do(self._coordinator.told(number, message, _now()))
+        how = self._how_it_went(number)
         with self._lock:
             if self._wires.get(number) is wire:
-                self._gone(number, "lost its connection")
+                self._gone(number, how)
+
+    def _how_it_went(self, number: int) -> str:
+        """Of a worker whose connection has ended: mostly its process has, and the system says so in a moment."""
+        until = time.monotonic() + _MOMENT
+        while (process := self._processes.get(number)) is not None and time.monotonic() < until:
+            if (code := process.poll()) is not None:
+                return _how(code)
+            time.sleep(0.001)
+        return "lost its connection"
 
     def _command_of(self, told: Mapping[str, Any]) -> dict[str, Any]:
         """What a user asks while the job runs."""
@@ -326,6 +335,10 @@ class ElasticJob:
         wire = self._wires.pop(number, None)
         if wire is not None:
             wire.close()
+
+
+def _how(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
 def _now() -> float:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -200,7 +201,7 @@ def compare(quiet: Told, struck: Told) -> Report:
 
 
 def _pace(told: Told) -> float:
-    return statistics.median(b - a for a, b in zip(told.times, told.times[1:], strict=False))
+    return statistics.median(b - a for a, b in pairwise(told.times))
 
 
 def run_told(settings: RunSettings, folder: Path, command: Sequence[str], blows: Sequence[Blow] = ()) -> Told:
