@@ -81,69 +81,89 @@ def _activate_backward(grad: Tensor, x: Tensor, kind: str) -> None:
         _aten.gelu_backward.grad_input(grad, x, approximate=form, grad_input=grad)
 
 
-class _Part(NamedTuple):
-    """Rows of one expert, at most `CHUNK`: what one product takes.
+class _Block(NamedTuple):
+    """Rows of one or several experts that pass through all steps together, in parts of one expert each.
 
     Attributes:
-        expert: whose they are.
-        rows: how many.
-        first: whether they are the expert's first.
+        low: the first row.
+        high: one past the last.
+        experts: whose each part is.
+        rows: of each part, at most `CHUNK`.
+        first: whether a part is the first of its expert.
     """
 
-    expert: int
-    rows: int
-    first: bool
+    low: int
+    high: int
+    experts: list[int]
+    rows: list[int]
+    first: list[bool]
+
+    def cut(self, rows_RI: Tensor) -> Sequence[Tensor]:
+        """Each part's rows of the block's."""
+        return (rows_RI,) if len(self.rows) == 1 else torch.split_with_sizes(rows_RI, self.rows)
 
 
-def _blocks(sizes: list[int]) -> Iterator[tuple[int, int, list[_Part]]]:
-    """(first row, one past the last, parts): rows of one or several experts that pass through all steps together.
+def _blocks(sizes: list[int]) -> Iterator[_Block]:
+    """All rows in order.
 
     Where parts begin and end depends on their expert's rows alone, so that its products are the same bits whichever
     experts are here.
     """
-    low = high = 0
-    parts: list[_Part] = []
+    block = _Block(0, 0, [], [], [])
     for expert, size in enumerate(sizes):
         for begun in range(0, size, CHUNK):
             rows = min(CHUNK, size - begun)
-            if parts and high + rows - low > CHUNK:
-                yield low, high, parts
-                low, parts = high, []
-            parts.append(_Part(expert, rows, begun == 0))
-            high += rows
-    if parts:
-        yield low, high, parts
+            if block.rows and block.high + rows - block.low > CHUNK:
+                yield block
+                block = _Block(block.high, block.high, [], [], [])
+            block.experts.append(expert)
+            block.rows.append(rows)
+            block.first.append(begun == 0)
+            block = block._replace(high=block.high + rows)
+    if block.rows:
+        yield block
 
 
-def _cut(rows_RI: Tensor, parts: list[_Part]) -> Sequence[Tensor]:
-    """Of a block, each part's rows."""
-    return (rows_RI,) if len(parts) == 1 else rows_RI.split([part.rows for part in parts])
-
-
-def _each(stack: Tensor | None) -> Sequence[Tensor]:
+def _each(stack: Tensor | None, dtype: torch.dtype) -> Sequence[Tensor]:
     """An expert's matrix by its number; nothing of nothing."""
-    return () if stack is None else stack.unbind()
+    if stack is None:
+        return ()
+    return stack.unbind() if stack.dtype == dtype else _Widened(stack.unbind(), dtype)
 
 
-def _products(rows_RI: Tensor, matrices: Sequence[Tensor], out_RO: Tensor, parts: list[_Part]) -> None:
+class _Widened(Sequence[Tensor]):
+    """Matrices in a wider format, one at a time."""
+
+    def __init__(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._matrices, self._dtype = matrices, dtype
+
+    def __len__(self) -> int:
+        return len(self._matrices)
+
+    def __getitem__(self, expert: Any) -> Any:
+        return self._matrices[expert].to(self._dtype)
+
+
+def _products(rows_RI: Tensor, matrices: Sequence[Tensor], out_RO: Tensor, block: _Block) -> None:
     """Each part's rows times its expert's matrix."""
-    for part, rows, out in zip(parts, _cut(rows_RI, parts), _cut(out_RO, parts), strict=True):
-        torch.mm(rows, matrices[part.expert].to(rows.dtype), out=out)
+    for expert, rows, out in zip(block.experts, block.cut(rows_RI), block.cut(out_RO), strict=True):
+        torch.mm(rows, matrices[expert], out=out)
 
 
-def _add_products(rows_RI: Tensor, matrices: Sequence[Tensor], out_RO: Tensor, parts: list[_Part]) -> None:
+def _add_products(rows_RI: Tensor, matrices: Sequence[Tensor], out_RO: Tensor, block: _Block) -> None:
     """The same, added to what is there."""
-    for part, rows, out in zip(parts, _cut(rows_RI, parts), _cut(out_RO, parts), strict=True):
-        out.addmm_(rows, matrices[part.expert].to(rows.dtype))
+    for expert, rows, out in zip(block.experts, block.cut(rows_RI), block.cut(out_RO), strict=True):
+        out.addmm_(rows, matrices[expert])
 
 
-def _gradients(left_RO: Tensor, right_RI: Tensor, totals: Sequence[Tensor], parts: list[_Part]) -> None:
-    """Adds `left.T @ right` of each part to its expert's total, which its first part begins."""
-    for part, left, right in zip(parts, _cut(left_RO, parts), _cut(right_RI, parts), strict=True):
-        if part.first:
-            torch.mm(left.t(), right, out=totals[part.expert])
+def _gradients(left_OR: Tensor, right_RI: Tensor, totals: Sequence[Tensor], block: _Block) -> None:
+    """Adds `left @ right` of each part to its expert's total, which its first part begins."""
+    lefts = (left_OR,) if len(block.rows) == 1 else torch.split_with_sizes(left_OR, block.rows, 1)
+    for expert, first, left, right in zip(block.experts, block.first, lefts, block.cut(right_RI), strict=True):
+        if first:
+            torch.mm(left, right, out=totals[expert])
         else:
-            totals[part.expert].addmm_(left.t(), right)
+            totals[expert].addmm_(left, right)
 
 
 def _collect(rows_RD: Tensor, groups: Groups, weights_Nk: Tensor | None, choices: int) -> Tensor:
@@ -180,20 +200,21 @@ class _Mixed(torch.autograd.Function):
         up_RF = x_ND.new_empty(held, wide)
         gate_RF = None if gate is None else x_ND.new_empty(held, wide)
         out_RD = x_ND.new_empty(rows, x_ND.shape[1])
-        to_gate, to_up, to_down = (_each(None if one is None else one.mT) for one in (gate, up, down))
-        for low, high, parts in _blocks(ctx.sizes):
+        to_gate, to_up, to_down = (_each(None if one is None else one.mT, x_ND.dtype) for one in (gate, up, down))
+        for block in _blocks(ctx.sizes):
+            low, high = block.low, block.high
             kept = slice(low, high) if ctx.needed else slice(0, high - low)
             x, hidden, up_F = x_CD[: high - low], hidden_CF[: high - low], up_RF[kept]
             torch.index_select(x_ND, 0, token_R[low:high], out=x)
-            _products(x, to_up, up_F, parts)
+            _products(x, to_up, up_F, block)
             if gate_RF is None:
                 _activate(up_F, activation, hidden)
             else:
                 gate_F = gate_RF[kept]
-                _products(x, to_gate, gate_F, parts)
+                _products(x, to_gate, gate_F, block)
                 _activate(gate_F, activation, hidden)
                 hidden.mul_(up_F)
-            _products(hidden, to_down, out_RD[low:high], parts)
+            _products(hidden, to_down, out_RD[low:high], block)
         ctx.save_for_backward(x_ND, weights_Nk, gate, up, down, *groups, token_R, gate_RF, up_RF)
         return _collect(out_RD, groups, weights_Nk, ctx.choices)
 
@@ -221,15 +242,16 @@ class _Mixed(torch.autograd.Function):
         grad_RD = x_ND.new_empty(len(token_R), x_ND.shape[1]) if of_x else None
         weights_R = None if weights_Nk is None else weights_Nk.reshape(-1).index_select(0, groups.order_R)
         grad_weights_R = torch.empty_like(weights_R) if of_weights and weights_R is not None else None
-        from_gate, from_up, from_down = (_each(one) for one in (gate, up, down))
-        to_grad_gate, to_grad_up, to_grad_down = (_each(one) for one in (grad_gate, grad_up, grad_down))
-        for low, high, parts in _blocks(ctx.sizes):
+        from_gate, from_up, from_down = (_each(one, x_ND.dtype) for one in (gate, up, down))
+        to_grad_gate, to_grad_up, to_grad_down = (_each(one, x_ND.dtype) for one in (grad_gate, grad_up, grad_down))
+        for block in _blocks(ctx.sizes):
+            low, high = block.low, block.high
             count = high - low
             x, pull, pull_F = x_CD[:count], pull_CD[:count], pull_CF[:count]
             hidden, active, up_F = hidden_CF[:count], active_CF[:count], up_RF[low:high]
             activated = gate_RF[low:high] if gated else up_F
             torch.index_select(grad_ND, 0, token_R[low:high], out=pull)
-            _products(pull, from_down, pull_F, parts)
+            _products(pull, from_down, pull_F, block)
             _activate(activated, kind, active)
             if gated:
                 torch.mul(active, up_F, out=hidden)
@@ -245,7 +267,7 @@ class _Mixed(torch.autograd.Function):
                 hidden.mul_(weight)
                 pull_F.mul_(weight)
             if to_grad_down:
-                _gradients(pull, hidden, to_grad_down, parts)
+                _gradients(pull.t(), hidden, to_grad_down, block)
             if gated:
                 torch.mul(pull_F, active, out=hidden)  # of up
                 pull_F.mul_(up_F)
@@ -255,13 +277,13 @@ class _Mixed(torch.autograd.Function):
             if to_grad_up or to_grad_gate:
                 torch.index_select(x_ND, 0, token_R[low:high], out=x)
             if to_grad_up:
-                _gradients(hidden, x, to_grad_up, parts)
+                _gradients(hidden.t(), x, to_grad_up, block)
             if to_grad_gate:
-                _gradients(pull_F, x, to_grad_gate, parts)
+                _gradients(pull_F.t(), x, to_grad_gate, block)
             if grad_RD is not None:
-                _products(hidden, from_up, grad_RD[low:high], parts)
+                _products(hidden, from_up, grad_RD[low:high], block)
                 if from_gate:
-                    _add_products(pull_F, from_gate, grad_RD[low:high], parts)
+                    _add_products(pull_F, from_gate, grad_RD[low:high], block)
         grad_x = None if grad_RD is None else _collect(grad_RD, groups, None, ctx.choices)
         grad_weights = None
         if grad_weights_R is not None:
