@@ -7,8 +7,8 @@ the same gradients, which is checked before anything is timed. Every contender h
 size is the bound: the layer's matrix products and nothing else, on rows that are sorted already.
 
 On a CPU one thread computes, and its processor time is taken, with what the system spends on its pages: other programs
-on the machine change little. Freed memory is kept, and large tensors lie in large pages
-where there are any, as in a run: for everyone.
+on the machine change little. As in a run, freed memory is kept, and large tensors lie in large pages where the system
+offers them: for everyone.
 
     resilin bench run moe --help
 """

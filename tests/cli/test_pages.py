@@ -12,7 +12,8 @@ import pytest
 SCRIPT = """
 import resilin.cli.main, torch
 from pathlib import Path
-there = torch.empty(16 << 20).data_ptr()
+large = torch.empty(16 << 20)
+there = large.data_ptr()
 for line in Path("/proc/self/smaps").read_text().splitlines():
     head = line.split()[0]
     if "-" in head:
