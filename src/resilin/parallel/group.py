@@ -38,6 +38,12 @@ class Group:
         return len(self.ranks)
 
     @property
+    def name(self) -> str:
+        """By which `named` finds it again; of a group with a process group."""
+        assert self.process_group is not None
+        return str(self.process_group.group_name)
+
+    @property
     def rank(self) -> int:
         """This process's number in the whole job."""
         return self.ranks[self.index]
@@ -53,6 +59,11 @@ class Group:
         known = process_group if process_group is not None else dist.group.WORLD
         ranks = tuple(dist.get_process_group_ranks(known))
         return cls(ranks, ranks.index(dist.get_rank()), known if len(ranks) > 1 else None)
+
+
+def named(name: str) -> Group:
+    """The group of a name, for compiled code, which keeps names only: process groups end when nobody holds them."""
+    return Group.of(dist.distributed_c10d._resolve_process_group(name))
 
 
 def make_groups(members: Sequence[Sequence[int]], rank: int, name: str) -> Group:

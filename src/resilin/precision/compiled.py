@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from resilin.models import uncompiled
+
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -22,6 +24,8 @@ def compile_model(model: nn.Module, what: bool | Literal["blocks"], mode: Compil
     Raises:
         ValueError: "blocks" of a model that has none.
     """
+    if what:
+        uncompiled.begin_compiling()
     if what == "blocks":
         blocks = getattr(model, "blocks", None)
         if not isinstance(blocks, nn.ModuleList):
