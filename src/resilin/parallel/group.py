@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -63,7 +64,8 @@ class Group:
 
 def named(name: str) -> Group:
     """The group of a name, for compiled code, which keeps names only: process groups end when nobody holds them."""
-    return Group.of(dist.distributed_c10d._resolve_process_group(name))
+    c10d: Any = dist.distributed_c10d
+    return Group.of(c10d._resolve_process_group(name))
 
 
 def make_groups(members: Sequence[Sequence[int]], rank: int, name: str) -> Group:

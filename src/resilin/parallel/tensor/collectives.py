@@ -68,14 +68,16 @@ def _(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
 
 def _summed(x: Tensor, group: Group) -> Tensor:
     if torch.compiler.is_compiling():
-        return _summed_op(x, group.name)
+        message: Tensor = _summed_op(x, group.name)
+        return message
     return add_up(x.clone(memory_format=torch.contiguous_format), group)
 
 
 def _gathered(x: Tensor, dim: int, group: Group) -> Tensor:
     dim = dim % x.ndim
     if torch.compiler.is_compiling():
-        return _gathered_op(x, dim, group.size, group.name)
+        message: Tensor = _gathered_op(x, dim, group.size, group.name)
+        return message
     parts = x.new_empty(group.size, *x.shape)
     with waiting(group.ranks):
         _all_gather(parts.flatten(0, 1), x.contiguous(), group=group.process_group)
@@ -85,7 +87,8 @@ def _gathered(x: Tensor, dim: int, group: Group) -> Tensor:
 def _scattered_sum(x: Tensor, dim: int, group: Group) -> Tensor:
     dim = dim % x.ndim
     if torch.compiler.is_compiling():
-        return _scattered_sum_op(x, dim, group.size, group.name)
+        message: Tensor = _scattered_sum_op(x, dim, group.size, group.name)
+        return message
     parts = x.unflatten(dim, (group.size, -1)).movedim(dim, 0).contiguous()
     if x.device.type == "cpu":  # gloo's reduce-scatter takes twice as long as this, on two ranks and on four
         received = torch.empty_like(parts)
