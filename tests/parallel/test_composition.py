@@ -146,7 +146,7 @@ def worker(rank: int, cases: list[Case], wholes: list[dict[str, torch.Tensor]]) 
         )
         told = []
         for step in range(STEPS):
-            batch = batch_of(step, made.engine.slots(case.slots), case.packed)
+            batch = batch_of(step, made.engine.slots(case.slots, step), case.packed)
             made.optimizer.zero_grad()
             gradient = made.engine.gradient(batch, Keys(SEED, step, batch.slots_B), case.slots)
             made.optimizer.step(step)

@@ -94,7 +94,7 @@ def together(rank, degrees, optimizer, steps, count, micro, clip, exact, table=N
     )
     told = []
     for step in range(steps):
-        batch = fetch(step, made.engine.slots(count), count)
+        batch = fetch(step, made.engine.slots(count, step), count)
         made.optimizer.zero_grad()
         found = made.engine.gradient(batch, Keys(SEED, step, batch.slots_B), count)
         made.optimizer.step(step)
@@ -196,7 +196,7 @@ def broken(rank, degrees, count):
         autocast=_plain,
         model=model,
     )
-    plain = fetch(0, made.engine.slots(count), count)
+    plain = fetch(0, made.engine.slots(count, 0), count)
     weights = torch.ones(len(plain), T)
     weights[plain.slots_B == 5] = float("inf")
     batch = Batch(plain.slots_B, {**plain.fields, "weights": weights})

@@ -109,6 +109,7 @@ def test_names_of_events_and_fields_stay_what_logs_on_disk_have() -> None:
         "start": ["time", "folder", "settings", "parameters", "device", "start_step", "total_steps", "unit",
                   "flops_per_unit", "peak_flops"],
         "step": ["time", "step", "loss", "lr", "grad_norm", "units", "seconds", "mfu", "logs"],
+        "cluster": ["time", "what", "facts"],
         "eval": ["time", "step", "name", "metrics", "seconds"],
         "stage": ["time", "step", "seconds"],
         "save": ["time", "step", "path", "bytes", "seconds", "pruned"],

@@ -42,7 +42,7 @@ def _measure(rank: int, folder: str, parallel: dict[str, Any], model: dict[str, 
     local = [getattr(p, "_local_tensor", p) for p in weights.values()]
     moments = [t for t in tensors_of(run.optimizer.state_dict()["parameters"]).values() if t.dim()]
     names = {name.split(".")[1] for name, _ in run.model.named_parameters() if name.startswith("blocks.")}
-    slots = run.engine.slots(8)
+    slots = run.engine.slots(8, 0)
     return {
         "weights": sum(p.nbytes for p in local),
         "optimizer": sum(t.nbytes for t in moments),

@@ -21,8 +21,7 @@ class ProcessGroup:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        self._lead = dist.get_global_rank(group, 0)
+        self.rank, self.world = group.rank(), group.size()
 
     def gather(self, value: Any) -> list[Any] | None:
         """Lengths first, then the texts, padded to the longest."""
@@ -35,7 +34,7 @@ class ProcessGroup:
             mine = torch.zeros(longest, dtype=torch.uint8)
             mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
             all_of_them = [torch.empty_like(mine) for _ in range(self.world)] if self.rank == 0 else None
-            dist.gather(mine, all_of_them, dst=self._lead, group=self._group)
+            dist.gather(mine, all_of_them, group=self._group, group_dst=0)
         except RuntimeError as error:
             raise self._lost(error) from error
         if all_of_them is None:
@@ -49,11 +48,11 @@ class ProcessGroup:
         raw = json.dumps(value).encode() if self.rank == 0 else b""
         try:
             length = torch.tensor([len(raw)])
-            dist.broadcast(length, self._lead, group=self._group)
+            dist.broadcast(length, group=self._group, group_src=0)
             text = torch.empty(int(length), dtype=torch.uint8)
             if self.rank == 0:
                 text.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
-            dist.broadcast(text, self._lead, group=self._group)
+            dist.broadcast(text, group=self._group, group_src=0)
         except RuntimeError as error:
             raise self._lost(error) from error
         return json.loads(text.numpy().tobytes())

@@ -11,7 +11,8 @@ from pathlib import Path
 import typer
 
 from resilin import __version__
-from resilin.cli import adapter, bench, checkpoint, data, layout, recipes
+from resilin.cli import adapter, bench, checkpoint, cluster, data, layout, recipes
+from resilin.cli.chaos import chaos
 from resilin.cli.evaluate import evaluate
 from resilin.cli.export import export
 from resilin.cli.generate import generate
@@ -56,10 +57,12 @@ app.command(rich_help_panel=POST_TRAINING)(reward)
 app.command(rich_help_panel=POST_TRAINING)(dpo)
 app.command(rich_help_panel=POST_TRAINING)(rl)
 app.command(rich_help_panel=TRAINING)(inspect)
+app.command(rich_help_panel=TRAINING)(chaos)
 app.command(rich_help_panel=USING)(evaluate)
 app.command(rich_help_panel=USING)(generate)
 app.command(rich_help_panel=USING)(export)
 app.add_typer(checkpoint.app, name="checkpoint", rich_help_panel=TRAINING)
+app.add_typer(cluster.app, name="cluster", rich_help_panel=TRAINING)
 app.add_typer(adapter.app, name="adapter", rich_help_panel=USING)
 app.add_typer(data.app, name="data", rich_help_panel=METHODS)
 app.command(rich_help_panel=METHODS)(plan)

@@ -32,20 +32,47 @@ def train(given: RunArguments) -> None:
     resilin train run.toml --resume
     resilin train run.toml --print-config > complete.toml
     """
+    from resilin.cluster.position import MEMBER
     from resilin.config import load_settings, settings_to_toml
     from resilin.run.settings import RunSettings
 
+    if MEMBER in os.environ:  # one of the workers of an elastic run: the launcher has the settings
+        from resilin.run.elastic_start import work
+
+        work()
+        return
     file, overrides = given.split()
     settings = load_settings(RunSettings, file, overrides)
     if given.print_config:
         typer.echo(settings_to_toml(settings), nl=False)
         return
     path = given.folder or settings.default_folder()
+    if settings.cluster.elastic:
+        come_and_go(settings, path, given)
+        return
     place = here_or_launched(settings, path)
     from resilin.run.start import start_run
 
     _, outcome = start_run(settings, path, resume=given.resume, accept_changes=given.accept_changes, place=place)
     finish(path, outcome, place)
+
+
+def come_and_go(settings: RunSettings, path: Path, given: RunArguments) -> None:
+    """Start the workers of a run that may come and go, and see it through.
+
+    Raises:
+        typer.Exit: with the run's exit code.
+    """
+    from resilin.cluster.local import worker_command
+    from resilin.config import UserError
+    from resilin.run.elastic_start import launch
+
+    if settings.parallel.workers < 1:
+        raise UserError("cluster.elastic starts its workers itself: say how many with --workers (parallel.workers)")
+    ended = launch(settings, path, worker_command(), resume=given.resume, accept_changes=given.accept_changes)
+    if ended.message:
+        typer.secho(f"error: {ended.message}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(ended.code)
 
 
 def here_or_launched(settings: RunSettings, path: Path) -> Position | None:

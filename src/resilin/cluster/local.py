@@ -169,3 +169,8 @@ class _passing_on:  # noqa: N801
 def this_command() -> list[str]:
     """What started this process, to be run again as a worker."""
     return [sys.executable, "-m", "resilin", *sys.argv[1:]]
+
+
+def worker_command() -> list[str]:
+    """What runs as a worker of an elastic run, which gets everything else from its launcher."""
+    return [sys.executable, "-m", "resilin", "train", "-"]

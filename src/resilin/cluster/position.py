@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from resilin.config import UserError
 
+MEMBER = "RESILIN_MEMBER"
+"""The variable with the number of a worker of an elastic run."""
 LISTENING = "RESILIN_LISTENING"
 """The variable by which our launcher gives the first worker a socket."""
 

@@ -7,7 +7,7 @@ micro-batch (one or two microseconds each); a thread of `resilin.cluster.watch` 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
@@ -30,19 +30,23 @@ class Activity(NamedTuple):
 
 
 class _Now:
-    __slots__ = ("activity", "place", "step")
+    __slots__ = ("activity", "place", "step", "told")
 
     def __init__(self) -> None:
         self.activity, self.step, self.place = Activity(("starting",), (), time.monotonic()), 0, ""
+        self.told: Callable[[str], None] | None = None
 
 
 now = _Now()
-"""activity: what is done; step: the step it is for; place: of this worker in words ("pipeline stage 1, data 0")."""
+"""activity: what is done; step: the step it is for; place: of this worker in words ("pipeline stage 1, data 0");
+told: called with whatever is begun, in words, if it is set."""
 
 
 def doing(*what: object) -> None:
     """Say what is done from now on."""
     now.activity = Activity(what, (), time.monotonic())
+    if now.told is not None:
+        now.told(str(now.activity))
 
 
 class waiting:  # noqa: N801

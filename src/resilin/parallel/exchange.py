@@ -61,8 +61,8 @@ def share(parts: Sequence[Tensor], group: Group) -> Wait:
         return _done
     # A broadcast each takes gloo half the time of its all-gather, and needs no common size.
     works = [
-        dist.broadcast(part, source, group=group.process_group, async_op=True)
-        for part, source in zip(parts, group.ranks, strict=True)
+        dist.broadcast(part, group=group.process_group, group_src=index, async_op=True)
+        for index, part in enumerate(parts)
         if part.numel()
     ]
 

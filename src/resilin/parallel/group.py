@@ -45,6 +45,16 @@ class Group:
         return str(self.process_group.group_name)
 
     @property
+    def backend(self) -> str:
+        """The library that carries its messages: "gloo", "nccl"; "" where there are none."""
+        if self.process_group is None:
+            return ""
+        try:
+            return dist.get_backend(self.process_group)
+        except ValueError:  # torch does not list groups that it did not make itself (`resilin.cluster.links`)
+            return str(self.process_group.name()).lower()
+
+    @property
     def rank(self) -> int:
         """This process's number in the whole job."""
         return self.ranks[self.index]

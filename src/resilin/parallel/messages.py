@@ -31,5 +31,5 @@ def tell_all(value: Any, group: Group) -> list[Any]:
 
 
 def _device_of(group: Group) -> torch.device:
-    on_gpu = dist.get_backend(group.process_group) == "nccl"
+    on_gpu = group.backend == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -274,10 +274,12 @@ class Reduction:
             return
         tree = TreeSum(home=sent.own[0] if sent.own else None)
         theirs = iter(sent.received.split(size))
+        parts: list[tuple[tuple[int, int], Tensor]] = []
         for rank, (each, count) in enumerate(zip(blocks, counts, strict=True)):
-            parts = iter(sent.own) if rank == me else theirs
-            for _, height in each if self.exact else [(0, 0)] * count:
-                tree.push([next(parts)], height)
+            mine = iter(sent.own) if rank == me else theirs
+            parts += [(block, next(mine)) for block in (each if self.exact else [(rank, 0)] * count)]
+        for (_, height), part in sorted(parts, key=lambda one: one[0][0]):
+            tree.push([part], height)
         (total,) = tree.total()
         assert total is not None
         if not sent.own:

@@ -6,7 +6,7 @@ one of many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,8 +53,8 @@ class Engine(Protocol):
     def lead(self) -> bool:
         """Whether this process speaks for the run: logs, prints, keeps the folder."""
 
-    def slots(self, count: int) -> range:
-        """Which of a step's `count` slots this process has to fetch."""
+    def slots(self, count: int, step: int) -> Sequence[int]:
+        """Which of a step's `count` slots this process has to fetch, ascending."""
 
     def gradient(self, batch: Batch, keys: Keys, count: int) -> StepGradient:
         """Forward and backward over a step; what is to be updated has its gradient afterwards.
@@ -105,7 +105,7 @@ class OneProcess:
         self._model, self._objective = model, objective
         self._micro, self._clip, self._device, self._autocast = micro_batch_size, clip_norm, device, autocast
 
-    def slots(self, count: int) -> range:
+    def slots(self, count: int, step: int) -> range:
         """All."""
         return range(count)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from resilin.layout.dealing import VIRTUAL_SHARDS
 from resilin.nouns import Batch, Loss, Objective, Source
 from resilin.optim.clip import clip_factor, total_norm
 from resilin.parallel.activity import doing, waiting
-from resilin.parallel.canonical import GradientSum, Node, blocks_of
+from resilin.parallel.canonical import GradientSum, Node
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.exchange import add_up_all
 from resilin.parallel.group import Group
@@ -23,6 +24,7 @@ from resilin.parallel.messages import tell_all
 from resilin.parallel.reduction import Reduced
 from resilin.parallel.report import Report, Summed
 from resilin.parallel.step import Autocast, StepGradient, check_units, non_finite_slots
+from resilin.parallel.stretches import Kept, StretchSums, blocks_in, stretches
 from resilin.parallel.world import World
 
 Collect = Callable[[int], None]
@@ -139,11 +141,20 @@ def micro_batches(count: int, size: int, workers: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+Dealt = Callable[[int, int], Sequence[Sequence[int]]]
+"""How a step's micro-batches, so many of them, are dealt: to each worker of the data axis, ascending numbers."""
+
+
 def run_of(micros: int, workers: int, dp: int) -> range:
     """Which of so many micro-batches a worker of the data axis computes."""
     base, more = divmod(micros, workers)
     first = dp * base + min(dp, more)
     return range(first, first + base + (dp < more))
+
+
+def in_runs(micros: int, workers: int) -> list[range]:
+    """Every worker's run of neighbours."""
+    return [run_of(micros, workers, dp) for dp in range(workers)]
 
 
 class Workers:
@@ -165,6 +176,14 @@ class Workers:
         device, autocast: as for `OneProcess`.
         model: what the objective calls when it looks for bad slots; None: they are not looked for.
         lockstep: whether workers of the data axis exchange something during a pass.
+
+    Attributes:
+        trace: looks at the passes of some steps.
+        dealt: who of the data axis computes which micro-batches: runs of neighbours.
+        keeps: whether what a step has finished is kept until the next one begins, for redoing it with other workers.
+        kept: that; a step of the same number goes on from there.
+        ready: called before the last exchange of a step's gradient: once it returns at all workers, the step may be
+            taken.
     """
 
     def __init__(
@@ -186,6 +205,10 @@ class Workers:
     ) -> None:
         self._lockstep = lockstep
         self.trace: Tracer | None = None
+        self.kept: Kept | None = None
+        self.keeps = False
+        self.dealt: Dealt = lambda _, micros: in_runs(micros, world.axis("dp"))
+        self.ready: Callable[[], None] = lambda: None
         self.world, self.passes, self.trained, self.reductions = world, passes, dict(trained), dict(reductions)
         self._rows, self._objective, self._model = rows, objective, model
         self._micro, self._clip, self._exact = micro_batch_size, clip_norm, exact
@@ -217,37 +240,50 @@ class Workers:
         """The slots of every micro-batch of a step of `count` slots."""
         return micro_batches(count, self._micro, self.world.axis("dp"))
 
-    def _run_of(self, count: int, dp: int | None = None) -> range:
-        """Which micro-batches a worker of the data axis computes; None: this one."""
-        dp = self.world.coordinate("dp") if dp is None else dp
-        return run_of(len(self.micro_batches(count)), self.world.axis("dp"), dp)
+    def _micros_of(self, step: int, count: int) -> list[tuple[int, ...]]:
+        """Which micro-batches each worker of the data axis computes."""
+        return [tuple(each) for each in self.dealt(step, len(self.micro_batches(count)))]
 
-    def slots(self, count: int) -> range:
-        """Those of this worker's micro-batches."""
-        run, micros = self._run_of(count), self.micro_batches(count)
-        return range(micros[run[0]].start, micros[run[-1]].stop) if run else range(0)
+    def _missing(self, step: int, count: int) -> tuple[int, ...]:
+        """This worker's micro-batches of a step that are not finished yet."""
+        mine = self._micros_of(step, count)[self.world.coordinate("dp")]
+        kept = self.kept.micros if self.kept is not None and self.kept.step == step else ()
+        return tuple(number for number in mine if number not in kept)
+
+    def slots(self, count: int, step: int) -> Sequence[int]:
+        """Those of this worker's micro-batches that are still to be computed."""
+        micros = self.micro_batches(count)
+        runs = stretches(self._missing(step, count))
+        if len(runs) == 1:
+            return range(micros[runs[0].start].start, micros[runs[0].stop - 1].stop)
+        return [slot for run in runs for number in run for slot in micros[number]]
 
     # -- the step -----------------------------------------------------------------------------------------------
 
     def gradient(self, batch: Batch, keys: Keys, count: int) -> StepGradient:
         """Forward and backward over this worker's micro-batches; sums, norm and clipping with all others."""
-        micros, mine = self.micro_batches(count), self._run_of(count)
-        first_slot = micros[mine[0]].start if mine else 0
-        parts = []
-        for number in mine:
-            start, stop = micros[number].start - first_slot, micros[number].stop - first_slot
-            parts.append((batch.rows(start, stop), keys.rows(start, stop)))
+        micros, todo = self.micro_batches(count), self._missing(keys.step, count)
+        parts, row = [], 0
+        for number in todo:
+            rows = row, row + len(micros[number])
+            parts.append((batch.rows(*rows), keys.rows(*rows)))
+            row = rows[1]
         sums = [
-            GradientSum([self.trained[name].parameter for name in names], len(mine), mine.start)
+            StretchSums(partial(GradientSum, [self.trained[name].parameter for name in names]), todo)
             for names in self._chunk_names
         ]
         with self.trace.step(keys.step) if self.trace is not None else nullcontext():
             losses = self.passes.train(parts, lambda chunk: sums[chunk].collect())
+        made = Kept(keys.step, todo, dict(zip(todo, losses, strict=True)) if losses else {}, [s.blocks() for s in sums])
+        if self.kept is not None and self.kept.step == keys.step:
+            made = made.after(self.kept)
+        self.kept = made if self.keeps else None
         doing("adding gradients up")
-        self._reduce([each.blocks() for each in sums], count)
-        return self._tell(losses, mine, len(micros))
+        self._reduce(made.chunks, keys.step, count)
+        self.ready()
+        return self._tell(made.losses, len(micros))
 
-    def _reduce(self, nodes: Sequence[Sequence[Node]], count: int) -> None:
+    def _reduce(self, nodes: Sequence[Sequence[Node]], step: int, count: int) -> None:
         blocks = [node[:2] for node in nodes[0]]
         leaves: list[dict[str, Tensor | None]] = [{} for _ in blocks]
         for number, leaf in enumerate(leaves):
@@ -264,13 +300,13 @@ class Workers:
                 Node(start, height, [leaf[name] for name in names])
                 for (start, height), leaf in zip(blocks, leaves, strict=True)
             ]
-            reduction.reduce(mine, self._blocks_in(reduction.group, count))
+            reduction.reduce(mine, self._blocks_in(reduction.group, step, count))
 
-    def _blocks_in(self, group: Group, count: int) -> list[list[tuple[int, int]]]:
+    def _blocks_in(self, group: Group, step: int, count: int) -> list[list[tuple[int, int]]]:
         """The blocks of every rank of a group."""
         data = self.world.mesh.coordinates()["dp"]
-        runs = (self._run_of(count, int(data[rank])) for rank in group.ranks)
-        return [blocks_of(run.start, run.stop) for run in runs]
+        dealt = self._micros_of(step, count)
+        return [blocks_in(dealt[int(data[rank])]) for rank in group.ranks]
 
     def _sums_over(self) -> list[tuple[Group, list[str]]]:
         found: dict[tuple[int, ...], tuple[Group, list[str]]] = {}
@@ -286,11 +322,9 @@ class Workers:
                 leaf[name] = torch.zeros_like(self.trained[name].parameter)
         add_up_all([grad for name in names if (grad := leaf[name]) is not None], group)
 
-    def _tell(self, losses: Sequence[Loss], mine: range, micros: int) -> StepGradient:
+    def _tell(self, losses: Mapping[int, Loss], micros: int) -> StepGradient:
         context, part = self.world.axis("cp"), self.world.coordinate("cp")
-        rows = dict(
-            zip((number * context + part for number in mine), losses, strict=True) if self.passes.speaks else ()
-        )
+        rows = {number * context + part: loss for number, loss in losses.items()} if self.passes.speaks else {}
         used, squares = self._facts()
         summed, more = self._report.exchange(rows, micros * context, torch.cat([used, squares.reshape(-1)]))
         check_units(summed.units)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from resilin.checkpoint.background import BackgroundSaves
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cluster.join import agree_on, lead_first
+from resilin.cluster.view_world import ViewWorld
 from resilin.config import UserError
 from resilin.data.settings import SourceContext
 from resilin.models.decoder import Decoder
@@ -26,6 +28,8 @@ from resilin.precision.compiled import compile_model
 from resilin.run.allocator import keep_freed_memory
 from resilin.run.device import choose_device, device_in_words, set_threads
 from resilin.run.divided import Divided, coordinator, divide, starts_as_outline
+from resilin.run.elastic import Elastic
+from resilin.run.elastic_place import first_place
 from resilin.run.events import Listener, RunStarted
 from resilin.run.folder import RunFolder
 from resilin.run.run import Pace, Run
@@ -117,6 +121,7 @@ def pace_of(settings: RunSettings) -> Pace:
         evaluate_batches=evaluation.batches,
         evaluate_at_start=evaluation.at_start,
         log_every=settings.log.every,
+        asynchronous=settings.checkpoint.asynchronous,
     )
 
 
@@ -154,11 +159,12 @@ def model_of(settings: RunSettings, source: Source, device: torch.device, world:
 def store_of(settings: RunSettings, folder: RunFolder, world: World | None) -> CheckpointFolder:
     """Where the run saves; all workers call together."""
     keep = settings.checkpoint
+    together = world.saving() if isinstance(world, ViewWorld) else None if world is None else coordinator(world)
     return CheckpointFolder(
         folder.checkpoints_of(settings),
         keep.keep_last,
         keep.keep_every,
-        coordinator=None if world is None else coordinator(world),
+        coordinator=together,
         second_copy=keep.second_copy,
     )
 
@@ -168,6 +174,7 @@ def build_run(
     folder: RunFolder | None = None,
     listeners: Sequence[Listener] = (),
     world: World | None = None,
+    elastic: Elastic | None = None,
 ) -> Run:
     """A run of these settings; with a folder, it saves there.
 
@@ -175,7 +182,8 @@ def build_run(
         settings: of the run.
         folder: the run's.
         listeners: told of every event.
-        world: all workers, who call together; None: this process is the only one.
+        world: all workers, who call together; None: this process is the only one, or one of those that come and go.
+        elastic: gives this worker its place among those that come and go.
 
     Raises:
         SettingsError, DataError, ...: naming what does not fit, before anything is computed.
@@ -184,7 +192,7 @@ def build_run(
     set_threads(settings.train.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    with lead_first(world):  # what it prepares, the others find
+    with lead_first(world) if elastic is None else elastic.in_turn():  # what it prepares, the others find
         sources = build_sources(settings, folder=folder)
     if world is not None:
         agree_on("data", facts_of(sources.source), world.everyone)
@@ -201,7 +209,19 @@ def build_run(
         return compile_model(module, settings.precision.compile, settings.precision.compile_mode)
 
     divided: Divided | None = None
-    if world is None:
+    if elastic is not None:
+        divided = first_place(
+            elastic,
+            settings,
+            model,
+            objective,
+            compiled,
+            store=None if folder is None else partial(store_of, settings, folder),
+            device=device,
+            precision=precision,
+        )
+        model, optimizer, computed, world = divided.model, divided.optimizer, None, elastic.world
+    elif world is None:
         optimizer, computed = settings.optimizer.build(model, settings.train.steps), compiled(model)
     else:
         divided = divide(
@@ -221,8 +241,8 @@ def build_run(
     if folder is None:
         pace = replace(pace, save_every=0)
     else:
-        store = store_of(settings, folder, world)
-        saves = BackgroundSaves(store) if settings.checkpoint.asynchronous else None
+        store = store_of(settings, folder, world) if elastic is None else None  # made with the others, once they are
+        saves = BackgroundSaves(store) if store is not None and settings.checkpoint.asynchronous else None
     where = f"{device_in_words(device)}, {precision.compute}"
     if world is not None and divided is not None:
         where += f", {world}, {'exact' if divided.engine.exact else 'fast'} sums"
@@ -254,4 +274,5 @@ def build_run(
         computed_model=computed,
         workers=divided.engine if divided is not None else None,
         layout=divided.layout if divided is not None else None,
+        elastic=elastic,
     )

@@ -203,10 +203,35 @@ class RunEnded(Event):
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cluster(Event):
+    """Something was decided about the workers of an elastic run.
+
+    Attributes:
+        what: "lost", "leaving", "change", "digest" or "end".
+        facts: which workers, why, and what it took, as JSON values; seconds where times are meant.
+    """
+
+    event: ClassVar[str] = "cluster"
+
+    what: str
+    facts: Mapping[str, Any]
+
+
 Listener = Callable[[Event], None]
 """Receives every event in order, in the process that trains; slow work belongs elsewhere."""
 
-KINDS: tuple[type[Event], ...] = (RunStarted, StepDone, Evaluated, Staged, Saved, Failure, Interrupted, RunEnded)
+KINDS: tuple[type[Event], ...] = (
+    RunStarted,
+    StepDone,
+    Evaluated,
+    Staged,
+    Saved,
+    Failure,
+    Interrupted,
+    RunEnded,
+    Cluster,
+)
 """The events Resilin itself raises."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -21,14 +22,22 @@ def _say(text: str) -> None:
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM set `requested` and `number`; a second one ends the process with code 130."""
+    """While entered, SIGINT and SIGTERM set `requested` and `number`; a second one ends the process with code 130.
 
-    def __init__(self) -> None:
+    Args:
+        terminated: called for SIGTERM instead; None: it is taken like SIGINT.
+    """
+
+    def __init__(self, terminated: Callable[[], None] | None = None) -> None:
+        self._terminated = terminated
         self.requested: str | None = None
         self.number = 0
         self._previous: dict[int, object] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and self._terminated is not None:
+            self._terminated()
+            return
         if self.requested is not None:
             os.write(2, b"\nsecond interrupt: ending at once; the last saved checkpoint is unaffected\n")
             os._exit(EXIT_INTERRUPTED)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from signal import Signals
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -58,6 +58,29 @@ class Pace:
     evaluate_batches: int = 0
     evaluate_at_start: bool = False
     log_every: int = 1
+    asynchronous: bool = False
+
+
+class Elastic(Protocol):
+    """What lets a run go on when its workers change; see `resilin.run.elastic`."""
+
+    def boundary(self, run: Run) -> None:
+        """Called before every step, and at the end, when the run's state is that of its steps committed so far."""
+
+    def asks(self, signal: int) -> int:
+        """What this worker asks of all others, given the signal it got (0: none); the largest number is agreed on."""
+
+    def agreed(self, number: int) -> int:
+        """The signal that everyone ends for, or 0, of the number that was agreed on; it may come out of the loop."""
+
+    def ended(self, run: Run) -> None:
+        """The run is over for this worker; returns once it is for all."""
+
+    def leave(self) -> None:
+        """This worker is to end, but not the run."""
+
+    def recover(self, run: Run, error: Exception) -> bool:
+        """Give the run its place among the workers there are now; False: the error is its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +125,8 @@ class Run:
     """Who computes steps, where it is more than this process."""
     layout: Callable[[State], Layout] | None = None
     """Where the workers' states lie; None: this process has everything. All workers call it together."""
+    elastic: Elastic | None = None
+    """Lets workers come and go; None: the end of one is the end of the run."""
     engine: Engine = field(init=False)
     step: int = 0
     skipped: int = 0
@@ -109,6 +134,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     _saved: Location | None = None
     _told: CheckpointError | None = None
+    _save_again: bool = False
     _pending: Pending | None = None
     """The save whose state is perhaps not all copied yet."""
 
@@ -126,24 +152,48 @@ class Run:
 
     def train(self) -> Outcome:
         """Take the remaining steps; returns how it ended. Nothing that was committed is lost on any way out."""
-        with Interrupts() as interrupts:
+        with Interrupts(self.elastic.leave if self.elastic is not None else None) as interrupts:
             if self.started is not None:
                 self._tell(replace(self.started, start_step=self.step))
             if self.step == 0 and self.pace.evaluate_at_start:
                 self.evaluate()
             began, outcome = time.perf_counter(), None
             try:
-                while outcome is None and self.step < self.pace.steps:
-                    # All workers end after the same step, whichever of them was asked to.
-                    signal_number = self.engine.agreed(interrupts.number)
-                    outcome = self._interrupted(Signals(signal_number).name) if signal_number else self._take_step()
-                outcome = outcome or self._completed()
+                while outcome is None:
+                    try:
+                        outcome = self._go_on(interrupts)
+                    except Exception as error:
+                        if self.elastic is None or not self.elastic.recover(self, error):
+                            raise
             except Exception:
                 with suppress(CheckpointError):  # what ended the run is told, and a save under way is not cut short
                     self.wait_for_saves()
                 raise
             self._tell(RunEnded(step=self.step, reason=outcome.reason, seconds=time.perf_counter() - began))
         return outcome
+
+    def _go_on(self, interrupts: Interrupts) -> Outcome | None:
+        """The next step, or the end."""
+        if self.elastic is not None:
+            self.elastic.boundary(self)
+            if self._save_again:
+                self._save_again = False
+                self._begin_save()
+        if self.step >= self.pace.steps:
+            outcome: Outcome | None = self._completed()
+        elif number := self._agreed(interrupts.number):
+            outcome = self._interrupted(Signals(number).name)
+        else:
+            outcome = self._take_step()
+        if outcome is not None and self.elastic is not None:
+            self.elastic.ended(self)
+        return outcome
+
+    def _agreed(self, signal_number: int) -> int:
+        """All workers end after the same step, whichever of them was asked to."""
+        if self.elastic is None:
+            return self.engine.agreed(signal_number)
+        return self.elastic.agreed(self.engine.agreed(self.elastic.asks(signal_number)))
 
     def _take_step(self) -> Outcome | None:
         began = time.perf_counter()
@@ -179,7 +229,7 @@ class Run:
                     self._finish_staging()
                 part.before_step(view)
         count = self.source.slots(self.step)
-        mine = self.engine.slots(count)
+        mine = self.engine.slots(count, self.step)
         return self.source.fetch(self.step, mine) if len(mine) else _NOTHING, count
 
     def _after_commit(self, gradient: StepGradient, applied: Any, began: float) -> None:
@@ -267,6 +317,8 @@ class Run:
 
     def _kept(self, error: Exception, kind: str) -> None:
         """A part (a selector, a file of data, a judge's endpoint) failed between steps: keep what was committed."""
+        if self.elastic is not None:
+            return  # it may be a change of workers only, and the run goes on
         self._tell(Failure(step=self.step, kind=kind, message=str(error)))
         if self.step and self.workers is None:  # one worker alone cannot save: the others do not know of it
             self._save_if_new()
@@ -370,12 +422,28 @@ class Run:
                 self.saves.wait()
                 self._note_saved()
 
+    def leave_saves(self) -> None:
+        """Give up a save under way, whose workers are not all there any more; it is begun anew before the next step."""
+        self._pending = None
+        if self.saves is not None:
+            self.saves.staged()
+            try:
+                self.saves.close()
+            except CheckpointError:
+                self._save_again = True
+            self._note_what_is_safe()
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+
     def _note_saved(self) -> None:
         """Tell of what became safe meanwhile."""
         if self.saves is not None:
             with self._telling_failures():
-                while (saved := self.saves.poll()) is not None:
-                    self._tell_saved(saved)
+                self._note_what_is_safe()
+
+    def _note_what_is_safe(self) -> None:
+        while self.saves is not None and (saved := self.saves.poll()) is not None:
+            self._tell_saved(saved)
 
     def _save_if_new(self) -> None:
         """See to it that the present state is safe."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from resilin.cluster.settings import ClusterSettings
 from resilin.config import Settings, component
 from resilin.data.settings import SourceSettings
 from resilin.models.settings import ModelSettings
@@ -130,6 +131,7 @@ class RunSettings(Settings):
     )
     train: TrainSettings = TrainSettings()
     parallel: ParallelSettings = ParallelSettings()
+    cluster: ClusterSettings = ClusterSettings()
     precision: PrecisionSettings = Field(default_factory=PrecisionSettings)
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

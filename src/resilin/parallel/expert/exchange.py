@@ -105,7 +105,7 @@ def swap_rows(rows_SD: Tensor, sent: list[int], received: list[int], group: Grou
 
 def device_of(group: Group, tensor: Tensor) -> torch.device:
     """Where the group's backend wants a tensor that lies on the CPU."""
-    if dist.get_backend(group.process_group) == "nccl":
+    if group.backend == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return tensor.device
 

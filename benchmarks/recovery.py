@@ -1,0 +1,307 @@
+"""How long a run stands still when a worker is killed, and what is lost: Resilin against torchft and a restart.
+
+The same decoder, workers and kills for all, one after the other in each round. A kill is SIGKILL to one worker, so many
+seconds after a step was taken; what is measured is the time from there to the next step that is taken.
+- Resilin: `cluster.elastic = true`.
+- torchft (`pip install --no-deps torchft-nightly==2026.10.26`, left out where it is not installed): gloo, with its
+  defaults (heartbeats lost for 5 s, at most 60 s for others to join), and at its fastest (200 ms).
+- torchrun: the whole job is restarted from its last checkpoint, which is as old as the last step.
+
+    resilin bench run recovery
+    resilin bench run recovery --rounds 1 --peers resilin
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from resilin.bench.results import Report, Row, results_name
+from resilin.cluster.local import worker_command
+from resilin.config import parse_settings, settings_to_toml
+from resilin.run.chaos import Blow, compare, run_told
+from resilin.run.settings import RunSettings
+
+MODEL = {"vocab_size": 4096, "hidden_size": 384, "layers": 5, "heads": 6, "kv_heads": 3, "mlp_size": 1024}
+BATCH, LENGTH, AFTER = 8, 64, 0.1
+
+
+@dataclass
+class Seen:
+    """What one run showed.
+
+    Attributes:
+        recovery: seconds from each kill to the next step.
+        step: median seconds of a step before the first kill.
+        after: of a step after the last.
+        lost: samples that no step has learned from.
+    """
+
+    recovery: list[float] = field(default_factory=list)
+    step: float = 0.0
+    after: float = 0.0
+    lost: int = 0
+
+
+def paces(times: list[float], kills: list[float]) -> tuple[float, float]:
+    before = [t for t in times if t < kills[0]]
+    after = [t for t in times if t > kills[-1]][1:]
+    found = [statistics.median(b - a for a, b in pairwise(ts)) for ts in (before, after)]
+    return found[0], found[1]
+
+
+def seen(times: list[float], kills: list[float], lost: int) -> Seen:
+    recovery = [min(t for t in times if t > at) - at for at in kills]
+    return Seen(recovery, *paces(times, kills), lost)
+
+
+def tree(args: argparse.Namespace, text: Path) -> dict:
+    return {
+        "source": {
+            "paths": [str(text)],
+            "sequence_length": LENGTH,
+            "tokenizer": {"kind": "bytes"},
+            "held_out": {"by": "tail"},
+        },
+        "model": MODEL,
+        "optimizer": {"lr": 1e-3, "schedule": {"use": "resilin.optim.schedule:Constant"}},
+        "train": {"steps": args.steps, "batch_size": BATCH, "micro_batch_size": 1, "threads": 1, "device": "cpu"},
+        "precision": {"compute": "fp32"},
+        "checkpoint": {"every": 0},
+        "log": {"tensorboard": False, "live": False},
+    }
+
+
+def kill_steps(args: argparse.Namespace) -> list[int]:
+    """After which steps a worker is killed."""
+    apart = args.steps // (args.kills + 1)
+    return [apart * (number + 1) for number in range(args.kills)]
+
+
+def of_resilin(args: argparse.Namespace, folder: Path, text: Path) -> tuple[Seen, int, float]:
+    """Resilin; by how many values it differs from an undisturbed run, and the seconds of a step of that."""
+    made = tree(args, text) | {"parallel": {"workers": args.workers}, "cluster": {"elastic": True}}
+    settings = parse_settings(RunSettings, made, "benchmark")
+    blows = [Blow(step, AFTER, "kill", 0.5) for step in kill_steps(args)]
+    quiet = run_told(settings, folder / "quiet", worker_command())
+    struck = run_told(settings, folder / "struck", worker_command(), blows)
+    report = compare(quiet, struck)
+    if struck.ended:
+        raise SystemExit(f"the elastic run ended: {struck.ended}")
+    kills = [at for at, _, _ in struck.blows]
+    steps = [b - a for a, b in pairwise(quiet.times)]
+    return seen(struck.times, kills, report.steps_lost * BATCH), report.bits_changed, statistics.median(steps)
+
+
+def of_torchrun(args: argparse.Namespace, folder: Path, text: Path) -> Seen:
+    """A restart of everything by torchrun, from a checkpoint of every step."""
+    made = tree(args, text)
+    made["checkpoint"] = {"every": 1, "keep_last": 2}
+    file = folder / "run.toml"
+    file.write_text(settings_to_toml(parse_settings(RunSettings, made, "benchmark")))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.workers), "--max-restarts",
+        str(args.kills + 1), "--monitor-interval", "0.1", "--standalone", "-m", "resilin", "train", str(file),
+        "--folder", str(folder / "run"), "--resume",
+    ]  # fmt: skip
+    log = folder / "run" / "events.jsonl"
+    times: dict[int, float] = {}
+    kills: list[float] = []
+    with (folder / "torchrun.log").open("wb") as out:
+        job = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        try:
+            wanted = kill_steps(args)
+            while job.poll() is None:
+                time.sleep(0.02)
+                for step, at in steps_in(log):
+                    times.setdefault(step, at)
+                if wanted and max(times, default=0) >= wanted[0]:
+                    wanted.pop(0)
+                    time.sleep(AFTER)
+                    victims = children_of(job.pid)
+                    os.kill(victims[len(victims) // 2], signal.SIGKILL)
+                    kills.append(time.time())
+        finally:
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+    if job.returncode:
+        raise SystemExit(f"torchrun ended with {job.returncode}:\n{(folder / 'torchrun.log').read_text()[-3000:]}")
+    return seen(sorted(times.values()), kills, 0)
+
+
+def of_plain(args: argparse.Namespace, folder: Path, text: Path) -> float:
+    """Seconds of a step of the same workers where the end of one is the end of all."""
+    file = folder / "run.toml"
+    file.write_text(settings_to_toml(parse_settings(RunSettings, tree(args, text), "benchmark")))
+    command = [sys.executable, "-m", "resilin", "train", str(file), "--workers", str(args.workers)]
+    subprocess.run([*command, "--folder", str(folder / "run")], check=True, capture_output=True)
+    times = [at for _, at in steps_in(folder / "run" / "events.jsonl")]
+    return statistics.median(b - a for a, b in pairwise(times))
+
+
+def steps_in(log: Path) -> list[tuple[int, float]]:
+    found = []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            told = json.loads(line)
+        except ValueError:
+            continue
+        if told["event"] == "step":
+            found.append((told["step"], told["time"]))
+    return found
+
+
+def children_of(pid: int) -> list[int]:
+    told = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sorted(map(int, told))
+
+
+def of_torchft(args: argparse.Namespace, folder: Path, fast: bool) -> Seen:
+    """Torchft's own loop: each replica a process, the lighthouse in this one."""
+    from torchft._torchft import LighthouseServer
+
+    limits = {"join_timeout_ms": 200, "heartbeat_timeout_ms": 200, "quorum_tick_ms": 20} if fast else {}
+    lighthouse = LighthouseServer(bind="[::]:0", min_replicas=1, **limits)
+    told = {
+        "model": MODEL, "batch": BATCH, "length": LENGTH, "replicas": args.workers, "steps": args.steps,
+        "timeout": 60.0, "beat_ms": 50 if fast else 100,
+    }  # fmt: skip
+    file, output = folder / "torchft.json", folder / "torchft.jsonl"
+    file.write_text(json.dumps(told))
+    script = Path(__file__).parent / "recovery_peers" / "torchft_replica.py"
+    environment = {**os.environ, "TORCHFT_LIGHTHOUSE": lighthouse.address(), "OMP_NUM_THREADS": "1"}
+    replicas = []
+    with (folder / "torchft.log").open("wb") as out:
+        for number in range(args.workers):
+            command = [sys.executable, str(script), str(file), str(number), str(output)]
+            replicas.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
+        wanted, kills, left = kill_steps(args), [], list(replicas)
+        began = time.time()
+        while any(process.poll() is None for process in left):
+            time.sleep(0.02)
+            steps = [json.loads(line)["step"] for line in lines_of(output)]
+            if wanted and max(steps, default=0) >= wanted[0]:
+                wanted.pop(0)
+                time.sleep(AFTER)
+                left.pop(len(left) // 2).kill()
+                kills.append(time.time())
+            if time.time() - began > 600:
+                raise SystemExit(f"torchft did not end:\n{(folder / 'torchft.log').read_text()[-3000:]}")
+        for process in replicas:
+            process.kill()
+    lighthouse.shutdown()
+    first: dict[int, float] = {}
+    took: dict[int, int] = {}
+    for line in lines_of(output):
+        one = json.loads(line)
+        first[one["step"]] = min(one["time"], first.get(one["step"], one["time"]))
+        took[one["step"]] = one["took_part"]
+    lost = sum((args.workers - count) * BATCH // args.workers for count in took.values())
+    return seen(sorted(first.values()), kills, lost)
+
+
+def lines_of(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", default="resilin,torchrun,torchft,torchft_fast")
+    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    there = importlib.util.find_spec("torchft") is not None
+    wanted = [peer for peer in args.peers.split(",") if there or not peer.startswith("torchft")]
+    if not there:
+        print("torchft is not installed: its rows are left out (pip install --no-deps torchft-nightly==2026.10.26)")
+    runs: dict[str, list[Seen]] = {peer: [] for peer in wanted}
+    bits, plain = 0, []
+    with tempfile.TemporaryDirectory(dir=args.folder) as place:
+        text = Path(place) / "text.txt"
+        text.write_text("the quick brown fox jumps over the lazy dog. " * 2000)
+        for number in range(args.rounds):
+            for peer in wanted:
+                folder = Path(place) / f"{number}-{peer}"
+                folder.mkdir()
+                if peer == "resilin":
+                    plain.append(of_plain(args, folder, text))
+                    found, differ, quiet = of_resilin(args, folder, text)
+                    bits += differ
+                    found.step = quiet
+                elif peer == "torchrun":
+                    found = of_torchrun(args, folder, text)
+                else:
+                    found = of_torchft(args, folder, peer == "torchft_fast")
+                runs[peer].append(found)
+                print(f"round {number}: {peer}: {found}", flush=True)
+    rows = rows_of(runs, plain, bits, args)
+    for row in rows:
+        ratio = "" if row.ratio is None else f" ({row.ratio:.2f}x)"
+        print(f"{row.name}: {row.ours:.3g} {row.unit}, {row.peer_name} {row.peer:.3g} {row.unit}{ratio}")
+    settings = {"workers": args.workers, "kills": args.kills, "steps": args.steps, "rounds": args.rounds,
+                "model": MODEL, "batch": BATCH, "length": LENGTH}  # fmt: skip
+    print(f"wrote {Report.of(results_name('recovery', 'cpu'), settings, rows).write(args.output)}")
+
+
+NAMES = {
+    "torchrun": ("torchrun, restart from a checkpoint of every step", 10.0),
+    "torchft": ("torchft, its defaults", 10.0),
+    "torchft_fast": ("torchft, 200 ms", 1.0),
+}
+
+
+def rows_of(runs: dict[str, list[Seen]], plain: list[float], bits: int, args: argparse.Namespace) -> list[Row]:
+    """What is told."""
+    ours = runs["resilin"]
+    title = f"{args.workers} workers, {args.kills} killed"
+    times = [t for one in ours for t in one.recovery]
+    rows = []
+    for peer, (name, target) in NAMES.items():
+        if runs.get(peer):
+            theirs = [t for one in runs[peer] for t in one.recovery]
+            what = f"{title}: from a SIGKILL to the next step"
+            rows.append(Row.from_turns(what, "s", times, theirs, name, better="lower", target=target))
+    beyond = [max(t - one.after, 1e-3) for one in ours for t in one.recovery]
+    rows.append(
+        Row(
+            name=f"{title}: of that, what is more than one step",
+            unit="s",
+            ours=statistics.median(beyond),
+            peer=0.25,
+            peer_name="the aim",
+            better="lower",
+            target=1.0,
+            runs={"ours": beyond},
+        )
+    )
+    for peer in ("torchft", "torchft_fast"):
+        if runs.get(peer):
+            ours_lost, theirs_lost = ([float(one.lost) for one in runs[who]] for who in ("resilin", peer))
+            what = f"{title}: samples of {args.steps * BATCH} that no step learns from"
+            rows.append(Row.from_turns(what, "samples", ours_lost, theirs_lost, NAMES[peer][0], better="lower"))
+    what = f"{title}: losses, norms and weights that differ from those of an undisturbed run"
+    rows.append(Row(name=what, unit="values", ours=float(bits), better="lower"))
+    if plain:
+        quiet = [one.step for one in ours]
+        what = f"{args.workers} workers, none killed: a step with copies of all states at others"
+        rows.append(Row.from_turns(what, "s", quiet, plain, "Resilin, not elastic", better="lower", target=0.95))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

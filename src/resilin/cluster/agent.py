@@ -1,0 +1,244 @@
+"""A member's connection to the coordinator. Its thread hears and beats; the main thread says and waits."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from resilin.cluster.protocol.messages import (
+    Adopt,
+    Beat,
+    Committed,
+    Done,
+    End,
+    Failed,
+    Go,
+    Halt,
+    Halted,
+    Hello,
+    Leaving,
+    Message,
+    MessageError,
+    Pause,
+    Ready,
+    Told,
+    Warm,
+    of_json,
+    to_json,
+)
+from resilin.cluster.watch import line_of
+from resilin.cluster.wire import Wire
+from resilin.parallel.activity import now
+
+_BEAT = 0.5
+_ORPHANED = 3  # the exit code of a member without its coordinator
+
+
+class HaltedError(RuntimeError):
+    """This member was told to come out of what it was doing."""
+
+
+class EndedError(SystemExit):
+    """This member's part is over."""
+
+
+class Agent:
+    """Speaks for a member.
+
+    Args:
+        address: (host, port) of the coordinator.
+        number: of this member, given once and never again.
+        secret: of the job.
+        store: of the job.
+        host: the name of this machine.
+        timeout: seconds that a member waits for another.
+
+    Attributes:
+        pausing: whether everyone is to come out at the next boundary of steps.
+    """
+
+    def __init__(
+        self, address: tuple[str, int], number: int, secret: str, store: Any, host: str, timeout: float
+    ) -> None:
+        self.number, self.secret, self.store, self.timeout = number, secret, store, timeout
+        self.pausing = False
+        connection = socket.create_connection(address, timeout)
+        connection.settimeout(None)
+        self._wire = Wire(connection)
+        self._wire.say({"number": number, "secret": secret})
+        self._main = threading.get_ident()
+        self._changed = threading.Condition()
+        self._adopt: Adopt | None = None
+        self._epoch = -1  # of the last Adopt that the main thread has taken
+        self._halt: tuple[int, str] | None = None
+        self._go = -1
+        self._ended: End | None = None
+        self._closed = False
+        self._leave = threading.Event()
+        self._sever: Callable[[str], None] = lambda why: None
+        self._say(Hello(host))
+        threading.Thread(target=self._hear, name="resilin-agent", daemon=True).start()
+        threading.Thread(target=self._beat, name="resilin-beat", daemon=True).start()
+
+    def _say(self, message: Message) -> None:
+        self._wire.say(to_json(message))
+
+    # -- what the main thread says ------------------------------------------------------------------------------
+
+    def on_halt(self, sever: Callable[[str], None]) -> None:
+        """What is called when the main thread has to come out, from another thread."""
+        self._sever = sever
+
+    def warm(self) -> Adopt:
+        """Ready for a place; returns once there is one."""
+        self._say(Warm())
+        return self._await_place()
+
+    def halted(self, error: BaseException, step: int | None, copies: Mapping[tuple[int, int], Sequence[int]],
+               kept: Sequence[int]) -> Adopt:  # fmt: skip
+        """Come out of the work; returns once there is another place.
+
+        Args:
+            error: what made it come out.
+            step: that it works on; None: it has no states yet.
+            copies: by owner and epoch the versions in its memory.
+            kept: micro-batches of that step whose gradients it has.
+        """
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
+        listed = tuple((owner, epoch, tuple(versions)) for (owner, epoch), versions in copies.items())
+        self._say(Halted(self._epoch, f"{type(error).__name__}: {why:.160}", step, listed, tuple(kept)))
+        return self._await_place()
+
+    def _await_place(self) -> Adopt:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended is not None or self._newer() is not None)
+            self._leave_if_ended()
+            found = self._newer()
+            assert found is not None
+            self._epoch, self.pausing = found.view.epoch, False
+            return found
+
+    def _newer(self) -> Adopt | None:
+        adopt = self._adopt
+        return adopt if adopt is not None and adopt.view.epoch > self._epoch else None
+
+    def adopted(self, adopt: Adopt, digest: str) -> None:
+        """This member is what it was told to be; returns once all are.
+
+        Raises:
+            HaltedError: something else has changed.
+        """
+        self._say(Ready(adopt.view.epoch, adopt.view.digest, digest))
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._ended is not None or self._go >= adopt.view.epoch or self._halted_now() is not None
+            )
+            self._leave_if_ended()
+            if self._go < adopt.view.epoch:
+                raise HaltedError(self._halted_now() or "")
+
+    def _halted_now(self) -> str | None:
+        return self._halt[1] if self._halt is not None and self._halt[0] == self._epoch else None
+
+    def check(self) -> None:
+        """Come out, if told to.
+
+        Raises:
+            HaltedError: so it was.
+        """
+        with self._changed:
+            self._leave_if_ended()
+            if (why := self._halted_now()) is not None:
+                raise HaltedError(why)
+
+    def committed(self, version: int) -> None:
+        """A copy of this version is kept."""
+        self._say(Committed(self._epoch, version))
+
+    def done(self, version: int, digest: str) -> None:
+        """All steps were taken; returns once all members are so far.
+
+        Raises:
+            HaltedError: something has changed before that.
+        """
+        self._say(Done(self._epoch, version, digest))
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended is not None or self._halted_now() is not None)
+            if self._ended is None:
+                raise HaltedError(self._halted_now() or "")
+
+    def leaving(self) -> None:
+        """Go away as soon as this member's states are elsewhere. May be called by a handler of signals."""
+        self._leave.set()  # the beating thread says it: this one may be in the middle of saying something
+
+    def failed(self, error: BaseException) -> None:
+        """This member's own program has failed."""
+        why = (str(error).strip().splitlines() or [""])[0]
+        trace = "".join(traceback.format_exception(error))
+        self._say(Failed(now.step, f"{type(error).__name__}: {why:.200}", trace[-20_000:]))
+
+    def tell(self, event: Mapping[str, Any]) -> None:
+        """Something for the run's log."""
+        self._say(Told(event))
+
+    def close(self) -> None:
+        """End the connection."""
+        self._closed = True
+        self._wire.close()
+
+    def _leave_if_ended(self) -> None:
+        if self._ended is not None:
+            sys.stderr.write(f"member {self.number} ends: {self._ended.why}\n")
+            raise EndedError(self._ended.code)
+
+    # -- the other threads --------------------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        while (told := self._wire.hear()) is not None:
+            try:
+                message = of_json(told)
+            except MessageError as error:
+                sys.stderr.write(f"member {self.number}: {error}\n")
+                continue
+            self._take(message)
+        if not self._closed and self._ended is None:
+            # Whoever does not hear what is decided must not train on.
+            os.write(2, f"member {self.number} has lost its coordinator, and ends\n".encode())
+            os._exit(_ORPHANED)
+
+    def _take(self, message: Message) -> None:
+        sever: str | None = None
+        with self._changed:
+            if isinstance(message, Adopt):
+                self._adopt = message
+            elif isinstance(message, Go):
+                self._go = message.epoch
+            elif isinstance(message, Halt):
+                self._halt = message.epoch, message.why
+                if message.epoch == self._epoch:
+                    sever = message.why
+            elif isinstance(message, Pause):
+                self.pausing = message.epoch == self._epoch
+            elif isinstance(message, End):
+                self._ended = message
+                sever = message.why
+            self._changed.notify_all()
+        if sever is not None:
+            self._sever(sever)
+
+    def _beat(self) -> None:
+        while not self._closed and self._ended is None:
+            activity = now.activity
+            at = line_of(sys._current_frames().get(self._main))
+            seconds = round(time.monotonic() - activity.since, 2)
+            waits = tuple(rank for rank in activity.waits_for)
+            self._say(Beat(now.step, now.place, str(activity), waits, seconds, at))
+            if self._leave.wait(_BEAT):
+                self._leave.clear()
+                self._say(Leaving())

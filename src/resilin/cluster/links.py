@@ -1,0 +1,138 @@
+"""Groups of torch's collectives among the members of one view, which any thread can cut at any moment.
+
+Torch's groups cannot be changed, and a member that waits in one for another *survivor* is not woken by the death of a
+third. So every epoch has groups of its own, made in about ten milliseconds over a store that the launcher keeps, and
+`cut` ends the sockets beneath the old ones: whoever waits in them comes out with an error at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+
+from resilin.parallel.group import Group
+
+_making = threading.Lock()
+
+
+class LinksCutError(RuntimeError):
+    """The groups of this epoch are of no use any more."""
+
+
+class Links:
+    """The groups of one epoch.
+
+    Args:
+        store: of the job.
+        epoch: of the view.
+        rank: this member's place among all of the view.
+        timeout: seconds that a collective waits.
+    """
+
+    def __init__(self, store: Any, epoch: int, rank: int, timeout: float) -> None:
+        self.epoch, self.rank = epoch, rank
+        self._timeout = timedelta(seconds=timeout)
+        self._groups: list[Any] = []
+        self._cut = False
+        self._lock = threading.Lock()
+        with _making:
+            before = _sockets()
+            self._store = store.clone()  # a connection of its own, which can be cut as well
+            self._sockets = _new(before)
+        self._store.set_timeout(self._timeout)
+        self._before: dict[int, int] | None = None
+
+    def group(self, name: str, ranks: Sequence[int]) -> Group:
+        """A group; all of its members ask for it.
+
+        Args:
+            name: the same at all of them, and no other group's.
+            ranks: of its members in the view, in order.
+
+        Raises:
+            LinksCutError: the links were cut.
+            RuntimeError: the others did not all come.
+        """
+        ranks = tuple(ranks)
+        if len(ranks) == 1:
+            return Group.alone(self.rank)
+        index = ranks.index(self.rank)
+        store = PrefixStore(f"links/{self.epoch}/{name}", self._store)
+        with _making:
+            self._begin()
+            try:
+                backend = dist.ProcessGroupGloo(store, index, len(ranks), self._timeout)
+            finally:
+                self._end()
+        group = dist.ProcessGroup(store, index, len(ranks))
+        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        with self._lock:
+            self._refuse_if_cut()
+            self._groups.append(group)
+        return Group(ranks, index, group)
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._refuse_if_cut()
+            self._before = _sockets()
+
+    def _end(self) -> None:
+        with self._lock:
+            if self._before is not None:
+                self._sockets |= _new(self._before)
+            self._before = None
+            if self._cut:
+                self._end_sockets()
+
+    def _refuse_if_cut(self) -> None:
+        if self._cut:
+            raise LinksCutError(f"the links of epoch {self.epoch} were cut")
+
+    def cut(self) -> None:
+        """End all connections: calls that wait in a group, or for one, fail, in this process and in all others."""
+        with self._lock:
+            self._cut = True
+            if self._before is not None:  # a group is being made, and waits for somebody who may never come
+                self._sockets |= _new(self._before)
+            self._end_sockets()
+            self._groups.clear()
+
+    def _end_sockets(self) -> None:
+        for number, inode in self._sockets.items():
+            with suppress(OSError):
+                # A socket that torch has closed since may have given its number to something else.
+                if os.fstat(number).st_ino == inode:
+                    with socket.socket(fileno=os.dup(number)) as same:
+                        same.shutdown(socket.SHUT_RDWR)
+
+
+def _new(before: dict[int, int]) -> dict[int, int]:
+    return {number: inode for number, inode in _sockets().items() if before.get(number) != inode}
+
+
+def _sockets() -> dict[int, int]:
+    """Connected sockets of this process: descriptor -> inode."""
+    found = {}
+    for entry in Path("/dev/fd").iterdir():
+        number = int(entry.name)
+        with suppress(OSError):
+            status = os.fstat(number)
+            if stat.S_ISSOCK(status.st_mode):
+                with socket.socket(fileno=os.dup(number)) as same:
+                    internet = same.family in (socket.AF_INET, socket.AF_INET6)
+                    # gloo's listener dies of a shutdown, and its whole process with it.
+                    if internet and not same.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                        found[number] = status.st_ino
+    return found

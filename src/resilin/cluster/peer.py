@@ -1,0 +1,242 @@
+"""Copies of states between members, over sockets of their own: no collective, so nobody has to take part at one time.
+
+A message is a line of JSON, then as many bytes as it says. The first one carries the job's secret: whoever does not
+know it is not heard. Nothing is unpickled, and a length that is not expected ends the connection.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resilin.cluster.pool import Copy, CopyError, Pool
+
+_LINE = 1 << 26  # bytes; the head of a copy names every tensor
+_PIECES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a member listens."""
+
+    host: str
+    port: int
+
+
+class PeerError(RuntimeError):
+    """Another member could not be reached, or does not have what it was asked for."""
+
+
+class _Channel:
+    """A connection: lines and bytes."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.connection = connection
+        self._read: Any = connection.makefile("rb", buffering=1 << 16)
+
+    def say(self, message: Mapping[str, Any], *data: memoryview) -> None:
+        self.connection.sendall(json.dumps(message).encode() + b"\n")
+        for piece in data:
+            self.connection.sendall(piece)
+
+    def hear(self) -> dict[str, Any] | None:
+        line = self._read.readline(_LINE)
+        if not line:
+            return None
+        if not line.endswith(b"\n"):
+            raise PeerError("a message was cut off")
+        told = json.loads(line)
+        if not isinstance(told, dict):
+            raise PeerError(f"this is no message: {told!r:.100}")
+        return told
+
+    def fill(self, memory: Tensor) -> None:
+        """Read as many bytes as a uint8 tensor has."""
+        view, done = _bytes(memory), 0
+        while done < len(view):
+            count = self._read.readinto(view[done:])
+            if not count:
+                raise PeerError(f"the connection ended after {done} of {len(view)} bytes")
+            done += count
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            self._read.close()
+        self.connection.close()
+
+
+def _key(told: Mapping[str, Any]) -> tuple[int, int, int]:
+    return int(told["owner"]), int(told["epoch"]), int(told["version"])
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: Any = tensor.numpy()
+    return memoryview(array).cast("B")
+
+
+class PeerServer:
+    """Takes copies from other members into a pool, and gives pieces of what is there.
+
+    Args:
+        pool: this member's.
+        secret: of the job.
+        host: the address to listen on.
+    """
+
+    def __init__(self, pool: Pool, secret: str, host: str = "127.0.0.1") -> None:
+        self._pool, self._secret = pool, secret
+        self._listening = socket.create_server((host, 0))
+        self.address = Address(host, self._listening.getsockname()[1])
+        self._open: set[_Channel] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        threading.Thread(target=self._accept, name="resilin-peers", daemon=True).start()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), name="resilin-peer", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        channel = _Channel(connection)
+        with self._lock:
+            self._open.add(channel)
+        try:
+            first = channel.hear()
+            if first is None or not hmac.compare_digest(str(first.get("secret", "")), self._secret):
+                return
+            while (told := channel.hear()) is not None:
+                self._answer(channel, told)
+        except (OSError, ValueError, PeerError):
+            return  # whoever asked sees its connection end
+        finally:
+            with self._lock:
+                self._open.discard(channel)
+            channel.close()
+
+    def _answer(self, channel: _Channel, told: dict[str, Any]) -> None:
+        try:
+            if told["do"] == "put":
+                memory = self._pool.memory(int(told["head"]["bytes"]))
+                channel.fill(memory)
+                self._pool.put(Copy.of_head(told["head"], memory))
+                channel.say({"ok": True})
+            elif told["do"] == "head":
+                channel.say({"ok": True, "head": self._pool.get(*_key(told)).head()})
+            elif told["do"] == "get":
+                copy = self._pool.get(*_key(told))
+                pieces = [(int(start), int(size)) for start, size in told["pieces"]]
+                if any(start < 0 or size < 0 or start + size > copy.data.numel() for start, size in pieces):
+                    raise CopyError(f"the copy of member {copy.owner} has {copy.data.numel()} bytes")
+                view = _bytes(copy.data)
+                channel.say({"ok": True}, *(view[start : start + size] for start, size in pieces))
+            else:
+                raise CopyError(f"nothing is known of {told['do']!r:.40}")
+        except (CopyError, KeyError) as error:
+            channel.say({"ok": False, "why": f"{error}"})
+
+    def close(self) -> None:
+        """Stop listening, and end all connections."""
+        self._closed = True
+        # A thread that waits in `accept` is not woken by closing the socket alone.
+        with suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        with self._lock:
+            for channel in self._open:
+                channel.close()
+
+
+class Peer:
+    """A connection to another member's server; one thread at a time uses it.
+
+    Args:
+        address: where it listens.
+        secret: of the job.
+        timeout: seconds without any progress after which it is given up.
+
+    Raises:
+        PeerError: it cannot be reached.
+    """
+
+    def __init__(self, address: Address, secret: str, timeout: float) -> None:
+        self._address = address
+        try:
+            connection = socket.create_connection((address.host, address.port), timeout)
+            connection.settimeout(timeout)
+            self._channel = _Channel(connection)
+            self._channel.say({"secret": secret})
+        except OSError as error:
+            raise PeerError(f"no member listens at {address.host}:{address.port}: {error}") from None
+
+    def _ask(self, message: Mapping[str, Any], *data: memoryview) -> dict[str, Any]:
+        try:
+            self._channel.say(message, *data)
+            told = self._channel.hear()
+        except (OSError, ValueError) as error:
+            raise PeerError(f"the member at {self._address.host}:{self._address.port} went away: {error}") from None
+        if told is None:
+            raise PeerError(f"the member at {self._address.host}:{self._address.port} ended the connection")
+        if not told.get("ok"):
+            raise CopyError(str(told.get("why", "no reason was given")))
+        return told
+
+    def put(self, copy: Copy) -> None:
+        """Give a copy; returns once it is there, whole and compared.
+
+        Raises:
+            PeerError, CopyError: it is not.
+        """
+        self._ask({"do": "put", "head": copy.head()}, _bytes(copy.data))
+
+    def head(self, owner: int, epoch: int, version: int) -> dict[str, Any]:
+        """The head of a copy that the member has.
+
+        Raises:
+            PeerError, CopyError: it has none.
+        """
+        found: dict[str, Any] = self._ask({"do": "head", "owner": owner, "epoch": epoch, "version": version})["head"]
+        return found
+
+    def get(self, owner: int, epoch: int, version: int, pieces: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Pieces of a copy.
+
+        Args:
+            owner: whose states.
+            epoch: of the view under which they were copied.
+            version: of them.
+            pieces: (first byte, bytes) of each.
+
+        Raises:
+            PeerError, CopyError: they are not there.
+        """
+        found = []
+        for first in range(0, len(pieces), _PIECES):
+            some = pieces[first : first + _PIECES]
+            self._ask({"do": "get", "owner": owner, "epoch": epoch, "version": version, "pieces": some})
+            memory = torch.empty(sum(size for _, size in some), dtype=torch.uint8)
+            try:
+                self._channel.fill(memory)
+            except OSError as error:
+                raise PeerError(f"the member at {self._address.host}:{self._address.port} went away: {error}") from None
+            found += list(memory.split([size for _, size in some]))
+        return found
+
+    def close(self) -> None:
+        """End the connection; a call under way in another thread fails."""
+        self._channel.close()

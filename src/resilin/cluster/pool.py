@@ -1,0 +1,222 @@
+"""Copies of members' states in host memory: each member's own, and those it keeps for others (ElasWave, section 7).
+
+Of every owner the last two versions that are complete are kept. A third is taken only once it is whole, so a failure in
+the middle never costs the only good one. A change of the view changes who owns what: copies made under the old view are
+kept, beside those of the new one, until these are known to be everywhere (`forget`).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resilin.checkpoint.tensor_record import DTYPE_NAMES, DTYPES
+from resilin.cluster.sum64 import sum64
+
+KEPT = 2
+_SPARE = 4
+_ALIGN = 64
+
+
+class CopyError(RuntimeError):
+    """A copy of states is missing, or is not what was sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor of a copy.
+
+    Attributes:
+        parameter: whose it is; "" where it is of none.
+        path: where it stands in the state, the parameter's name left out: "weights", "optimizer/parameters/{}/exp_avg".
+        dtype: as in checkpoints.
+        shape: of the tensor.
+        start: its first byte.
+        bytes: how many.
+    """
+
+    parameter: str
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The states that one member owns, at one version.
+
+    Attributes:
+        owner: its number.
+        epoch: of the view under which it owns them.
+        version: steps committed.
+        slots: what is where in `data`.
+        rest: JSON values that belong to it.
+        data: (bytes,) uint8 in host memory.
+        sum: `sum64` of the data.
+    """
+
+    owner: int
+    epoch: int
+    version: int
+    slots: tuple[Slot, ...]
+    rest: Any
+    data: Tensor
+    sum: int
+
+    def tensor(self, slot: Slot) -> Tensor:
+        """A view of one tensor."""
+        return self.data[slot.start : slot.start + slot.bytes].view(DTYPES[slot.dtype]).view(slot.shape)
+
+    def head(self) -> dict[str, Any]:
+        """All but the data, as JSON values."""
+        slots = [[s.parameter, s.path, s.dtype, list(s.shape), s.start, s.bytes] for s in self.slots]
+        return {
+            "owner": self.owner,
+            "epoch": self.epoch,
+            "version": self.version,
+            "slots": slots,
+            "rest": self.rest,
+            "bytes": self.data.numel(),
+            "sum": self.sum,
+        }
+
+    @classmethod
+    def of_head(cls, head: dict[str, Any], data: Tensor) -> Copy:
+        """From a head and the data that came with it.
+
+        Raises:
+            CopyError: the data is not what the head says, or the head none.
+        """
+        try:
+            slots = slots_of(head)
+            owner, epoch, version = int(head["owner"]), int(head["epoch"]), int(head["version"])
+            made = cls(owner, epoch, version, slots, head["rest"], data, int(head["sum"]))
+            length = int(head["bytes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CopyError(f"this is no head of a copy: {head!r:.200} ({type(error).__name__}: {error})") from None
+        if data.numel() != length or any(s.start + s.bytes > length for s in slots):
+            raise CopyError(f"member {made.owner}'s states of version {made.version}: {data.numel()} of {length} bytes")
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Compare the data with its sum.
+
+        Raises:
+            CopyError: they differ.
+        """
+        found = sum64(self.data)
+        if found != self.sum:
+            raise CopyError(
+                f"the copy of member {self.owner}'s states of version {self.version} is damaged: its sum is "
+                f"{found:016x}, it was made with {self.sum:016x}; nothing is trained on it"
+            )
+
+
+def slots_of(head: dict[str, Any]) -> tuple[Slot, ...]:
+    """Of what `Copy.head` gave."""
+    return tuple(
+        Slot(str(p), str(path), str(dtype), tuple(map(int, shape)), int(start), int(size))
+        for p, path, dtype, shape, start, size in head["slots"]
+    )
+
+
+class Pool:
+    """The copies in one member's memory. Any thread may ask.
+
+    Args:
+        member: whose memory.
+    """
+
+    def __init__(self, member: int) -> None:
+        self.member = member
+        self._lock = threading.Lock()
+        self._copies: dict[tuple[int, int], dict[int, Copy]] = {}  # by owner and epoch
+        self._free: list[Tensor] = []
+
+    def memory(self, size: int) -> Tensor:
+        """Memory for a copy's data: that of a version which is no longer kept, where one has this size."""
+        with self._lock:
+            for place, old in enumerate(self._free):
+                if old.numel() == size:
+                    return self._free.pop(place)
+            del self._free[_SPARE:]  # sizes change when ownership does
+        return torch.empty(size, dtype=torch.uint8)
+
+    def put(self, copy: Copy) -> None:
+        """Keep a complete copy; of this owner's others of the epoch the newest `KEPT - 1` stay."""
+        with self._lock:
+            mine = self._copies.setdefault((copy.owner, copy.epoch), {})
+            mine[copy.version] = copy
+            for version in sorted(mine)[:-KEPT]:
+                self._free.insert(0, mine.pop(version).data)
+
+    def get(self, owner: int, epoch: int, version: int) -> Copy:
+        """A copy.
+
+        Raises:
+            CopyError: it is not here.
+        """
+        with self._lock:
+            found = self._copies.get((owner, epoch), {}).get(version)
+        if found is None:
+            raise CopyError(
+                f"member {self.member} has no copy of member {owner}'s states of epoch {epoch}, version {version}; it "
+                f"has {self.versions()}"
+            )
+        return found
+
+    def versions(self) -> dict[tuple[int, int], list[int]]:
+        """By owner and epoch the versions that are here, ascending."""
+        with self._lock:
+            return {key: sorted(versions) for key, versions in self._copies.items() if versions}
+
+    def forget(self, epoch: int) -> None:
+        """Drop copies of epochs before this one."""
+        with self._lock:
+            for key in [key for key in self._copies if key[1] < epoch]:
+                del self._copies[key]
+            self._free.clear()
+
+    @property
+    def bytes(self) -> int:
+        """Of all copies."""
+        with self._lock:
+            return sum(copy.data.numel() for mine in self._copies.values() for copy in mine.values())
+
+
+def copy_of(
+    owner: int, epoch: int, version: int, tensors: list[tuple[str, str, Tensor]], rest: Any, pool: Pool | None = None
+) -> Copy:
+    """A copy of tensors as they are now.
+
+    Args:
+        owner: whose they are.
+        epoch: of the view.
+        version: of the states.
+        tensors: (parameter, path, tensor), see `Slot`.
+        rest: JSON values.
+        pool: whose free memory is used.
+    """
+    slots, size = [], 0
+    for parameter, path, tensor in tensors:
+        slots.append(Slot(parameter, path, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), size, tensor.nbytes))
+        size += -(-tensor.nbytes // _ALIGN) * _ALIGN
+    data = torch.empty(size, dtype=torch.uint8) if pool is None else pool.memory(size)
+    views, given = [], []
+    end = 0
+    for slot, (_, _, tensor) in zip(slots, tensors, strict=True):
+        data[end : slot.start].zero_()  # what lies between tensors is part of the sum
+        end = slot.start + slot.bytes
+        views.append(data[slot.start : end].view(tensor.dtype).view(tensor.shape))
+        given.append(tensor.detach())
+    data[end:].zero_()
+    if views:
+        torch._foreach_copy_(views, given)
+    return Copy(owner, epoch, version, tuple(slots), rest, data, sum64(data))

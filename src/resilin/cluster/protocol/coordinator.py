@@ -1,0 +1,499 @@
+"""The one who decides: which members there are, what each is, and from which version all go on. Pure.
+
+Every change is one new epoch. Whoever takes part in the one that ends comes out of its work, says what copies it has,
+and waits; then everyone is told what it is from now on, moves states, and says that it is ready; then all go on. A
+member that is lost at any of these points is one more change. So there is one path for every failure, and nobody trains
+in a view that somebody else does not have (ElasWave, sections 7 and 9).
+
+Which copies are needed when: the states of a version are complete under the view in which that version was last
+copied by all. Copies made under a view stay until a step under the next one has been taken by all, since only then are
+those of the next one known to be at their holders. So of two views, the present one and the one before, one always has
+a complete version unless a member and all of its holders were lost together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from resilin.cluster.changes import NobodyLeftError, changed, first_view
+from resilin.cluster.protocol.messages import (
+    Adopt,
+    Beat,
+    Committed,
+    Done,
+    End,
+    Failed,
+    Go,
+    Halt,
+    Halted,
+    Hello,
+    Leaving,
+    Message,
+    Pause,
+    Ready,
+    Warm,
+)
+from resilin.cluster.view import View
+
+Phase = Literal["gathering", "running", "pausing", "halting", "adopting", "ended"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How patient the coordinator is.
+
+    Attributes:
+        members: how many begin together.
+        least: below how many the job ends.
+        stages: of the pipeline.
+        copies: of every member's states in others' memory.
+        silence: seconds without a beat after which a member counts as lost.
+        hang: seconds that a member may do one thing without waiting for another.
+        aborted: changes in a row without a step taken, after which the job ends.
+        failures: members whose own program may fail at one step, before the job ends with that failure.
+    """
+
+    members: int
+    least: int = 1
+    stages: int = 1
+    copies: int = 1
+    silence: float = 10.0
+    hang: float = 600.0
+    aborted: int = 10
+    failures: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Say something to a member."""
+
+    number: int
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """See to it that a member does nothing any more."""
+
+    number: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """For the log: what was decided and why.
+
+    Attributes:
+        what: a word: "change", "lost", "go", "end".
+        facts: as JSON values.
+    """
+
+    what: str
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The job is over.
+
+    Attributes:
+        good: all steps were taken.
+        why: in words.
+        failure: of the member that is to blame: its trace; "" where there is none.
+    """
+
+    good: bool
+    why: str
+    failure: str = ""
+
+
+Effect = Tell | Fence | Note | Finish
+
+
+@dataclass
+class _Member:
+    host: str
+    heard: float
+    warm: bool = False
+    leaving: bool = False
+    beat: Beat | None = None
+    epoch: int = -1  # of the last Adopt it was told
+    halted: Halted | None = None
+    ready: Ready | None = None
+    done: Done | None = None
+    failed: Failed | None = None
+
+
+@dataclass
+class _Times:
+    """When a change began, and when its parts were done; seconds."""
+
+    lost: float = 0.0
+    halted: float = 0.0
+    why: list[str] = field(default_factory=list)
+
+
+class Coordinator:
+    """Decides.
+
+    Args:
+        rules: see there.
+        layers: of the model, by stage; see `View`.
+    """
+
+    def __init__(self, rules: Rules, layers: Iterable[int] = ()) -> None:
+        self.rules, self._layers = rules, tuple(layers)
+        self.phase: Phase = "gathering"
+        self.members: dict[int, _Member] = {}
+        self.view: View | None = None
+        """The last one that all were ready for."""
+        self.version = 0
+        """The newest that any member has told of."""
+        self._next: View | None = None
+        self._adopt: Adopt | None = None
+        self._origin: View | None = None  # whose copies may still be needed, beside those of `view`
+        self._resumed = -1
+        self._epoch = -1
+        self._aborted = 0
+        self._failures: dict[int, list[Failed]] = {}
+        self._times = _Times()
+        self._out: list[Effect] = []
+
+    # -- inputs -------------------------------------------------------------------------------------------------
+
+    def told(self, number: int, message: Message, now: float) -> list[Effect]:
+        """A member said something. Whoever is gone, or was never there, is not heard."""
+        if self.phase != "ended":
+            if isinstance(message, Hello):
+                self.members.setdefault(number, _Member(message.host, now))
+            elif number in self.members:
+                member = self.members[number]
+                member.heard = now
+                self._hear(number, member, message, now)
+        return self._effects()
+
+    def gone(self, number: int, why: str, now: float) -> list[Effect]:
+        """A process has ended, or its connection has."""
+        if number in self.members and self.phase != "ended":
+            self._lose(number, why, now)
+        return self._effects()
+
+    def tick(self, now: float) -> list[Effect]:
+        """Time has passed."""
+        if self.phase != "ended":
+            for number, member in list(self.members.items()):
+                beat = member.beat
+                if now - member.heard > self.rules.silence:
+                    why = f"was not heard of for {now - member.heard:.1f} s"
+                elif beat is not None and not beat.waits_for and beat.seconds > self.rules.hang and member.warm:
+                    why = f"has been {beat.doing} of step {beat.step} for {beat.seconds:.0f} s, at {beat.at}"
+                else:
+                    continue
+                self._out.append(Fence(number, why))
+                self._lose(number, why, now)
+                if self._over:
+                    break
+        return self._effects()
+
+    def drain(self, number: int, now: float) -> list[Effect]:
+        """Let a member go, without losing what it has."""
+        if number in self.members and self.phase != "ended":
+            self._hear(number, self.members[number], Leaving(), now)
+        return self._effects()
+
+    def stop(self, why: str, now: float) -> list[Effect]:
+        """End the job at once."""
+        if self.phase != "ended":
+            self._end(False, why)
+        return self._effects()
+
+    @property
+    def _over(self) -> bool:
+        return self.phase == "ended"
+
+    def _effects(self) -> list[Effect]:
+        out, self._out = self._out, []
+        return out
+
+    # -- what is heard ------------------------------------------------------------------------------------------
+
+    def _hear(self, number: int, member: _Member, message: Message, now: float) -> None:
+        if isinstance(message, Beat):
+            member.beat = message
+        elif isinstance(message, Warm):
+            member.warm = True
+            if self.phase != "gathering":
+                self._note("ready", member=number)
+            self._consider(now)
+        elif isinstance(message, Leaving):
+            if not member.leaving:
+                member.leaving = True
+                self._note("leaving", member=number)
+                if member.epoch < 0 and self.phase != "gathering":  # it has nothing that anybody needs
+                    self._out.append(Tell(number, End(0, "it left before it had a place")))
+                    del self.members[number]
+                else:
+                    self._consider(now)
+        elif isinstance(message, Halted):
+            if message.epoch == member.epoch:
+                member.halted, member.ready, member.done = message, None, None
+                if self.phase in ("running", "adopting"):
+                    self._halt(f"member {number} came out: {message.why}", now)
+                self._decide(now)
+        elif isinstance(message, Ready):
+            if self.phase == "adopting" and message.epoch == self._epoch:
+                member.ready = message
+                self._all_ready(now)
+        elif isinstance(message, Committed):
+            self._took(message)
+        elif isinstance(message, Done):
+            if self.view is not None and message.epoch == self.view.epoch:
+                member.done = message
+                self._all_done()
+        elif isinstance(message, Failed):
+            member.failed = message
+            if member.epoch < 0 and self.phase != "gathering":
+                return  # a newcomer that does not get ready changes nothing for the others
+            several = self._failures.setdefault(message.step, [])
+            several.append(message)
+            if len(several) >= self.rules.failures or len(self._in()) <= self.rules.least:
+                first = several[0]
+                self._end(False, f"member {number} failed at step {first.step}: {first.why}", first.trace)
+
+    def _took(self, message: Committed) -> None:
+        if self.view is None or message.epoch != self.view.epoch:
+            return
+        self.version = max(self.version, message.version)
+        if message.version > self._resumed:  # an exchange under this view was completed: its copies are at the holders
+            self._aborted, self._origin = 0, None
+
+    # -- changes ------------------------------------------------------------------------------------------------
+
+    def _in(self) -> list[int]:
+        """Members that are in the present view, or were told to be in the next."""
+        return [number for number, member in self.members.items() if member.epoch >= 0]
+
+    def _consider(self, now: float) -> None:
+        """Somebody may come or go."""
+        if self.phase == "gathering":
+            ready = [number for number, member in sorted(self.members.items()) if member.warm]
+            if len(ready) >= self.rules.members:
+                hosts = {number: self.members[number].host for number in ready}
+                try:
+                    view = first_view(ready, hosts, self.rules.stages, self._layers, self.rules.copies)
+                except NobodyLeftError as error:
+                    self._end(False, str(error))
+                    return
+                self._times = _Times(now, now, ["the run begins"])
+                self._offer(Adopt(view, None, 0, {}, {}), now)
+        elif self.phase == "running":
+            news = [number for number, member in self.members.items() if member.warm and member.epoch < 0]
+            leaving = [number for number in self._in() if self.members[number].leaving]
+            if news or leaving:
+                assert self.view is not None
+                self.phase = "pausing"
+                said = [f"member {number} is ready to join" for number in news]
+                said += [f"member {number} leaves" for number in leaving]
+                self._times = _Times(now, now, said)
+                for number in self.view.members:
+                    self._out.append(Tell(number, Pause(self.view.epoch, "; ".join(said))))
+
+    def _halt(self, why: str, now: float) -> None:
+        """Everyone comes out."""
+        if self.phase not in ("halting", "pausing"):
+            self._times = _Times(now, now)
+        self._times.why.append(why)
+        self.phase = "halting"
+        for number in self._in():
+            member = self.members[number]
+            if member.halted is None:
+                self._out.append(Tell(number, Halt(member.epoch, why)))
+
+    def _lose(self, number: int, why: str, now: float) -> None:
+        member = self.members.pop(number)
+        self._note("lost", member=number, why=why)
+        if self.phase == "gathering" or member.epoch < 0:
+            if self.phase == "gathering":
+                failed = member.failed
+                self._end(False, f"member {number} {why} before the run began", failed.trace if failed else "")
+            return
+        if self._everyone_done(without=number, member=member):
+            self._all_done()
+            return
+        self._halt(f"member {number} {why}", now)
+        self._decide(now)
+
+    def _everyone_done(self, without: int, member: _Member) -> bool:
+        """Whether all steps were taken: who is lost then is not missed."""
+        left = [other for number, other in self.members.items() if other.epoch >= 0 and number != without]
+        return self.phase == "running" and bool(left) and all(other.done is not None for other in left)
+
+    def _decide(self, now: float) -> None:
+        """What comes next, once everyone has come out."""
+        if self.phase not in ("halting", "pausing"):
+            return
+        left = self._in()
+        if any(self.members[number].halted is None for number in left):
+            return
+        self._times.halted = now
+        self._aborted += 1
+        if self._aborted > self.rules.aborted:
+            self._end(False, f"{self._aborted} changes in a row without a step taken; the last: {self._times.why[-1]}")
+            return
+        news = {n: m.host for n, m in sorted(self.members.items()) if m.warm and not m.leaving}
+        stay = [number for number in left if not self.members[number].leaving]
+        if len(news) < self.rules.least:
+            self._end(False, f"{len(news)} members are left, and the least number is {self.rules.least}")
+            return
+        if self.view is None:  # nobody has taken a step: begin again with who is there
+            base = [n for n in news if n in stay] + [n for n in news if n not in stay]
+            self._begin_again(base, news, now)
+            return
+        found = self._complete()
+        if found is None:
+            self._end(False, self._unrecoverable())
+            return
+        before, version, where = found
+        gone = [number for number in self.view.members if number not in stay]
+        come = {number: host for number, host in news.items() if number not in self.view.members}
+        try:
+            view = replace(changed(self.view, gone, come), epoch=self._epoch + 1)
+        except NobodyLeftError as error:
+            self._end(False, str(error))
+            return
+        kept = {n: h.kept for n in view.members if (h := self.members[n].halted) and h.step == version and h.kept}
+        if any(count > 1 for count in _counts(kept.values())):
+            kept = {}
+        self._offer(Adopt(view, before, version, where, kept), now)
+
+    def _begin_again(self, numbers: list[int], hosts: Mapping[int, str], now: float) -> None:
+        try:
+            view = first_view(numbers, hosts, self.rules.stages, self._layers, self.rules.copies)
+        except NobodyLeftError as error:
+            self._end(False, str(error))
+            return
+        self._offer(Adopt(replace(view, epoch=self._epoch + 1), None, 0, {}, {}), now)
+
+    def _origins(self) -> list[View]:
+        return [view for view in (self.view, self._origin) if view is not None]
+
+    def _holding(self, owner: int, view: View) -> dict[int, set[int]]:
+        """By version the members that have a copy of an owner's states under a view."""
+        found: dict[int, set[int]] = {}
+        for number in self._in():
+            halted = self.members[number].halted
+            for who, epoch, versions in halted.copies if halted is not None else ():
+                if (who, epoch) == (owner, view.epoch):
+                    for version in versions:
+                        found.setdefault(version, set()).add(number)
+        return found
+
+    def _complete(self) -> tuple[View, int, dict[int, int]] | None:
+        """The newest version that is there in whole, the view it was copied under, and where each part is read."""
+        best: tuple[View, int, dict[int, int]] | None = None
+        for view in self._origins():
+            held = {owner: self._holding(owner, view) for owner in view.members}
+            common = set.intersection(*(set(versions) for versions in held.values()))
+            if common and (best is None or max(common) > best[1]):
+                version = max(common)
+                where = {
+                    owner: owner if owner in versions[version] else min(versions[version])
+                    for owner, versions in held.items()
+                }
+                best = view, version, where
+        return best
+
+    def _unrecoverable(self) -> str:
+        assert self.view is not None
+        lost = [owner for owner in self.view.members if not self._holding(owner, self.view)]
+        said = [f"member {owner} (copied to {list(self.view.holders[owner])})" for owner in lost]
+        return (
+            f"the states of {', '.join(said) or 'some members'} are lost with everyone who had a copy: go on from the "
+            "last checkpoint (--resume)"
+        )
+
+    def _offer(self, adopt: Adopt, now: float) -> None:
+        """Tell everyone what it is to become."""
+        view = adopt.view
+        self._epoch, self._next, self._adopt, self.phase = view.epoch, view, adopt, "adopting"
+        for number in view.members:
+            member = self.members[number]
+            member.epoch, member.halted, member.ready, member.done = view.epoch, None, None, None
+            self._out.append(Tell(number, adopt))
+
+    def _all_ready(self, now: float) -> None:
+        view, adopt = self._next, self._adopt
+        assert view is not None
+        assert adopt is not None
+        ready = {number: self.members[number].ready for number in view.members}
+        if any(one is None for one in ready.values()):
+            return
+        for stage in view.stages:
+            told = {number: (one.view, one.state) for number in stage.members if (one := ready[number]) is not None}
+            if len(set(told.values())) > 1 or any(digest != view.digest for digest, _ in told.values()):
+                self._end(False, f"epoch {view.epoch}: members of one stage have different states or views: {told}")
+                return
+        self._note(
+            "change",
+            epoch=view.epoch,
+            why="; ".join(self._times.why),
+            members=list(view.members),
+            version=adopt.version,
+            redone=max(0, self.version - adopt.version),
+            kept=sum(map(len, adopt.kept.values())),
+            shards_moved=_moved(self.view, view),
+            halting=round(self._times.halted - self._times.lost, 4),
+            adopting=round(now - self._times.halted, 4),
+        )
+        self._origin = adopt.before
+        self.view, self._resumed, self.phase = view, adopt.version, "running"
+        self.version = adopt.version
+        for number in view.members:
+            self._out.append(Tell(number, Go(view.epoch)))
+        for number, member in list(self.members.items()):
+            if member.leaving and number not in view.members and member.epoch >= 0:
+                self._out.append(Tell(number, End(0, "its states are elsewhere now")))
+                del self.members[number]
+        self._consider(now)
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def _all_done(self) -> None:
+        assert self.view is not None
+        there = [self.members[number] for number in self.view.members if number in self.members]
+        done = [member.done for member in there if member.done is not None]
+        if len(done) < len(there):
+            return
+        digests = {one.digest for one in done}
+        if len(digests) > self.rules.stages:
+            self._end(False, f"the members ended with different weights: {sorted(digests)}")
+            return
+        self._note("digest", weights=sorted(digests))
+        self._end(True, f"all {done[0].version} steps were taken")
+
+    def _end(self, good: bool, why: str, failure: str = "") -> None:
+        self.phase = "ended"
+        for number in self.members:
+            self._out.append(Tell(number, End(0 if good else 1, why)))
+        self._out.append(Finish(good, why, failure))
+
+    def _note(self, what: str, **facts: Any) -> None:
+        self._out.append(Note(what, facts))
+
+
+def _counts(lists: Iterable[Iterable[int]]) -> list[int]:
+    found: dict[int, int] = {}
+    for each in lists:
+        for number in each:
+            found[number] = found.get(number, 0) + 1
+    return list(found.values())
+
+
+def _moved(before: View | None, after: View) -> int:
+    """Virtual shards that have another owner than before."""
+    if before is None:
+        return 0
+    pairs = zip(before.stages, after.stages, strict=True)
+    return sum(a != b for old, new in pairs for a, b in zip(old.shards, new.shards, strict=True))

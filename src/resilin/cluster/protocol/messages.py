@@ -1,0 +1,288 @@
+"""What members and the coordinator tell each other, as values and as JSON. Nothing is unpickled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from resilin.cluster.view import View
+
+
+class MessageError(ValueError):
+    """Something was said that is no message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A process is there, and getting ready.
+
+    Attributes:
+        host: the machine it is on.
+    """
+
+    kind: ClassVar[str] = "hello"
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """It can be given a place."""
+
+    kind: ClassVar[str] = "warm"
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """It is alive.
+
+    Attributes:
+        step: that it works on.
+        place: in words.
+        doing: in words.
+        waits_for: numbers of members.
+        seconds: for how long.
+        at: the line of its program.
+    """
+
+    kind: ClassVar[str] = "beat"
+    step: int
+    place: str
+    doing: str
+    waits_for: tuple[int, ...]
+    seconds: float
+    at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Halted:
+    """It has come out of its work, and waits.
+
+    Attributes:
+        epoch: of the view that it was in, or was about to be in.
+        why: what made it come out.
+        step: that it works on; None: it has no states yet.
+        copies: (owner, epoch, versions) of all copies in its memory.
+        kept: micro-batches of its step whose gradients it has.
+    """
+
+    kind: ClassVar[str] = "halted"
+    epoch: int
+    why: str
+    step: int | None
+    copies: tuple[tuple[int, int, tuple[int, ...]], ...]
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """It is what the view says: connected, its states moved and compared.
+
+    Attributes:
+        epoch: of the view.
+        view: the view's digest.
+        state: digest of what all members of its stage have alike.
+    """
+
+    kind: ClassVar[str] = "ready"
+    epoch: int
+    view: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """It keeps a copy of a version of its states: that step was taken.
+
+    Attributes:
+        epoch: of the view.
+        version: steps taken.
+    """
+
+    kind: ClassVar[str] = "committed"
+    epoch: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """It was told to go, and will as soon as its states are elsewhere."""
+
+    kind: ClassVar[str] = "leaving"
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """It has taken all steps.
+
+    Attributes:
+        epoch: of the view.
+        version: steps taken.
+        digest: of its weights.
+    """
+
+    kind: ClassVar[str] = "done"
+    epoch: int
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Its own program failed.
+
+    Attributes:
+        step: at which it was.
+        why: the error in a line.
+        trace: where.
+    """
+
+    kind: ClassVar[str] = "failed"
+    step: int
+    why: str
+    trace: str
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Something for the run's log.
+
+    Attributes:
+        event: as JSON values.
+    """
+
+    kind: ClassVar[str] = "told"
+    event: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """Come out at once.
+
+    Attributes:
+        epoch: of the view that has ended; who is in another one takes no notice.
+        why: in words.
+    """
+
+    kind: ClassVar[str] = "halt"
+    epoch: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Come out at the next boundary of steps, together with all others.
+
+    Attributes:
+        epoch: of the view that is about to end.
+        why: in words.
+    """
+
+    kind: ClassVar[str] = "pause"
+    epoch: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Become this.
+
+    Attributes:
+        view: to be.
+        before: the view under which the copies were made; None: everyone begins.
+        version: of the copies that all go on from.
+        where: by owner in `before` the member whose memory its copy is read from.
+        kept: by member the micro-batches of the step after that version that need not be computed again.
+    """
+
+    kind: ClassVar[str] = "adopt"
+    view: View
+    before: View | None
+    version: int
+    where: Mapping[int, int]
+    kept: Mapping[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """All members of the view are ready: go on.
+
+    Attributes:
+        epoch: of the view.
+    """
+
+    kind: ClassVar[str] = "go"
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Your part is over.
+
+    Attributes:
+        code: what the process is to exit with.
+        why: in words.
+    """
+
+    kind: ClassVar[str] = "end"
+    code: int
+    why: str
+
+
+Message = (
+    Hello | Warm | Beat | Halted | Ready | Committed | Leaving | Done | Failed | Told | Halt | Pause | Adopt | Go | End
+)
+_KINDS: dict[str, Any] = {
+    cls.kind: cls
+    for cls in (
+        Hello, Warm, Beat, Halted, Ready, Committed, Leaving, Done, Failed, Told, Halt, Pause, Adopt, Go, End,
+    )
+}  # fmt: skip
+
+
+def to_json(message: Message) -> dict[str, Any]:
+    """A message as JSON values."""
+    if isinstance(message, Adopt):
+        return {
+            "kind": message.kind,
+            "view": message.view.json(),
+            "before": None if message.before is None else message.before.json(),
+            "version": message.version,
+            "where": {str(owner): member for owner, member in message.where.items()},
+            "kept": {str(member): list(micros) for member, micros in message.kept.items()},
+        }
+    return {"kind": message.kind, **asdict(message)}
+
+
+def of_json(told: Mapping[str, Any]) -> Message:
+    """The message that `to_json` gave.
+
+    Raises:
+        MessageError: it is none.
+    """
+    kind = _KINDS.get(str(told.get("kind")))
+    if kind is None:
+        raise MessageError(f"this is no message: {told!r:.200}")
+    values = {key: value for key, value in told.items() if key != "kind"}
+    if set(values) != {field.name for field in fields(kind)}:
+        raise MessageError(f"a message {kind.kind!r} has {sorted(values)}")
+    try:
+        if kind is Adopt:
+            before = values["before"]
+            return Adopt(
+                View.of_json(values["view"]),
+                None if before is None else View.of_json(before),
+                int(values["version"]),
+                {int(owner): int(member) for owner, member in values["where"].items()},
+                {int(member): tuple(map(int, micros)) for member, micros in values["kept"].items()},
+            )
+        if kind is Halted:
+            values["copies"] = tuple((int(o), int(e), tuple(map(int, v))) for o, e, v in values["copies"])
+        found: Message = kind(**{key: _tuple(value) for key, value in values.items()})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise MessageError(f"a message {kind.kind!r} cannot be read: {error}") from None
+    return found
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,0 +1,216 @@
+"""From the copies that survivors have to the states that a member of the next view owns: one `plan`, then reads.
+
+Copies are flat: of every parameter a member has the elements it owns, in order, once for the weights and once for each
+state of the optimizer, which lie alike. So what is planned is one interval at a time of a parameter's elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resilin.checkpoint.tensor_record import DTYPES
+from resilin.cluster.peer import Peer
+from resilin.cluster.pool import Copy, CopyError, Pool, Slot, slots_of
+from resilin.layout import Layout, Place, Region, plan
+from resilin.parallel.ownership import Ownership
+
+
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """Who owns what of some parameters.
+
+    Attributes:
+        names: of the parameters.
+        ownership: of their elements.
+        members: the numbers of those whom `ownership` counts.
+    """
+
+    names: tuple[str, ...]
+    ownership: Ownership
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """An interval of a parameter's elements, in a copy and where it is wanted.
+
+    Attributes:
+        owner: whose copy.
+        start: the first element there, counted in what that member owns of the parameter.
+        at: the first element where it is wanted.
+        values: how many.
+    """
+
+    owner: int
+    start: int
+    at: int
+    values: int
+
+
+def pieces_owned(before: Owners, after: Owners, member: int) -> dict[str, list[Piece]]:
+    """What makes up the elements that a member owns from now on."""
+    place = after.members.index(member)
+    wanted = [
+        (name, _place(member), Region((run.begin,), (run.size,)))
+        for number, name in enumerate(after.names)
+        for run in after.ownership.runs_of(number, place)
+    ]
+    return _pieces(before, wanted)
+
+
+def pieces_whole(before: Owners, names: Sequence[str], member: int) -> dict[str, list[Piece]]:
+    """What makes up some parameters in whole."""
+    sizes = dict(zip(before.names, before.ownership.sizes, strict=True))
+    return _pieces(before, [(name, _place(member), Region((0,), (sizes[name],))) for name in names])
+
+
+def _place(member: int) -> Place:
+    return Place("host", str(member))
+
+
+def _pieces(before: Owners, wanted: Sequence[tuple[str, Place, Region]]) -> dict[str, list[Piece]]:
+    held = [
+        (name, _place(member), Region((run.begin,), (run.size,)))
+        for index, member in enumerate(before.members)
+        for number, name in enumerate(before.names)
+        for run in before.ownership.runs_of(number, index)
+    ]
+    shapes = {name: ((size,), "U8") for name, size in zip(before.names, before.ownership.sizes, strict=True)}
+    asked = {name for name, _, _ in wanted}
+    source = Layout.of(shapes, held)
+    target = Layout.of({name: shape for name, shape in shapes.items() if name in asked}, wanted)
+    found: dict[str, list[Piece]] = {}
+    for move in plan(source, target):
+        piece = Piece(int(move.source.place.name), move.source.start, move.target.start, move.region.numel)
+        found.setdefault(move.tensor, []).append(piece)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A tensor to be filled.
+
+    Attributes:
+        parameter: whose it is.
+        path: of the slot in copies.
+        memory: contiguous, in host memory; of the elements that pieces say, or, where the slot does not go by
+            elements (a step count, the state of a matrix owned in whole), of the slot's own size.
+        pieces: of the parameter.
+    """
+
+    parameter: str
+    path: str
+    memory: Tensor
+    pieces: Sequence[Piece]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a copy holds that is no owner's alone.
+
+    Attributes:
+        owner: whose copy.
+        rest: its JSON values.
+        tensors: by path, not filled yet.
+    """
+
+    owner: int
+    rest: Any
+    tensors: dict[str, Tensor]
+
+
+class Restorer:
+    """Reads from the copies of one version, wherever they are.
+
+    Args:
+        pool: this member's.
+        epoch: of the view under which the copies were made.
+        version: steps committed.
+        where: by owner the member in whose memory its copy is read.
+        connect: to another member.
+    """
+
+    def __init__(
+        self, pool: Pool, epoch: int, version: int, where: Mapping[int, int], connect: Callable[[int], Peer]
+    ) -> None:
+        self._pool, self._key, self._where, self._connect = pool, (epoch, version), where, connect
+        self._heads: dict[int, tuple[dict[tuple[str, str], Slot], Copy | None]] = {}
+        self._rest: dict[int, Any] = {}
+        self.read = 0
+        """Bytes that came from other members."""
+
+    def _head(self, owner: int) -> tuple[dict[tuple[str, str], Slot], Copy | None]:
+        if owner not in self._heads:
+            place = self._where[owner]
+            if place == self._pool.member:
+                copy = self._pool.get(owner, *self._key)
+                copy.check()
+                self._heads[owner] = {(s.parameter, s.path): s for s in copy.slots}, copy
+                self._rest[owner] = copy.rest
+            else:
+                head = self._connect(place).head(owner, *self._key)
+                self._heads[owner] = {(s.parameter, s.path): s for s in slots_of(head)}, None
+                self._rest[owner] = head["rest"]
+        return self._heads[owner]
+
+    def rest(self, owner: int) -> Shared:
+        """What of a copy is no owner's alone."""
+        slots, _ = self._head(owner)
+        tensors = {
+            slot.path: torch.empty(slot.shape, dtype=DTYPES[slot.dtype])
+            for (parameter, _), slot in slots.items()
+            if not parameter
+        }
+        return Shared(owner, self._rest[owner], tensors)
+
+    def fill(self, needs: Sequence[Need]) -> None:
+        """Fill tensors.
+
+        Raises:
+            CopyError: a copy is missing or damaged, or has something else.
+            PeerError: a member went away.
+        """
+        asked: dict[int, list[tuple[int, int, Tensor]]] = {}  # by owner: first byte, bytes, where to
+        for need in needs:
+            memory = need.memory.view(-1)
+            if not need.memory.is_contiguous():
+                raise ValueError(f"the memory for {need.path} of {need.parameter!r} is not contiguous")
+            for piece in need.pieces:
+                slots, _ = self._head(piece.owner)
+                slot = slots.get((need.parameter, need.path))
+                if slot is None:
+                    raise CopyError(f"the copy of member {piece.owner} has no {need.path} of {need.parameter!r}")
+                if DTYPES[slot.dtype] != memory.dtype:
+                    raise CopyError(f"{need.path} of {need.parameter!r} is {slot.dtype} there and {memory.dtype} here")
+                item = memory.element_size()
+                if memory.numel() >= piece.at + piece.values and slot.bytes >= (piece.start + piece.values) * item:
+                    to = memory[piece.at : piece.at + piece.values]
+                    entry = slot.start + piece.start * item, piece.values * item, to
+                elif slot.bytes == memory.nbytes:  # not by elements: any owner's will do
+                    entry = slot.start, slot.bytes, memory
+                else:
+                    raise CopyError(
+                        f"{need.path} of {need.parameter!r} has {slot.bytes} bytes at member {piece.owner} and "
+                        f"{memory.nbytes} here"
+                    )
+                asked.setdefault(piece.owner, []).append(entry)
+                if entry[2] is memory:
+                    break
+        for owner, entries in asked.items():
+            self._read(owner, entries)
+
+    def _read(self, owner: int, entries: Sequence[tuple[int, int, Tensor]]) -> None:
+        _, copy = self._head(owner)
+        if copy is not None:
+            parts = [copy.data[start : start + size] for start, size, _ in entries]
+        else:
+            peer = self._connect(self._where[owner])
+            parts = peer.get(owner, *self._key, [(start, size) for start, size, _ in entries])
+            self.read += sum(size for _, size, _ in entries)
+        for part, (_, _, to) in zip(parts, entries, strict=True):
+            to.view(torch.uint8).copy_(part)  # bytes into bytes: what was read may lie at any address

@@ -1,0 +1,372 @@
+"""A run whose workers come and go: what one of them does at every boundary of steps, and when something has changed.
+
+The step loop stays what it is. Before each step this worker's states are copied and given to their holders; when an
+exchange fails or the launcher says so, the worker comes out, takes the place that the next view gives it, fills what it
+owns from the copies that survivors have, and the loop goes on (ElasWave, sections 6 to 9).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from resilin.checkpoint.background import BackgroundSaves
+from resilin.checkpoint.folder import CheckpointFolder
+from resilin.checkpoint.tree import put_together, take_apart
+from resilin.cluster.agent import Agent, HaltedError
+from resilin.cluster.failure import kind_of
+from resilin.cluster.links import Links, LinksCutError
+from resilin.cluster.peer import Address, Peer, PeerError, PeerServer
+from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
+from resilin.cluster.protocol.messages import Adopt
+from resilin.cluster.restore import Need, Owners, Piece, Restorer, Shared, pieces_owned, pieces_whole
+from resilin.cluster.snapshots import Snapshots, StoppedError
+from resilin.cluster.sum64 import sum64
+from resilin.cluster.view import View
+from resilin.cluster.view_world import ViewWorld
+from resilin.nouns import Optimizer
+from resilin.parallel import activity
+from resilin.parallel.assemble import Assembled
+from resilin.parallel.blueprint import DENSE, Blueprint
+from resilin.parallel.degrees import Degrees
+from resilin.parallel.ownership import Ownership
+from resilin.parallel.state import StateLayout
+from resilin.parallel.stretches import Kept, left_to_do
+from resilin.parallel.workers import in_runs
+from resilin.run.run import Run
+from resilin.transforms import OptimizerTransform
+
+WEIGHTS = "weights"
+_REST = ("source", "objective", "run")
+
+
+_CHANGED = (HaltedError, LinksCutError, StoppedError, PeerError, CopyError)
+_PAUSE = 1000  # more than any signal
+
+
+class _Marking(OptimizerTransform):
+    """Notes when the weights are between two versions."""
+
+    def __init__(self, inner: Optimizer, weights: _Weights) -> None:
+        super().__init__(inner)
+        self._weights = weights
+
+    def step(self, step: int) -> Mapping[str, float]:
+        """The update of a step."""
+        self._weights.version = None
+        logs = self.inner.step(step)
+        self._weights.version = step + 1
+        return logs
+
+
+@dataclass
+class _Weights:
+    """Which version the model's weights in this process are of; None: of none."""
+
+    version: int | None = None
+
+
+class Elastic:
+    """What makes a run elastic, at one worker.
+
+    Args:
+        agent: speaks with the launcher.
+        host: the address at which other members reach this one.
+    """
+
+    def __init__(self, agent: Agent, host: str = "127.0.0.1") -> None:
+        self._agent, self.number = agent, agent.number
+        self.pool = Pool(self.number)
+        self._server = PeerServer(self.pool, agent.secret, host)
+        agent.store.set(f"peer/{self.number}", f"{self._server.address.host}:{self._server.address.port}")
+        self.snapshots = Snapshots(self._connect)
+        self._weights = _Weights()
+        self._links: Links | None = None
+        self._staged: tuple[int, int] | None = None
+        self._fresh = True
+        self._kept: Kept | None = None
+        self.load: Callable[[Run], object] = lambda run: None
+        """Fills a run that begins: from a checkpoint, where there is one."""
+        agent.on_halt(self._sever)
+
+    # -- the beginning ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The body, at one worker before all others: what it prepares, they find."""
+        store, mine = self._agent.store, str(self.number)
+        first = store.compare_set("preparing", "", mine).decode() == mine
+        with activity.waiting((-1,), "waiting for what the first worker prepares"):
+            while not (first or store.check(["prepared"])):
+                self._agent.check()
+                time.sleep(0.05)
+        yield
+        if first:
+            store.set("prepared", mine)
+
+    def first(
+        self,
+        blueprint: Blueprint,
+        assemble: Callable[[ViewWorld, Blueprint], Assembled],
+        store: Callable[[ViewWorld], CheckpointFolder] | None = None,
+    ) -> None:
+        """Take this worker's first place, and build there.
+
+        Args:
+            blueprint: of the model, of any degrees.
+            assemble: makes engine and optimizer for a world.
+            store: makes the folder of checkpoints of a view's workers.
+        """
+        self._blueprint, self._assemble, self._store = blueprint, assemble, store
+        change = self._agent.warm()
+        while True:
+            try:
+                self._take_place(change)
+            except (RuntimeError, OSError) as error:
+                change = self._next(None, error)
+            else:
+                return
+
+    def attach(self, run: Run) -> None:
+        """Give a run that was just built this worker's states; returns once all workers have theirs."""
+        self._go_on(run, self.change, placed=True)
+
+    # -- at every boundary --------------------------------------------------------------------------------------
+
+    def boundary(self, run: Run) -> None:
+        """Before a step: keep a copy of this worker's states, and send it to its holders meanwhile."""
+        epoch = self.change.view.epoch
+        if self._staged != (epoch, run.step):
+            activity.doing("copying its states")
+            copy = self._copy(run, epoch)
+            self.pool.put(copy)
+            self.snapshots.give(copy)
+            self._staged = epoch, run.step
+            if run.step > self.change.version:  # an exchange under this view has been completed
+                self.pool.forget(epoch)
+            self._agent.committed(run.step)
+
+    def asks(self, signal: int) -> int:
+        """To come out, if a change was announced; else what the signal asks."""
+        return _PAUSE if self._agent.pausing else signal
+
+    def agreed(self, number: int) -> int:
+        """The signal that all end for.
+
+        Raises:
+            HaltedError: everyone comes out here.
+        """
+        if number == _PAUSE:
+            raise HaltedError("a change was announced")
+        return number
+
+    def ended(self, run: Run) -> None:
+        """Wait until all others have ended too.
+
+        Raises:
+            HaltedError: something has changed before that.
+        """
+        digest = self._digest(run)
+        with activity.waiting((-1,), "waiting for the others to end"):
+            self._agent.done(run.step, digest)
+
+    def leave(self) -> None:
+        """End, once this worker's states are elsewhere."""
+        self._agent.leaving()
+
+    @property
+    def lead(self) -> bool:
+        """Whether this worker speaks for the run."""
+        return self.world.rank == 0
+
+    def _copy(self, run: Run, epoch: int) -> Copy:
+        state = run.state_dict()
+        apart = take_apart({key: state[key] for key in ("optimizer", *_REST)})
+        tensors: list[tuple[str, str, Tensor]] = [
+            (name, WEIGHTS, shard)
+            for reduction in self.made.reductions.values()
+            for name, shard in reduction.shards.items()
+        ]
+        for name, tensor in apart.tensors.items():
+            assert isinstance(tensor, Tensor)
+            tensors.append((*self._slot(name), tensor))
+        tensors += [("", f"model/{name}", t) for name, t in state["model"].items() if name not in self._blueprint.rows]
+        assert isinstance(apart.json, dict)
+        return copy_of(self.number, epoch, run.step, tensors, {key: apart.json[key] for key in _REST}, self.pool)
+
+    def _slot(self, name: str) -> tuple[str, str]:
+        """Parameter and path of a tensor of the state."""
+        head, _, slot = name.rpartition("/")
+        path, _, parameter = head.rpartition("/")
+        owned = name.startswith("optimizer/") and parameter in self._blueprint.rows
+        return (parameter, f"{path}/{{}}/{slot}") if owned else ("", name)
+
+    # -- changes ------------------------------------------------------------------------------------------------
+
+    def recover(self, run: Run, error: Exception) -> bool:
+        """Go on after something failed since the view changed, or will; False: it is this worker's own failure."""
+        if not isinstance(error, _CHANGED) and kind_of(error) == "reason":
+            return False
+        self._go_on(run, self._next(run, error))
+        return True
+
+    def _go_on(self, run: Run, change: Adopt, placed: bool = False) -> None:
+        while True:
+            try:
+                if not placed:
+                    self._take_place(change)
+                placed = False
+                self._settle(run, change)
+                return
+            except (RuntimeError, OSError) as error:
+                if not isinstance(error, _CHANGED) and kind_of(error) == "reason":
+                    raise
+                change = self._next(run, error)
+
+    def _sever(self, why: str) -> None:
+        self.snapshots.stop(why)
+        if self._links is not None:
+            self._links.cut()
+
+    def _next(self, run: Run | None, error: BaseException) -> Adopt:
+        """Say where this worker stands, and hear what becomes of it."""
+        self._sever(str(error))
+        kept = self._kept = self.made.engine.kept if run is not None else None
+        step = run.step if run is not None else None
+        micros = kept.micros if kept is not None and kept.step == step else ()
+        with activity.waiting((-1,), "waiting for its place in the next view"):
+            return self._agent.halted(error, step, self.pool.versions(), micros)
+
+    def _take_place(self, change: Adopt) -> None:
+        """Groups, engine and optimizer of a view."""
+        activity.doing("taking its place")
+        view, kept = change.view, self._kept
+        self._links = Links(self._agent.store, view.epoch, view.members.index(self.number), self._agent.timeout)
+        self._agent.check()  # it may have been called off before there was anything to cut
+        self.world = ViewWorld(view, self.number, self._links)
+        activity.now.place = self.world.where
+        blueprint = self._of(view)
+        made = self._assemble(self.world, blueprint)
+        engine = made.engine
+        engine.keeps = True
+        engine.kept = kept if kept is not None and kept.micros == tuple(change.kept.get(self.number, ())) else None
+        engine.dealt = partial(_dealt, change, view.members)
+        engine.ready = lambda: self.snapshots.wait(self._staged[1] if self._staged is not None else 0)
+        self.made, self.optimizer, self.change = made, _Marking(made.optimizer, self._weights), change
+        self.layout = StateLayout(blueprint, self.world.everyone)
+
+    def _of(self, view: View) -> Blueprint:
+        degrees = Degrees(data=len(view.members))
+        return replace(self._blueprint, degrees=degrees, virtual={DENSE: view.stages[0].owners})
+
+    def _owners(self, view: View) -> Owners:
+        blueprint = self._of(view)
+        names = tuple(self._blueprint.trained)
+        sizes = tuple(math.prod(blueprint.specs[name].shape) for name in names)
+        whole = tuple(blueprint.whole_owners.get(name) for name in names)
+        ownership = Ownership(sizes, blueprint.table(DENSE), whole, len(view.members))
+        return Owners(names, ownership, view.members)
+
+    def _settle(self, run: Run, change: Adopt) -> None:
+        """Give the run its part in the view, and this worker's states; returns once all workers have theirs."""
+        run.workers = run.engine = self.made.engine
+        run.optimizer, run.layout = self.optimizer, self.layout
+        self._new_store(run)
+        with ExitStack() as stack:
+            peers: dict[int, Peer] = {}
+
+            def connect(member: int) -> Peer:
+                if member not in peers:
+                    peers[member] = self._connect(member)
+                    stack.callback(peers[member].close)
+                return peers[member]
+
+            if change.before is None:
+                self.load(run)
+            else:
+                self._fill(run, change, Restorer(self.pool, change.before.epoch, change.version, change.where, connect))
+        self._weights.version, self._fresh = run.step, False
+        self.snapshots.begin(change.view.holders[self.number])
+        digest = self._digest(run)
+        with activity.waiting((-1,), "waiting for the others to be ready"):
+            self._agent.adopted(change, digest)
+
+    def _new_store(self, run: Run) -> None:
+        if self._store is None:
+            return
+        run.leave_saves()
+        run.checkpoints = self._store(self.world)
+        if run.pace.asynchronous:
+            run.saves = BackgroundSaves(run.checkpoints)
+
+    @torch.no_grad()
+    def _fill(self, run: Run, change: Adopt, restorer: Restorer) -> None:
+        assert change.before is not None
+        activity.doing("reading its states from copies")
+        before, after = self._owners(change.before), self._owners(change.view)
+        needs = []
+        if self._weights.version != change.version:
+            parameters = dict(run.model.named_parameters())
+            whole = pieces_whole(before, before.names, self.number)
+            needs += [Need(name, WEIGHTS, parameters[name].data, whole[name]) for name in before.names]
+        state = self.optimizer.state_dict()
+        apart = take_apart({"optimizer": state})
+        mine = pieces_owned(before, after, self.number)
+        for name, tensor in apart.tensors.items():
+            assert isinstance(tensor, Tensor)
+            parameter, path = self._slot(name)
+            if parameter:
+                needs.append(Need(parameter, path, tensor, mine[parameter]))
+        anyone = next(iter(change.where))
+        shared = restorer.rest(self.number if self.number in change.where else anyone)
+        needs += [Need("", name, t, [Piece(shared.owner, 0, 0, t.numel())]) for name, t in shared.tensors.items()]
+        restorer.fill(needs)
+        self.optimizer.load_state_dict(state)
+        run.engine.loaded()
+        if run.step != change.version or self._fresh:
+            self._take_rest(run, shared)
+
+    def _take_rest(self, run: Run, shared: Shared) -> None:
+        """What is no owner's alone: progress, the states of source and objective, what of the model is not trained."""
+        tree = put_together(shared.rest, shared.tensors.__getitem__)
+        run.source.load_state_dict(tree["source"])
+        run.objective.load_state_dict(tree["objective"])
+        progress = tree["run"]
+        run.step, run.skipped, run.samples = progress["step"], progress["skipped"], progress["samples"]
+        own = run.model.state_dict()
+        for name, tensor in shared.tensors.items():
+            if name.startswith("model/"):
+                own[name.removeprefix("model/")].copy_(tensor)
+
+    def _digest(self, run: Run) -> str:
+        """Of the weights, which all members of a stage have alike."""
+        total = 0
+        for name, parameter in run.model.named_parameters():
+            if name in self._blueprint.rows:
+                total = (total * 0x100000001B3 + sum64(parameter.detach().cpu())) & 0xFFFFFFFFFFFFFFFF
+        return f"{total:016x}"
+
+    def _connect(self, member: int) -> Peer:
+        address = self._agent.store.get(f"peer/{member}").decode()
+        host, _, port = address.rpartition(":")
+        return Peer(Address(host, int(port)), self._agent.secret, self._agent.timeout)
+
+    def close(self) -> None:
+        """End the threads and connections of this worker."""
+        self._sever("this member ends")
+        self.snapshots.close()
+        self._server.close()
+
+
+def _dealt(change: Adopt, members: Sequence[int], step: int, micros: int) -> list[list[int]] | list[range]:
+    """Runs of neighbours; a step that is redone leaves everyone what he has finished."""
+    if step != change.version or not change.kept:
+        return in_runs(micros, len(members))
+    return left_to_do(micros, [change.kept.get(member, ()) for member in members])

@@ -1,0 +1,184 @@
+"""A run whose workers come and go, from the launcher's side and from a worker's."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch._C._distributed_c10d import TCPStore
+
+from resilin.checkpoint.folder import CheckpointFolder
+from resilin.checkpoint.lock import lock_folder, unlock_folder
+from resilin.cluster.agent import Agent, EndedError
+from resilin.cluster.elastic_job import COORDINATOR, SECRET, STORE, ElasticJob, JobEnded
+from resilin.cluster.faults import Fault, await_faults, to_environment
+from resilin.cluster.position import MEMBER
+from resilin.cluster.protocol.coordinator import Rules
+from resilin.config import parse_settings
+from resilin.run.build import build_run
+from resilin.run.device import choose_device
+from resilin.run.elastic import Elastic
+from resilin.run.elastic_place import check_elastic
+from resilin.run.events import Cluster, Event, Listener, from_json, to_json
+from resilin.run.folder import RunFolder
+from resilin.run.run import Outcome
+from resilin.run.settings import RunSettings
+from resilin.run.start import listeners_of, resume_from_latest, settle
+
+_ONCE = ("step", "eval", "save", "start", "end")
+
+
+def launch(
+    settings: RunSettings,
+    path: Path,
+    command: Sequence[str],
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    faults: Sequence[Fault] = (),
+    watch: Callable[[ElasticJob, Event], None] = lambda job, event: None,
+) -> JobEnded:
+    """Start the workers of a run, and see it through.
+
+    Args:
+        settings: of the run; `parallel.workers` begin.
+        path: the run's folder.
+        command: what every worker runs.
+        resume: go on from the last checkpoint.
+        accept_changes: although settings that decide what is learned have changed.
+        faults: failures on purpose.
+        watch: told of the job's events, once each; it may ask the job for something.
+    """
+    folder = RunFolder(path)
+    check_elastic(settings, settings.parallel.degrees(settings.parallel.workers), choose_device(settings.train.device))
+    settings = settle(settings, folder, resume=resume)
+    folder.prepare(settings, resume=resume, accept_changes=accept_changes)
+    before = folder.checkpoints_of() if folder.holds_run() else None
+    workers = folder.path / "workers"
+    workers.mkdir(parents=True, exist_ok=True)
+    cluster = settings.cluster
+    rules = Rules(
+        members=settings.parallel.workers,
+        least=cluster.least,
+        copies=cluster.copies,
+        silence=cluster.silence,
+        hang=cluster.hang,
+    )
+    facts = {
+        "settings": json.dumps(settings.model_dump(mode="json")),
+        "folder": str(folder.path.resolve()),
+        "resume": json.dumps([str(before)] if resume and before is not None else ["-"] if resume else []),
+    }
+    with ExitStack() as stack:
+        lock_folder(workers)
+        stack.callback(unlock_folder, workers)
+        log = EventLog(listeners_of(settings, folder, 0))
+        stack.callback(log.close)
+        job = ElasticJob(
+            command,
+            rules,
+            workers,
+            facts=facts,
+            hear=log.hear,
+            note=log.note,
+            replace=cluster.replace,
+            environment=to_environment(faults),
+        )
+        log.also(partial(watch, job))
+        return job.run()
+
+
+class EventLog:
+    """Passes the events of whoever speaks for the run on to listeners, each once: a step that is redone is the same.
+
+    Args:
+        listeners: of the launcher.
+    """
+
+    def __init__(self, listeners: Sequence[Any]) -> None:
+        self._listeners = [*listeners]
+        self._also: list[Listener] = []
+        self._seen: set[tuple[Any, ...]] = set()
+
+    def hear(self, told: Mapping[str, Any]) -> None:
+        """An event, as JSON values."""
+        event = from_json(told)
+        key = event.event, told.get("step"), told.get("name")
+        if event.event in _ONCE:
+            if key in self._seen:
+                return
+            self._seen.add(key)
+        self._pass_on(event)
+
+    def note(self, what: str, facts: Mapping[str, Any]) -> None:
+        """A decision of the coordinator."""
+        self._pass_on(Cluster(what=what, facts=facts))
+
+    def _pass_on(self, event: Event) -> None:
+        for listener in (*self._listeners, *self._also):
+            listener(event)
+
+    def also(self, listener: Listener) -> None:
+        """One more listener, which need not be closed."""
+        self._also.append(listener)
+
+    def close(self) -> None:
+        """Close the listeners."""
+        for listener in self._listeners:
+            listener.close()
+
+
+class _Speaker:
+    """Tells the launcher of the run's events, if this worker speaks for the run."""
+
+    def __init__(self, agent: Agent, elastic: Elastic) -> None:
+        self._agent, self._elastic = agent, elastic
+
+    def __call__(self, event: Event) -> None:
+        if self._elastic.lead:
+            self._agent.tell(to_json(event))
+
+
+def work(extra_listeners: Sequence[Listener] = ()) -> Outcome:
+    """Be one of the workers of a run, as the environment says, until it is over for this one.
+
+    Raises:
+        EndedError: it is over for this worker, with its exit code.
+    """
+    host, _, port = os.environ[COORDINATOR].rpartition(":")
+    store_host, _, store_port = os.environ[STORE].rpartition(":")
+    store = TCPStore(store_host, int(store_port), None, False, timedelta(seconds=60))
+    settings = parse_settings(RunSettings, json.loads(store.get("settings")), "the launcher's settings")
+    folder, resume = RunFolder(Path(store.get("folder").decode())), json.loads(store.get("resume"))
+    number, secret = int(os.environ[MEMBER]), os.environ[SECRET]
+    await_faults(number)
+    agent = Agent((host, int(port)), number, secret, store, socket.gethostname(), settings.parallel.timeout)
+    elastic = Elastic(agent)
+    with ExitStack() as stack:
+        stack.callback(agent.close)
+        stack.callback(elastic.close)
+        try:
+            run = build_run(settings, folder, elastic=elastic)
+            if resume:
+                old = [CheckpointFolder(Path(place)) for place in resume if place != "-"]
+                elastic.load = lambda run: any(resume_from_latest(run, at) for at in [run.checkpoints, *old] if at)
+            elastic.attach(run)
+            run.listeners = (_Speaker(agent, elastic), *extra_listeners)
+            return run.train()
+        except EndedError:
+            raise
+        except Exception as error:
+            agent.failed(error)
+            raise
+        finally:
+            sys.stdout.flush()
+            with suppress(Exception):
+                elastic.close()

@@ -1,0 +1,86 @@
+"""Groups of one epoch, and how they are cut."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from forked import run_ranks
+
+from resilin.cluster.links import Links, LinksCutError
+from resilin.parallel.exchange import add_up, share, swap
+from resilin.parallel.messages import tell_all
+
+
+def store_at(port: int) -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=30))
+
+
+def waits_for_survivor(rank: int, port: int) -> tuple[float, float, list[int]]:
+    store = store_at(port)
+    links = Links(store, 0, rank, 60)
+    group = links.group("everyone", range(3))
+    assert add_up(torch.ones(1), group).item() == 3
+    if rank == 2:
+        time.sleep(0.3)
+        links.cut()  # as if it had ended
+        return 0.0, 0.0, []
+    if rank == 1:  # told by the launcher, while it waits for one that is alive and waits as well
+        threading.Timer(0.6, links.cut).start()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError):
+        dist.irecv(torch.zeros(1), group=group.process_group, group_src=1 - rank).wait()
+    came_out = time.monotonic() - began
+    links.cut()
+    with pytest.raises(LinksCutError):
+        links.group("more", range(3))
+    began = time.monotonic()
+    group = Links(store, 1, rank, 60).group("everyone", range(2))
+    told = tell_all(rank, group)
+    return came_out, time.monotonic() - began, told
+
+
+@pytest.fixture
+def port():
+    store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
+    yield store.port
+    del store
+
+
+def test_whoever_waits_in_a_group_comes_out_when_it_is_cut_and_a_new_one_works(port: int):
+    results = run_ranks(3, waits_for_survivor, port, connect=False)
+    assert [told for _, _, told in results] == [[0, 1], [0, 1], []]
+    assert all(came_out < 20 for came_out, _, _ in results)  # and not after the time-out of 60 s
+
+
+def never_comes(rank: int, port: int) -> float:
+    links = Links(store_at(port), 0, rank, 60)
+    if rank == 1:
+        return 0.0
+    threading.Timer(0.3, links.cut).start()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError):
+        links.group("everyone", range(2))
+    return time.monotonic() - began
+
+
+def test_whoever_waits_for_a_group_to_be_made_comes_out_too(port: int):
+    assert run_ranks(2, never_comes, port, connect=False)[0] < 20
+
+
+def patterns(rank: int, port: int) -> bool:
+    group = Links(store_at(port), 0, rank, 60).group("everyone", range(3))
+    parts = [torch.full((2,), float(r)) if r == rank else torch.zeros(2) for r in range(3)]
+    share(parts, group)()
+    received = torch.zeros(3)
+    swap(received, torch.arange(3.0) + 10 * rank, [1] * 3, [1] * 3, group)()
+    assert group.backend == "gloo"
+    return [p[0].item() for p in parts] == [0, 1, 2] and received.tolist() == [rank, 10 + rank, 20 + rank]
+
+
+def test_the_exchanges_of_an_engine_work_in_such_groups(port: int):
+    assert run_ranks(3, patterns, port, connect=False) == [True] * 3

@@ -1,0 +1,232 @@
+"""The membership protocol under thousands of schedules of failures, and rule by rule."""
+
+from __future__ import annotations
+
+import pytest
+from elastic_simulation import Plan, Sim, WrongError, simulate
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resilin.cluster.changes import first_view
+from resilin.cluster.protocol import messages
+from resilin.cluster.protocol.coordinator import Coordinator, Fence, Finish, Note, Rules, Tell
+from resilin.cluster.protocol.messages import (
+    Adopt,
+    Beat,
+    Committed,
+    Done,
+    End,
+    Failed,
+    Go,
+    Halt,
+    Halted,
+    Hello,
+    Leaving,
+    MessageError,
+    Pause,
+    Ready,
+    Told,
+    Warm,
+    of_json,
+    to_json,
+)  # fmt: skip
+
+VIEW = first_view([0, 1, 2], dict.fromkeys(range(3), "here"))
+EVERY = [
+    Hello("here"), Warm(), Beat(3, "data 1", "forward", (1, 2), 0.5, "run.py:1"), Leaving(), Told({"event": "x"}),
+    Halted(2, "lost", None, ((0, 1, (3, 4)),), (5,)), Ready(1, "a", "b"), Committed(1, 7), Done(1, 9, "c"),
+    Failed(3, "KeyError", "trace"), Halt(1, "why"), Pause(1, "why"), Go(2), End(0, "why"),
+    Adopt(VIEW, None, 0, {}, {}), Adopt(VIEW, VIEW, 4, {0: 1, 1: 1}, {1: (2, 3)}),
+]  # fmt: skip
+
+
+def many(seeds: int, broken: frozenset[str]) -> None:
+    for seed in range(seeds):
+        simulate(seed, broken)
+
+
+@pytest.mark.parametrize("block", range(6))
+def test_no_schedule_of_failures_breaks_it(block: int):
+    for seed in range(50 * block, 50 * block + 50):
+        simulate(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(20))
+def test_no_schedule_of_ten_thousand_breaks_it(block: int):
+    for seed in range(300 + 500 * block, 300 + 500 * block + 500):
+        simulate(seed)
+
+
+@pytest.mark.parametrize("duty", ["acks", "forget", "kept", "stale"])
+def test_the_simulation_notices_a_duty_that_is_neglected(duty: str):
+    with pytest.raises(WrongError):
+        many(300, frozenset({duty}))
+
+
+def test_a_schedule_happens_again_to_the_letter():
+    first, again = simulate(13), simulate(13)
+    assert (first.now, first.count, first.notes) == (again.now, again.count, again.notes)
+
+
+def test_without_events_nothing_changes():
+    sim = Sim(Plan(1, 6, 3)).run()
+    assert sim.finish == Finish(True, "all 6 steps were taken")
+    assert [note.facts["epoch"] for note in sim.notes if note.what == "change"] == [0]
+
+
+def test_a_single_loss_costs_no_step_and_no_micro_batch_that_was_kept():
+    sim = Sim(Plan(3, 12, 4, [(2.0, "kill", 1)])).run()
+    (change,) = [note.facts for note in sim.notes if note.what == "change" and note.facts["epoch"] == 1]
+    assert (sim.finish.good, change["redone"] <= 1, len(change["members"])) == (True, True, 3)
+
+
+@pytest.mark.parametrize("message", EVERY, ids=lambda message: message.kind)
+def test_a_message_comes_back_from_json(message: messages.Message):
+    assert of_json(to_json(message)) == message
+
+
+@pytest.mark.parametrize(
+    "told", [{}, {"kind": "go"}, {"kind": "go", "epoch": 1, "more": 2}, {"kind": "adopt", "view": 3}, {"kind": ["go"]}]
+)
+def test_what_is_no_message_is_refused(told: dict):
+    with pytest.raises(MessageError):
+        of_json(told)
+
+
+@given(st.dictionaries(st.text(max_size=8), st.one_of(st.integers(), st.text(max_size=8), st.none()), max_size=4))
+def test_anything_else_is_refused_too(told: dict):
+    with pytest.raises(MessageError):
+        of_json(told | {"kind": "halted"})
+
+
+class Job:
+    """A coordinator with members that are asked to say things."""
+
+    def __init__(self, members: int, **rules: object) -> None:
+        self.coordinator = Coordinator(Rules(members=members, **rules))
+        self.now, self.effects = 0.0, []
+        for number in range(members):
+            self.say(number, Hello("here"))
+            self.say(number, Warm())
+
+    def say(self, number: int, message: messages.Message) -> list:
+        self.effects = self.coordinator.told(number, message, self.now)
+        return self.effects
+
+    def told(self, kind: type) -> dict[int, messages.Message]:
+        return {e.number: e.message for e in self.effects if isinstance(e, Tell) and isinstance(e.message, kind)}
+
+    def all_ready(self, state: str = "same") -> None:
+        view = self.coordinator._next
+        for number in view.members:
+            self.say(number, Ready(view.epoch, view.digest, state))
+
+    def halted(self, number: int, copies: list, kept: tuple[int, ...] = (), step: int = 5) -> list:
+        epoch = self.coordinator.members[number].epoch
+        return self.say(number, Halted(epoch, "lost", step, tuple(copies), kept))
+
+
+def test_all_go_only_when_all_are_ready():
+    job = Job(3)
+    assert set(job.told(Adopt)) == {0, 1, 2}
+    view = job.coordinator._next
+    assert not job.say(0, Ready(0, view.digest, "s"))
+    assert not job.say(1, Ready(0, view.digest, "s"))
+    job.say(2, Ready(0, view.digest, "s"))
+    assert set(job.told(Go)) == {0, 1, 2}
+
+
+def test_members_with_different_states_do_not_train():
+    job = Job(2)
+    view = job.coordinator._next
+    job.say(0, Ready(0, view.digest, "one"))
+    (finish,) = [e for e in job.say(1, Ready(0, view.digest, "other")) if isinstance(e, Finish)]
+    assert not finish.good
+    assert "different states" in finish.why
+
+
+def test_the_newest_version_that_is_whole_is_taken_and_kept_work_is_dealt():
+    job = Job(3)
+    job.all_ready()
+    job.effects = job.coordinator.gone(1, "was killed", 1.0)
+    assert set(job.told(Halt)) == {0, 2}
+    job.halted(0, [(0, 0, (5, 6)), (2, 0, (5,))], (0, 1), step=5)
+    job.halted(2, [(2, 0, (5, 6)), (1, 0, (5,))], (6,), step=5)
+    adopt = job.told(Adopt)[0]
+    assert (adopt.version, adopt.where, adopt.kept) == (5, {0: 0, 1: 2, 2: 2}, {0: (0, 1), 2: (6,)})
+    assert adopt.view.members == (0, 2)
+
+
+def test_states_that_are_lost_end_the_job_by_name():
+    job = Job(3)
+    job.all_ready()
+    job.coordinator.gone(1, "was killed", 1.0)
+    job.coordinator.gone(2, "was killed", 1.0)
+    (finish,) = [e for e in job.halted(0, [(0, 0, (5,)), (2, 0, (5,))]) if isinstance(e, Finish)]
+    assert "member 1 (copied to [2])" in finish.why
+    assert "--resume" in finish.why
+
+
+def test_who_is_silent_is_fenced_and_not_heard_any_more():
+    job = Job(2, silence=3.0)
+    job.all_ready()
+    job.now = 2.0
+    job.say(0, Beat(1, "", "forward", (1,), 0.1, ""))
+    effects = job.coordinator.tick(4.0)
+    assert [e.number for e in effects if isinstance(e, Fence)] == [1]
+    assert not job.say(1, Committed(0, 9))
+    assert job.coordinator.version == 0
+
+
+def test_who_hangs_is_fenced_but_not_who_waits():
+    job = Job(2, hang=60.0)
+    job.all_ready()
+    job.now = 90.0
+    job.say(0, Beat(1, "", "exchanging gradients", (1,), 90.0, ""))
+    job.say(1, Beat(1, "", "reading its slots", (), 61.0, "mine.py:3"))
+    effects = job.coordinator.tick(90.1)
+    assert [(e.number, "mine.py:3" in e.why) for e in effects if isinstance(e, Fence)] == [(1, True)]
+
+
+def test_a_newcomer_is_taken_in_at_a_boundary_and_a_leaver_goes_after_its_states_are_read():
+    job = Job(2)
+    job.all_ready()
+    job.say(7, Hello("there"))
+    job.say(7, Warm())
+    assert set(job.told(Pause)) == {0, 1}
+    job.say(0, Leaving())
+    job.halted(0, [(0, 0, (5,)), (1, 0, (5,))])
+    job.halted(1, [(1, 0, (5,)), (0, 0, (5,))])
+    adopt = job.told(Adopt)[7]
+    assert (set(job.told(Adopt)), adopt.view.members, adopt.where) == ({1, 7}, (1, 7), {0: 0, 1: 1})
+    assert not job.told(End)
+    job.all_ready()
+    assert set(job.told(End)) == {0}
+
+
+def test_a_program_that_fails_at_two_members_at_one_step_ends_the_job_with_its_trace():
+    job = Job(3)
+    job.all_ready()
+    assert not [e for e in job.say(0, Failed(4, "KeyError: 'row'", "trace 0")) if isinstance(e, Finish)]
+    (finish,) = [e for e in job.say(1, Failed(4, "KeyError: 'row'", "trace 1")) if isinstance(e, Finish)]
+    assert (finish.good, finish.failure) == (False, "trace 0")
+
+
+def test_changes_without_a_step_do_not_go_on_for_ever():
+    job = Job(2, aborted=3)
+    for _ in range(3):
+        job.all_ready()
+        job.halted(0, [(0, e, (5,)) for e in range(9)] + [(1, e, (5,)) for e in range(9)])
+        job.halted(1, [(1, e, (5,)) for e in range(9)] + [(0, e, (5,)) for e in range(9)])
+    job.all_ready()
+    job.halted(0, [])
+    (finish,) = [e for e in job.halted(1, []) if isinstance(e, Finish)]
+    assert "without a step" in finish.why
+
+
+def test_every_change_is_explained():
+    job = Job(2)
+    job.all_ready()
+    (note,) = [e for e in job.effects if isinstance(e, Note)]
+    assert {"epoch", "why", "members", "version", "redone", "kept", "shards_moved"} <= set(note.facts)

@@ -1,0 +1,177 @@
+"""Runs whose workers are killed, stopped, added and let go, beside one process that nothing ever happened to."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resilin.checkpoint.folder import CheckpointFolder
+from resilin.cluster.elastic_job import ElasticJob, JobEnded
+from resilin.cluster.faults import Fault
+from resilin.cluster.local import worker_command
+from resilin.config import parse_settings
+from resilin.parallel.errors import ParallelError
+from resilin.run.elastic_start import launch
+from resilin.run.events import Cluster, Event, StepDone
+from resilin.run.settings import RunSettings
+from resilin.run.start import start_run
+
+STEPS = 14
+
+
+def settings_of(text: Path, **over: Any) -> RunSettings:
+    tree = {
+        "source": {
+            "paths": [str(text)],
+            "sequence_length": 16,
+            "tokenizer": {"kind": "bytes"},
+            "held_out": {"by": "tail"},
+        },
+        "model": {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_size": 48, "dropout": 0.1},
+        "optimizer": {"lr": 3e-3},
+        "train": {"steps": STEPS, "batch_size": 8, "micro_batch_size": 1, "threads": 1, "device": "cpu"},
+        "precision": {"compute": "fp32"},
+        "parallel": {"workers": 3, "timeout": 60},
+        "cluster": {"elastic": True},
+        "evaluation": {"every": 5, "batches": 3},
+        "checkpoint": {"every": 4, "keep_last": 50},
+        "log": {"tensorboard": False, "live": False},
+    }
+    for section, values in over.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    return parse_settings(RunSettings, tree, "test")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("elastic") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, to which nothing happens."""
+    folder = tmp_path_factory.mktemp("elastic") / "one"
+    settings = settings_of(text, parallel={"workers": 0}, cluster={"elastic": False})
+    assert start_run(settings, folder)[1].reason == "completed"
+    return folder
+
+
+def states(folder: Path, step: int) -> dict[str, Any]:
+    return CheckpointFolder(folder / "checkpoints").load(step)
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [told for told in map(json.loads, lines) if told["event"] == kind]
+
+
+def equal(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    return left == right
+
+
+def check_same(folder: Path, other: Path) -> None:
+    """Losses of all steps, evaluations, and the whole state of the last checkpoint, to the bit."""
+    for kind, fields in (("step", ("step", "loss", "grad_norm")), ("eval", ("step", "metrics"))):
+        found, expected = ([[e[f] for f in fields] for e in events(at, kind)] for at in (folder, other))
+        assert found == expected, kind
+        assert found, kind
+    mine, theirs = states(folder, STEPS), states(other, STEPS)
+    for part in ("model", "optimizer", "run"):
+        one, two = mine[part], theirs[part]
+        if part == "optimizer":
+            one, two = one["parameters"], two["parameters"]
+        assert equal(one, two), part
+
+
+def changes(folder: Path) -> list[dict[str, Any]]:
+    return [told["facts"] for told in events(folder, "cluster") if told["what"] == "change"]
+
+
+def go(settings: RunSettings, folder: Path, faults: Sequence[Fault] = (), **more: Any) -> JobEnded:
+    return launch(settings, folder, worker_command(), faults=faults, **more)
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [Fault(1, 3, "forward and backward of micro-batch 4"), Fault(0, 8, "adding gradients up")],
+        [Fault(2, 2, "updating weights"), Fault(1, 9, "copying its states")],
+        [Fault(0, 4, "evaluating"), Fault(2, 7, "saving")],
+        [Fault(1, 4, "updating weights"), Fault(2, 4, "reading its states from copies")],  # while it recovers
+        [Fault(0, 0, "forward and backward"), Fault(2, 13, "adding gradients up", "leave")],
+    ],
+    ids=["work", "update", "boundary", "recovery", "ends"],
+)
+def test_whatever_happens_the_bits_are_those_of_one_process(
+    faults: list[Fault], text: Path, undisturbed: Path, tmp_path: Path
+):
+    together = faults[0].step == faults[1].step  # two neighbours on the ring, of three: then two copies are needed
+    ended = go(settings_of(text, cluster={"copies": 1 + together}), tmp_path / "run", faults)
+    assert ended == JobEnded(0, "")
+    check_same(tmp_path / "run", undisturbed)
+    happened = changes(tmp_path / "run")
+    assert len(happened) >= 2
+    assert all(change["redone"] <= 1 for change in happened)
+
+
+def test_workers_come_and_go_in_a_run_and_others_take_the_place_of_those_that_are_lost(
+    text: Path, undisturbed: Path, tmp_path: Path
+):
+    grown: list[int] = []
+
+    def watch(job: ElasticJob, event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 1:
+            job.add()
+        if isinstance(event, Cluster) and event.what == "ready":
+            job.signal(1, signal.SIGCONT)  # it stopped in step 2, so that the others have not ended by now
+        if isinstance(event, Cluster) and event.what == "change":
+            grown.append(len(event.facts["members"]))
+
+    settings = settings_of(text, parallel={"workers": 2}, cluster={"replace": True, "silence": 60})
+    stopped = Fault(1, 2, "adding gradients up", "stop")
+    ended = go(settings, tmp_path / "run", [stopped, Fault(0, 6, "updating weights")], watch=watch)
+    assert ended == JobEnded(0, "")
+    check_same(tmp_path / "run", undisturbed)
+    assert grown[:3] == [2, 3, 2]
+
+
+def test_all_states_lost_is_said_and_the_last_checkpoint_goes_on(text: Path, undisturbed: Path, tmp_path: Path):
+    at_once = [Fault(number, 6, "forward and backward") for number in (1, 2)]
+    ended = go(settings_of(text), tmp_path / "run", at_once)
+    if ended.code:  # whichever comes first; mostly member 1 and the copy of its states at member 2 are gone together
+        assert "are lost with everyone who had a copy" in ended.message
+        assert go(settings_of(text), tmp_path / "run", resume=True) == JobEnded(0, "")
+    assert equal(states(tmp_path / "run", STEPS)["model"], states(undisturbed, STEPS)["model"])
+
+
+def test_a_failure_of_the_program_is_told_with_its_trace(text: Path, tmp_path: Path):
+    faults = [Fault(number, 3, "adding gradients up", "fail") for number in range(3)]
+    ended = go(settings_of(text), tmp_path / "run", faults)
+    assert ended.code == 1
+    assert "a failure on purpose while adding gradients up in step 3" in ended.message
+    assert "Traceback" in ended.message
+
+
+@pytest.mark.parametrize(
+    ("over", "match"),
+    [
+        ({"parallel": {"tensor": 3}}, "parallel.data alone"),
+        ({"parallel": {"sharding": "fsdp"}}, "zero1"),
+        ({"train": {"micro_batch_size": 0}}, "micro_batch_size"),
+    ],
+)
+def test_what_cannot_change_while_it_runs_is_refused(over: dict[str, Any], match: str, text: Path, tmp_path: Path):
+    with pytest.raises(ParallelError, match=match):
+        go(settings_of(text, **over), tmp_path / "run")

@@ -1,0 +1,513 @@
+"""A job of workers that come and go, in one process and on a virtual clock: the real coordinator, changes, pools and
+dealing of micro-batches; simulated processes, messages and failures, all drawn from one seed.
+
+What a member's states are is a chain of hashes over the micro-batches of every step, so that a version, an owner or a
+micro-batch that is not what it should be is found wherever it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
+from resilin.cluster.protocol.coordinator import Coordinator, Fence, Finish, Note, Rules, Tell
+from resilin.cluster.protocol.messages import (
+    Adopt,
+    Beat,
+    Committed,
+    Done,
+    End,
+    Go,
+    Halt,
+    Halted,
+    Hello,
+    Leaving,
+    Message,
+    Pause,
+    Ready,
+    Warm,
+    of_json,
+    to_json,
+)  # fmt: skip
+from resilin.parallel.stretches import left_to_do
+from resilin.parallel.workers import in_runs
+
+MICROS = 8
+
+
+class WrongError(AssertionError):
+    """The protocol has let something happen that must not."""
+
+
+def after(state: int, step: int, micros: list[int]) -> int:
+    """The state after a step of these micro-batches."""
+    raw = f"{state}/{step}/{micros}".encode()
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=7).digest(), "little")
+
+
+@dataclass
+class Plan:
+    """What is done to a job.
+
+    Attributes:
+        seed: of all that is drawn.
+        steps: to be taken.
+        members: that begin.
+        events: (virtual second, what, whom): whom is drawn from a number when it happens.
+    """
+
+    seed: int
+    steps: int
+    members: int
+    events: list[tuple[float, str, int]] = field(default_factory=list)
+
+    @classmethod
+    def drawn(cls, seed: int) -> Plan:
+        """A schedule of failures."""
+        draw = random.Random(seed)
+        members, steps = draw.randint(1, 6), draw.randint(4, 14)
+        kinds = ["kill"] * 5 + ["stop", "break", "add", "add", "drain", "cut"]
+        count = draw.choice([0, 1, 1, 2, 3, 5, 8])
+        events = sorted(
+            (draw.uniform(0, 0.35 * steps + 2), draw.choice(kinds), draw.randrange(1 << 20)) for _ in range(count)
+        )
+        if events and draw.random() < 0.3:  # several at once
+            at = events[0][0]
+            events[1:3] = [(at + draw.uniform(0, 0.02), "kill", draw.randrange(1 << 20)) for _ in events[1:3]]
+        return cls(seed, steps, members, sorted(events))
+
+
+@dataclass
+class _Exchange:
+    """An exchange of all members of a view."""
+
+    arrived: dict[int, list[int]] = field(default_factory=dict)
+    broken: bool = False
+    result: int | None = None
+    pause: bool = False
+
+
+class Sim:
+    """A job under a plan.
+
+    Args:
+        plan: what happens.
+        rules: of the coordinator.
+        broken: names of duties that members neglect, to see that it is noticed: "acks" (waiting for copies to arrive
+            before a step is taken), "forget" (copies of the last view are dropped at once), "kept" (every
+            other member computes micro-batches that another has kept), "stale" (a copy is of the version before).
+    """
+
+    def __init__(self, plan: Plan, rules: Rules | None = None, broken: frozenset[str] = frozenset()) -> None:
+        self.plan, self.broken = plan, broken
+        self.draw = random.Random(plan.seed ^ 0x5EED)
+        self.now = 0.0
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.count = 0
+        self.rules = rules or Rules(members=plan.members, silence=3.0, hang=50.0)
+        self.coordinator = Coordinator(self.rules)
+        self.members: dict[int, SimMember] = {}
+        self.exchanges: dict[tuple[int, int], _Exchange] = {}
+        self.finish: Finish | None = None
+        self.notes: list[Note] = []
+        self.truth = {0: 0}
+        self.views: dict[int, str] = {}
+        self.committed = 0
+        for step in range(plan.steps):
+            self.truth[step + 1] = after(self.truth[step], step, list(range(MICROS)))
+
+    def at(self, delay: float, what: Callable[[], None]) -> None:
+        """Do something later."""
+        self.count += 1
+        heapq.heappush(self.events, (self.now + delay, self.count, what))
+
+    def between(self, low: float, high: float) -> float:
+        """A random time."""
+        return self.draw.uniform(low, high)
+
+    def start(self) -> SimMember:
+        """A new process."""
+        member = SimMember(self, len(self.members))
+        self.members[member.number] = member
+        return member
+
+    def run(self, limit: float = 2000.0) -> Sim:
+        """Until the job has ended.
+
+        Raises:
+            WrongError: something happened that must not, or nothing more does.
+        """
+        for _ in range(self.plan.members):
+            self.start()
+        for when, what, whom in self.plan.events:
+            self.at(when, lambda what=what, whom=whom: self.disturb(what, whom))
+        self.at(0.1, self.tick)
+        while self.events and self.finish is None:
+            self.now, _, what = heapq.heappop(self.events)
+            if self.now > limit:
+                raise WrongError(f"nothing was decided after {limit} s: {self}")
+            what()
+        if self.finish is None:
+            raise WrongError(f"nothing happens any more: {self}")
+        self.check_end()
+        return self
+
+    def __str__(self) -> str:
+        said = {m.number: (m.alive, m.phase, m.epoch, m.version) for m in self.members.values()}
+        return f"{self.plan}, t={self.now:.3f}, coordinator {self.coordinator.phase}, members {said}"
+
+    def tick(self) -> None:
+        """The coordinator's clock."""
+        self.do(self.coordinator.tick(self.now))
+        self.at(0.1, self.tick)
+
+    def do(self, effects: list) -> None:
+        """Carry out what the coordinator decides."""
+        for effect in effects:
+            if isinstance(effect, Tell):
+                self.members[effect.number].post(effect.message)
+            elif isinstance(effect, Fence):
+                self.members[effect.number].die()
+            elif isinstance(effect, Finish):
+                self.finish = self.finish or effect
+            else:
+                self.notes.append(effect)
+
+    def disturb(self, what: str, whom: int) -> None:
+        """A failure, or a wish."""
+        alive = [m for m in self.members.values() if m.alive]
+        if not alive:
+            return
+        member = alive[whom % len(alive)]
+        if what == "kill":
+            member.die()
+        elif what == "stop":
+            member.stopped_until = self.now + self.between(0.1, 6)
+        elif what == "break":
+            for (epoch, _), exchange in self.exchanges.items():
+                if epoch == member.epoch:
+                    exchange.broken = True
+            member.broke(member.epoch)
+        elif what == "cut":  # its connection to the coordinator: it ends, and so does its process
+            member.die()
+        elif what == "add":
+            self.start()
+        elif what == "drain":
+            member.tell(Leaving())
+
+    def check_end(self) -> None:
+        """What must hold when a job has ended."""
+        assert self.finish is not None
+        if self.finish.good:
+            ends = {m.ended_with for m in self.members.values() if m.ended_with is not None}
+            if ends - {self.truth[self.plan.steps]}:
+                raise WrongError(f"a member ended with another state: {self}")
+            if not ends:
+                raise WrongError(f"all is well, and nobody is done: {self}")
+            return
+        why = self.finish.why
+        if "lost with everyone" in why and self.whole():
+            raise WrongError(f"given up, though all states are there ({self.whole()}): {why}; {self}")
+        if not any(s in why for s in ("lost with everyone", "are left", "before the run began")):
+            raise WrongError(f"the job ended since {why!r}: {self}")
+
+    def whole(self) -> list[tuple[int, int]]:
+        """(epoch, version) that exist in whole among those who are alive."""
+        pools = [m.pool.versions() for m in self.members.values() if m.alive]
+        found = []
+        views = {v.epoch: v for v in (self.coordinator.view, self.coordinator._origin) if v is not None}
+        for epoch, view in views.items():
+            have = [{v for pool in pools for v in pool.get((owner, epoch), [])} for owner in view.members]
+            found += [(epoch, v) for v in set.intersection(*have)]
+        return found
+
+
+class SimMember:
+    """A process: what `resilin.run.elastic` does, without doing it."""
+
+    def __init__(self, sim: Sim, number: int) -> None:
+        self.sim, self.number, self.alive = sim, number, True
+        self.pool = Pool(number)
+        self.phase, self.epoch = "starting", -1
+        self.adopt: Adopt | None = None
+        self.version, self.state = 0, 0
+        self.kept: tuple[int, list[int]] | None = None
+        self.acked = -1
+        self.pausing = False
+        self.life = 0  # raised when what is under way is given up
+        self.stopped_until = 0.0
+        self.ended_with: int | None = None
+        self.said = self.heard = 0.0
+        self.tell(Hello(f"host{number % 3}"))
+        self.later(0.05, 0.5, self.is_warm)
+        self.beat()
+
+    # -- time and messages --------------------------------------------------------------------------------------
+
+    def later(self, low: float, high: float, what: Callable[[], None]) -> None:
+        """Go on after a while, unless this is given up before."""
+        life = self.life
+
+        def go() -> None:
+            if not self.alive or life != self.life:
+                return
+            if self.sim.now < self.stopped_until:
+                self.sim.at(self.stopped_until - self.sim.now + 1e-6, go)
+            else:
+                what()
+
+        self.sim.at(self.sim.between(low, high), go)
+
+    def tell(self, message: Message) -> None:
+        """To the coordinator: in order, after a while; what is on its way arrives even if the process dies."""
+        read = of_json(to_json(message))
+        self.said = max(self.said + 1e-9, self.sim.now + self.sim.between(0.0002, 0.02))
+        delay = self.said - self.sim.now
+        self.sim.at(delay, lambda: self.sim.do(self.sim.coordinator.told(self.number, read, self.sim.now)))
+
+    def post(self, message: Message) -> None:
+        """From the coordinator."""
+        read = of_json(to_json(message))
+        self.heard = max(self.heard + 1e-9, self.sim.now + self.sim.between(0.0002, 0.02))
+
+        def take() -> None:
+            if not self.alive:
+                return
+            if self.sim.now < self.stopped_until:
+                self.heard = max(self.heard, self.stopped_until) + 1e-6
+                self.sim.at(self.heard - self.sim.now, take)
+            else:
+                self.take(read)
+
+        self.sim.at(self.heard - self.sim.now, take)
+
+    def beat(self) -> None:
+        """A sign of life."""
+        if not self.alive:
+            return
+        if self.sim.now >= self.stopped_until:
+            self.tell(Beat(self.version, "", self.phase, (-1,), 0.0, ""))
+        self.sim.at(0.4, self.beat)
+
+    def die(self) -> None:
+        """The end of the process; others notice broken connections, the coordinator the exit."""
+        if not self.alive:
+            return
+        self.alive = False
+        self.sim.at(
+            self.sim.between(0.0005, 0.05),
+            lambda: self.sim.do(self.sim.coordinator.gone(self.number, "was killed", self.sim.now)),
+        )
+        for other in self.sim.members.values():
+            if other.alive and other.epoch == self.epoch and self.epoch >= 0:
+                other.later(0.0005, 0.05, partial(other.broke, self.epoch))
+
+    # -- what the coordinator says ------------------------------------------------------------------------------
+
+    def take(self, message: Message) -> None:
+        """A message."""
+        if isinstance(message, Adopt):
+            if message.view.epoch <= self.epoch or self.number not in message.view.members:
+                raise WrongError(f"member {self.number} in epoch {self.epoch} is told {message}")
+            if self.phase not in ("warm", "halted"):
+                raise WrongError(f"member {self.number} is given a place while it is {self.phase}")
+            self.adopt, self.epoch, self.pausing = message, message.view.epoch, False
+            self.phase = "placing"
+            self.later(0.005, 0.1, self.place)
+        elif isinstance(message, Halt):
+            if message.epoch == self.epoch and self.phase != "halted":
+                self.come_out(message.why)
+        elif isinstance(message, Pause):
+            self.pausing = message.epoch == self.epoch
+        elif isinstance(message, Go):
+            if message.epoch == self.epoch and self.phase == "ready":
+                assert self.adopt is not None
+                digest = self.sim.views.setdefault(message.epoch, self.adopt.view.digest)
+                if digest != self.adopt.view.digest:
+                    raise WrongError(f"two views of epoch {message.epoch}")
+                self.boundary()
+        elif isinstance(message, End):
+            self.alive = False
+            for other in self.sim.members.values():
+                if other.alive and other.epoch == self.epoch and other.phase in ("exchanging",):
+                    other.later(0.0005, 0.02, partial(other.broke, self.epoch))
+
+    def broke(self, epoch: int) -> None:
+        """A connection of an epoch has ended."""
+        if epoch == self.epoch and self.phase in ("placing", "running", "exchanging"):
+            self.come_out("a connection was lost")
+
+    def come_out(self, why: str) -> None:
+        """Give up what is under way, and say where it stands."""
+        self.life += 1
+        self.phase = "halted"
+        copies = tuple((owner, epoch, tuple(v)) for (owner, epoch), v in self.pool.versions().items())
+        kept = tuple(self.kept[1]) if self.kept is not None and self.kept[0] == self.version else ()
+        step = self.version if self.adopt is not None else None
+        self.tell(Halted(self.epoch, why, step, copies, kept))
+        for other in self.sim.members.values():  # its own sockets are closed: a cascade
+            if other.alive and other.epoch == self.epoch and other is not self:
+                other.later(0.0005, 0.02, partial(other.broke, self.epoch))
+
+    # -- the work -----------------------------------------------------------------------------------------------
+
+    def is_warm(self) -> None:
+        """Ready for a place."""
+        self.phase = "warm"
+        self.tell(Warm())
+
+    def place(self) -> None:
+        """Take the states of its place from copies."""
+        adopt = self.adopt
+        assert adopt is not None
+        if adopt.before is not None:
+            states = set()
+            for owner, where in adopt.where.items():
+                holder = self.sim.members[where]
+                if not holder.alive:
+                    self.come_out("a member went away")
+                    return
+                try:
+                    copy = holder.pool.get(owner, adopt.before.epoch, adopt.version)
+                except CopyError as error:
+                    raise WrongError(f"what was said to be there is not: {error}") from None
+                states.add(int(copy.tensor(copy.slots[0])))
+            if states != {self.sim.truth[adopt.version]}:
+                raise WrongError(f"copies of version {adopt.version} are {states}, not {self.sim.truth[adopt.version]}")
+            if self.version - adopt.version > 1:
+                raise WrongError(f"member {self.number} is set back from {self.version} to {adopt.version}")
+            self.version, self.state = adopt.version, states.pop()
+        mine = tuple(adopt.kept.get(self.number, ()))
+        if self.kept is None or self.kept[0] != self.version or tuple(self.kept[1]) != mine:
+            self.kept = None
+        if "forget" in self.broken_duties:
+            self.pool.forget(self.epoch)
+        self.phase, self.acked = "ready", -1
+        self.tell(Ready(self.epoch, adopt.view.digest, str(self.state)))
+
+    @property
+    def broken_duties(self) -> frozenset[str]:
+        return self.sim.broken
+
+    def boundary(self) -> None:
+        """Keep a copy, send it, and go on."""
+        adopt = self.adopt
+        assert adopt is not None
+        self.phase = "running"
+        state = self.state
+        if "stale" in self.broken_duties and self.version:
+            state = self.sim.truth[self.version - 1]
+        copy = copy_of(self.number, self.epoch, self.version, [("", "state", torch.tensor(state))], None)
+        self.pool.put(copy)
+        if self.version > adopt.version:
+            self.pool.forget(self.epoch)
+        self.tell(Committed(self.epoch, self.version))
+        holders = adopt.view.holders[self.number]
+        if not holders:
+            self.acked = self.version
+        self.send(copy, list(holders))
+        if self.version >= self.sim.plan.steps:
+            self.phase, self.ended_with = "done", self.state
+            self.tell(Done(self.epoch, self.version, str(self.state)))
+            return
+        self.later(0.0, 0.002, lambda: self.enter("agree", [], self.computes))
+
+    def send(self, copy: Copy, left: list[int]) -> None:
+        """A copy on its way to one holder after the other."""
+        if not left:
+            self.acked = max(self.acked, copy.version)
+            return
+        holder = self.sim.members[left[0]]
+
+        def arrives() -> None:
+            if holder.alive and self.alive and holder.stopped_until <= self.sim.now:
+                holder.pool.put(copy)
+                self.later(0.0005, 0.01, lambda: self.send(copy, left[1:]))
+            elif holder.alive and self.alive:
+                self.sim.at(holder.stopped_until - self.sim.now + 1e-6, arrives)
+
+        life = self.life
+        self.sim.at(self.sim.between(0.001, 0.15), lambda: arrives() if self.life == life else None)
+
+    def computes(self) -> None:
+        """Forward and backward over its micro-batches."""
+        adopt = self.adopt
+        assert adopt is not None
+        if self.sim.exchanges[self.epoch, 2 * self.version].pause:
+            self.come_out("a change was announced")
+            return
+        members = adopt.view.members
+        neglects = "kept" in self.broken_duties and self.number % 2
+        if self.version == adopt.version and adopt.kept and not neglects:
+            dealt = left_to_do(MICROS, [adopt.kept.get(m, ()) for m in members])
+        else:
+            dealt = [list(run) for run in in_runs(MICROS, len(members))]
+        mine = list(dealt[members.index(self.number)])
+        todo = [m for m in mine if self.kept is None or self.kept[0] != self.version or m not in self.kept[1]]
+
+        def finished() -> None:
+            self.kept = self.version, mine
+            self.exchange(mine)
+
+        self.later(0.01 * len(todo), 0.05 * len(todo) + 0.001, finished)
+
+    def exchange(self, mine: list[int]) -> None:
+        """The exchange of the step, once its copies are at their holders."""
+        if self.acked < self.version and "acks" not in self.broken_duties:
+            self.later(0.005, 0.01, lambda: self.exchange(mine))
+            return
+        self.enter("step", mine, self.update)
+
+    def enter(self, what: str, mine: list[int], go_on: Callable[[], None]) -> None:
+        """A collective of all members of the view; each comes out at a time of its own."""
+        adopt = self.adopt
+        assert adopt is not None
+        self.phase = "exchanging"
+        key = self.epoch, 2 * self.version + (what == "step")
+        exchange = self.sim.exchanges.setdefault(key, _Exchange())
+        exchange.arrived[self.number] = mine
+        exchange.pause |= self.pausing
+        if exchange.broken:
+            self.later(0.0005, 0.02, partial(self.broke, self.epoch))
+            return
+        if len(exchange.arrived) < len(adopt.view.members):
+            return
+        if what == "step":
+            micros = sorted(m for each in exchange.arrived.values() for m in each)
+            if micros != list(range(MICROS)):
+                raise WrongError(f"step {self.version} of epoch {self.epoch} is taken of {exchange.arrived}")
+            exchange.result = after(self.state, self.version, micros)
+            if exchange.result != self.sim.truth[self.version + 1]:
+                raise WrongError(f"version {self.version + 1} is wrong in epoch {self.epoch}")
+            self.sim.committed = max(self.sim.committed, self.version + 1)
+        for number in adopt.view.members:
+            other = self.sim.members[number]
+            if other.alive and other.epoch == self.epoch and other.phase == "exchanging":
+                other.later(0.0005, 0.01, go_on if other is self else other.resumes(what))
+
+    def resumes(self, what: str) -> Callable[[], None]:
+        return self.update if what == "step" else self.computes
+
+    def update(self) -> None:
+        """The update of the weights; until it ends there is no version."""
+        result = self.sim.exchanges[self.epoch, 2 * self.version + 1].result
+        assert result is not None
+        self.phase = "exchanging"
+
+        def updated() -> None:
+            self.version, self.state = self.version + 1, result
+            self.boundary()
+
+        self.later(0.002, 0.03, updated)
+
+
+def simulate(seed: int, broken: frozenset[str] = frozenset()) -> Sim:
+    """One job under the schedule of a seed."""
+    return Sim(Plan.drawn(seed), broken=broken).run()
