@@ -28,6 +28,7 @@ Layout = tuple[int, dict[str, Any]]
 
 
 def settings_of(text: Path, model: dict[str, Any], steps: int, parallel: dict[str, Any]) -> RunSettings:
+    parallel = dict(parallel)
     tree = {
         "source": {
             "paths": [str(text)],
@@ -38,7 +39,7 @@ def settings_of(text: Path, model: dict[str, Any], steps: int, parallel: dict[st
         "model": model,
         "optimizer": {"lr": 3e-3, "schedule": {"use": "resilin.optim.schedule:Constant"}},
         "train": {"steps": steps, "batch_size": 8, "micro_batch_size": 1, "threads": 1, "device": "cpu"},
-        "precision": {"compute": "fp32"},
+        "precision": {"compute": "fp32", "compile": parallel.pop("compile", False)},
         "parallel": {"timeout": 60, **parallel},
         "evaluation": {"every": EACH, "batches": 3},
         "checkpoint": {"every": EACH, "keep_last": 50},
@@ -106,6 +107,17 @@ def test_a_dense_model_goes_from_layout_to_layout(tmp_path):
 def test_experts_go_from_layout_to_layout(tmp_path):
     chain: list[Layout] = [(2, {"data": 2}), (2, {"expert": 2}), (4, {"tensor": 2, "expert": 2}), (1, {})]
     check_chain(tmp_path, EXPERTS, chain, exact_until=1)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_goes_from_layout_to_layout(tmp_path):
+    chain: list[Layout] = [
+        (2, {"tensor": 2, "compile": "blocks"}),
+        (2, {"pipeline": 2, "schedule": "zb-h1", "compile": True}),
+        (2, {"context": 2, "compile": True}),
+        (1, {}),
+    ]
+    check_chain(tmp_path, {**DENSE, "layers": 2}, chain, exact_until=0)
 
 
 @pytest.mark.parametrize(
