@@ -74,7 +74,9 @@ def check_chain(tmp_path: Path, model: dict[str, Any], chain: list[Layout], exac
     run_ranks(1, go, text, straight, model, total, 1, {}, 0, connect=False)
     for number, (workers, parallel) in enumerate(chain):
         steps = EACH * (number + 1)
-        told = run_ranks(workers, go, text, changing, model, steps, workers, parallel, free_port(), connect=False)
+        told = run_ranks(
+            workers, go, text, changing, model, steps, workers, parallel, free_port(), connect=False, timeout=500
+        )
         assert {reason for reason, _ in told} == {"completed"}
         assert len({tuple(sorted(metrics.items())) for _, metrics in told}) == 1  # all workers know the same
         expected, found = states(straight, steps), states(changing, steps)
@@ -112,9 +114,8 @@ def test_experts_go_from_layout_to_layout(tmp_path):
 @pytest.mark.slow
 def test_a_compiled_model_goes_from_layout_to_layout(tmp_path):
     chain: list[Layout] = [
-        (2, {"tensor": 2, "compile": "blocks"}),
-        (2, {"pipeline": 2, "schedule": "zb-h1", "compile": True}),
-        (2, {"context": 2, "compile": True}),
+        (2, {"tensor": 2, "compile": "blocks", "timeout": 400}),
+        (2, {"pipeline": 2, "compile": True, "timeout": 400}),
         (1, {}),
     ]
     check_chain(tmp_path, {**DENSE, "layers": 2}, chain, exact_until=0)
