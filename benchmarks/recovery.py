@@ -169,7 +169,7 @@ def children_of(pid: int) -> list[int]:
 
 def of_torchft(args: argparse.Namespace, folder: Path, fast: bool) -> Seen:
     """Torchft's own loop: each replica a process, the lighthouse in this one."""
-    from torchft._torchft import LighthouseServer
+    from torchft.coordination import LighthouseServer
 
     limits = {"join_timeout_ms": 200, "heartbeat_timeout_ms": 200, "quorum_tick_ms": 20} if fast else {}
     lighthouse = LighthouseServer(bind="[::]:0", min_replicas=1, **limits)

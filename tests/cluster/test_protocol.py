@@ -34,7 +34,7 @@ from resilin.cluster.protocol.messages import (
 VIEW = first_view([0, 1, 2], dict.fromkeys(range(3), "here"))
 EVERY = [
     Hello("here"), Warm(), Beat(3, "data 1", "forward", (1, 2), 0.5, "run.py:1"), Leaving(), Told({"event": "x"}),
-    Halted(2, "lost", None, ((0, 1, (3, 4)),), (5,)), Ready(1, "a", "b"), Committed(1, 7), Done(1, 9, "c"),
+    Halted(2, "lost", -1, None, ((0, 1, (3, 4)),), (5,)), Ready(1, "a", "b"), Committed(1, 7), Done(1, 9, "c"),
     Failed(3, "KeyError", "trace"), Halt(1, "why"), Pause(1, "why"), Go(2), End(0, "why"),
     Adopt(VIEW, None, 0, {}, {}), Adopt(VIEW, VIEW, 4, {0: 1, 1: 1}, {1: (2, 3)}),
 ]  # fmt: skip
@@ -124,7 +124,7 @@ class Job:
 
     def halted(self, number: int, copies: list, kept: tuple[int, ...] = (), step: int = 5) -> list:
         epoch = self.coordinator.members[number].epoch
-        return self.say(number, Halted(epoch, "lost", step, tuple(copies), kept))
+        return self.say(number, Halted(epoch, "lost", 5, step, tuple(copies), kept))
 
 
 def test_all_go_only_when_all_are_ready():
@@ -158,9 +158,21 @@ def test_the_newest_version_that_is_whole_is_taken_and_kept_work_is_dealt():
     assert adopt.view.members == (0, 2)
 
 
+def test_a_run_that_has_taken_no_step_begins_again_without_copies():
+    job = Job(3)
+    job.all_ready()
+    job.say(0, Committed(0, 5))
+    job.coordinator.gone(1, "was killed", 1.0)
+    job.halted(0, [(0, 0, (5,))])
+    job.halted(2, [])
+    adopt = job.told(Adopt)[2]
+    assert (adopt.before, adopt.view.members, adopt.view.epoch) == (None, (0, 2), 1)
+
+
 def test_states_that_are_lost_end_the_job_by_name():
     job = Job(3)
     job.all_ready()
+    job.say(0, Committed(0, 3))
     job.coordinator.gone(1, "was killed", 1.0)
     job.coordinator.gone(2, "was killed", 1.0)
     (finish,) = [e for e in job.halted(0, [(0, 0, (5,)), (2, 0, (5,))]) if isinstance(e, Finish)]

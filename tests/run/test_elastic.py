@@ -10,49 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from elastic_runs import STEPS, settings_of, text_at
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
 from resilin.cluster.local import worker_command
-from resilin.config import parse_settings
 from resilin.parallel.errors import ParallelError
 from resilin.run.elastic_start import launch
 from resilin.run.events import Cluster, Event, StepDone
 from resilin.run.settings import RunSettings
 from resilin.run.start import start_run
 
-STEPS = 14
-
-
-def settings_of(text: Path, **over: Any) -> RunSettings:
-    tree = {
-        "source": {
-            "paths": [str(text)],
-            "sequence_length": 16,
-            "tokenizer": {"kind": "bytes"},
-            "held_out": {"by": "tail"},
-        },
-        "model": {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_size": 48, "dropout": 0.1},
-        "optimizer": {"lr": 3e-3},
-        "train": {"steps": STEPS, "batch_size": 8, "micro_batch_size": 1, "threads": 1, "device": "cpu"},
-        "precision": {"compute": "fp32"},
-        "parallel": {"workers": 3, "timeout": 60},
-        "cluster": {"elastic": True},
-        "evaluation": {"every": 5, "batches": 3},
-        "checkpoint": {"every": 4, "keep_last": 50},
-        "log": {"tensorboard": False, "live": False},
-    }
-    for section, values in over.items():
-        tree[section] = {**tree.get(section, {}), **values}
-    return parse_settings(RunSettings, tree, "test")
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("elastic") / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog. " * 400)
-    return path
+    return text_at(tmp_path_factory.mktemp("elastic"))
 
 
 @pytest.fixture(scope="module")

@@ -244,6 +244,7 @@ class SimMember:
         self.life = 0  # raised when what is under way is given up
         self.stopped_until = 0.0
         self.ended_with: int | None = None
+        self.updating = False
         self.said = self.heard = 0.0
         self.tell(Hello(f"host{number % 3}"))
         self.later(0.05, 0.5, self.is_warm)
@@ -349,9 +350,10 @@ class SimMember:
         self.life += 1
         self.phase = "halted"
         copies = tuple((owner, epoch, tuple(v)) for (owner, epoch), v in self.pool.versions().items())
-        kept = tuple(self.kept[1]) if self.kept is not None and self.kept[0] == self.version else ()
-        step = self.version if self.adopt is not None else None
-        self.tell(Halted(self.epoch, why, step, copies, kept))
+        step, kept = self.kept if self.kept is not None else (self.version, [])
+        version = -1 if self.updating else self.version
+        self.tell(Halted(self.epoch, why, version, step, copies, tuple(kept)))
+        self.updating = False
         for other in self.sim.members.values():  # its own sockets are closed: a cascade
             if other.alive and other.epoch == self.epoch and other is not self:
                 other.later(0.0005, 0.02, partial(other.broke, self.epoch))
@@ -367,6 +369,8 @@ class SimMember:
         """Take the states of its place from copies."""
         adopt = self.adopt
         assert adopt is not None
+        if adopt.before is None and (self.version or self.state):
+            raise WrongError(f"member {self.number} is to begin, and has version {self.version}")
         if adopt.before is not None:
             states = set()
             for owner, where in adopt.where.items():
@@ -423,6 +427,8 @@ class SimMember:
         """A copy on its way to one holder after the other."""
         if not left:
             self.acked = max(self.acked, copy.version)
+            if self.kept is not None and self.kept[0] < copy.version:
+                self.kept = None
             return
         holder = self.sim.members[left[0]]
 
@@ -499,9 +505,10 @@ class SimMember:
         """The update of the weights; until it ends there is no version."""
         result = self.sim.exchanges[self.epoch, 2 * self.version + 1].result
         assert result is not None
-        self.phase = "exchanging"
+        self.phase, self.updating = "exchanging", True
 
         def updated() -> None:
+            self.updating = False
             self.version, self.state = self.version + 1, result
             self.boundary()
 

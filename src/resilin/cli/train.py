@@ -64,9 +64,15 @@ def come_and_go(settings: RunSettings, path: Path, given: RunArguments) -> None:
         typer.Exit: with the run's exit code.
     """
     from resilin.cluster.local import worker_command
+    from resilin.cluster.position import position
     from resilin.config import UserError
     from resilin.run.elastic_start import launch
 
+    if (place := position()) is not None:
+        raise UserError(
+            f"cluster.elastic starts its workers itself, and this process is worker {place.rank} of {place.workers} of "
+            "torchrun or srun already: start one process, with --workers"
+        )
     if settings.parallel.workers < 1:
         raise UserError("cluster.elastic starts its workers itself: say how many with --workers (parallel.workers)")
     ended = launch(settings, path, worker_command(), resume=given.resume, accept_changes=given.accept_changes)

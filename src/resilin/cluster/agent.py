@@ -61,13 +61,14 @@ class Agent:
 
     Attributes:
         pausing: whether everyone is to come out at the next boundary of steps.
+        leaves: whether this member was told to go.
     """
 
     def __init__(
         self, address: tuple[str, int], number: int, secret: str, store: Any, host: str, timeout: float
     ) -> None:
         self.number, self.secret, self.store, self.timeout = number, secret, store, timeout
-        self.pausing = False
+        self.pausing = self.leaves = False
         connection = socket.create_connection(address, timeout)
         connection.settimeout(None)
         self._wire = Wire(connection)
@@ -100,19 +101,26 @@ class Agent:
         self._say(Warm())
         return self._await_place()
 
-    def halted(self, error: BaseException, step: int | None, copies: Mapping[tuple[int, int], Sequence[int]],
-               kept: Sequence[int]) -> Adopt:  # fmt: skip
+    def halted(
+        self,
+        error: BaseException,
+        version: int | None,
+        step: int | None,
+        copies: Mapping[tuple[int, int], Sequence[int]],
+        kept: Sequence[int],
+    ) -> Adopt:
         """Come out of the work; returns once there is another place.
 
         Args:
             error: what made it come out.
-            step: that it works on; None: it has no states yet.
+            version: of the weights; None: there are none yet; -1: they are between two versions.
+            step: the one that `kept` is of; None: it has no states yet.
             copies: by owner and epoch the versions in its memory.
             kept: micro-batches of that step whose gradients it has.
         """
         why = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
         listed = tuple((owner, epoch, tuple(versions)) for (owner, epoch), versions in copies.items())
-        self._say(Halted(self._epoch, f"{type(error).__name__}: {why:.160}", step, listed, tuple(kept)))
+        self._say(Halted(self._epoch, f"{type(error).__name__}: {why:.160}", version, step, listed, tuple(kept)))
         return self._await_place()
 
     def _await_place(self) -> Adopt:
@@ -175,6 +183,7 @@ class Agent:
 
     def leaving(self) -> None:
         """Go away as soon as this member's states are elsewhere. May be called by a handler of signals."""
+        self.leaves = True
         self._leave.set()  # the beating thread says it: this one may be in the middle of saying something
 
     def failed(self, error: BaseException) -> None:

@@ -284,7 +284,7 @@ class ElasticJob:
                 have = ", ".join(map(str, sorted(self._coordinator.members)))
                 return {"ok": False, "why": f"there is no worker {number}; there are {have}"}
             if told["command"] == "drain":
-                self._do(self._coordinator.drain(number, _now()))
+                self.signal(number, signal.SIGTERM)  # as whoever takes a machine away does
                 return {"ok": True}
             if told["command"] == "remove":
                 if number in self._processes:

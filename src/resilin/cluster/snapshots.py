@@ -20,10 +20,11 @@ class Snapshots:
 
     Args:
         connect: to another member.
+        arrived: called, in that thread, with every version that all holders have.
     """
 
-    def __init__(self, connect: Callable[[int], Peer]) -> None:
-        self._connect = connect
+    def __init__(self, connect: Callable[[int], Peer], arrived: Callable[[int], None] = lambda version: None) -> None:
+        self._connect, self._arrived = connect, arrived
         self._changed = threading.Condition()
         self._holders: tuple[int, ...] = ()
         self._copy: Copy | None = None
@@ -105,6 +106,7 @@ class Snapshots:
             with self._changed:
                 if self._round == number:
                     self._there = max(self._there, copy.version)
+                    self._arrived(copy.version)
                     self._changed.notify_all()
 
     def _put(self, holder: int, copy: Copy, number: int) -> None:

@@ -246,9 +246,12 @@ class Workers:
 
     def _missing(self, step: int, count: int) -> tuple[int, ...]:
         """This worker's micro-batches of a step that are not finished yet."""
-        mine = self._micros_of(step, count)[self.world.coordinate("dp")]
-        kept = self.kept.micros if self.kept is not None and self.kept.step == step else ()
-        return tuple(number for number in mine if number not in kept)
+        mine, kept = self._micros_of(step, count)[self.world.coordinate("dp")], self._kept_of(step)
+        return tuple(number for number in mine if kept is None or number not in kept.micros)
+
+    def _kept_of(self, step: int) -> Kept | None:
+        kept = self.kept  # another thread may drop it, though not that of a step that can still be redone
+        return kept if kept is not None and kept.step == step else None
 
     def slots(self, count: int, step: int) -> Sequence[int]:
         """Those of this worker's micro-batches that are still to be computed."""
@@ -275,9 +278,10 @@ class Workers:
         with self.trace.step(keys.step) if self.trace is not None else nullcontext():
             losses = self.passes.train(parts, lambda chunk: sums[chunk].collect())
         made = Kept(keys.step, todo, dict(zip(todo, losses, strict=True)) if losses else {}, [s.blocks() for s in sums])
-        if self.kept is not None and self.kept.step == keys.step:
-            made = made.after(self.kept)
-        self.kept = made if self.keeps else None
+        before = self._kept_of(keys.step)
+        if before is not None:
+            made = made.after(before)
+        self.kept = made if self.keeps and self._exact else None  # fast sums are added up in the memory of the blocks
         doing("adding gradients up")
         self._reduce(made.chunks, keys.step, count)
         self.ready()

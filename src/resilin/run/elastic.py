@@ -86,7 +86,7 @@ class Elastic:
         self.pool = Pool(self.number)
         self._server = PeerServer(self.pool, agent.secret, host)
         agent.store.set(f"peer/{self.number}", f"{self._server.address.host}:{self._server.address.port}")
-        self.snapshots = Snapshots(self._connect)
+        self.snapshots = Snapshots(self._connect, self._arrived)
         self._weights = _Weights()
         self._links: Links | None = None
         self._staged: tuple[int, int] | None = None
@@ -230,6 +230,12 @@ class Elastic:
                     raise
                 change = self._next(run, error)
 
+    def _arrived(self, version: int) -> None:
+        """Copies of a version are at their holders: the step before it is never redone."""
+        engine = self.made.engine
+        if engine.kept is not None and engine.kept.step < version:
+            engine.kept = None
+
     def _sever(self, why: str) -> None:
         self.snapshots.stop(why)
         if self._links is not None:
@@ -238,11 +244,14 @@ class Elastic:
     def _next(self, run: Run | None, error: BaseException) -> Adopt:
         """Say where this worker stands, and hear what becomes of it."""
         self._sever(str(error))
+        if run is not None and self._agent.leaves:
+            run.leave_saves()  # others may want to save where this one does, before it has ended
         kept = self._kept = self.made.engine.kept if run is not None else None
-        step = run.step if run is not None else None
-        micros = kept.micros if kept is not None and kept.step == step else ()
+        step = None if run is None else run.step if kept is None else kept.step
+        version = None if self._fresh else -1 if self._weights.version is None else self._weights.version
+        micros = kept.micros if kept is not None else ()
         with activity.waiting((-1,), "waiting for its place in the next view"):
-            return self._agent.halted(error, step, self.pool.versions(), micros)
+            return self._agent.halted(error, version, step, self.pool.versions(), micros)
 
     def _take_place(self, change: Adopt) -> None:
         """Groups, engine and optimizer of a view."""
@@ -256,7 +265,8 @@ class Elastic:
         made = self._assemble(self.world, blueprint)
         engine = made.engine
         engine.keeps = True
-        engine.kept = kept if kept is not None and kept.micros == tuple(change.kept.get(self.number, ())) else None
+        mine = tuple(change.kept.get(self.number, ()))
+        engine.kept = kept if kept is not None and (kept.step, kept.micros) == (change.version, mine) else None
         engine.dealt = partial(_dealt, change, view.members)
         engine.ready = lambda: self.snapshots.wait(self._staged[1] if self._staged is not None else 0)
         self.made, self.optimizer, self.change = made, _Marking(made.optimizer, self._weights), change

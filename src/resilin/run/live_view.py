@@ -11,7 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from resilin.run.events import Evaluated, Event, Failure, RunEnded, RunStarted, Saved, StepDone
+from resilin.run.cluster_words import in_words
+from resilin.run.events import Cluster, Evaluated, Event, Failure, RunEnded, RunStarted, Saved, StepDone
 from resilin.run.progress import RunProgress, amount, duration, numbers
 
 
@@ -73,6 +74,9 @@ class LiveView:
             # What ends the run is told by whoever started it, and need not be read twice.
             if event.action != "stop":
                 self._say(event.message, style="yellow")
+        elif isinstance(event, Cluster):
+            if text := in_words(event):
+                self._say(text, style="yellow")
         elif isinstance(event, RunEnded):
             self.close()
             self._say(_ended(event), style="green" if event.reason == "completed" else "yellow")

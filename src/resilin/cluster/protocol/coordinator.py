@@ -155,6 +155,7 @@ class Coordinator:
         self._adopt: Adopt | None = None
         self._origin: View | None = None  # whose copies may still be needed, beside those of `view`
         self._resumed = -1
+        self._start: int | None = None  # the version that the run began with
         self._epoch = -1
         self._aborted = 0
         self._failures: dict[int, list[Failed]] = {}
@@ -195,12 +196,6 @@ class Coordinator:
                 self._lose(number, why, now)
                 if self._over:
                     break
-        return self._effects()
-
-    def drain(self, number: int, now: float) -> list[Effect]:
-        """Let a member go, without losing what it has."""
-        if number in self.members and self.phase != "ended":
-            self._hear(number, self.members[number], Leaving(), now)
         return self._effects()
 
     def stop(self, why: str, now: float) -> list[Effect]:
@@ -266,6 +261,8 @@ class Coordinator:
         if self.view is None or message.epoch != self.view.epoch:
             return
         self.version = max(self.version, message.version)
+        if self._start is None:
+            self._start = message.version
         if message.version > self._resumed:  # an exchange under this view was completed: its copies are at the holders
             self._aborted, self._origin = 0, None
 
@@ -352,6 +349,9 @@ class Coordinator:
             self._begin_again(base, news, now)
             return
         found = self._complete()
+        if found is None and self._at_the_start(left):
+            self._begin_again([n for n in news if n in stay] + [n for n in news if n not in stay], news, now)
+            return
         if found is None:
             self._end(False, self._unrecoverable())
             return
@@ -367,6 +367,11 @@ class Coordinator:
         if any(count > 1 for count in _counts(kept.values())):
             kept = {}
         self._offer(Adopt(view, before, version, where, kept), now)
+
+    def _at_the_start(self, numbers: Iterable[int]) -> bool:
+        """Whether everybody still has what the run began with: then no copies are needed."""
+        versions = {h.version for number in numbers if (h := self.members[number].halted) is not None}
+        return self._adopt is not None and self._adopt.before is None and versions <= {None, self._start}
 
     def _begin_again(self, numbers: list[int], hosts: Mapping[int, str], now: float) -> None:
         try:

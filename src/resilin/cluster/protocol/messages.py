@@ -61,14 +61,16 @@ class Halted:
     Attributes:
         epoch: of the view that it was in, or was about to be in.
         why: what made it come out.
-        step: that it works on; None: it has no states yet.
+        version: of the weights in its memory; None: it has none yet; -1: they are between two versions.
+        step: the one that `kept` is of; None: it has no states yet.
         copies: (owner, epoch, versions) of all copies in its memory.
-        kept: micro-batches of its step whose gradients it has.
+        kept: micro-batches of a step whose gradients it has.
     """
 
     kind: ClassVar[str] = "halted"
     epoch: int
     why: str
+    version: int | None
     step: int | None
     copies: tuple[tuple[int, int, tuple[int, ...]], ...]
     kept: tuple[int, ...]

@@ -1,0 +1,23 @@
+"""What was decided about the workers of an elastic run, in a line for people."""
+
+from __future__ import annotations
+
+from resilin.run.events import Cluster
+
+
+def in_words(event: Cluster) -> str:
+    """The line; empty for what need not be told."""
+    facts = event.facts
+    if event.what == "lost":
+        return f"worker {facts['member']} {facts['why']}"
+    if event.what == "leaving":
+        return f"worker {facts['member']} wants to leave"
+    if event.what == "change" and facts["epoch"]:
+        members, seconds = facts["members"], facts["halting"] + facts["adopting"]
+        who = f"{len(members)} worker{'s' if len(members) != 1 else ''} ({', '.join(map(str, members[:16]))})"
+        redone = f", {facts['redone']} of them anew" if facts["redone"] else ""
+        kept = f"; {facts['kept']} micro-batches were kept" if facts["kept"] else ""
+        return f"{who} go on after {facts['version']} steps{redone}, {seconds:.2f} s later{kept}"
+    if event.what == "digest":
+        return f"digest of the weights: {', '.join(facts['weights'])}"
+    return ""

@@ -1,0 +1,41 @@
+"""Settings of small elastic runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from resilin.config import parse_settings
+from resilin.run.settings import RunSettings
+
+STEPS = 14
+
+
+def text_at(folder: Path) -> Path:
+    """A file to learn from."""
+    path = folder / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    return path
+
+
+def settings_of(text: Path, **over: Any) -> RunSettings:
+    tree = {
+        "source": {
+            "paths": [str(text)],
+            "sequence_length": 16,
+            "tokenizer": {"kind": "bytes"},
+            "held_out": {"by": "tail"},
+        },
+        "model": {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_size": 48, "dropout": 0.1},
+        "optimizer": {"lr": 3e-3},
+        "train": {"steps": STEPS, "batch_size": 8, "micro_batch_size": 1, "threads": 1, "device": "cpu"},
+        "precision": {"compute": "fp32"},
+        "parallel": {"workers": 3, "timeout": 60},
+        "cluster": {"elastic": True},
+        "evaluation": {"every": 5, "batches": 3},
+        "checkpoint": {"every": 4, "keep_last": 50},
+        "log": {"tensorboard": False, "live": False},
+    }
+    for section, values in over.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    return parse_settings(RunSettings, tree, "test")
