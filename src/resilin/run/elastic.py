@@ -48,7 +48,7 @@ _REST = ("source", "objective", "run")
 
 
 _CHANGED = (HaltedError, LinksCutError, StoppedError, PeerError, CopyError)
-_PAUSE = 1000  # more than any signal
+_PAUSE = 1000  # more than anything else that workers agree on
 
 
 class _Marking(OptimizerTransform):
