@@ -7,7 +7,8 @@ the same gradients, which is checked before anything is timed. Every contender h
 size is the bound: the layer's matrix products and nothing else, on rows that are sorted already.
 
 On a CPU one thread computes, and its processor time is taken, with what the system spends on its pages: other programs
-on the machine change little. Freed memory is kept, as in a run.
+on the machine change little. As in a run, freed memory is kept, and large tensors lie in large pages where the system
+offers them: for everyone.
 
     resilin bench run moe --help
 """
@@ -15,6 +16,7 @@ on the machine change little. Freed memory is kept, as in a run.
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,9 +40,11 @@ class Size(NamedTuple):
     hidden: int
     experts: int
     expert_size: int
+    choices: int = 2
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens, hidden size {self.hidden}, {self.experts} experts of {self.expert_size}, top-2"
+        layer = f"hidden size {self.hidden}, {self.experts} experts of {self.expert_size}, top-{self.choices}"
+        return f"{self.tokens} tokens, {layer}"
 
 
 SIZES = {
@@ -51,6 +55,11 @@ SIZES = {
         Size(8192, 256, 16, 64),
         Size(8192, 256, 64, 128),
         Size(2048, 512, 64, 256),
+        Size(256, 256, 16, 128),
+        Size(512, 128, 16, 64),
+        Size(128, 64, 16, 32),
+        Size(1024, 128, 64, 32),
+        Size(2048, 256, 64, 64, 8),
     ],
     "cuda": [Size(16384, 2048, 16, 4096), Size(16384, 2048, 64, 1024), Size(65536, 1024, 16, 2048)],
 }
@@ -165,33 +174,39 @@ class Mixtral(nn.Module):
 
 
 class Products(nn.Module):
-    """The matrix products of a forward and backward pass, into memory that is there already."""
+    """The matrix products of a forward and a backward pass over all experts, into memory that is there already."""
 
     def __init__(self, size: Size, counts: list[int], device: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.counts = counts
         make = {"device": device, "dtype": dtype}
-        self.narrow = torch.randn(sum(counts), size.hidden, **make)
-        self.wide = torch.randn(sum(counts), size.expert_size, **make)
-        self.out = [torch.empty_like(self.narrow), torch.empty_like(self.wide)]
-        self.up = torch.randn(size.experts, size.expert_size, size.hidden, **make)
-        self.grad = torch.empty_like(self.up)
+        rows = sum(counts)
+        self.x, self.pull, self.narrow = (torch.randn(rows, size.hidden, **make) for _ in range(3))
+        self.gate, self.up, self.hidden = (torch.randn(rows, size.expert_size, **make) for _ in range(3))
+        self.matrices = [torch.randn(size.experts, size.expert_size, size.hidden, **make) for _ in range(3)]
+        self.gradients = [torch.empty_like(matrix) for matrix in self.matrices]
 
     def forward(self, x: Tensor) -> Tensor:
-        begin = 0
-        for up, grad, count in zip(self.up, self.grad, self.counts, strict=True):
-            narrow, wide = (rows[begin : begin + count] for rows in (self.narrow, self.wide))
-            to_narrow, to_wide = (rows[begin : begin + count] for rows in self.out)
-            for _ in range(3):  # gate, up and down: the product, and those of both gradients
-                torch.mm(narrow, up.t(), out=to_wide)
-                torch.mm(wide, up, out=to_narrow)
-                torch.mm(wide.t(), narrow, out=grad)
-            begin += count
+        tensors = (self.x, self.pull, self.narrow, self.gate, self.up, self.hidden)
+        parts = list(zip(*(each.split(self.counts) for each in tensors), strict=True))
+        for (x_, _, narrow, gate, up, hidden), gate_, up_, down in zip(parts, *self.matrices, strict=True):
+            torch.mm(x_, gate_.t(), out=gate)
+            torch.mm(x_, up_.t(), out=up)
+            torch.mm(hidden, down, out=narrow)
+        for (x_, pull, narrow, gate, up, hidden), gate_, up_, down, of_gate, of_up, of_down in zip(
+            parts, *self.matrices, *self.gradients, strict=True
+        ):
+            torch.mm(hidden.t(), pull, out=of_down)
+            torch.mm(pull, down.t(), out=hidden)
+            torch.mm(gate.t(), x_, out=of_gate)
+            torch.mm(up.t(), x_, out=of_up)
+            torch.mm(gate, gate_, out=narrow)
+            torch.addmm(narrow, up, up_, out=narrow)
         return x
 
 
 def contenders(size: Size, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    moe = MoESettings(experts=size.experts, experts_per_token=2, expert_size=size.expert_size)
+    moe = MoESettings(experts=size.experts, experts_per_token=size.choices, expert_size=size.expert_size)
     settings = DecoderSettings(hidden_size=size.hidden, heads=2, moe=moe, init="fan_in")
     layer = MoE(settings, moe)
     fill_parameters(layer, settings, 0)
@@ -256,7 +271,8 @@ def measure(size: Size, rounds: int, device: str) -> list[Row]:
     everyone[PRODUCTS] = Products(size, chosen.bincount(minlength=size.experts).tolist(), device, dtype)
     speeds: dict[str, list[float]] = {name: [] for name in everyone}
     for index in range(rounds + 1):
-        for name, layer in everyone.items():
+        # In another order each time: what the one before left in caches and of free pages is nobody's gain for long.
+        for name, layer in random.Random(index).sample(list(everyone.items()), len(everyone)):
             taken = seconds(layer, x, pull)
             if index:  # the first round warms up
                 speeds[name].append(size.tokens / taken)

@@ -177,5 +177,14 @@ def dropout(x_B: Tensor, p: float, keys: Keys | None) -> Tensor:
     """
     if keys is None or p == 0.0:
         return x_B
-    keep = keys.bits(tuple(x_B.shape[1:]), x_B.device) >= int(p * 2**32)
-    return x_B * keep.to(x_B.dtype) * (1.0 / (1.0 - p))
+    return drop(x_B, p, kept(x_B, p, keys))
+
+
+def kept(x_B: Tensor, p: float, keys: Keys) -> Tensor:
+    """Which elements `dropout` keeps, (B, ...) bool."""
+    return keys.bits(tuple(x_B.shape[1:]), x_B.device) >= int(p * 2**32)
+
+
+def drop(x_B: Tensor, p: float, keep_B: Tensor) -> Tensor:
+    """What `dropout` makes of `x_B` where these elements are kept."""
+    return x_B * keep_B.to(x_B.dtype) * (1.0 / (1.0 - p))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resilin.models import expert_products
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.models.initial import fill_parameters
 from resilin.models.moe import MoE, route
@@ -102,6 +103,54 @@ def test_weights_of_chosen_experts_sum_to_one_when_normalised():
         assert all(len(set(row)) == 3 for row in chosen.tolist())
     loose, _ = route(logits, MoESettings(experts=6, experts_per_token=3, normalise_weights=False))
     assert (loose.sum(-1) < 1).all()
+
+
+def pulled(moe: MoE, x_ND, chosen_Nk):
+    """Output, and gradients of tokens, weights and matrices."""
+    x_ND = x_ND.clone().requires_grad_()
+    weights_Nk = torch.linspace(0.1, 0.9, chosen_Nk.numel(), dtype=x_ND.dtype).view(chosen_Nk.shape).requires_grad_()
+    out = moe.experts(x_ND, weights_Nk, chosen_Nk)
+    inputs = [x_ND, weights_Nk, *moe.experts.parameters()]
+    return [out, *torch.autograd.grad(out, inputs, torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out))]
+
+
+@settings(max_examples=15, deadline=None)
+@given(chunk=st.integers(1, 9), gated=st.booleans(), seed=st.integers(0, 99))
+def test_rows_pass_through_in_blocks_of_any_size(chunk, gated, seed):
+    module = build(MoESettings(experts=6, experts_per_token=2, expert_size=10), gated)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(23, 16, dtype=torch.float64, generator=generator)
+    chosen = torch.rand(23, 5, generator=generator).argsort(1)[:, :2]  # nobody wants the last expert
+    want = pulled(module, x, chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_products, "CHUNK", chunk)
+        got = pulled(module, x, chosen)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_an_expert_gives_the_same_bits_whichever_others_are_there():
+    moe = MoESettings(experts=6, experts_per_token=1, expert_size=24)
+    module = build(moe).float()
+    generator = torch.Generator().manual_seed(0)
+    # With 700 rows it goes through in two blocks; the other ones share one.
+    chosen = torch.tensor([3] * 700 + [0, 1, 2, 4, 5] * 20)[torch.randperm(800, generator=generator), None]
+    x = torch.randn(800, 16, generator=generator)
+    together = pulled(module, x, chosen)
+    for expert in range(6):
+        alone, mine = build(moe).float(), chosen[:, 0] == expert
+        with torch.no_grad():
+            for mirror, matrix in zip(alone.experts.parameters(), module.experts.parameters(), strict=True):
+                mirror.copy_(matrix)
+        x_ND = x[mine].clone().requires_grad_()
+        weights = torch.linspace(0.1, 0.9, 800)[mine, None]
+        out = alone.experts(x_ND, weights, chosen[mine])
+        pull = torch.linspace(-1, 1, 800 * 16).view(800, 16)[mine]
+        got = torch.autograd.grad(out, [x_ND, *alone.experts.parameters()], pull)
+        assert torch.equal(out, together[0][mine])
+        assert torch.equal(got[0], together[1][mine])
+        for a, b in zip(got[1:], together[3:], strict=True):
+            assert torch.equal(a[expert], b[expert])
 
 
 def test_the_gradient_has_a_gradient():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from resilin.parallel.settings import ParallelSettings
 from resilin.parallel.sharded import local
 from resilin.parallel.step import OneProcess
 from resilin.parallel.world import World
+from resilin.precision.compiled import compile_model
 
 SEED, T, V, STEPS = 3, 16, 64, 2
 DENSE: dict[str, Any] = {
@@ -38,6 +40,8 @@ MODELS = {
         moe=MoESettings(experts=4, experts_per_token=2, expert_size=24, shared_size=16, dense_layers=(1,)),
     ),
     "recomputed": DecoderSettings(**DENSE, recompute="block"),
+    "selective": DecoderSettings(**DENSE, recompute="selective"),
+    "normed over width": DecoderSettings(**DENSE, qk_norm_over="width"),
 }
 CPU = torch.device("cpu")
 
@@ -54,11 +58,11 @@ class Case:
     packed: bool = False
     exact: bool = False
     optimizer: str = "sgd"
-    more: dict[str, Any] = field(default_factory=dict)
+    backend: str = ""  # that blocks are compiled by; empty: they are not
 
     def __str__(self) -> str:
         said = " ".join(f"{key}={value}" for key, value in self.parallel.items())
-        return f"{self.model} {said}{' packed' if self.packed else ''}{' exact' if self.exact else ''}"
+        return f"{self.model} {said}{' packed' if self.packed else ''}{' exact' if self.exact else ''}{self.backend}"
 
 
 def batch_of(step: int, slots: range, packed: bool) -> Batch:
@@ -112,8 +116,20 @@ def worker(rank: int, cases: list[Case], wholes: list[dict[str, torch.Tensor]]) 
         model = MODELS[case.model].build(ModelContext(SEED))
         objective, optimizer = NextToken().build(), optimizer_of(case)
         outline = MODELS[case.model].outline(ModelContext(SEED))
+        if case.backend:
+            torch._dynamo.reset()
         part = divide_decoder(
-            settings, world, model, objective, tokens=T, keep_whole=set(), device=CPU, autocast=nullcontext
+            settings,
+            world,
+            model,
+            objective,
+            tokens=T,
+            keep_whole=set(),
+            device=CPU,
+            autocast=nullcontext,
+            compiled=partial(
+                compile_model, what="blocks" if case.backend else False, mode="default", backend=case.backend
+            ),
         )
         made = assemble(
             world,
@@ -174,8 +190,8 @@ def test_pipelines_of_two():
             Case(2, {"pipeline": 2}, exact=True),
             Case(2, {"pipeline": 2, "schedule": "gpipe"}, exact=True, optimizer="adamw"),
             Case(2, {"pipeline": 2, "schedule": "interleaved", "chunks": 2}, exact=True),
-            Case(2, {"pipeline": 2, "schedule": "zb-h1"}),
-            Case(2, {"pipeline": 2, "schedule": "zb-v"}),
+            Case(2, {"pipeline": 2, "schedule": "zb-h1"}, exact=True),
+            Case(2, {"pipeline": 2, "schedule": "zb-v"}, exact=True),
             Case(2, {"pipeline": 2, "layers": (1, 3)}, exact=True, packed=True),
             Case(2, {"pipeline": 2}, model="tied"),
             Case(2, {"pipeline": 2}, model="experts", exact=True),
@@ -247,5 +263,47 @@ def test_chosen_triples_with_eight():
             Case(8, {"pipeline": 2, "context": 2, "data": 2, "expert": 2}, model="experts"),
             Case(8, {"pipeline": 2, "data": 4, "schedule": "interleaved", "chunks": 2}, exact=True),
             Case(8, {"tensor": 2, "context": 2, "data": 2}, packed=True, model="recomputed"),
+        ]
+    )
+
+
+def test_compiled_blocks_of_each_kind():
+    check(
+        [
+            Case(2, {"tensor": 2}, backend="aot_eager"),
+            Case(2, {"pipeline": 2, "schedule": "zb-h1"}, backend="aot_eager"),
+            Case(2, {"context": 2, "context_kind": "ring"}, packed=True, backend="aot_eager"),
+            Case(2, {"expert": 2}, model="experts", backend="aot_eager"),
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_each_kind_in_other_ways():
+    check(
+        [
+            Case(2, {"tensor": 2}, backend="inductor"),
+            Case(2, {"tensor": 2, "sequence": False}, packed=True, backend="inductor"),
+            Case(2, {"tensor": 2}, model="experts", backend="aot_eager"),
+            Case(2, {"tensor": 2}, model="recomputed", backend="aot_eager"),
+            Case(2, {"tensor": 2}, model="selective", backend="aot_eager"),
+            Case(2, {"tensor": 2}, model="normed over width", backend="aot_eager"),
+            Case(2, {"context": 2}, backend="inductor"),
+            Case(2, {"context": 2}, model="experts", backend="aot_eager"),
+            Case(2, {"pipeline": 2}, backend="inductor"),
+            Case(2, {"pipeline": 2}, micro=3, slots=7, model="selective", backend="aot_eager"),
+            Case(2, {"pipeline": 2, "schedule": "zb-v"}, backend="inductor"),
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_chosen_pairs():
+    check(
+        [
+            Case(4, {"pipeline": 2, "tensor": 2}, model="tied", backend="aot_eager"),
+            Case(4, {"tensor": 2, "context": 2}, packed=True, backend="aot_eager"),
+            Case(4, {"tensor": 2, "data": 2, "expert": 2}, model="experts", backend="aot_eager"),
+            Case(4, {"data": 2, "tensor": 2, "sharding": "fsdp"}, model="recomputed", backend="aot_eager"),
         ]
     )

@@ -28,6 +28,7 @@ Layout = tuple[int, dict[str, Any]]
 
 
 def settings_of(text: Path, model: dict[str, Any], steps: int, parallel: dict[str, Any]) -> RunSettings:
+    parallel = dict(parallel)
     tree = {
         "source": {
             "paths": [str(text)],
@@ -38,7 +39,7 @@ def settings_of(text: Path, model: dict[str, Any], steps: int, parallel: dict[st
         "model": model,
         "optimizer": {"lr": 3e-3, "schedule": {"use": "resilin.optim.schedule:Constant"}},
         "train": {"steps": steps, "batch_size": 8, "micro_batch_size": 1, "threads": 1, "device": "cpu"},
-        "precision": {"compute": "fp32"},
+        "precision": {"compute": "fp32", "compile": parallel.pop("compile", False)},
         "parallel": {"timeout": 60, **parallel},
         "evaluation": {"every": EACH, "batches": 3},
         "checkpoint": {"every": EACH, "keep_last": 50},
@@ -73,7 +74,9 @@ def check_chain(tmp_path: Path, model: dict[str, Any], chain: list[Layout], exac
     run_ranks(1, go, text, straight, model, total, 1, {}, 0, connect=False)
     for number, (workers, parallel) in enumerate(chain):
         steps = EACH * (number + 1)
-        told = run_ranks(workers, go, text, changing, model, steps, workers, parallel, free_port(), connect=False)
+        told = run_ranks(
+            workers, go, text, changing, model, steps, workers, parallel, free_port(), connect=False, timeout=500
+        )
         assert {reason for reason, _ in told} == {"completed"}
         assert len({tuple(sorted(metrics.items())) for _, metrics in told}) == 1  # all workers know the same
         expected, found = states(straight, steps), states(changing, steps)
@@ -106,6 +109,16 @@ def test_a_dense_model_goes_from_layout_to_layout(tmp_path):
 def test_experts_go_from_layout_to_layout(tmp_path):
     chain: list[Layout] = [(2, {"data": 2}), (2, {"expert": 2}), (4, {"tensor": 2, "expert": 2}), (1, {})]
     check_chain(tmp_path, EXPERTS, chain, exact_until=1)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_goes_from_layout_to_layout(tmp_path):
+    chain: list[Layout] = [
+        (2, {"tensor": 2, "compile": "blocks", "timeout": 400}),
+        (2, {"pipeline": 2, "compile": True, "timeout": 400}),
+        (1, {}),
+    ]
+    check_chain(tmp_path, {**DENSE, "layers": 2}, chain, exact_until=0)
 
 
 @pytest.mark.parametrize(

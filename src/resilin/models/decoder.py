@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from resilin.keys import Keys, dropout
+from resilin.keys import Keys, drop, dropout, kept
+from resilin.models import uncompiled
 from resilin.models.attention import Attention
 from resilin.models.cache import KVCache
 from resilin.models.decoder_plan import decoder_plan
@@ -82,16 +83,23 @@ class Block(nn.Module):
         slots_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream after this block, and the router's logits where the block has experts."""
-        keys = keys.fold(self.layer) if keys is not None and self.dropout else None
         mixed = self.attention(self.attention_norm(x_BTD), turn, mask, cache, slots_BT)
-        x_BTD = x_BTD + dropout(mixed, self.dropout, keys.fold("attention") if keys else None)
+        x_BTD = x_BTD + self._dropped(mixed, keys, "attention")
         if self.tiles == 1:
             hidden, *router = self._feed_forward(x_BTD)
         else:
             modules = (self.mlp_norm, self.moe if self.has_experts else self.mlp)
             hidden, *router = in_tiles(modules, self._feed_forward, x_BTD, self.tiles)
-        hidden = dropout(hidden, self.dropout, keys.fold("mlp") if keys else None)
-        return x_BTD + hidden, router[0] if router else None
+        return x_BTD + self._dropped(hidden, keys, "mlp"), router[0] if router else None
+
+    def _dropped(self, x_BTD: Tensor, keys: Keys | None, branch: str) -> Tensor:
+        if keys is None or not self.dropout:
+            return x_BTD
+        # Drawn outside compiled code, which would be another one for each layer and step.
+        return drop(x_BTD, self.dropout, uncompiled.outside(self._kept, x_BTD, keys, branch))
+
+    def _kept(self, x_BTD: Tensor, keys: Keys, branch: str) -> Tensor:
+        return kept(x_BTD, self.dropout, keys.fold(self.layer).fold(branch))
 
 
 @cache

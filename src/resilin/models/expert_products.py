@@ -9,8 +9,8 @@ Shapes: N tokens, k choices per token, R = N * k rows sorted by expert, E expert
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,13 +81,89 @@ def _activate_backward(grad: Tensor, x: Tensor, kind: str) -> None:
         _aten.gelu_backward.grad_input(grad, x, approximate=form, grad_input=grad)
 
 
-def _chunks(sizes: list[int]) -> Iterator[tuple[int, int, int, bool]]:
-    """(expert, first row, one past the last, whether they are the expert's first)."""
-    start = 0
+class _Block(NamedTuple):
+    """Rows of one or several experts that pass through all steps together, in parts of one expert each.
+
+    Attributes:
+        low: the first row.
+        high: one past the last.
+        experts: whose each part is.
+        rows: of each part, at most `CHUNK`.
+        first: whether a part is the first of its expert.
+    """
+
+    low: int
+    high: int
+    experts: list[int]
+    rows: list[int]
+    first: list[bool]
+
+    def cut(self, rows_RI: Tensor) -> Sequence[Tensor]:
+        """Each part's rows of the block's."""
+        return (rows_RI,) if len(self.rows) == 1 else torch.split_with_sizes(rows_RI, self.rows)
+
+
+def _blocks(sizes: list[int]) -> Iterator[_Block]:
+    """All rows in order.
+
+    Where parts begin and end depends on their expert's rows alone, so that its products are the same bits whichever
+    experts are here.
+    """
+    block = _Block(0, 0, [], [], [])
     for expert, size in enumerate(sizes):
-        for low in range(start, start + size, CHUNK):
-            yield expert, low, min(low + CHUNK, start + size), low == start
-        start += size
+        for begun in range(0, size, CHUNK):
+            rows = min(CHUNK, size - begun)
+            if block.rows and block.high + rows - block.low > CHUNK:
+                yield block
+                block = _Block(block.high, block.high, [], [], [])
+            block.experts.append(expert)
+            block.rows.append(rows)
+            block.first.append(begun == 0)
+            block = block._replace(high=block.high + rows)
+    if block.rows:
+        yield block
+
+
+def _each(stack: Tensor | None, dtype: torch.dtype) -> Sequence[Tensor]:
+    """An expert's matrix by its number; nothing of nothing."""
+    if stack is None:
+        return ()
+    return stack.unbind() if stack.dtype == dtype else _Widened(stack.unbind(), dtype)
+
+
+class _Widened(Sequence[Tensor]):
+    """Matrices in a wider format, one at a time."""
+
+    def __init__(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._matrices, self._dtype = matrices, dtype
+
+    def __len__(self) -> int:
+        return len(self._matrices)
+
+    def __getitem__(self, expert: Any) -> Any:
+        return self._matrices[expert].to(self._dtype)
+
+
+def _products(rows_RI: Tensor, matrices: Sequence[Tensor], out_RO: Tensor, block: _Block) -> None:
+    """Each part's rows times its expert's matrix."""
+    for expert, rows, out in zip(block.experts, block.cut(rows_RI), block.cut(out_RO), strict=True):
+        torch.mm(rows, matrices[expert], out=out)
+
+
+def _add_products(rows_RI: Tensor, matrices: Sequence[Tensor], out_RO: Tensor, block: _Block) -> None:
+    """The same, added to what is there."""
+    for expert, rows, out in zip(block.experts, block.cut(rows_RI), block.cut(out_RO), strict=True):
+        out.addmm_(rows, matrices[expert])
+
+
+def _gradients(left_OR: Tensor, right_RI: Tensor, totals: Sequence[Tensor], block: _Block) -> None:
+    """Adds `left @ right` of each part to its expert's total, which its first part begins."""
+    lefts = (left_OR,) if len(block.rows) == 1 else torch.split_with_sizes(left_OR, block.rows, 1)
+    for expert, first, left, right in zip(block.experts, block.first, lefts, block.cut(right_RI), strict=True):
+        if first:
+            torch.mm(left, right, out=totals[expert])
+        else:
+            totals[expert].addmm_(left, right)
 
 
 def _collect(rows_RD: Tensor, groups: Groups, weights_Nk: Tensor | None, choices: int) -> Tensor:
@@ -118,24 +194,27 @@ class _Mixed(torch.autograd.Function):
         ctx.sizes, ctx.activation, ctx.written = groups.sizes_G.tolist(), activation, written
         ctx.needed = any(ctx.needs_input_grad)
         token_R = groups.order_R // ctx.choices
-        most = min(max(ctx.sizes, default=0), CHUNK)
+        most = min(rows, CHUNK)
         x_CD, hidden_CF = x_ND.new_empty(most, x_ND.shape[1]), x_ND.new_empty(most, wide)
         held = rows if ctx.needed else most
         up_RF = x_ND.new_empty(held, wide)
         gate_RF = None if gate is None else x_ND.new_empty(held, wide)
         out_RD = x_ND.new_empty(rows, x_ND.shape[1])
-        for expert, low, high, _ in _chunks(ctx.sizes):
-            part = slice(low, high) if ctx.needed else slice(0, high - low)
-            x, hidden = x_CD[: high - low], hidden_CF[: high - low]
+        to_gate, to_up, to_down = (_each(None if one is None else one.mT, x_ND.dtype) for one in (gate, up, down))
+        for block in _blocks(ctx.sizes):
+            low, high = block.low, block.high
+            kept = slice(low, high) if ctx.needed else slice(0, high - low)
+            x, hidden, up_F = x_CD[: high - low], hidden_CF[: high - low], up_RF[kept]
             torch.index_select(x_ND, 0, token_R[low:high], out=x)
-            torch.mm(x, up[expert].to(x.dtype).t(), out=up_RF[part])
-            if gate is None or gate_RF is None:
-                _activate(up_RF[part], activation, hidden)
+            _products(x, to_up, up_F, block)
+            if gate_RF is None:
+                _activate(up_F, activation, hidden)
             else:
-                torch.mm(x, gate[expert].to(x.dtype).t(), out=gate_RF[part])
-                _activate(gate_RF[part], activation, hidden)
-                hidden.mul_(up_RF[part])
-            torch.mm(hidden, down[expert].to(x.dtype).t(), out=out_RD[low:high])
+                gate_F = gate_RF[kept]
+                _products(x, to_gate, gate_F, block)
+                _activate(gate_F, activation, hidden)
+                hidden.mul_(up_F)
+            _products(hidden, to_down, out_RD[low:high], block)
         ctx.save_for_backward(x_ND, weights_Nk, gate, up, down, *groups, token_R, gate_RF, up_RF)
         return _collect(out_RD, groups, weights_Nk, ctx.choices)
 
@@ -157,20 +236,23 @@ class _Mixed(torch.autograd.Function):
                 for expert, size in enumerate(ctx.sizes):
                     if not size:
                         matrix[expert].zero_()
-        most, wide = min(max(ctx.sizes, default=0), CHUNK), up.shape[1]
+        most, wide = min(len(token_R), CHUNK), up.shape[1]
         x_CD, pull_CD = (x_ND.new_empty(most, x_ND.shape[1]) for _ in range(2))
         pull_CF, hidden_CF, active_CF = (x_ND.new_empty(most, wide) for _ in range(3))
         grad_RD = x_ND.new_empty(len(token_R), x_ND.shape[1]) if of_x else None
         weights_R = None if weights_Nk is None else weights_Nk.reshape(-1).index_select(0, groups.order_R)
         grad_weights_R = torch.empty_like(weights_R) if of_weights and weights_R is not None else None
-        for expert, low, high, first in _chunks(ctx.sizes):
+        from_gate, from_up, from_down = (_each(one, x_ND.dtype) for one in (gate, up, down))
+        to_grad_gate, to_grad_up, to_grad_down = (_each(one, x_ND.dtype) for one in (grad_gate, grad_up, grad_down))
+        for block in _blocks(ctx.sizes):
+            low, high = block.low, block.high
             count = high - low
             x, pull, pull_F = x_CD[:count], pull_CD[:count], pull_CF[:count]
             hidden, active, up_F = hidden_CF[:count], active_CF[:count], up_RF[low:high]
-            beta = 0.0 if first else 1.0
+            activated = gate_RF[low:high] if gated else up_F
             torch.index_select(grad_ND, 0, token_R[low:high], out=pull)
-            torch.mm(pull, down[expert].to(pull.dtype), out=pull_F)
-            _activate(gate_RF[low:high] if gated else up_F, kind, active)
+            _products(pull, from_down, pull_F, block)
+            _activate(activated, kind, active)
             if gated:
                 torch.mul(active, up_F, out=hidden)
             else:
@@ -181,28 +263,27 @@ class _Mixed(torch.autograd.Function):
                     # <pull, down hidden> is <down' pull, hidden>, so the experts' outputs need not be kept.
                     torch.sum(torch.mul(pull_F, hidden, out=active), -1, out=grad_weights_R[low:high])
                     if gated:
-                        _activate(gate_RF[low:high], kind, active)
+                        _activate(activated, kind, active)
                 hidden.mul_(weight)
                 pull_F.mul_(weight)
-            if grad_down is not None:
-                _add_product(grad_down[expert], pull.t(), hidden, beta)
+            if to_grad_down:
+                _gradients(pull.t(), hidden, to_grad_down, block)
             if gated:
                 torch.mul(pull_F, active, out=hidden)  # of up
                 pull_F.mul_(up_F)
-                _activate_backward(pull_F, gate_RF[low:high], kind)  # of gate
             else:
-                _activate_backward(pull_F, up_F, kind)
                 hidden = pull_F
-            if grad_up is not None or grad_gate is not None:
+            _activate_backward(pull_F, activated, kind)  # of gate, or of up where there is none
+            if to_grad_up or to_grad_gate:
                 torch.index_select(x_ND, 0, token_R[low:high], out=x)
-            if grad_up is not None:
-                _add_product(grad_up[expert], hidden.t(), x, beta)
-            if grad_gate is not None:
-                _add_product(grad_gate[expert], pull_F.t(), x, beta)
+            if to_grad_up:
+                _gradients(hidden.t(), x, to_grad_up, block)
+            if to_grad_gate:
+                _gradients(pull_F.t(), x, to_grad_gate, block)
             if grad_RD is not None:
-                torch.mm(hidden, up[expert].to(hidden.dtype), out=grad_RD[low:high])
-                if gated:
-                    grad_RD[low:high].addmm_(pull_F, gate[expert].to(pull_F.dtype))
+                _products(hidden, from_up, grad_RD[low:high], block)
+                if from_gate:
+                    _add_products(pull_F, from_gate, grad_RD[low:high], block)
         grad_x = None if grad_RD is None else _collect(grad_RD, groups, None, ctx.choices)
         grad_weights = None
         if grad_weights_R is not None:
@@ -212,14 +293,6 @@ class _Mixed(torch.autograd.Function):
             for grad, matrix in ((grad_gate, gate), (grad_up, up), (grad_down, down))
         )
         return grad_x, grad_weights, *of_matrices, None, None, None
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, beta: float) -> None:
-    """Total = beta * total + left @ right."""
-    if beta:
-        total.addmm_(left, right)
-    else:
-        torch.mm(left, right, out=total)
 
 
 def _again(ctx: Any, grad_ND: Tensor, inputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resilin.models import uncompiled
+
 _ROWS = 32  # that the order is chosen for; any number may come
 
 
@@ -106,10 +108,15 @@ class _Postponed(torch.autograd.Function):
         return of_x, None, of_bias, None
 
 
+def _postponed(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    made: Tensor = _Postponed.apply(x, weight_OI, bias_O, _later)
+    return made
+
+
 def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, (..., I) -> (..., O); in autocast's format, else in that of x, whatever the weight's."""
     if _later is not None and weight_OI.requires_grad and weight_OI.is_leaf:
-        postponed: Tensor = _Postponed.apply(x, weight_OI, bias_O, _later)
+        postponed: Tensor = uncompiled.outside(_postponed, x, weight_OI, bias_O)
         return postponed
     if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight_OI, bias_O)

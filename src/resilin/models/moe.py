@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from resilin.models import uncompiled
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.models.expert_products import mix_experts, takes
 from resilin.models.grouped import Groups, gather, group_choices, grouped_linear, spread
@@ -37,6 +38,10 @@ def route(logits_NE: Tensor, moe: MoESettings) -> tuple[Tensor, Tensor]:
 
 Dispatch = Callable[[Callable[[Tensor, Tensor | None, Tensor], Tensor], Tensor, Tensor | None, Tensor], Tensor]
 """`dispatch(local, x_ND, weights_Nk, chosen_Nk)`: the same as `local(...)`, where experts lie in several places."""
+
+
+def _here(mix: Callable[..., Tensor], x_ND: Tensor, weights_Nk: Tensor | None, chosen_Nk: Tensor) -> Tensor:
+    return mix(x_ND, weights_Nk, chosen_Nk)
 
 
 Matrices = tuple[Tensor | None, Tensor, Tensor]
@@ -72,9 +77,11 @@ class Experts(nn.Module):
             weights_Nk: of the choices; None: each token has one, which counts as it is.
             chosen_Nk: numbers of experts, below E.
         """
-        if self.dispatch is not None:
-            return self.dispatch(self._mix, x_ND, weights_Nk, chosen_Nk)
-        return self._mix(x_ND, weights_Nk, chosen_Nk)
+        if x_ND.is_cuda and self.dispatch is None and self.lend is None:
+            return self._mix(x_ND, weights_Nk, chosen_Nk)
+        # How many rows an expert has is known when they come: no code is compiled for each number.
+        mixed_ND: Tensor = uncompiled.outside(self.dispatch or _here, self._mix, x_ND, weights_Nk, chosen_Nk)
+        return mixed_ND
 
     def _mix(self, x_ND: Tensor, weights_Nk: Tensor | None, chosen_Nk: Tensor) -> Tensor:
         if self.lend is None:

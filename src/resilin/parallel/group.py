@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -38,6 +39,12 @@ class Group:
         return len(self.ranks)
 
     @property
+    def name(self) -> str:
+        """By which `named` finds it again; of a group with a process group."""
+        assert self.process_group is not None
+        return str(self.process_group.group_name)
+
+    @property
     def backend(self) -> str:
         """The library that carries its messages: "gloo", "nccl"; "" where there are none."""
         if self.process_group is None:
@@ -63,6 +70,12 @@ class Group:
         known = process_group if process_group is not None else dist.group.WORLD
         ranks = tuple(dist.get_process_group_ranks(known))
         return cls(ranks, ranks.index(dist.get_rank()), known if len(ranks) > 1 else None)
+
+
+def named(name: str) -> Group:
+    """The group of a name, for compiled code, which keeps names only: process groups end when nobody holds them."""
+    c10d: Any = dist.distributed_c10d
+    return Group.of(c10d._resolve_process_group(name))
 
 
 def make_groups(members: Sequence[Sequence[int]], rank: int, name: str) -> Group:

@@ -203,6 +203,7 @@ def divide_decoder(
     device: torch.device,
     autocast: Autocast,
     values: Callable[[str, tuple[int, ...]], Tensor] | None = None,
+    compiled: Callable[[nn.Module], object] = lambda decoder: None,
 ) -> Part:
     """This worker's part of a model with a decoder in it; the model itself is used up.
 
@@ -216,6 +217,7 @@ def divide_decoder(
         device: of this worker.
         autocast: the format of the step.
         values: for a model on the meta device: (name, shape) -> a whole parameter, of which this worker's part is kept.
+        compiled: compiles a decoder's blocks in place, once they are cut.
 
     Raises:
         ParallelError: what cannot be divided so, by name.
@@ -239,6 +241,8 @@ def divide_decoder(
     blueprint = Blueprint(world.degrees, specs, trained, frozenset(keep_whole))
     facts = _facts(parts, tied, world)
     _agree(parts, blueprint, world)
+    for module in modules:
+        compiled(decoder_in(module))
     if settings.sharding == "fsdp":
         blueprint = replace(blueprint, sharded=True)
         for module in modules:

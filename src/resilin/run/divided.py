@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from resilin.parallel.state import StateLayout, like
 from resilin.parallel.workers import WholeModel, Workers
 from resilin.parallel.world import World
 from resilin.precision.autocast import Precision
+from resilin.precision.compiled import compile_model
 from resilin.run.run import Run
 from resilin.run.settings import RunSettings
 
@@ -89,6 +91,7 @@ def divide(
         passes = WholeModel(model, objective, compiled(model) or model, device=device, autocast=precision.autocast)
         part = Part(passes, blueprint, {})
     else:
+        precise = settings.precision
         part = divide_decoder(
             settings.parallel,
             world,
@@ -99,6 +102,7 @@ def divide(
             device=device,
             autocast=precision.autocast,
             values=_initial(settings, model),
+            compiled=partial(compile_model, what=bool(precise.compile) and "blocks", mode=precise.compile_mode),
         )
     chunks = part.passes.chunks
     made = assemble(
@@ -231,8 +235,6 @@ def _check(settings: RunSettings, world: World, model: nn.Module, source: Source
         ParallelError: what it is.
     """
     degrees, train = world.degrees, settings.train
-    if settings.precision.compile:
-        raise ParallelError("precision.compile goes with data parallelism only: set it to false, or other degrees to 1")
     if degrees.expert > 1:
         size = train.micro_batch_size or -(-train.batch_size // degrees.data)
         if train.batch_size % (size * degrees.data):

@@ -48,6 +48,7 @@ class _Flight:
     """What is kept of a micro-batch at one stage between its passes."""
 
     later: WeightGradients = field(default_factory=WeightGradients)
+    early: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)  # gradients made by the input's half
     incoming: Tensor | None = None
     edge: GradientEdge | None = None
     loss: Loss | None = None
@@ -110,6 +111,8 @@ class PipelinePasses:
     Attributes:
         measure: whether to keep when each action runs.
         records: of the last step; seconds since the epoch.
+        core_seconds: for how long this process's thread had a core while the actions of `records` ran. With one thread
+            to a process, what they took longer is time that other programs took.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class PipelinePasses:
         self.measure = False
         self._began = 0.0
         self.records: list[Record] = []
+        self.core_seconds = 0.0
 
     # -- whole passes -------------------------------------------------------------------------------------------
 
@@ -150,7 +154,7 @@ class PipelinePasses:
         ops = self._known.get(len(micros))
         if ops is None:
             ops = self._known[len(micros)] = tuple(self._ops_for(len(micros)))
-        self.records = []
+        self.records, self.core_seconds = [], 0.0
         return self._go(ops, micros, collect, training=True)
 
     @torch.no_grad()
@@ -199,7 +203,7 @@ class PipelinePasses:
     # -- actions ------------------------------------------------------------------------------------------------
 
     def _act(self, walk: _Walk, action: Action) -> None:
-        self._began = time.time()
+        self._began, core_began = time.time(), time.thread_time()
         doing(_SAID[action.kind], "of stage", action.stage, "micro-batch", action.micro)
         if action.kind is F:
             self._forward(walk, action.stage, action.micro)
@@ -209,6 +213,7 @@ class PipelinePasses:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self.records.append(Record(action, self._number, self._began, time.time()))
+            self.core_seconds += time.thread_time() - core_began  # none while it waits for a message
 
     def _forward(self, walk: _Walk, number: int, micro: int) -> None:
         stage = self._stages[number]
@@ -232,22 +237,44 @@ class PipelinePasses:
     def _backward(self, walk: _Walk, action: Action) -> None:
         number, micro = action.stage, action.micro
         flight = walk.flights[number, micro]
-        if action.kind in (B, I):
-            if flight.loss is not None:
-                flight.loss.sum.backward()
-            else:
-                gradient = self._arrived(walk, (number, micro, False))
-                if flight.edge is not None:
-                    torch.autograd.backward([flight.edge], [gradient])
-            if flight.incoming is not None:
-                back = flight.incoming.grad
-                back = torch.zeros_like(flight.incoming) if back is None else back
-                self._hand_on(walk, (number, micro, False), number - 1, back)
-            flight.loss = flight.edge = flight.incoming = None
+        if action.kind is I:
+            self._set_aside(number, flight, lambda: self._to_the_input(walk, number, micro))
+        elif action.kind is B:
+            self._to_the_input(walk, number, micro)
         if action.kind is not I:
+            for parameter, grad in flight.early:
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             flight.later.compute()
             walk.collect(self._chunk[number])
             del walk.flights[number, micro]
+
+    def _to_the_input(self, walk: _Walk, number: int, micro: int) -> None:
+        flight = walk.flights[number, micro]
+        if flight.loss is not None:
+            flight.loss.sum.backward()
+        else:
+            gradient = self._arrived(walk, (number, micro, False))
+            if flight.edge is not None:
+                torch.autograd.backward([flight.edge], [gradient])
+        if flight.incoming is not None:
+            back = flight.incoming.grad
+            back = torch.zeros_like(flight.incoming) if back is None else back
+            self._hand_on(walk, (number, micro, False), number - 1, back)
+        flight.loss = flight.edge = flight.incoming = None
+
+    def _set_aside(self, number: int, flight: _Flight, half: Callable[[], None]) -> None:
+        """Half of a backward pass, whose gradients wait for the other half: leaves are added one after the other.
+
+        Norms and embeddings have theirs at once, when other micro-batches of the sum are not finished yet.
+        """
+        parameters = [p for p in self._stages[number].module.parameters() if p.requires_grad]
+        before = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        half()
+        flight.early = [(p, p.grad) for p in parameters if p.grad is not None]
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
 
     # -- messages -----------------------------------------------------------------------------------------------
 

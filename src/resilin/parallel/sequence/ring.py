@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from resilin.models import uncompiled
 from resilin.models.attention_core import AttentionCore
 from resilin.models.mask import Mask
 from resilin.models.mask_rule import MaskRule
@@ -146,6 +147,10 @@ class RingCore(nn.Module):
         Raises:
             ValueError: this rank's tokens are not two equal pieces.
         """
+        mixed_BHTD: Tensor = uncompiled.outside(self._mixed, q_BHTD, k_BKTD, v_BKTD, mask)
+        return mixed_BHTD
+
+    def _mixed(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor:
         assert mask.rule is not None
         if q_BHTD.shape[2] % 2:
             raise ValueError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from resilin.models import uncompiled
 from resilin.models.attention import Attention
 from resilin.models.decoder import Decoder
 from resilin.models.mask import Mask
@@ -36,6 +37,10 @@ class UlyssesCore(nn.Module):
 
     def forward(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor:
         """Mixed values (B, H, T, D) of this rank's tokens; the mask is of whole rows."""
+        mixed_BHTD: Tensor = uncompiled.outside(self._mixed, q_BHTD, k_BKTD, v_BKTD, mask)
+        return mixed_BHTD
+
+    def _mixed(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor:
         shares = share_heads(q_BHTD.shape[1], k_BKTD.shape[1], self.group.size)
         q_BhRD, k_BkRD, v_BkRD = heads_to_rows(q_BHTD, k_BKTD, v_BKTD, shares, self.group)
         reads = shares.reads(self.group.index)

@@ -8,7 +8,9 @@ their gradients. Every function says which it takes and gives; the pairs are eac
     put_together cut -> whole, gradients whole -> cut              take_part     whole -> cut, gradients cut -> whole
     sum_both     partial -> whole, gradients partial -> whole
 
-Every rank calls the same functions in the same order, on tensors of the same sizes.
+Every rank calls the same functions in the same order, on tensors of the same sizes. In compiled code messages are
+operations of their own: one follows from the other there, so their order stays. `sum_both` of two statistics do not,
+and are left out of compiled code.
 """
 
 from __future__ import annotations
@@ -19,22 +21,63 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from resilin.models import uncompiled
 from resilin.parallel.activity import waiting
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.exchange import add_up
-from resilin.parallel.group import Group
+from resilin.parallel.group import Group, named
 
 # Renamed in torch 2.13, whose predecessors the project also takes.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+@torch.library.custom_op("resilin::summed", mutates_args=())
+def _summed_op(x: Tensor, group: str) -> Tensor:
+    return _summed(x, named(group))
+
+
+@_summed_op.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("resilin::gathered", mutates_args=())
+def _gathered_op(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
+    return _gathered(x, dim, named(group)).contiguous()
+
+
+@_gathered_op.register_fake
+def _(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] *= ranks
+    return x.new_empty(shape)
+
+
+@torch.library.custom_op("resilin::scattered_sum", mutates_args=())
+def _scattered_sum_op(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
+    return _scattered_sum(x, dim, named(group))
+
+
+@_scattered_sum_op.register_fake
+def _(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] //= ranks
+    return x.new_empty(shape)
+
+
 def _summed(x: Tensor, group: Group) -> Tensor:
+    if torch.compiler.is_compiling():
+        message: Tensor = _summed_op(x, group.name)
+        return message
     return add_up(x.clone(memory_format=torch.contiguous_format), group)
 
 
 def _gathered(x: Tensor, dim: int, group: Group) -> Tensor:
     dim = dim % x.ndim
+    if torch.compiler.is_compiling():
+        message: Tensor = _gathered_op(x, dim, group.size, group.name)
+        return message
     parts = x.new_empty(group.size, *x.shape)
     with waiting(group.ranks):
         _all_gather(parts.flatten(0, 1), x.contiguous(), group=group.process_group)
@@ -43,6 +86,9 @@ def _gathered(x: Tensor, dim: int, group: Group) -> Tensor:
 
 def _scattered_sum(x: Tensor, dim: int, group: Group) -> Tensor:
     dim = dim % x.ndim
+    if torch.compiler.is_compiling():
+        message: Tensor = _scattered_sum_op(x, dim, group.size, group.name)
+        return message
     parts = x.unflatten(dim, (group.size, -1)).movedim(dim, 0).contiguous()
     if x.device.type == "cpu":  # gloo's reduce-scatter takes twice as long as this, on two ranks and on four
         received = torch.empty_like(parts)
@@ -182,7 +228,12 @@ def sum_out(x: Tensor, group: Group) -> Tensor:
 
 def sum_both(x: Tensor, group: Group) -> Tensor:
     """The sum over the ranks, into computations of which each rank does a part: a statistic of what is cut."""
-    out: Tensor = x if group.size == 1 else _SumBoth.apply(x, group)
+    out: Tensor = x if group.size == 1 else uncompiled.outside(_summed_both, x, group)
+    return out
+
+
+def _summed_both(x: Tensor, group: Group) -> Tensor:
+    out: Tensor = _SumBoth.apply(x, group)
     return out
 
 
