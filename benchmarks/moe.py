@@ -16,6 +16,7 @@ offers them: for everyone.
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -270,7 +271,8 @@ def measure(size: Size, rounds: int, device: str) -> list[Row]:
     everyone[PRODUCTS] = Products(size, chosen.bincount(minlength=size.experts).tolist(), device, dtype)
     speeds: dict[str, list[float]] = {name: [] for name in everyone}
     for index in range(rounds + 1):
-        for name, layer in everyone.items():
+        # In another order each time: what the one before left in caches and of free pages is nobody's gain for long.
+        for name, layer in random.Random(index).sample(list(everyone.items()), len(everyone)):
             taken = seconds(layer, x, pull)
             if index:  # the first round warms up
                 speeds[name].append(size.tokens / taken)

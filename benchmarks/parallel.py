@@ -5,8 +5,9 @@ What is measured:
   DistributedDataParallel (default buckets) and FSDP2, all with the same model, objective, clipping and fused AdamW;
 - forward and backward passes of a pipeline against torch.distributed.pipelining: the same stages, schedule and
   micro-batches;
-- the bubble of a pipeline of two against (p - 1) / m: from the records of every action, the idle time of the busiest
-  rank over its busy time, for stages of equal cost;
+- the bubble of a pipeline of two against (p - 1) / m, and against a simulation with the stages' mean costs: from the
+  records of every action, the idle time of the busiest rank over its busy time, in steps that no other program on the
+  machine disturbed;
 - how many micro-batches' activations the fullest rank holds, against m (GPipe) and p (1F1B).
 
     resilin bench run parallel
@@ -21,6 +22,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,7 +41,7 @@ SMALL = DecoderSettings(vocab_size=256, hidden_size=128, layers=4, heads=4, mlp_
 GPU = DecoderSettings(vocab_size=32768, hidden_size=1024, layers=12, heads=16, mlp_size=2816)
 STAGES = DecoderSettings(vocab_size=256, hidden_size=256, layers=8, heads=4, mlp_size=688)
 GPU_STAGES = DecoderSettings(vocab_size=1024, hidden_size=2048, layers=16, heads=16, mlp_size=5632)
-KINDS = ("data", "pipeline", "held")
+KINDS = ("data", "pipeline", "bubbles", "held")
 
 
 def data_cases(workers: int, device: str, scale: float) -> list[data.Case]:
@@ -61,8 +63,11 @@ def pipeline_rows(options: argparse.Namespace, device: torch.device) -> list[Row
     rounds = max(2, round(12 * options.scale))
     if options.kind == "held":
         return pipeline.held(case, ("gpipe", "1f1b"), 8, device)
-    rows = pipeline.against_torch(case, 8, rounds, device)
-    return rows + pipeline.bubbles(case, ("gpipe", "1f1b"), (4, 8, 16), rounds, device)
+    if options.kind == "bubbles":
+        # Passes of some tenths of a second: of a sixteenth, a message and the system's own work are a hundredth part.
+        longer = case if options.device == "cuda" else replace(case, rows=2, tokens=512)
+        return pipeline.bubbles(longer, ("gpipe", "1f1b"), (4, 8, 16), max(2, round(8 * options.scale)), device)
+    return pipeline.against_torch(case, 8, rounds, device)
 
 
 def worker(options: argparse.Namespace) -> None:
@@ -120,8 +125,9 @@ def main() -> None:
     rows = []
     for workers in counts if "data" in options.only else ():
         rows += measured("data", workers, options)
-    if "pipeline" in options.only and (options.device == "cpu" or gpus > 1):
-        rows += measured("pipeline", 2, options)
+    for kind in ("pipeline", "bubbles"):
+        if kind in options.only and (options.device == "cpu" or gpus > 1):
+            rows += measured(kind, 2, options)
     if "held" in options.only and (options.device == "cpu" or gpus > 3):
         rows += measured("held", 4, options)
     for row in rows:

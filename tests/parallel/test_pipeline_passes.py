@@ -121,16 +121,17 @@ def measured(rank: int, text: str) -> Any:
     passes.measure = True
     passes.train([rows_of([micro]) for micro in range(schedule.micros)], lambda _: None)
     evaluated = passes.evaluate([rows_of([0])[0], rows_of([1, 2])[0]])
-    return passes.records, [float(loss.sum) for loss in evaluated]
+    return passes.records, passes.core_seconds, [float(loss.sum) for loss in evaluated]
 
 
 def test_an_order_of_ones_own_runs_as_it_says_and_is_measured():
     text = "0F0,0F1,0B0,0F2,0B1,0B2\n1F0,1B0,1F1,1B1,1F2,1B2\n"
     schedule = Schedule.parse(text)
-    (first, nothing), (second, losses) = run_ranks(2, measured, text)
+    (first, core, nothing), (second, _, losses) = run_ranks(2, measured, text)
     timeline = Timeline.of([*first, *second])
     for rank, records in enumerate((first, second)):
         assert [record.action for record in records] == list(schedule.actions[rank])
+    assert 0 < core < timeline.makespan  # the time of its thread; waiting for the other rank is none
     at = {(record.action, record.rank): record for record in timeline.records}
     for record in timeline.records:  # no forward begins before the one of the stage before it has ended
         if record.action.kind.value == "F" and record.action.stage:

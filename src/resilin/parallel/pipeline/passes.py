@@ -111,6 +111,8 @@ class PipelinePasses:
     Attributes:
         measure: whether to keep when each action runs.
         records: of the last step; seconds since the epoch.
+        core_seconds: for how long this process's thread had a core while the actions of `records` ran. With one thread
+            to a process, what they took longer is time that other programs took.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class PipelinePasses:
         self.measure = False
         self._began = 0.0
         self.records: list[Record] = []
+        self.core_seconds = 0.0
 
     # -- whole passes -------------------------------------------------------------------------------------------
 
@@ -151,7 +154,7 @@ class PipelinePasses:
         ops = self._known.get(len(micros))
         if ops is None:
             ops = self._known[len(micros)] = tuple(self._ops_for(len(micros)))
-        self.records = []
+        self.records, self.core_seconds = [], 0.0
         return self._go(ops, micros, collect, training=True)
 
     @torch.no_grad()
@@ -200,7 +203,7 @@ class PipelinePasses:
     # -- actions ------------------------------------------------------------------------------------------------
 
     def _act(self, walk: _Walk, action: Action) -> None:
-        self._began = time.time()
+        self._began, core_began = time.time(), time.thread_time()
         doing(_SAID[action.kind], "of stage", action.stage, "micro-batch", action.micro)
         if action.kind is F:
             self._forward(walk, action.stage, action.micro)
@@ -210,6 +213,7 @@ class PipelinePasses:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self.records.append(Record(action, self._number, self._began, time.time()))
+            self.core_seconds += time.thread_time() - core_began  # none while it waits for a message
 
     def _forward(self, walk: _Walk, number: int, micro: int) -> None:
         stage = self._stages[number]
