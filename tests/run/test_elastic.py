@@ -19,6 +19,7 @@ from resilin.cluster.local import worker_command
 from resilin.parallel.errors import ParallelError
 from resilin.run.elastic_start import launch
 from resilin.run.events import Cluster, Event, StepDone
+from resilin.run.run import Run
 from resilin.run.settings import RunSettings
 from resilin.run.start import start_run
 
@@ -148,3 +149,30 @@ def test_a_failure_of_the_program_is_told_with_its_trace(text: Path, tmp_path: P
 def test_what_cannot_change_while_it_runs_is_refused(over: dict[str, Any], match: str, text: Path, tmp_path: Path):
     with pytest.raises(ParallelError, match=match):
         go(settings_of(text, **over), tmp_path / "run")
+
+
+def test_a_save_that_one_worker_has_to_begin_anew_is_begun_by_all():
+    """Whether a save was finished when the workers changed may differ between them, and saving is done together."""
+    run, saved, asked = object.__new__(Run), [], []
+
+    class Others:
+        """One of them asks for it."""
+
+        def agreed(self, number: int) -> int:
+            asked.append(number)
+            return max(number, 500 if len(asked) == 1 else 0)
+
+    class Quiet:
+        def asks(self, number: int) -> int:
+            return number
+
+        def agreed(self, number: int) -> int:
+            return number
+
+    run.engine, run.elastic, run._save_again = Others(), Quiet(), False
+    run._begin_save = lambda: saved.append(True)
+    assert run._agreed(2) == 2
+    assert (saved, asked) == ([True], [2, 2])
+    run._save_again = True
+    assert run._agreed(0) == 0
+    assert (len(saved), asked[2:]) == (2, [500, 0])

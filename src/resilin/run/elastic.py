@@ -48,7 +48,7 @@ _REST = ("source", "objective", "run")
 
 
 _CHANGED = (HaltedError, LinksCutError, StoppedError, PeerError, CopyError)
-_PAUSE = 1000  # more than any signal
+_PAUSE = 1000  # more than anything else that workers agree on
 
 
 class _Marking(OptimizerTransform):
@@ -130,6 +130,8 @@ class Elastic:
             try:
                 self._take_place(change)
             except (RuntimeError, OSError) as error:
+                if _own(error):
+                    raise
                 change = self._next(None, error)
             else:
                 return
@@ -212,7 +214,7 @@ class Elastic:
 
     def recover(self, run: Run, error: Exception) -> bool:
         """Go on after something failed since the view changed, or will; False: it is this worker's own failure."""
-        if not isinstance(error, _CHANGED) and kind_of(error) == "reason":
+        if _own(error):
             return False
         self._go_on(run, self._next(run, error))
         return True
@@ -226,7 +228,7 @@ class Elastic:
                 self._settle(run, change)
                 return
             except (RuntimeError, OSError) as error:
-                if not isinstance(error, _CHANGED) and kind_of(error) == "reason":
+                if _own(error):
                     raise
                 change = self._next(run, error)
 
@@ -373,6 +375,11 @@ class Elastic:
         self._sever("this member ends")
         self.snapshots.close()
         self._server.close()
+
+
+def _own(error: BaseException) -> bool:
+    """Whether an error is this worker's own, and not what a change looks like from here."""
+    return not isinstance(error, _CHANGED) and kind_of(error) == "reason"
 
 
 def _dealt(change: Adopt, members: Sequence[int], step: int, micros: int) -> list[list[int]] | list[range]:

@@ -41,6 +41,7 @@ from resilin.run.steady import steady_tensors
 from resilin.transforms import may_change_weights
 
 Reason = Literal["completed", "interrupted", "failed"]
+_SAVE = 500  # more than any signal, when workers agree on what to do
 _NOTHING = Batch(torch.zeros(0, dtype=torch.int64), {})
 
 
@@ -176,9 +177,6 @@ class Run:
         """The next step, or the end."""
         if self.elastic is not None:
             self.elastic.boundary(self)
-            if self._save_again:
-                self._save_again = False
-                self._begin_save()
         if self.step >= self.pace.steps:
             outcome: Outcome | None = self._completed()
         elif number := self._agreed(interrupts.number):
@@ -190,10 +188,16 @@ class Run:
         return outcome
 
     def _agreed(self, signal_number: int) -> int:
-        """All workers end after the same step, whichever of them was asked to."""
+        """All workers end after the same step, whichever of them was asked to; all save, if one has to do it again."""
         if self.elastic is None:
             return self.engine.agreed(signal_number)
-        return self.elastic.agreed(self.engine.agreed(self.elastic.asks(signal_number)))
+        while True:
+            asked = self.elastic.asks(max(signal_number, _SAVE if self._save_again else 0))
+            number = self.elastic.agreed(self.engine.agreed(asked))
+            if number != _SAVE:
+                return number
+            self._save_again = False
+            self._begin_save()
 
     def _take_step(self) -> Outcome | None:
         began = time.perf_counter()
