@@ -11,6 +11,7 @@ import pytest
 import torch
 from forked import run_ranks
 
+from resilin.adapt.adapted import Adapted
 from resilin.keys import Keys
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.models.settings import ModelContext
@@ -41,6 +42,10 @@ MODELS = {
     ),
     "recomputed": DecoderSettings(**DENSE, recompute="block"),
     "selective": DecoderSettings(**DENSE, recompute="selective"),
+    "adapted": Adapted(
+        model=DecoderSettings(**{**DENSE, "dropout": 0.0}),
+        adapters={"default": {"method": "lora", "rank": 4}, "second": {"method": "rslora", "rank": 2}},
+    ),
     "normed over width": DecoderSettings(**DENSE, qk_norm_over="width"),
 }
 CPU = torch.device("cpu")
@@ -196,6 +201,7 @@ def test_pipelines_of_two():
             Case(2, {"pipeline": 2}, model="tied"),
             Case(2, {"pipeline": 2}, model="experts", exact=True),
             Case(2, {"pipeline": 2}, model="recomputed", exact=True),
+            Case(2, {"pipeline": 2}, model="adapted", exact=True),
             Case(2, {"pipeline": 2}, micro=3, slots=7, exact=True),
         ]
     )
@@ -216,6 +222,7 @@ def test_each_other_kind_with_two():
             Case(2, {"expert": 2}, model="experts"),
             Case(2, {"tensor": 2}, model="recomputed"),
             Case(2, {"context": 2}, model="recomputed"),
+            Case(2, {"tensor": 2}, model="adapted", packed=True),
         ]
     )
 

@@ -111,6 +111,16 @@ def test_experts_go_from_layout_to_layout(tmp_path):
     check_chain(tmp_path, EXPERTS, chain, exact_until=1)
 
 
+def test_an_adapted_model_goes_from_layout_to_layout(tmp_path):
+    model = {
+        "use": "resilin.adapt.adapted:Adapted",
+        "model": {**DENSE, "layers": 2},
+        "adapters": {"default": {"method": "lora", "rank": 4}},
+    }
+    chain: list[Layout] = [(2, {"pipeline": 2}), (2, {"tensor": 2}), (1, {})]
+    check_chain(tmp_path, model, chain, exact_until=1)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_goes_from_layout_to_layout(tmp_path):
     chain: list[Layout] = [

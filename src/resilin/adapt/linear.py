@@ -74,7 +74,8 @@ class _Level:
             return self.map.base_forward(x)
         name, adapter, strength, below = self._adapter()
         keys = self.map.attached.current_keys
-        own = keys.fold("adapter").fold(self.map.path).fold(name) if keys is not None else None
+        drops = keys is not None and adapter.settings.dropout  # else nothing of this map alone is looked at: compiled
+        own = keys.fold("adapter").fold(self.map.path).fold(name) if drops and keys is not None else None
         return adapter.output(x, below, strength, own)
 
     def weight(self) -> Tensor:

@@ -2,7 +2,8 @@
 
 Attention and feed-forward are cut as in Megatron-LM (Shoeybi et al., 2019, section 3): queries, keys, values, gate and
 up by their outputs, whole heads to a rank; the projections back by their inputs; vocabulary by rows. Query heads that
-share a key head stay together; where there are more ranks than key heads, neighbours have copies of one.
+share a key head stay together; where there are more ranks than key heads, neighbours have copies of one. Of an
+adapter W + up down the matrix that has the cut side of W, `up` or `down`, is cut as W is; every rank has the other one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.tensor_plan import CutNorm, LocalCount, TensorPlan
 
 _FEED_FORWARD = r"blocks\.\d+\.(mlp|moe\.shared)"
+_UP, _DOWN = r"adapters\.[^.]+\.up", r"adapters\.[^.]+\.down"
 
 
 def decoder_rules(settings: DecoderSettings, vocabulary_multiple: int = 1) -> list[SpecRule]:
@@ -28,11 +30,11 @@ def decoder_rules(settings: DecoderSettings, vocabulary_multiple: int = 1) -> li
     rows, columns = (Shard("tp", 0, rule="even"),), (Shard("tp", 1, rule="even"),)
     rules = [
         SpecRule(r"(embed|head)\.weight", rows, pad),
-        SpecRule(r"blocks\.\d+\.attention\.q\.(weight|bias)", (Shard("tp", 0, queries),)),
-        SpecRule(r"blocks\.\d+\.attention\.[kv]\.(weight|bias)", (Shard("tp", 0, keys),)),
-        SpecRule(r"blocks\.\d+\.attention\.o\.weight", (Shard("tp", 1, queries),)),
-        SpecRule(_FEED_FORWARD + r"\.(gate|up)\.(weight|bias)", rows),
-        SpecRule(_FEED_FORWARD + r"\.down\.weight", columns),
+        SpecRule(r"blocks\.\d+\.attention\.q\.(weight|bias|" + _UP + ")", (Shard("tp", 0, queries),)),
+        SpecRule(r"blocks\.\d+\.attention\.[kv]\.(weight|bias|" + _UP + ")", (Shard("tp", 0, keys),)),
+        SpecRule(r"blocks\.\d+\.attention\.o\.(weight|" + _DOWN + ")", (Shard("tp", 1, queries),)),
+        SpecRule(_FEED_FORWARD + r"\.(gate|up)\.(weight|bias|" + _UP + ")", rows),
+        SpecRule(_FEED_FORWARD + r"\.down\.(weight|" + _DOWN + ")", columns),
         SpecRule(r"blocks\.\d+\.moe\.experts\.(gate|up)", (Shard("ep", 0), Shard("tp", 1, rule="even"))),
         SpecRule(r"blocks\.\d+\.moe\.experts\.down", (Shard("ep", 0), Shard("tp", 2, rule="even"))),
     ]
@@ -51,6 +53,10 @@ def decoder_plan(settings: DecoderSettings, vocabulary_multiple: int = 1) -> Ten
             r"blocks\.\d+\.attention\.(o\.bias|[qk]_norm\.weight)",
             _FEED_FORWARD + r"\.down\.bias",
             r"blocks\.\d+\.moe\.(router|shared_gate)\.weight",
+            r"blocks\.\d+\.attention\.[qkv]\." + _DOWN,
+            r"blocks\.\d+\.attention\.o\." + _UP,
+            _FEED_FORWARD + r"\.(gate|up)\." + _DOWN,
+            _FEED_FORWARD + r"\.down\." + _UP,
         ),
         counts=(
             LocalCount(r"blocks\.\d+\.attention", "heads", like="q.weight"),

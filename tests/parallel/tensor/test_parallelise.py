@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from tensor_cases import Case, batch, compare, step
 from torch import nn
 
+from resilin.adapt.attach import attach
+from resilin.adapt.settings import AdapterSettings
 from resilin.layout import Mesh, layout_of, plan, specs_of
 from resilin.layout import check as check_layout
 from resilin.models.cache import KVCache
@@ -112,6 +114,17 @@ def refusals(rank: int) -> None:
     extended.blocks[0].attention.register_parameter("more", nn.Parameter(torch.zeros(3)))
     with pytest.raises(ParallelError, match=r"blocks\.0\.attention\.more lies in a region"):
         parallelise(extended, plan, group, sequence=False)
+    for added, message in (
+        (
+            AdapterSettings(method="miss", rank=2),
+            r"adapters\.default\.block lies in a region .*lora and rslora",
+        ),
+        (AdapterSettings(method="lora", rank=2, dropout=0.1), r"adapters\.default has dropout"),
+    ):
+        adapted = copy.deepcopy(model)
+        attach(adapted, {"default": added})
+        with pytest.raises(ParallelError, match=message):
+            parallelise(adapted, plan, group, sequence=False)
     extended = copy.deepcopy(model)
     extended.blocks[0].mlp.register_buffer("mask", torch.ones(3))
     with pytest.raises(ParallelError, match=r"blocks\.0\.mlp\.mask is a buffer"):

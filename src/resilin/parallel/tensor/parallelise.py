@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from resilin.adapt.adapter import Adapter
 from resilin.layout import Cut, LayoutError, Mesh, ParamSpec, specs_of
 from resilin.models.linear import Embedding, Linear
 from resilin.models.tensor_plan import TENSOR, TensorPlan
@@ -113,12 +114,18 @@ class _Work:
                     f"{name} is the same parameter as {known[id(parameter)]}: tie matrices in the model's settings, so "
                     "that its plan knows of it"
                 )
+        for name, module in self.modules.items():
+            if isinstance(module, Adapter) and module.settings.dropout:
+                raise ParallelError(
+                    f"{name} has dropout, which ranks that each have a part of its map draw differently: set its "
+                    "dropout to 0, or parallel.tensor to 1"
+                )
         for name, spec in self.specs.items():
             if self._inside(name) and not spec.cuts and not _matches(name, self.plan.copied):
                 raise ParallelError(
                     f"{name} lies in a region whose weights are cut, but the plan says neither how it is cut nor that "
-                    "every rank has a copy: adapters and other additions need a rule of their own, or "
-                    "parallel.tensor = 1"
+                    "every rank has a copy: of adapters lora and rslora are cut; other additions need a rule of their "
+                    "own, or parallel.tensor = 1"
                 )
             if spec.cuts:
                 self._divisible(name, spec)
