@@ -206,15 +206,118 @@ def test_a_newcomer_is_taken_in_at_a_boundary_and_a_leaver_goes_after_its_states
     job.all_ready()
     job.say(7, Hello("there"))
     job.say(7, Warm())
+    assert not job.told(Pause)  # not before a step was taken
+    job.say(0, Committed(0, 4))
+    job.say(0, Committed(0, 5))
     assert set(job.told(Pause)) == {0, 1}
     job.say(0, Leaving())
     job.halted(0, [(0, 0, (5,)), (1, 0, (5,))])
     job.halted(1, [(1, 0, (5,)), (0, 0, (5,))])
     adopt = job.told(Adopt)[7]
     assert (set(job.told(Adopt)), adopt.view.members, adopt.where) == ({1, 7}, (1, 7), {0: 0, 1: 1})
-    assert not job.told(End)
     job.all_ready()
+    assert not job.told(End)  # its memory may still be needed: the copies of the new view are on their way
+    job.say(7, Committed(1, 5))
+    job.say(7, Committed(1, 6))
     assert set(job.told(End)) == {0}
+    assert not job.told(Pause)
+
+
+def test_one_that_is_about_to_go_dies_and_nobody_comes_out():
+    job = Job(2)
+    job.all_ready()
+    job.say(0, Committed(0, 5))
+    job.say(0, Leaving())
+    job.halted(0, [(0, 0, (5,)), (1, 0, (5,))])
+    job.halted(1, [(1, 0, (5,)), (0, 0, (5,))])
+    job.all_ready()
+    job.effects = job.coordinator.gone(0, "was killed", 1.0)
+    assert not job.told(Halt)
+    assert job.coordinator.phase == "running"
+
+
+def test_a_single_loss_while_a_leaver_goes_is_recovered_from_the_leavers_memory():
+    job = Job(3)
+    job.all_ready()
+    job.say(0, Committed(0, 5))
+    job.say(0, Committed(0, 6))
+    job.say(0, Leaving())
+    for number in range(3):  # 0 is copied to 1, 1 to 2, 2 to 0
+        job.halted(number, [(number, 0, (6,)), ((number + 2) % 3, 0, (6,))], step=6)
+    job.all_ready()
+    job.effects = job.coordinator.gone(1, "was killed", 1.0)  # before its copies of the new view are anywhere
+    job.halted(2, [(2, 0, (6,)), (1, 0, (6,)), (2, 1, (6,))], step=6)
+    adopt = job.told(Adopt)[2]
+    assert (adopt.before.epoch, adopt.version, adopt.where, adopt.view.members) == (0, 6, {0: 0, 1: 2, 2: 2}, (2,))
+
+
+def test_newcomers_one_after_the_other_join_together_once_a_step_was_taken():
+    job = Job(1)
+    job.all_ready()
+    job.say(0, Committed(0, 5))
+    for number in range(1, 8):
+        job.say(number, Hello("here"))
+        assert not job.say(number, Warm())[1:]  # noted, and no more
+    job.say(0, Committed(0, 6))
+    assert set(job.told(Pause)) == {0}
+    job.halted(0, [(0, 0, (6,))], step=6)
+    assert set(job.told(Adopt)) == set(range(8))
+
+
+def test_members_that_leave_one_after_the_other_are_no_failures():
+    job = Job(5, aborted=2)
+    job.all_ready()
+    job.say(0, Committed(0, 5))
+    for number in range(4):
+        view = job.coordinator.view
+        job.say(number, Leaving())
+        for member in view.members:
+            job.halted(member, [(owner, view.epoch, (5,)) for owner in view.members])
+        job.all_ready()
+    assert (job.coordinator.phase, job.coordinator.view.members) == ("running", (4,))
+
+
+def test_a_loss_before_anyone_has_kept_a_copy_begins_the_run_again():
+    job = Job(3)
+    job.all_ready()
+    job.coordinator.gone(1, "was killed", 1.0)  # while the model is evaluated before the first step, say
+    job.halted(0, [])
+    job.halted(2, [])
+    assert job.told(Adopt)[0].before is None
+
+
+def test_newcomers_alone_never_begin_a_run_again():
+    job = Job(1)
+    job.all_ready()
+    for version in (5, 6):
+        job.say(0, Committed(0, version))
+    job.say(7, Hello("here"))
+    job.say(7, Warm())
+    job.halted(0, [(0, 0, (6,))], step=6)
+    assert set(job.told(Adopt)) == {0, 7}
+    job.coordinator.gone(0, "was killed", 1.0)
+    job.effects = job.coordinator.told(7, Halted(1, "lost", None, None, (), ()), 1.0)
+    (finish,) = [e for e in job.effects if isinstance(e, Finish)]
+    assert "lost with everyone" in finish.why
+
+
+def test_one_that_has_ended_its_work_comes_out_too_when_another_breaks_during_a_pause():
+    job = Job(2)
+    job.all_ready()
+    job.say(0, Committed(0, 5))
+    job.say(1, Leaving())
+    assert set(job.told(Pause)) == {0, 1}
+    job.say(0, Done(0, 6, "weights"))
+    job.say(1, Halted(0, "a connection broke", 5, 5, (), ()))
+    assert set(job.told(Halt)) == {0}
+
+
+def test_a_late_hello_does_not_bring_back_one_that_is_gone():
+    job = Job(2)
+    job.all_ready()
+    job.coordinator.gone(1, "was killed", 1.0)
+    job.say(1, Hello("here"))
+    assert list(job.coordinator.members) == [0]
 
 
 def test_a_program_that_fails_at_two_members_at_one_step_ends_the_job_with_its_trace():

@@ -121,6 +121,17 @@ def test_workers_come_and_go_in_a_run_and_others_take_the_place_of_those_that_ar
     assert grown[:3] == [2, 3, 2]
 
 
+def test_a_loss_in_the_evaluation_before_the_first_step_begins_the_run_again(
+    text: Path, undisturbed: Path, tmp_path: Path
+):
+    settings = settings_of(text, evaluation={"at_start": True})
+    assert go(settings, tmp_path / "run", [Fault(1, 0, "evaluating")]) == JobEnded(0, "")
+    assert equal(states(tmp_path / "run", STEPS)["model"], states(undisturbed, STEPS)["model"])
+    told = {event["step"]: event["metrics"] for event in events(tmp_path / "run", "eval")}
+    assert list(told) == [0, *(event["step"] for event in events(undisturbed, "eval"))]
+    assert [change["members"] for change in changes(tmp_path / "run")] == [[0, 1, 2], [0, 2]]
+
+
 def test_all_states_lost_is_said_and_the_last_checkpoint_goes_on(text: Path, undisturbed: Path, tmp_path: Path):
     at_once = [Fault(number, 6, "forward and backward") for number in (1, 2)]
     ended = go(settings_of(text), tmp_path / "run", at_once)

@@ -36,6 +36,7 @@ from resilin.cluster.protocol.messages import (
     of_json,
     to_json,
 )  # fmt: skip
+from resilin.cluster.view import View
 from resilin.parallel.stretches import left_to_do
 from resilin.parallel.workers import in_runs
 
@@ -78,6 +79,13 @@ class Plan:
         events = sorted(
             (draw.uniform(0, 0.35 * steps + 2), draw.choice(kinds), draw.randrange(1 << 20)) for _ in range(count)
         )
+        if draw.random() < 0.1:  # wishes and breaks while a few steps are taken
+            kinds = ["drain", "add", "break", "kill"]
+            steps = draw.randint(1, 4)
+            events = [(draw.uniform(0.4, 2.5), draw.choice(kinds), draw.randrange(1 << 20)) for _ in range(4)]
+        elif draw.random() < 0.05:  # a row of newcomers
+            first = draw.uniform(0.5, 2)
+            events = [(first + 0.12 * number, "add", 0) for number in range(14)]
         if events and draw.random() < 0.3:  # several at once
             at = events[0][0]
             events[1:3] = [(at + draw.uniform(0, 0.02), "kill", draw.randrange(1 << 20)) for _ in events[1:3]]
@@ -120,6 +128,7 @@ class Sim:
         self.truth = {0: 0}
         self.views: dict[int, str] = {}
         self.committed = 0
+        self.dead_since = 0  # members that died since the last step was taken
         for step in range(plan.steps):
             self.truth[step + 1] = after(self.truth[step], step, list(range(MICROS)))
 
@@ -186,6 +195,9 @@ class Sim:
         if not alive:
             return
         member = alive[whom % len(alive)]
+        alone = sum(m.epoch >= 0 for m in alive) < 2
+        if alone and what in ("kill", "cut", "drain") and self.draw.random() < 0.8:
+            what = "add"  # the end of the last one is the end of the job, which tells little
         if what == "kill":
             member.die()
         elif what == "stop":
@@ -215,18 +227,29 @@ class Sim:
         why = self.finish.why
         if "lost with everyone" in why and self.whole():
             raise WrongError(f"given up, though all states are there ({self.whole()}): {why}; {self}")
+        # One who was alone has no copies elsewhere, until those of the next view are there.
+        copies = min((len(h) for view in self.origins() for h in view.holders.values()), default=0)
+        if "lost with everyone" in why and self.dead_since <= copies:
+            raise WrongError(f"given up after {self.dead_since} deaths since the last step was taken: {why}; {self}")
         if not any(s in why for s in ("lost with everyone", "are left", "before the run began")):
             raise WrongError(f"the job ended since {why!r}: {self}")
 
     def whole(self) -> list[tuple[int, int]]:
-        """(epoch, version) that exist in whole among those who are alive."""
-        pools = [m.pool.versions() for m in self.members.values() if m.alive]
+        """(epoch, version) that exist in whole among those who are alive, and had arrived when they were asked."""
+        alive = [m for m in self.members.values() if m.alive]
         found = []
-        views = {v.epoch: v for v in (self.coordinator.view, self.coordinator._origin) if v is not None}
-        for epoch, view in views.items():
-            have = [{v for pool in pools for v in pool.get((owner, epoch), [])} for owner in view.members]
+        for view in self.origins():
+            epoch = view.epoch
+            have = [
+                {v for m in alive for v in m.pool.versions().get((o, epoch), []) if (o, epoch, v) not in m.late}
+                for o in view.members
+            ]
             found += [(epoch, v) for v in set.intersection(*have)]
         return found
+
+    def origins(self) -> list[View]:
+        """The views under which copies may be of use."""
+        return [view for view in (self.coordinator.view, self.coordinator._origin) if view is not None]
 
 
 class SimMember:
@@ -244,6 +267,7 @@ class SimMember:
         self.life = 0  # raised when what is under way is given up
         self.stopped_until = 0.0
         self.ended_with: int | None = None
+        self.late: set[tuple[int, int, int]] = set()  # copies that came after it had said what it has
         self.updating = False
         self.said = self.heard = 0.0
         self.tell(Hello(f"host{number % 3}"))
@@ -302,6 +326,8 @@ class SimMember:
         if not self.alive:
             return
         self.alive = False
+        if self.phase != "starting" and self.epoch >= 0:
+            self.sim.dead_since += 1
         self.sim.at(
             self.sim.between(0.0005, 0.05),
             lambda: self.sim.do(self.sim.coordinator.gone(self.number, "was killed", self.sim.now)),
@@ -349,6 +375,7 @@ class SimMember:
         """Give up what is under way, and say where it stands."""
         self.life += 1
         self.phase = "halted"
+        self.late.clear()
         copies = tuple((owner, epoch, tuple(v)) for (owner, epoch), v in self.pool.versions().items())
         step, kept = self.kept if self.kept is not None else (self.version, [])
         version = -1 if self.updating else self.version
@@ -433,14 +460,19 @@ class SimMember:
         holder = self.sim.members[left[0]]
 
         def arrives() -> None:
-            if holder.alive and self.alive and holder.stopped_until <= self.sim.now:
-                holder.pool.put(copy)
-                self.later(0.0005, 0.01, lambda: self.send(copy, left[1:]))
-            elif holder.alive and self.alive:
+            if not holder.alive:
+                return
+            if holder.stopped_until > self.sim.now:
                 self.sim.at(holder.stopped_until - self.sim.now + 1e-6, arrives)
+                return
+            holder.pool.put(copy)
+            if holder.phase == "halted":
+                holder.late.add((copy.owner, copy.epoch, copy.version))
+            if self.alive and self.life == life:
+                self.later(0.0005, 0.01, lambda: self.send(copy, left[1:]))
 
-        life = self.life
-        self.sim.at(self.sim.between(0.001, 0.15), lambda: arrives() if self.life == life else None)
+        life, whole = self.life, self.sim.draw.random() < 0.5  # all of it is on its way, or not yet
+        self.sim.at(self.sim.between(0.001, 0.15), lambda: arrives() if self.life == life or whole else None)
 
     def computes(self) -> None:
         """Forward and backward over its micro-batches."""
@@ -493,6 +525,7 @@ class SimMember:
             if exchange.result != self.sim.truth[self.version + 1]:
                 raise WrongError(f"version {self.version + 1} is wrong in epoch {self.epoch}")
             self.sim.committed = max(self.sim.committed, self.version + 1)
+            self.sim.dead_since = sum(not self.sim.members[number].alive for number in adopt.view.members)
         for number in adopt.view.members:
             other = self.sim.members[number]
             if other.alive and other.epoch == self.epoch and other.phase == "exchanging":

@@ -156,16 +156,20 @@ class Run:
         with Interrupts(self.elastic.leave if self.elastic is not None else None) as interrupts:
             if self.started is not None:
                 self._tell(replace(self.started, start_step=self.step))
-            if self.step == 0 and self.pace.evaluate_at_start:
-                self.evaluate()
             began, outcome = time.perf_counter(), None
+            evaluates = self.step == 0 and self.pace.evaluate_at_start
             try:
                 while outcome is None:
                     try:
+                        if evaluates:
+                            self.evaluate()
+                            evaluates = False
                         outcome = self._go_on(interrupts)
                     except Exception as error:
                         if self.elastic is None or not self.elastic.recover(self, error):
                             raise
+                        # Once more, by all: some may have been told of the change before they had ended it.
+                        evaluates = self.step == 0 and self.pace.evaluate_at_start
             except Exception:
                 with suppress(CheckpointError):  # what ended the run is told, and a save under way is not cut short
                     self.wait_for_saves()

@@ -8,7 +8,8 @@ in a view that somebody else does not have (ElasWave, sections 7 and 9).
 Which copies are needed when: the states of a version are complete under the view in which that version was last
 copied by all. Copies made under a view stay until a step under the next one has been taken by all, since only then are
 those of the next one known to be at their holders. So of two views, the present one and the one before, one always has
-a complete version unless a member and all of its holders were lost together.
+a complete version unless a member and all of its holders were lost together. Whoever leaves stays as long, since its
+memory is one of the places where such copies are; and nobody joins before, so that every view takes a step at least.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Rules:
         copies: of every member's states in others' memory.
         silence: seconds without a beat after which a member counts as lost.
         hang: seconds that a member may do one thing without waiting for another.
-        aborted: changes in a row without a step taken, after which the job ends.
+        aborted: changes that nobody wished for, in a row without a step taken, after which the job ends.
         failures: members whose own program may fail at one step, before the job ends with that failure.
     """
 
@@ -154,8 +155,10 @@ class Coordinator:
         self._next: View | None = None
         self._adopt: Adopt | None = None
         self._origin: View | None = None  # whose copies may still be needed, beside those of `view`
-        self._resumed = -1
+        self._resumed: int | None = None  # the version that the present view began with, once it is known
         self._start: int | None = None  # the version that the run began with
+        self._known: set[int] = set()  # all numbers that ever were
+        self._wished = False  # whether the change under way is a join or a leave
         self._epoch = -1
         self._aborted = 0
         self._failures: dict[int, list[Failed]] = {}
@@ -168,7 +171,9 @@ class Coordinator:
         """A member said something. Whoever is gone, or was never there, is not heard."""
         if self.phase != "ended":
             if isinstance(message, Hello):
-                self.members.setdefault(number, _Member(message.host, now))
+                if number not in self._known:  # a late word of one that was lost does not bring it back
+                    self._known.add(number)
+                    self.members[number] = _Member(message.host, now)
             elif number in self.members:
                 member = self.members[number]
                 member.heard = now
@@ -234,7 +239,7 @@ class Coordinator:
         elif isinstance(message, Halted):
             if message.epoch == member.epoch:
                 member.halted, member.ready, member.done = message, None, None
-                if self.phase in ("running", "adopting"):
+                if self.phase in ("running", "adopting", "pausing"):  # one that is done, say, would not notice
                     self._halt(f"member {number} came out: {message.why}", now)
                 self._decide(now)
         elif isinstance(message, Ready):
@@ -242,7 +247,7 @@ class Coordinator:
                 member.ready = message
                 self._all_ready(now)
         elif isinstance(message, Committed):
-            self._took(message)
+            self._took(message, now)
         elif isinstance(message, Done):
             if self.view is not None and message.epoch == self.view.epoch:
                 member.done = message
@@ -253,24 +258,44 @@ class Coordinator:
                 return  # a newcomer that does not get ready changes nothing for the others
             several = self._failures.setdefault(message.step, [])
             several.append(message)
-            if len(several) >= self.rules.failures or len(self._in()) <= self.rules.least:
+            if len(several) >= self.rules.failures or len(self._staying()) <= self.rules.least:
                 first = several[0]
                 self._end(False, f"member {number} failed at step {first.step}: {first.why}", first.trace)
 
-    def _took(self, message: Committed) -> None:
+    def _took(self, message: Committed, now: float) -> None:
         if self.view is None or message.epoch != self.view.epoch:
             return
         self.version = max(self.version, message.version)
         if self._start is None:
             self._start = message.version
+        if self._resumed is None:
+            self._resumed = self._start
         if message.version > self._resumed:  # an exchange under this view was completed: its copies are at the holders
             self._aborted, self._origin = 0, None
+            self._part()
+            self._consider(now)
+
+    @property
+    def _moving(self) -> bool:
+        """Whether a step was taken under the present view."""
+        return self._resumed is not None and self.version > self._resumed
+
+    def _part(self) -> None:
+        """Let those go whose states, and whose copies of others', are elsewhere by now."""
+        assert self.view is not None
+        for number in self._in():
+            if number not in self.view.members:
+                self._out.append(Tell(number, End(0, "its states are elsewhere now")))
+                del self.members[number]
 
     # -- changes ------------------------------------------------------------------------------------------------
 
     def _in(self) -> list[int]:
         """Members that are in the present view, or were told to be in the next."""
         return [number for number, member in self.members.items() if member.epoch >= 0]
+
+    def _staying(self) -> list[int]:
+        return [number for number in self._in() if not self.members[number].leaving]
 
     def _consider(self, now: float) -> None:
         """Somebody may come or go."""
@@ -286,11 +311,12 @@ class Coordinator:
                 self._times = _Times(now, now, ["the run begins"])
                 self._offer(Adopt(view, None, 0, {}, {}), now)
         elif self.phase == "running":
-            news = [number for number, member in self.members.items() if member.warm and member.epoch < 0]
-            leaving = [number for number in self._in() if self.members[number].leaving]
+            assert self.view is not None
+            # A row of newcomers, one after the other, must not keep the others from their work.
+            news = [n for n, member in self.members.items() if member.warm and member.epoch < 0] if self._moving else []
+            leaving = [n for n in self.view.members if n in self.members and self.members[n].leaving]
             if news or leaving:
-                assert self.view is not None
-                self.phase = "pausing"
+                self.phase, self._wished = "pausing", True
                 said = [f"member {number} is ready to join" for number in news]
                 said += [f"member {number} leaves" for number in leaving]
                 self._times = _Times(now, now, said)
@@ -300,7 +326,7 @@ class Coordinator:
     def _halt(self, why: str, now: float) -> None:
         """Everyone comes out."""
         if self.phase not in ("halting", "pausing"):
-            self._times = _Times(now, now)
+            self._times, self._wished = _Times(now, now), False
         self._times.why.append(why)
         self.phase = "halting"
         for number in self._in():
@@ -316,16 +342,20 @@ class Coordinator:
                 failed = member.failed
                 self._end(False, f"member {number} {why} before the run began", failed.trace if failed else "")
             return
-        if self._everyone_done(without=number, member=member):
+        if self.view is not None and self.phase in ("running", "pausing") and number not in self.view.members:
+            return  # it was about to go: nobody works with it
+        if self._everyone_done():
             self._all_done()
             return
         self._halt(f"member {number} {why}", now)
         self._decide(now)
 
-    def _everyone_done(self, without: int, member: _Member) -> bool:
+    def _everyone_done(self) -> bool:
         """Whether all steps were taken: who is lost then is not missed."""
-        left = [other for number, other in self.members.items() if other.epoch >= 0 and number != without]
-        return self.phase == "running" and bool(left) and all(other.done is not None for other in left)
+        if self.view is None or self.phase not in ("running", "pausing"):
+            return False
+        left = [self.members[number] for number in self.view.members if number in self.members]
+        return bool(left) and all(other.done is not None for other in left)
 
     def _decide(self, now: float) -> None:
         """What comes next, once everyone has come out."""
@@ -335,7 +365,7 @@ class Coordinator:
         if any(self.members[number].halted is None for number in left):
             return
         self._times.halted = now
-        self._aborted += 1
+        self._aborted += not self._wished
         if self._aborted > self.rules.aborted:
             self._end(False, f"{self._aborted} changes in a row without a step taken; the last: {self._times.why[-1]}")
             return
@@ -369,9 +399,12 @@ class Coordinator:
         self._offer(Adopt(view, before, version, where, kept), now)
 
     def _at_the_start(self, numbers: Iterable[int]) -> bool:
-        """Whether everybody still has what the run began with: then no copies are needed."""
+        """Whether everybody still has what the run began with: then no copies are needed.
+
+        Before anybody has told of a version, none of those who are left has kept a copy, let alone taken a step.
+        """
         versions = {h.version for number in numbers if (h := self.members[number].halted) is not None}
-        return self._adopt is not None and self._adopt.before is None and versions <= {None, self._start}
+        return self._start is None or {self._start} <= versions <= {None, self._start}
 
     def _begin_again(self, numbers: list[int], hosts: Mapping[int, str], now: float) -> None:
         try:
@@ -440,27 +473,26 @@ class Coordinator:
             if len(set(told.values())) > 1 or any(digest != view.digest for digest, _ in told.values()):
                 self._end(False, f"epoch {view.epoch}: members of one stage have different states or views: {told}")
                 return
+        resumed = self._start if adopt.before is None else adopt.version
         self._note(
             "change",
             epoch=view.epoch,
             why="; ".join(self._times.why),
             members=list(view.members),
-            version=adopt.version,
-            redone=max(0, self.version - adopt.version),
+            version=resumed or 0,
+            redone=0 if resumed is None else max(0, self.version - resumed),
             kept=sum(map(len, adopt.kept.values())),
             shards_moved=_moved(self.view, view),
             halting=round(self._times.halted - self._times.lost, 4),
             adopting=round(now - self._times.halted, 4),
         )
         self._origin = adopt.before
-        self.view, self._resumed, self.phase = view, adopt.version, "running"
-        self.version = adopt.version
+        self.view, self._resumed, self.phase = view, resumed, "running"
+        self.version = resumed or 0
         for number in view.members:
             self._out.append(Tell(number, Go(view.epoch)))
-        for number, member in list(self.members.items()):
-            if member.leaving and number not in view.members and member.epoch >= 0:
-                self._out.append(Tell(number, End(0, "its states are elsewhere now")))
-                del self.members[number]
+        if adopt.before is None:  # everybody began with the same: nobody's copies are needed
+            self._part()
         self._consider(now)
 
     # -- the end ------------------------------------------------------------------------------------------------
