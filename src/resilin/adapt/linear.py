@@ -124,6 +124,8 @@ class AdaptedLinear(_Base):
 
     def whole_weight(self) -> Tensor:
         """The matrix that the map without adapters multiplies by."""
+        if is_plain_map(self):
+            return self.weight
         below = getattr(super(), "whole_weight", None)  # of a map that does more than hold it: a mask, say
         whole: Tensor = self.weight if below is None else below()
         return whole
