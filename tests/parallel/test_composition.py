@@ -199,6 +199,7 @@ def test_pipelines_of_two():
             Case(2, {"pipeline": 2, "schedule": "zb-v"}, exact=True),
             Case(2, {"pipeline": 2, "layers": (1, 3)}, exact=True, packed=True),
             Case(2, {"pipeline": 2}, model="tied"),
+            Case(2, {"pipeline": 2, "schedule": "zb-v"}, model="tied"),
             Case(2, {"pipeline": 2}, model="experts", exact=True),
             Case(2, {"pipeline": 2}, model="recomputed", exact=True),
             Case(2, {"pipeline": 2}, model="adapted", exact=True),

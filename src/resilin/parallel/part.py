@@ -227,7 +227,7 @@ def divide_decoder(
     cutting = cutting_of(settings, world, model, tokens)
     specs, split, rank_of = cutting.specs, cutting.split, cutting.rank_of
     pipeline = world.group("pp")
-    tied = _ends(world) if decoder.head is None and world.axis("pp") > 1 else None
+    tied = _ends(world, rank_of) if decoder.head is None and world.axis("pp") > 1 else None
     if split is not None:
         mine = [stage for stage, rank in enumerate(rank_of) if rank == pipeline.index]
         modules = cut(model, split, mine)
@@ -310,12 +310,13 @@ def _holders(decoder: Decoder, model: nn.Module, split: Split, rank_of: Sequence
     return found
 
 
-def _ends(world: World) -> Group:
-    """The ends of this worker's pipeline, who share a tied embedding; where it is at neither, it by itself."""
+def _ends(world: World, rank_of: Sequence[int]) -> Group:
+    """The ends of this worker's pipeline, who share a tied embedding; where it is at neither, or both, it by itself."""
     lines = world.members("pp")
-    ends = [(line[0], line[-1]) for line in lines]
-    middles = [(rank,) for line in lines for rank in line[1:-1]]
-    return make_groups([*ends, *middles], world.rank, "tied")
+    at = rank_of[0], rank_of[-1]  # a pipeline in a V has both ends at one rank
+    ends = [tuple(line[place] for place in dict.fromkeys(at)) for line in lines]
+    others = [(rank,) for line in lines for place, rank in enumerate(line) if place not in at]
+    return make_groups([*ends, *others], world.rank, "tied")
 
 
 def _facts(parts: Sequence[LocalModel], tied: Group | None, world: World) -> dict[str, Facts]:
