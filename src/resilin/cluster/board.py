@@ -53,10 +53,11 @@ class Board:
         store: of this thread alone.
         rank: this worker's number.
         workers: how many there are.
+        attempt: which start of the job this is: a store may outlive the workers.
     """
 
-    def __init__(self, store: Store, rank: int, workers: int) -> None:
-        self._store, self._rank, self._workers = PrefixStore("resilin/board", store), rank, workers
+    def __init__(self, store: Store, rank: int, workers: int, attempt: str = "0") -> None:
+        self._store, self._rank, self._workers = PrefixStore(f"resilin/board/{attempt}", store), rank, workers
         store.set_timeout(_READ)
 
     def say(self, status: Status) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,11 +38,13 @@ def joined(place: Position, device: torch.device, timeout: float) -> Iterator[No
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # torchrun's store still has what workers have left there before it started them anew.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         store = _store(place, timedelta(seconds=timeout))
         dist.init_process_group(
             backend,
-            store=PrefixStore("resilin", store),
+            store=PrefixStore(f"resilin/{attempt}", store),
             rank=place.rank,
             world_size=place.workers,
             timeout=timedelta(seconds=timeout),
@@ -51,7 +54,7 @@ def joined(place: Position, device: torch.device, timeout: float) -> Iterator[No
             f"worker {place.rank} of {place.workers} did not find the others at {place.address}:{place.port} within "
             f"{timeout:g} s: {error}"
         ) from error
-    watch = Watch(store, place.rank, place.workers, timeout)
+    watch = Watch(store, place.rank, place.workers, timeout, attempt)
     try:
         yield
     except Exception as error:

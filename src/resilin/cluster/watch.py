@@ -32,11 +32,12 @@ class Watch:
         rank: this worker's number.
         workers: how many there are.
         timeout: seconds that a worker waits for another.
+        attempt: which start of the job this is.
     """
 
-    def __init__(self, store: Any, rank: int, workers: int, timeout: float) -> None:
+    def __init__(self, store: Any, rank: int, workers: int, timeout: float, attempt: str = "0") -> None:
         self._rank, self._timeout = rank, timeout
-        self._board = Board(store.clone(), rank, workers)
+        self._board = Board(store.clone(), rank, workers, attempt)
         self._main = threading.get_ident()
         self._lock = threading.Lock()
         self._stop = threading.Event()
