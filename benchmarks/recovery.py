@@ -175,7 +175,7 @@ def of_torchft(args: argparse.Namespace, folder: Path, fast: bool) -> Seen:
     lighthouse = LighthouseServer(bind="[::]:0", min_replicas=1, **limits)
     told = {
         "model": MODEL, "batch": BATCH, "length": LENGTH, "replicas": args.workers, "steps": args.steps,
-        "timeout": 60.0, "beat_ms": 50 if fast else 100,
+        "timeout": 5.0 if fast else 60.0, "beat_ms": 50 if fast else 100,
     }  # fmt: skip
     file, output = folder / "torchft.json", folder / "torchft.jsonl"
     file.write_text(json.dumps(told))

@@ -16,11 +16,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torchft
+from torch import nn
 
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.settings import ModelContext
 from resilin.run.device import set_threads
+
+
+class Logits(nn.Module):
+    """Tokens to logits in one call, as DDP wants it."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """(B, T) -> (B, T, V)."""
+        return self.decoder.logits(self.decoder(tokens_BT).hidden_BTD)
 
 
 def main(settings_file: str, number: str, output: str) -> None:
@@ -47,7 +60,7 @@ def main(settings_file: str, number: str, output: str) -> None:
         replica_id=f"replica_{number}",
         heartbeat_interval=timedelta(milliseconds=told["beat_ms"]),
     )
-    wrapped = torchft.DistributedDataParallel(manager, model)
+    wrapped = torchft.DistributedDataParallel(manager, Logits(model))
     managed = torchft.Optimizer(manager, optimizer)
     rows, length = told["batch"] // told["replicas"], told["length"]
     with Path(output).open("a", buffering=1) as out:
