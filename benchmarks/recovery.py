@@ -252,7 +252,8 @@ def main() -> None:
     rows = rows_of(runs, plain, bits, args)
     for row in rows:
         ratio = "" if row.ratio is None else f" ({row.ratio:.2f}x)"
-        print(f"{row.name}: {row.ours:.3g} {row.unit}, {row.peer_name} {row.peer:.3g} {row.unit}{ratio}")
+        peer = "" if row.peer is None else f", {row.peer_name} {row.peer:.3g} {row.unit}"
+        print(f"{row.name}: {row.ours:.3g} {row.unit}{peer}{ratio}")
     settings = {"workers": args.workers, "kills": args.kills, "steps": args.steps, "rounds": args.rounds,
                 "model": MODEL, "batch": BATCH, "length": LENGTH}  # fmt: skip
     print(f"wrote {Report.of(results_name('recovery', 'cpu'), settings, rows).write(args.output)}")
