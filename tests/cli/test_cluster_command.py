@@ -72,6 +72,9 @@ def test_workers_are_listed_added_let_go_and_killed_while_a_run_goes_on(
     out, _ = job.communicate(timeout=60)
     assert job.returncode == 130, out
     assert len(list((workplace / FOLDER / "checkpoints").glob("step-*"))) == 1
+    # What it leaves behind is a run like any other.
+    code, told = resilin(workplace, environment, "generate", FOLDER, "--prompt", "import", "--max-new-tokens", "4")
+    assert code == 0, told
 
 
 def test_where_no_run_goes_on_that_is_said(workplace: Path, environment: Mapping[str, str]):

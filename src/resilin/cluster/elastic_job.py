@@ -92,7 +92,7 @@ class ElasticJob:
         self._interrupts = 0
         folder.mkdir(parents=True, exist_ok=True)
         self._listening = socket.create_server(("127.0.0.1", 0))
-        self.store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=300), wait_for_workers=False)
+        self.store = _store_on_loopback()
         for key, value in facts.items():
             self.store.set(key, value)
 
@@ -122,7 +122,7 @@ class ElasticJob:
             with suppress(OSError):
                 self._listening.shutdown(socket.SHUT_RDWR)
             self._listening.close()
-            for process in self._processes.values():
+            for process in list(self._processes.values()):
                 if process.poll() is None:
                     process.kill()
         return self._ended()
@@ -144,13 +144,13 @@ class ElasticJob:
     def _part(self) -> None:
         """Workers end by themselves; those that do not are killed."""
         until = time.monotonic() + _GRACE
-        while time.monotonic() < until and any(p.poll() is None for p in self._processes.values()):
+        while time.monotonic() < until and any(p.poll() is None for p in list(self._processes.values())):
             time.sleep(_POLL)
 
     def _interrupt(self, number: int, frame: object) -> None:
         """Passed on as Ctrl-C, whichever it was: the run saves and ends. The second time all are killed."""
         self._interrupts += 1
-        for process in self._processes.values():
+        for process in list(self._processes.values()):
             if process.poll() is None:
                 process.send_signal(signal.SIGINT if self._interrupts == 1 else signal.SIGKILL)
         if self._interrupts > 1:
@@ -335,6 +335,16 @@ class ElasticJob:
         wire = self._wires.pop(number, None)
         if wire is not None:
             wire.close()
+
+
+def _store_on_loopback() -> TCPStore:
+    """A store that listens on this machine's loopback only: left to itself, torch's listens everywhere."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    return TCPStore(
+        "127.0.0.1", port, None, True, timedelta(seconds=300), wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )  # fmt: skip
 
 
 def _how(code: int) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
@@ -29,9 +30,9 @@ from resilin.run.elastic import Elastic
 from resilin.run.elastic_place import check_elastic
 from resilin.run.events import Cluster, Event, Listener, from_json, to_json
 from resilin.run.folder import RunFolder
-from resilin.run.run import Outcome
+from resilin.run.run import Outcome, Run
 from resilin.run.settings import RunSettings
-from resilin.run.start import listeners_of, resume_from_latest, settle
+from resilin.run.start import listeners_of, make_it_a_run, resume_from_latest, settle
 
 _ONCE = ("step", "eval", "save", "start", "end")
 
@@ -61,7 +62,7 @@ def launch(
     check_elastic(settings, settings.parallel.degrees(settings.parallel.workers), choose_device(settings.train.device))
     settings = settle(settings, folder, resume=resume)
     folder.prepare(settings, resume=resume, accept_changes=accept_changes)
-    before = folder.checkpoints_of() if folder.holds_run() else None
+    begun = CheckpointFolder(folder.checkpoints_of()).latest() if resume else None
     workers = folder.path / "workers"
     workers.mkdir(parents=True, exist_ok=True)
     cluster = settings.cluster
@@ -75,12 +76,12 @@ def launch(
     facts = {
         "settings": json.dumps(settings.model_dump(mode="json")),
         "folder": str(folder.path.resolve()),
-        "resume": json.dumps([str(before)] if resume and before is not None else ["-"] if resume else []),
+        "resume": json.dumps(str(folder.checkpoints_of()) if resume else None),
     }
     with ExitStack() as stack:
         lock_folder(workers)
         stack.callback(unlock_folder, workers)
-        log = EventLog(listeners_of(settings, folder, 0))
+        log = EventLog(listeners_of(settings, folder, begun or 0))
         stack.callback(log.close)
         job = ElasticJob(
             command,
@@ -107,20 +108,22 @@ class EventLog:
         self._listeners = [*listeners]
         self._also: list[Listener] = []
         self._seen: set[tuple[Any, ...]] = set()
+        self._lock = threading.Lock()  # workers are heard in a thread each
 
     def hear(self, told: Mapping[str, Any]) -> None:
         """An event, as JSON values."""
         event = from_json(told)
         key = event.event, told.get("step"), told.get("name")
-        if event.event in _ONCE:
-            if key in self._seen:
+        with self._lock:
+            if event.event in _ONCE and key in self._seen:
                 return
             self._seen.add(key)
-        self._pass_on(event)
+            self._pass_on(event)
 
     def note(self, what: str, facts: Mapping[str, Any]) -> None:
         """A decision of the coordinator."""
-        self._pass_on(Cluster(what=what, facts=facts))
+        with self._lock:
+            self._pass_on(Cluster(what=what, facts=facts))
 
     def _pass_on(self, event: Event) -> None:
         for listener in (*self._listeners, *self._also):
@@ -147,6 +150,11 @@ class _Speaker:
             self._agent.tell(to_json(event))
 
 
+def _load(run: Run, before: CheckpointFolder) -> None:
+    assert run.checkpoints is not None
+    resume_from_latest(run, run.checkpoints) or resume_from_latest(run, before)
+
+
 def work(extra_listeners: Sequence[Listener] = ()) -> Outcome:
     """Be one of the workers of a run, as the environment says, until it is over for this one.
 
@@ -167,9 +175,11 @@ def work(extra_listeners: Sequence[Listener] = ()) -> Outcome:
         stack.callback(elastic.close)
         try:
             run = build_run(settings, folder, elastic=elastic)
-            if resume:
-                old = [CheckpointFolder(Path(place)) for place in resume if place != "-"]
-                elastic.load = lambda run: any(resume_from_latest(run, at) for at in [run.checkpoints, *old] if at)
+            if elastic.lead:
+                make_it_a_run(folder, settings, run)
+            if resume is not None:
+                # Settings may name another place than before: then the first checkpoint is still where it was.
+                elastic.load = partial(_load, before=CheckpointFolder(Path(resume)))
             elastic.attach(run)
             run.listeners = (_Speaker(agent, elastic), *extra_listeners)
             return run.train()

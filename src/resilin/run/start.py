@@ -81,6 +81,14 @@ def resume_from_latest(run: Run, store: CheckpointFolder) -> bool:
     return True
 
 
+def make_it_a_run(folder: RunFolder, settings: RunSettings, run: Run) -> None:
+    """Write what others need to open the folder: the settings, and the tokenizer where there is one."""
+    folder.store(settings)
+    tokenizer = getattr(run.source, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.save(folder.tokenizer)
+
+
 def start_run(
     settings: RunSettings,
     path: Path,
@@ -124,10 +132,7 @@ def start_run(
             stack.callback(run.saves.close)
         with lead_first(world):
             if lead:  # not before: a run whose data or model could not be built is none, and may begin anew
-                folder.store(settings)
-                tokenizer = getattr(run.source, "tokenizer", None)
-                if tokenizer is not None:
-                    tokenizer.save(folder.tokenizer)
+                make_it_a_run(folder, settings, run)
         if resume:
             # Settings may name another place than before: then the first checkpoint is still where it was.
             resume_from_latest(run, run.checkpoints) or resume_from_latest(run, CheckpointFolder(before))
