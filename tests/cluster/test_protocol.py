@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from resilin.cluster.changes import first_view
 from resilin.cluster.protocol import messages
-from resilin.cluster.protocol.coordinator import Coordinator, Fence, Finish, Note, Rules, Tell
+from resilin.cluster.protocol.coordinator import Coordinator
+from resilin.cluster.protocol.effects import Fence, Finish, Note, Tell
 from resilin.cluster.protocol.messages import (
     Adopt,
     Beat,
@@ -30,6 +31,7 @@ from resilin.cluster.protocol.messages import (
     of_json,
     to_json,
 )  # fmt: skip
+from resilin.cluster.protocol.rules import Rules
 
 VIEW = first_view([0, 1, 2], dict.fromkeys(range(3), "here"))
 EVERY = [

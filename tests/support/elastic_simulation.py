@@ -17,7 +17,8 @@ from functools import partial
 import torch
 
 from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
-from resilin.cluster.protocol.coordinator import Coordinator, Fence, Finish, Note, Rules, Tell
+from resilin.cluster.protocol.coordinator import Coordinator
+from resilin.cluster.protocol.effects import Fence, Finish, Note, Tell
 from resilin.cluster.protocol.messages import (
     Adopt,
     Beat,
@@ -36,6 +37,7 @@ from resilin.cluster.protocol.messages import (
     of_json,
     to_json,
 )  # fmt: skip
+from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.view import View
 from resilin.parallel.stretches import left_to_do
 from resilin.parallel.workers import in_runs

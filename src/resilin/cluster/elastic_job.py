@@ -27,8 +27,10 @@ from typing import Any
 from torch._C._distributed_c10d import TCPStore
 
 from resilin.cluster.position import MEMBER
-from resilin.cluster.protocol.coordinator import Coordinator, Effect, Fence, Finish, Note, Rules, Tell
+from resilin.cluster.protocol.coordinator import Coordinator
+from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
 from resilin.cluster.protocol.messages import MessageError, Told, of_json, to_json
+from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.wire import Wire
 
 COORDINATOR, SECRET, STORE = "RESILIN_COORDINATOR", "RESILIN_SECRET", "RESILIN_STORE"

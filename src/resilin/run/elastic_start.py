@@ -22,7 +22,7 @@ from resilin.cluster.agent import Agent, EndedError
 from resilin.cluster.elastic_job import COORDINATOR, SECRET, STORE, ElasticJob, JobEnded
 from resilin.cluster.faults import Fault, await_faults, to_environment
 from resilin.cluster.position import MEMBER
-from resilin.cluster.protocol.coordinator import Rules
+from resilin.cluster.protocol.rules import Rules
 from resilin.config import parse_settings
 from resilin.run.build import build_run
 from resilin.run.device import choose_device

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from resilin.cluster.changes import NobodyLeftError, changed, first_view
+from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
 from resilin.cluster.protocol.messages import (
     Adopt,
     Beat,
@@ -36,81 +37,11 @@ from resilin.cluster.protocol.messages import (
     Ready,
     Warm,
 )
+from resilin.cluster.protocol.newest import Copies, holding, newest_whole
+from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.view import View
 
 Phase = Literal["gathering", "running", "pausing", "halting", "adopting", "ended"]
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """How patient the coordinator is.
-
-    Attributes:
-        members: how many begin together.
-        least: below how many the job ends.
-        stages: of the pipeline.
-        copies: of every member's states in others' memory.
-        silence: seconds without a beat after which a member counts as lost.
-        hang: seconds that a member may do one thing without waiting for another.
-        aborted: changes that nobody wished for, in a row without a step taken, after which the job ends.
-        failures: members whose own program may fail at one step, before the job ends with that failure.
-    """
-
-    members: int
-    least: int = 1
-    stages: int = 1
-    copies: int = 1
-    silence: float = 10.0
-    hang: float = 600.0
-    aborted: int = 10
-    failures: int = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Say something to a member."""
-
-    number: int
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Fence:
-    """See to it that a member does nothing any more."""
-
-    number: int
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """For the log: what was decided and why.
-
-    Attributes:
-        what: a word: "change", "lost", "go", "end".
-        facts: as JSON values.
-    """
-
-    what: str
-    facts: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """The job is over.
-
-    Attributes:
-        good: all steps were taken.
-        why: in words.
-        failure: of the member that is to blame: its trace; "" where there is none.
-    """
-
-    good: bool
-    why: str
-    failure: str = ""
-
-
-Effect = Tell | Fence | Note | Finish
 
 
 @dataclass
@@ -378,7 +309,7 @@ class Coordinator:
             base = [n for n in news if n in stay] + [n for n in news if n not in stay]
             self._begin_again(base, news, now)
             return
-        found = self._complete()
+        found = newest_whole([view for view in (self.view, self._origin) if view is not None], self._copies())
         if found is None and self._at_the_start(left):
             self._begin_again([n for n in news if n in stay] + [n for n in news if n not in stay], news, now)
             return
@@ -414,38 +345,14 @@ class Coordinator:
             return
         self._offer(Adopt(replace(view, epoch=self._epoch + 1), None, 0, {}, {}), now)
 
-    def _origins(self) -> list[View]:
-        return [view for view in (self.view, self._origin) if view is not None]
-
-    def _holding(self, owner: int, view: View) -> dict[int, set[int]]:
-        """By version the members that have a copy of an owner's states under a view."""
-        found: dict[int, set[int]] = {}
-        for number in self._in():
-            halted = self.members[number].halted
-            for who, epoch, versions in halted.copies if halted is not None else ():
-                if (who, epoch) == (owner, view.epoch):
-                    for version in versions:
-                        found.setdefault(version, set()).add(number)
-        return found
-
-    def _complete(self) -> tuple[View, int, dict[int, int]] | None:
-        """The newest version that is there in whole, the view it was copied under, and where each part is read."""
-        best: tuple[View, int, dict[int, int]] | None = None
-        for view in self._origins():
-            held = {owner: self._holding(owner, view) for owner in view.members}
-            common = set.intersection(*(set(versions) for versions in held.values()))
-            if common and (best is None or max(common) > best[1]):
-                version = max(common)
-                where = {
-                    owner: owner if owner in versions[version] else min(versions[version])
-                    for owner, versions in held.items()
-                }
-                best = view, version, where
-        return best
+    def _copies(self) -> dict[int, Copies]:
+        """What everyone who has come out has in its memory."""
+        return {n: h.copies for n in self._in() if (h := self.members[n].halted) is not None}
 
     def _unrecoverable(self) -> str:
         assert self.view is not None
-        lost = [owner for owner in self.view.members if not self._holding(owner, self.view)]
+        copies = self._copies()
+        lost = [owner for owner in self.view.members if not holding(owner, self.view.epoch, copies)]
         said = [f"member {owner} (copied to {list(self.view.holders[owner])})" for owner in lost]
         return (
             f"the states of {', '.join(said) or 'some members'} are lost with everyone who had a copy: go on from the "

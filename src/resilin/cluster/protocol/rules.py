@@ -1,0 +1,30 @@
+"""How patient the coordinator of an elastic run is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How patient the coordinator is.
+
+    Attributes:
+        members: how many begin together.
+        least: below how many the job ends.
+        stages: of the pipeline.
+        copies: of every member's states in others' memory.
+        silence: seconds without a beat after which a member counts as lost.
+        hang: seconds that a member may do one thing without waiting for another.
+        aborted: changes that nobody wished for, in a row without a step taken, after which the job ends.
+        failures: members whose own program may fail at one step, before the job ends with that failure.
+    """
+
+    members: int
+    least: int = 1
+    stages: int = 1
+    copies: int = 1
+    silence: float = 10.0
+    hang: float = 600.0
+    aborted: int = 10
+    failures: int = 2
