@@ -19,7 +19,7 @@ from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.initial import initial_value
 from resilin.models.settings import ModelContext
 from resilin.nouns import Objective, Optimizer, Source, State
-from resilin.parallel.assemble import assemble
+from resilin.parallel.assemble import Assembled, Facts, assemble
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.part import Part, divide_decoder
@@ -27,7 +27,7 @@ from resilin.parallel.pipeline.passes import PipelinePasses
 from resilin.parallel.pipeline.trace import Trace
 from resilin.parallel.sharded import local, shard_module
 from resilin.parallel.state import StateLayout, like
-from resilin.parallel.workers import WholeModel, Workers
+from resilin.parallel.workers import Passes, WholeModel, Workers
 from resilin.parallel.world import World
 from resilin.precision.autocast import Precision
 from resilin.precision.compiled import compile_model
@@ -105,17 +105,15 @@ def divide(
             compiled=partial(compile_model, what=bool(precise.compile) and "blocks", mode=precise.compile_mode),
         )
     chunks = part.passes.chunks
-    made = assemble(
+    made = assembled(
+        settings,
         world,
         part.passes,
         part.blueprint,
-        lambda owned: settings.optimizer.build_owned(outline, settings.train.steps, owned),
-        objective=objective,
-        micro_batch_size=settings.train.micro_batch_size,
-        clip_norm=settings.train.clip_norm,
-        exact=settings.parallel.reduction == "exact",
+        outline,
+        objective,
         device=device,
-        autocast=precision.autocast,
+        precision=precision,
         facts=part.facts,
         model=model if chunks[0] is model and len(chunks) == 1 else None,
     )
@@ -123,6 +121,49 @@ def divide(
         made.engine.trace = Trace(settings.parallel.trace, part.passes, world, folder / "workers" / "schedule.csv")
     mine = chunks[0] if len(chunks) == 1 and not part.blueprint.sharded else WorkerModel(chunks)
     return Divided(mine, made.engine, made.optimizer, StateLayout(part.blueprint, world.everyone))
+
+
+def assembled(
+    settings: RunSettings,
+    world: World,
+    passes: Passes,
+    blueprint: Blueprint,
+    outline: nn.Module,
+    objective: Objective,
+    *,
+    device: torch.device,
+    precision: Precision,
+    facts: Mapping[str, Facts] | None = None,
+    model: nn.Module | None = None,
+) -> Assembled:
+    """A worker's engine and optimizer, as the settings want them; see `resilin.parallel.assemble`.
+
+    Args:
+        settings: of the run; its steps are known.
+        world: all workers.
+        passes: of this one.
+        blueprint: of the whole model.
+        outline: the whole model's names and shapes, by which parameters are grouped.
+        objective: of the run.
+        device: of this worker.
+        precision: of the run.
+        facts: of this worker's parameters, by name.
+        model: that looks for slots that are not finite.
+    """
+    return assemble(
+        world,
+        passes,
+        blueprint,
+        lambda owned: settings.optimizer.build_owned(outline, settings.train.steps, owned),
+        objective=objective,
+        micro_batch_size=settings.train.micro_batch_size,
+        clip_norm=settings.train.clip_norm,
+        exact=settings.parallel.reduction == "exact",
+        device=device,
+        autocast=precision.autocast,
+        facts=facts,
+        model=model,
+    )
 
 
 class WorkerModel(nn.Module):

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cluster.view_world import ViewWorld
-from resilin.nouns import Objective, Optimizer
-from resilin.parallel.assemble import Assembled, assemble
+from resilin.nouns import Objective
+from resilin.parallel.assemble import Assembled
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.workers import WholeModel
 from resilin.precision.autocast import Precision
-from resilin.run.divided import Divided
+from resilin.run.divided import Divided, assembled
 from resilin.run.elastic import Elastic
 from resilin.run.settings import RunSettings
 
@@ -68,22 +68,9 @@ def first_place(
     """
     passes = WholeModel(model, objective, compiled(model) or model, device=device, autocast=precision.autocast)
 
-    def build(owned: Mapping[str, nn.Parameter]) -> Optimizer:
-        return settings.optimizer.build_owned(model, settings.train.steps, owned)
-
     def make(world: ViewWorld, blueprint: Blueprint) -> Assembled:
-        return assemble(
-            world,
-            passes,
-            blueprint,
-            build,
-            objective=objective,
-            micro_batch_size=settings.train.micro_batch_size,
-            clip_norm=settings.train.clip_norm,
-            exact=settings.parallel.reduction == "exact",
-            device=device,
-            autocast=precision.autocast,
-            model=model,
+        return assembled(
+            settings, world, passes, blueprint, model, objective, device=device, precision=precision, model=model
         )
 
     elastic.first(Blueprint.uncut(model, Degrees(), settings.optimizer.keeps_whole(model)), make, store)
