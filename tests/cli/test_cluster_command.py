@@ -71,6 +71,8 @@ def test_workers_are_listed_added_let_go_and_killed_while_a_run_goes_on(
     job.send_signal(2)  # Ctrl-C: the run saves and ends
     out, _ = job.communicate(timeout=60)
     assert job.returncode == 130, out
+    assert "run interrupted at step" in out
+    assert "the same command with --resume" in out
     assert len(list((workplace / FOLDER / "checkpoints").glob("step-*"))) == 1
     # What it leaves behind is a run like any other.
     code, told = resilin(workplace, environment, "generate", FOLDER, "--prompt", "import", "--max-new-tokens", "4")

@@ -149,6 +149,17 @@ def test_a_failure_of_the_program_is_told_with_its_trace(text: Path, tmp_path: P
     assert "Traceback" in ended.message
 
 
+def test_a_listener_that_fails_ends_the_run_with_its_trace(text: Path, tmp_path: Path):
+    def watch(job: ElasticJob, event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 2:
+            raise OSError("no space left on the disk of the log")
+
+    ended = go(settings_of(text, parallel={"workers": 2}), tmp_path / "run", watch=watch)
+    assert ended.code == 1
+    assert "the launcher failed: no space left on the disk of the log" in ended.message
+    assert "Traceback" in ended.message
+
+
 @pytest.mark.parametrize(
     ("over", "match"),
     [

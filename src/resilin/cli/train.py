@@ -67,6 +67,7 @@ def come_and_go(settings: RunSettings, path: Path, given: RunArguments) -> None:
     from resilin.cluster.position import position
     from resilin.config import UserError
     from resilin.run.elastic_start import launch
+    from resilin.run.told_outcome import ToldOutcome
 
     if (place := position()) is not None:
         raise UserError(
@@ -75,7 +76,21 @@ def come_and_go(settings: RunSettings, path: Path, given: RunArguments) -> None:
         )
     if settings.parallel.workers < 1:
         raise UserError("cluster.elastic starts its workers itself: say how many with --workers (parallel.workers)")
-    ended = launch(settings, path, worker_command(), resume=given.resume, accept_changes=given.accept_changes)
+    told = ToldOutcome()
+    ended = launch(
+        settings,
+        path,
+        worker_command(),
+        resume=given.resume,
+        accept_changes=given.accept_changes,
+        watch=lambda _, event: told(event),
+    )
+    if told.outcome is not None:
+        from rich.console import Console
+
+        from resilin.run.summary import summary
+
+        Console().print(summary(path, told.outcome))
     if ended.message:
         typer.secho(f"error: {ended.message}", fg=typer.colors.RED, err=True)
     raise typer.Exit(ended.code)

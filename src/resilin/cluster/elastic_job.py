@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -64,7 +65,6 @@ class ElasticJob:
         note: told of every decision: a word, and facts.
         replace: whether another worker is started for each that is lost.
         environment: more variables for the workers.
-        host: the name of this machine.
     """
 
     def __init__(
@@ -78,10 +78,9 @@ class ElasticJob:
         note: Callable[[str, Mapping[str, Any]], None],
         replace: bool = False,
         environment: Mapping[str, str] | None = None,
-        host: str = "localhost",
     ) -> None:
         self._command, self._folder, self._hear, self._say = list(command), folder, hear, note
-        self._replace, self._host, self._environment = replace, host, dict(environment or {})
+        self._replace, self._environment = replace, dict(environment or {})
         self._secret = secrets.token_hex(16)
         self._coordinator = Coordinator(rules)
         self._lock = threading.RLock()
@@ -219,7 +218,7 @@ class ElasticJob:
             wire.close()
         before = self._coordinator.phase
         if not known and before == "gathering":  # it did not even say hello
-            self._do(self._coordinator.stop(f"worker {number} {how} before it began; see {self.log(number)}", _now()))
+            self._do(self._coordinator.stop(f"worker {number} {how} before it began; see {self.log(number)}"))
             return
         leaving = known and self._coordinator.members[number].leaving
         self._do(self._coordinator.gone(number, how, _now()))
@@ -245,7 +244,14 @@ class ElasticJob:
             wire.say(self._command_of(first))
             wire.close()
             return
-        number = int(first["number"])
+        try:
+            self._hear_member(wire, int(first["number"]))
+        except Exception as error:  # of a listener, say: a disk that is full
+            trace = "".join(traceback.format_exception(error))
+            with self._lock:
+                self._do(self._coordinator.stop(f"the launcher failed: {error}", trace))
+
+    def _hear_member(self, wire: Wire, number: int) -> None:
         with self._lock:
             self._wires[number] = wire
         while (told := wire.hear()) is not None:

@@ -184,12 +184,6 @@ class Pool:
                 del self._copies[key]
             self._free.clear()
 
-    @property
-    def bytes(self) -> int:
-        """Of all copies."""
-        with self._lock:
-            return sum(copy.data.numel() for mine in self._copies.values() for copy in mine.values())
-
 
 def copy_of(
     owner: int, epoch: int, version: int, tensors: list[tuple[str, str, Tensor]], rest: Any, pool: Pool | None = None

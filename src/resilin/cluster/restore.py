@@ -141,8 +141,6 @@ class Restorer:
         self._pool, self._key, self._where, self._connect = pool, (epoch, version), where, connect
         self._heads: dict[int, tuple[dict[tuple[str, str], Slot], Copy | None]] = {}
         self._rest: dict[int, Any] = {}
-        self.read = 0
-        """Bytes that came from other members."""
 
     def _head(self, owner: int) -> tuple[dict[tuple[str, str], Slot], Copy | None]:
         if owner not in self._heads:
@@ -211,6 +209,5 @@ class Restorer:
         else:
             peer = self._connect(self._where[owner])
             parts = peer.get(owner, *self._key, [(start, size) for start, size, _ in entries])
-            self.read += sum(size for _, size, _ in entries)
         for part, (_, _, to) in zip(parts, entries, strict=True):
             to.view(torch.uint8).copy_(part)  # bytes into bytes: what was read may lie at any address

@@ -33,8 +33,6 @@ class Snapshots:
         self._round = 0
         self._closed = False
         self._peers: dict[int, Peer] = {}
-        self.bytes = 0
-        """Sent so far."""
         self._thread = threading.Thread(target=self._go, name="resilin-snapshots", daemon=True)
         self._thread.start()
 
@@ -120,7 +118,6 @@ class Snapshots:
                         raise
                     self._peers.pop(holder, None)
             else:
-                self.bytes += copy.data.numel()
                 return
 
     def _peer(self, holder: int, number: int) -> Peer:

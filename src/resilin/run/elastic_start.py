@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -155,7 +154,7 @@ def _load(run: Run, before: CheckpointFolder) -> None:
     resume_from_latest(run, run.checkpoints) or resume_from_latest(run, before)
 
 
-def work(extra_listeners: Sequence[Listener] = ()) -> Outcome:
+def work() -> Outcome:
     """Be one of the workers of a run, as the environment says, until it is over for this one.
 
     Raises:
@@ -181,14 +180,10 @@ def work(extra_listeners: Sequence[Listener] = ()) -> Outcome:
                 # Settings may name another place than before: then the first checkpoint is still where it was.
                 elastic.load = partial(_load, before=CheckpointFolder(Path(resume)))
             elastic.attach(run)
-            run.listeners = (_Speaker(agent, elastic), *extra_listeners)
+            run.listeners = (_Speaker(agent, elastic),)
             return run.train()
         except EndedError:
             raise
         except Exception as error:
             agent.failed(error)
             raise
-        finally:
-            sys.stdout.flush()
-            with suppress(Exception):
-                elastic.close()

@@ -134,10 +134,10 @@ class Coordinator:
                     break
         return self._effects()
 
-    def stop(self, why: str, now: float) -> list[Effect]:
-        """End the job at once."""
+    def stop(self, why: str, failure: str = "") -> list[Effect]:
+        """End the job at once; see `Finish`."""
         if self.phase != "ended":
-            self._end(False, why)
+            self._end(False, why, failure)
         return self._effects()
 
     @property
@@ -170,7 +170,9 @@ class Coordinator:
         elif isinstance(message, Halted):
             if message.epoch == member.epoch:
                 member.halted, member.ready, member.done = message, None, None
-                if self.phase in ("running", "adopting", "pausing"):  # one that is done, say, would not notice
+                if self.phase == "pausing":  # as all were told to; one that is done, say, would not notice
+                    self._halt("", now)
+                elif self.phase in ("running", "adopting"):
                     self._halt(f"member {number} came out: {message.why}", now)
                 self._decide(now)
         elif isinstance(message, Ready):
@@ -258,12 +260,12 @@ class Coordinator:
         """Everyone comes out."""
         if self.phase not in ("halting", "pausing"):
             self._times, self._wished = _Times(now, now), False
-        self._times.why.append(why)
+        self._times.why += [why] if why else []
         self.phase = "halting"
         for number in self._in():
             member = self.members[number]
             if member.halted is None:
-                self._out.append(Tell(number, Halt(member.epoch, why)))
+                self._out.append(Tell(number, Halt(member.epoch, why or "a change was announced")))
 
     def _lose(self, number: int, why: str, now: float) -> None:
         member = self.members.pop(number)
