@@ -9,6 +9,7 @@ import pytest
 import torch
 from forked import run_ranks
 from ports import free_port
+from tiny_text import text_source
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cluster.position import Position
@@ -30,12 +31,7 @@ Layout = tuple[int, dict[str, Any]]
 def settings_of(text: Path, model: dict[str, Any], steps: int, parallel: dict[str, Any]) -> RunSettings:
     parallel = dict(parallel)
     tree = {
-        "source": {
-            "paths": [str(text)],
-            "sequence_length": 16,
-            "tokenizer": {"kind": "bytes"},
-            "held_out": {"by": "tail"},
-        },
+        "source": text_source(text),
         "model": model,
         "optimizer": {"lr": 3e-3, "schedule": {"use": "resilin.optim.schedule:Constant"}},
         "train": {"steps": steps, "batch_size": 8, "micro_batch_size": 1, "threads": 1, "device": "cpu"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tiny_text import text_source
+
 from resilin.config import parse_settings
 from resilin.run.settings import RunSettings
 
@@ -20,12 +22,7 @@ def text_at(folder: Path) -> Path:
 
 def settings_of(text: Path, **over: Any) -> RunSettings:
     tree = {
-        "source": {
-            "paths": [str(text)],
-            "sequence_length": 16,
-            "tokenizer": {"kind": "bytes"},
-            "held_out": {"by": "tail"},
-        },
+        "source": text_source(text),
         "model": {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_size": 48, "dropout": 0.1},
         "optimizer": {"lr": 3e-3},
         "train": {"steps": STEPS, "batch_size": 8, "micro_batch_size": 1, "threads": 1, "device": "cpu"},
