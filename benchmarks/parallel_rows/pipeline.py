@@ -99,7 +99,7 @@ class Ours:
         keys = Keys(SEED, 0, batch.slots_B)
         micros = [(batch.rows(at, at + rows), keys.rows(at, at + rows)) for at in range(0, len(batch), rows)]
         sums = [GradientSum(list(chunk.parameters()), len(micros)) for chunk in self.passes.chunks]
-        self.passes.train(micros, lambda chunk: sums[chunk].collect())
+        self.passes.train(micros, lambda chunk, _: sums[chunk].collect(), {})
         for each in sums:
             each.finish()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,8 +16,10 @@ from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.settings import ModelContext
 from resilin.nouns import Batch, Loss
 from resilin.objective.next_token import NextToken
+from resilin.parallel.group import Group
+from resilin.parallel.pipeline.line_orders import LineOrders
 from resilin.parallel.pipeline.members import level, lower_members
-from resilin.parallel.pipeline.messages import lower
+from resilin.parallel.pipeline.messages import Op, lower
 from resilin.parallel.pipeline.passes import PipelinePasses
 from resilin.parallel.pipeline.schedule import Schedule
 from resilin.parallel.pipeline.slots import SlotTable, in_blocks
@@ -58,6 +61,21 @@ TABLES = {
 }
 
 
+class Listed:
+    """Operations that were made before."""
+
+    in_order = False
+
+    def __init__(self, ops: Sequence[Op]) -> None:
+        self._ops = ops
+
+    def training(self, step: int, micros: int) -> Sequence[Op]:
+        return self._ops
+
+    def evaluating(self, batches: int, total: int) -> Sequence[Op]:
+        raise NotImplementedError
+
+
 def member(rank: int, tables: tuple[SlotTable, SlotTable]) -> dict[str, Any] | None:
     schedule = level(tables)
     if rank >= len(schedule.members):
@@ -66,12 +84,11 @@ def member(rank: int, tables: tuple[SlotTable, SlotTable]) -> dict[str, Any] | N
     module = cut(SIZES.build(ModelContext(SEED)), Split((0, 1, 3)), [mine.rank])[0]
     passes = PipelinePasses(
         [Stage(mine.rank, module)],
-        lambda _: ops[rank],
-        (0, 1),
+        Listed(ops[rank]),
         NextToken().build(),
         peers=range(dist.get_world_size()),
         number=rank,
-        process_group=dist.group.WORLD,
+        group=Group.of(),
         device=CPU,
         autocast=nullcontext,
     )
@@ -79,11 +96,12 @@ def member(rank: int, tables: tuple[SlotTable, SlotTable]) -> dict[str, Any] | N
         rows_of([slot for start, end in micro for slot in range(start, end)])
         for micro in tables[mine.rank].micros(mine.replica)
     ]
-    done: list[int] = []
-    losses = passes.train(micros, done.append)
-    assert done == [0] * len(micros)
+    done: list[tuple[int, int]] = []
+    losses: dict[int, Loss] = {}
+    passes.train(micros, lambda *collected: done.append(collected), losses)
+    assert sorted(done) == [(0, micro) for micro in range(len(micros))]
     grads = {name: p.grad for name, p in module.named_parameters()}
-    return {"losses": [float(loss.sum) for loss in losses], "grads": grads}
+    return {"losses": [float(loss.sum) for loss in losses.values()], "grads": grads}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -109,18 +127,17 @@ def measured(rank: int, text: str) -> Any:
     module = cut(SIZES.build(ModelContext(SEED)), Split((0, 1, 3)), [rank])[0]
     passes = PipelinePasses(
         [Stage(rank, module)],
-        lambda _: ops,
-        schedule.rank_of,
+        LineOrders(lambda _: ops, schedule.rank_of, rank),
         NextToken().build(),
         peers=(0, 1),
         number=rank,
-        process_group=dist.group.WORLD,
+        group=Group.of(),
         device=CPU,
         autocast=nullcontext,
     )
     passes.measure = True
-    passes.train([rows_of([micro]) for micro in range(schedule.micros)], lambda _: None)
-    evaluated = passes.evaluate([rows_of([0])[0], rows_of([1, 2])[0]])
+    passes.train([rows_of([micro]) for micro in range(schedule.micros)], lambda chunk, micro: None, {})
+    evaluated = passes.evaluate([rows_of([0])[0], rows_of([1, 2])[0]], 2)
     return passes.records, passes.core_seconds, [float(loss.sum) for loss in evaluated]
 
 

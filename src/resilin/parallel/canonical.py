@@ -17,7 +17,7 @@ from torch import Tensor, nn
 Leaf = list[Tensor | None]
 
 
-def _add(left: Leaf, right: Leaf, home: Tensor | None = None) -> Leaf:
+def added(left: Leaf, right: Leaf, home: Tensor | None = None) -> Leaf:
     """Elementwise sum, written into `left`'s memory, or into that of `home`; None is a zero that was never computed."""
     if len(left) != len(right):
         raise ValueError(f"two leaves of one sum have {len(left)} and {len(right)} tensors")
@@ -64,7 +64,7 @@ class TreeSum:
             if left.height != node.height or left.start % 2 ** (left.height + 1):
                 break
             self._nodes.pop()
-            node = Node(left.start, left.height + 1, _add(left.sum, node.sum, self._home))
+            node = Node(left.start, left.height + 1, added(left.sum, node.sum, self._home))
         self._nodes.append(node)
 
     def nodes(self) -> list[Node]:
@@ -81,7 +81,7 @@ class TreeSum:
             raise ValueError(f"the sum begins at leaf {nodes[0].start}: those before it are missing")
         total = nodes.pop().sum
         while nodes:
-            total = _add(nodes.pop().sum, total, self._home)
+            total = added(nodes.pop().sum, total, self._home)
         return total
 
 

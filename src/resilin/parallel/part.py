@@ -27,6 +27,7 @@ from resilin.parallel.local_model import LocalModel, shapes_of
 from resilin.parallel.local_weights import materialise
 from resilin.parallel.pipeline.build import build
 from resilin.parallel.pipeline.errors import ScheduleError
+from resilin.parallel.pipeline.line_orders import LineOrders
 from resilin.parallel.pipeline.messages import Op, lower
 from resilin.parallel.pipeline.passes import PipelinePasses
 from resilin.parallel.pipeline.schedule import Schedule, loop, vee
@@ -258,12 +259,13 @@ def divide_decoder(
         sequence = world.axis("tp") if settings.sequence else 1
         passes = PipelinePasses(
             [Stage(number, module, sequence) for number, module in zip(mine, modules, strict=True)],
-            partial(_ops, settings, len(rank_of), pipeline.size, pipeline.index),
-            rank_of,
+            LineOrders(
+                partial(_ops, settings, len(rank_of), pipeline.size, pipeline.index), rank_of, pipeline.index
+            ),
             objective,
             peers=pipeline.ranks,
             number=pipeline.index,
-            process_group=pipeline.process_group,
+            group=pipeline,
             device=device,
             autocast=autocast,
             speaks=speaks,

@@ -7,11 +7,13 @@ whoever asks for it, and whenever.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from resilin.nouns import Loss
-from resilin.parallel.canonical import GradientSum, Node, TreeSum, blocks_of
+from resilin.parallel.canonical import GradientSum, Leaf, Node, TreeSum, added, blocks_of
 
 
 def stretches(micros: Sequence[int]) -> list[range]:
@@ -42,6 +44,35 @@ def joined(nodes: Sequence[Node]) -> list[Node]:
         tree.push(node.sum, node.height)
         end = node.start + 2**node.height
     return found + (tree.nodes() if tree is not None else [])
+
+
+def leaves_in(block: Node | tuple[int, int]) -> range:
+    """The numbers of a block's leaves, from its (start, height, ...)."""
+    return range(block[0], block[0] + 2 ** block[1])
+
+
+def in_all(kept: Sequence[Sequence[Sequence[int]]]) -> list[list[list[int]]]:
+    """What need not be computed again where each micro-batch passes through several stages.
+
+    A stage can do without a micro-batch only if all can; and what it has is sums of blocks, of which it needs all
+    leaves or none.
+
+    Args:
+        kept: by stage and member the numbers of the micro-batches that are finished there.
+
+    Returns:
+        The same, less what has to be computed again.
+    """
+    left = [[set(mine) for mine in stage] for stage in kept]
+    while True:
+        common = set.intersection(*(set().union(*stage) for stage in left))
+        closed = [
+            [{leaf for block in blocks_in(sorted(mine)) if common.issuperset(leaves_in(block)) for leaf in
+              leaves_in(block)} for mine in stage] for stage in left
+        ]  # fmt: skip
+        if closed == left:
+            return [[sorted(mine) for mine in stage] for stage in left]
+        left = closed
 
 
 def left_to_do(micros: int, kept: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -76,21 +107,25 @@ class StretchSums:
     def __init__(self, make: Callable[[int, int], GradientSum], micros: Sequence[int]) -> None:
         self._make, self._runs = make, stretches(micros)
         self._sum: GradientSum | None = None
-        self._left = 0
+        self._left = self._next = 0
         self._done: list[Node] = []
 
-    def collect(self) -> None:
-        """Take the gradients just computed for the next micro-batch.
+    def collect(self, micro: int) -> None:
+        """Take the gradients just computed for the next micro-batch, which has this number.
 
         Raises:
-            ValueError: there is no next one.
+            ValueError: it is not the next one.
         """
         if self._sum is None:
             if not self._runs:
                 raise ValueError("gradients of more micro-batches were collected than this worker has")
             run = self._runs.pop(0)
+            self._next = run.start
             self._sum, self._left = self._make(len(run), run.start), len(run)
+        if micro != self._next:
+            raise ValueError(f"gradients of micro-batch {micro} were collected where those of {self._next} come next")
         self._sum.collect()
+        self._next += 1
         self._left -= 1
         if not self._left:
             self._done += self._sum.blocks()
@@ -108,6 +143,35 @@ class StretchSums:
         return self._done
 
 
+class LeafSums:
+    """Sums the gradients of a step's micro-batches in whatever order they come; `StretchSums` needs less memory.
+
+    Two neighbouring blocks are added as soon as both are there, so the sums are those of the tree, to the bit.
+
+    Args:
+        parameters: whose gradients are summed.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._nodes: dict[tuple[int, int], Leaf] = {}
+
+    def collect(self, micro: int) -> None:
+        """Take the gradients just computed for a micro-batch of the step."""
+        leaf: Leaf = [p.grad for p in self._parameters]
+        for p in self._parameters:
+            p.grad = None
+        start, height = micro, 0
+        while (other := self._nodes.pop((start ^ 2**height, height), None)) is not None:
+            leaf = added(other, leaf) if start & 2**height else added(leaf, other)
+            start, height = start & ~(2**height), height + 1
+        self._nodes[start, height] = leaf
+
+    def blocks(self) -> list[Node]:
+        """All blocks that are there, in order."""
+        return [Node(start, height, leaf) for (start, height), leaf in sorted(self._nodes.items(), key=lambda n: n[0])]
+
+
 @dataclass
 class Kept:
     """What a worker has finished of a step.
@@ -123,6 +187,19 @@ class Kept:
     micros: tuple[int, ...]
     losses: dict[int, Loss]
     chunks: list[list[Node]]
+
+    def only(self, micros: Collection[int]) -> Kept:
+        """Of these micro-batches, and of no others: blocks that have any other are dropped.
+
+        Raises:
+            ValueError: some of them are in no block of their own.
+        """
+        wanted = set(micros)
+        chunks = [[node for node in chunk if wanted.issuperset(leaves_in(node))] for chunk in self.chunks]
+        if any({leaf for node in chunk for leaf in leaves_in(node)} != wanted for chunk in chunks):
+            raise ValueError(f"of the micro-batches {list(self.micros)}, {sorted(wanted)} are no blocks of their own")
+        losses = {micro: loss for micro, loss in self.losses.items() if micro in wanted}
+        return Kept(self.step, tuple(sorted(wanted)), losses, chunks)
 
     def after(self, before: Kept) -> Kept:
         """Together with what was kept of the same step before; its memory is used."""

@@ -24,11 +24,12 @@ from resilin.parallel.messages import tell_all
 from resilin.parallel.reduction import Reduced
 from resilin.parallel.report import Report, Summed
 from resilin.parallel.step import Autocast, StepGradient, check_units, non_finite_slots
-from resilin.parallel.stretches import Kept, StretchSums, blocks_in, stretches
+from resilin.parallel.stretches import Kept, LeafSums, StretchSums, blocks_in, stretches
 from resilin.parallel.world import World
 
-Collect = Callable[[int], None]
-"""Told the number of a chunk of the model when its gradients of the next micro-batch are complete in `.grad`."""
+Collect = Callable[[int, int], None]
+"""Told the number of a chunk of the model, and the place of a micro-batch among those given, when its gradients of it
+are complete in `.grad`."""
 
 
 class Passes(Protocol):
@@ -37,20 +38,29 @@ class Passes(Protocol):
     Attributes:
         chunks: the parts of the model that this worker has.
         speaks: whether this worker computes losses; of those that do so for one micro-batch only one speaks.
+        in_order: whether a chunk's gradients are complete in the order of micro-batches.
     """
 
     chunks: Sequence[nn.Module]
     speaks: bool
+    in_order: bool
 
-    def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect) -> list[Loss]:
+    def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect, losses: dict[int, Loss]) -> None:
         """Forward and backward over micro-batches.
 
-        Returns:
-            Their losses without graphs, or [] at a worker that computes none.
+        Args:
+            micros: of this worker, ascending.
+            collect: takes gradients.
+            losses: gets the loss, without a graph, of each micro-batch that this worker computes one of.
         """
 
-    def evaluate(self, batches: Sequence[Batch]) -> list[Loss]:
-        """Forward only, without randomness."""
+    def evaluate(self, batches: Sequence[Batch], total: int) -> list[Loss]:
+        """Forward only, without randomness.
+
+        Args:
+            batches: of this worker.
+            total: how many all workers evaluate together.
+        """
 
 
 class Tracer(Protocol):
@@ -73,6 +83,8 @@ class WholeModel:
         prepare: takes this worker's part of a batch, where rows are divided.
     """
 
+    in_order = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -88,20 +100,18 @@ class WholeModel:
         self.speaks, self._prepare = speaks, prepare
         self._objective, self._computed, self._device, self._autocast = objective, computed, device, autocast
 
-    def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect) -> list[Loss]:
+    def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect, losses: dict[int, Loss]) -> None:
         """Forward, backward, forward, backward, ..."""
-        losses = []
         for number, (batch, keys) in enumerate(micros):
             doing("forward and backward of micro-batch", number)
             with self._autocast():
                 loss = self._objective(self._computed, self._prepare(batch.to(self._device)), keys)
             loss.sum.backward()
-            collect(0)
-            losses.append(Loss(loss.sum.detach(), loss.units.detach(), loss.logs))
-        return losses
+            collect(0, number)
+            losses[number] = Loss(loss.sum.detach(), loss.units.detach(), loss.logs)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> list[Loss]:
+    def evaluate(self, batches: Sequence[Batch], total: int) -> list[Loss]:
         """Forward."""
         losses = []
         for batch in batches:
@@ -142,7 +152,8 @@ def micro_batches(count: int, size: int, workers: int) -> list[range]:
 
 
 Dealt = Callable[[int, int], Sequence[Sequence[int]]]
-"""How a step's micro-batches, so many of them, are dealt: to each worker of the data axis, ascending numbers."""
+"""How a step's micro-batches, so many of them, are dealt: to each worker, by rank, ascending numbers. Workers that
+compute different parts of the model may have the same ones."""
 
 
 def run_of(micros: int, workers: int, dp: int) -> range:
@@ -155,6 +166,17 @@ def run_of(micros: int, workers: int, dp: int) -> range:
 def in_runs(micros: int, workers: int) -> list[range]:
     """Every worker's run of neighbours."""
     return [run_of(micros, workers, dp) for dp in range(workers)]
+
+
+def along_data(world: World) -> Dealt:
+    """Runs of neighbours, by the data axis."""
+    places = world.mesh.coordinates()["dp"].tolist()
+
+    def dealt(_: int, micros: int) -> list[range]:
+        runs = in_runs(micros, world.axis("dp"))
+        return [runs[place] for place in places]
+
+    return dealt
 
 
 class Workers:
@@ -179,7 +201,8 @@ class Workers:
 
     Attributes:
         trace: looks at the passes of some steps.
-        dealt: who of the data axis computes which micro-batches: runs of neighbours.
+        dealt: who computes which micro-batches: along the data axis, runs of neighbours.
+        evaluates: which of so many held-out batches this worker takes.
         keeps: whether what a step has finished is kept until the next one begins, for redoing it with other workers.
         kept: that; a step of the same number goes on from there.
         ready: called before the last exchange of a step's gradient: once it returns at all workers, the step may be
@@ -207,7 +230,8 @@ class Workers:
         self.trace: Tracer | None = None
         self.kept: Kept | None = None
         self.keeps = False
-        self.dealt: Dealt = lambda _, micros: in_runs(micros, world.axis("dp"))
+        self.dealt: Dealt = along_data(world)
+        self.evaluates: Callable[[int], Sequence[int]] = self._share
         self.ready: Callable[[], None] = lambda: None
         self.world, self.passes, self.trained, self.reductions = world, passes, dict(trained), dict(reductions)
         self._rows, self._objective, self._model = rows, objective, model
@@ -241,12 +265,12 @@ class Workers:
         return micro_batches(count, self._micro, self.world.axis("dp"))
 
     def _micros_of(self, step: int, count: int) -> list[tuple[int, ...]]:
-        """Which micro-batches each worker of the data axis computes."""
+        """Which micro-batches each worker computes."""
         return [tuple(each) for each in self.dealt(step, len(self.micro_batches(count)))]
 
     def _missing(self, step: int, count: int) -> tuple[int, ...]:
         """This worker's micro-batches of a step that are not finished yet."""
-        mine, kept = self._micros_of(step, count)[self.world.coordinate("dp")], self._kept_of(step)
+        mine, kept = self._micros_of(step, count)[self.world.rank], self._kept_of(step)
         return tuple(number for number in mine if kept is None or number not in kept.micros)
 
     def _kept_of(self, step: int) -> Kept | None:
@@ -271,21 +295,40 @@ class Workers:
             rows = row, row + len(micros[number])
             parts.append((batch.rows(*rows), keys.rows(*rows)))
             row = rows[1]
-        sums = [
-            StretchSums(partial(GradientSum, [self.trained[name].parameter for name in names]), todo)
-            for names in self._chunk_names
-        ]
-        with self.trace.step(keys.step) if self.trace is not None else nullcontext():
-            losses = self.passes.train(parts, lambda chunk: sums[chunk].collect())
-        made = Kept(keys.step, todo, dict(zip(todo, losses, strict=True)) if losses else {}, [s.blocks() for s in sums])
-        before = self._kept_of(keys.step)
-        if before is not None:
-            made = made.after(before)
-        self.kept = made if self.keeps and self._exact else None  # fast sums are added up in the memory of the blocks
+        sums = [self._summing(names, todo) for names in self._chunk_names]
+        finished: list[list[int]] = [[] for _ in sums]
+        losses: dict[int, Loss] = {}
+
+        def collect(chunk: int, place: int) -> None:
+            sums[chunk].collect(todo[place])
+            finished[chunk].append(todo[place])
+
+        def kept(micros: Sequence[int]) -> Kept:
+            told = {todo[place]: loss for place, loss in losses.items()}
+            made = Kept(keys.step, tuple(sorted(micros)), told, [one.blocks() for one in sums])
+            before = self._kept_of(keys.step)
+            return made if before is None else made.after(before)
+
+        keeps = self.keeps and self._exact  # fast sums are added up in the memory of the blocks
+        try:
+            with self.trace.step(keys.step) if self.trace is not None else nullcontext():
+                self.passes.train(parts, collect, losses)
+        except (RuntimeError, OSError):
+            if keeps and len(sums) == 1 and not self.passes.in_order:
+                self.kept = kept(finished[0])
+            raise
+        made = kept(todo)
+        self.kept = made if keeps else None
         doing("adding gradients up")
         self._reduce(made.chunks, keys.step, count)
         self.ready()
         return self._tell(made.losses, len(micros))
+
+    def _summing(self, names: Sequence[str], todo: Sequence[int]) -> StretchSums | LeafSums:
+        parameters = [self.trained[name].parameter for name in names]
+        if self.passes.in_order:
+            return StretchSums(partial(GradientSum, parameters), todo)
+        return LeafSums(parameters)
 
     def _reduce(self, nodes: Sequence[Sequence[Node]], step: int, count: int) -> None:
         blocks = [node[:2] for node in nodes[0]]
@@ -304,13 +347,14 @@ class Workers:
                 Node(start, height, [leaf[name] for name in names])
                 for (start, height), leaf in zip(blocks, leaves, strict=True)
             ]
+            if self.kept is not None and reduction.group.size == 1:  # what is kept is added up, and scaled, in place
+                mine = [node._replace(sum=[None if g is None else g.clone() for g in node.sum]) for node in mine]
             reduction.reduce(mine, self._blocks_in(reduction.group, step, count))
 
     def _blocks_in(self, group: Group, step: int, count: int) -> list[list[tuple[int, int]]]:
         """The blocks of every rank of a group."""
-        data = self.world.mesh.coordinates()["dp"]
         dealt = self._micros_of(step, count)
-        return [blocks_in(dealt[int(data[rank])]) for rank in group.ranks]
+        return [blocks_in(dealt[rank]) for rank in group.ranks]
 
     def _sums_over(self) -> list[tuple[Group, list[str]]]:
         found: dict[tuple[int, ...], tuple[Group, list[str]]] = {}
@@ -373,19 +417,23 @@ class Workers:
 
     @torch.no_grad()
     def evaluate(self, source: Source, indices: Iterable[int]) -> Summed:
-        """Batches are dealt to the data axis one at a time."""
+        """Batches are dealt to the data axis, as many to each as can be."""
         everything = list(indices)
-        workers, dp = self.world.axis("dp"), self.world.coordinate("dp")
         context, part = self.world.axis("cp"), self.world.coordinate("cp")
-        rounds = -(-len(everything) // workers)
-        mine = everything[dp * rounds : (dp + 1) * rounds]
+        mine = self.evaluates(len(everything))
         # Where workers exchange weights or tokens on the way, each computes as often as all others.
-        more = [everything[0]] * (rounds - len(mine)) if self._lockstep else []
-        batches = [source.fetch(index, range(source.slots(index))) for index in [*mine, *more]]
-        losses = self.passes.evaluate(batches)[: len(mine)]
-        rows = {(dp * rounds + n) * context + part: loss for n, loss in enumerate(losses)} if self.passes.speaks else {}
+        rounds = -(-len(everything) // self.world.axis("dp"))
+        more = [0] * (rounds - len(mine)) if self._lockstep else []
+        taken = [everything[number] for number in [*mine, *more]]
+        batches = [source.fetch(index, range(source.slots(index))) for index in taken]
+        losses = self.passes.evaluate(batches, len(everything))[: len(mine)]
+        rows = {n * context + part: loss for n, loss in zip(mine, losses, strict=False)} if self.passes.speaks else {}
         summed, _ = self._report.exchange(rows, len(everything) * context)
         return summed
+
+    def _share(self, batches: int) -> range:
+        rounds, dp = -(-batches // self.world.axis("dp")), self.world.coordinate("dp")
+        return range(min(dp * rounds, batches), min((dp + 1) * rounds, batches))
 
     def loaded(self) -> None:
         """Shards take their weights from the parameters."""

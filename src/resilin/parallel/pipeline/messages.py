@@ -20,17 +20,24 @@ class Message:
     Attributes:
         source: the stage that made it.
         target: the stage that waits for it: one more, or one less.
-        micro: the micro-batch.
+        micro: the micro-batch, as the sender numbers its own.
+        received: as the receiver numbers it; None: likewise.
     """
 
     source: int
     target: int
     micro: int
+    received: int | None = None
 
     @property
     def forward(self) -> bool:
         """Activations; else a gradient."""
         return self.target > self.source
+
+    @property
+    def arrives_as(self) -> int:
+        """The receiver's number of the micro-batch."""
+        return self.micro if self.received is None else self.received
 
     @property
     def label(self) -> str:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from resilin.models.linear import WeightGradients, weight_gradients_later
 from resilin.models.stage_span import Hidden
 from resilin.nouns import Batch, Loss, Objective
 from resilin.parallel.activity import doing, waiting
+from resilin.parallel.group import Group
 from resilin.parallel.pipeline.messages import Message, Op, Part, Receive, Send
 from resilin.parallel.pipeline.schedule import Action, B, F, I, W
 from resilin.parallel.pipeline.stage import Stage
@@ -71,12 +72,16 @@ class _Walk:
     training: bool
     splits: bool
     collect: Collect
+    losses: dict[int, Loss]
     unsent: dict[Way, int]
     flights: dict[tuple[int, int], _Flight] = field(default_factory=dict)
     made: dict[Way, Tensor] = field(default_factory=dict)
     posts: dict[Way, _Post] = field(default_factory=dict)
     sends: list[tuple[Any, Tensor, int]] = field(default_factory=list)  # under way, what is sent, and to whom
-    losses: dict[int, Loss] = field(default_factory=dict)
+
+
+def _nothing(chunk: int, micro: int) -> None:
+    """No gradients are collected."""
 
 
 def _from(message: Message | Part) -> Way:
@@ -87,8 +92,24 @@ def _from(message: Message | Part) -> Way:
 
 def _to(message: Message | Part) -> Way:
     """Which payload of the receiver's a message is of."""
-    micro = message.micro if isinstance(message, Message) else message.rows.receiver_micro
+    micro = message.arrives_as if isinstance(message, Message) else message.rows.receiver_micro
     return message.target, micro, message.forward
+
+
+class Orders(Protocol):
+    """What a rank of a pipeline does, operation by operation.
+
+    Attributes:
+        in_order: whether a stage's backward passes end in the order of micro-batches.
+    """
+
+    in_order: bool
+
+    def training(self, step: int, micros: int) -> Sequence[Op]:
+        """In a step in which this rank has so many micro-batches."""
+
+    def evaluating(self, batches: int, total: int) -> Sequence[Op]:
+        """Forward over so many batches of this rank, of those that all evaluate together."""
 
 
 class PipelinePasses:
@@ -96,13 +117,11 @@ class PipelinePasses:
 
     Args:
         stages: of this rank.
-        ops_for: this rank's operations for so many micro-batches of its own: of `lower`, or of `lower_members` where
-            stages have unlike numbers of replicas.
-        rank_of: for each stage the rank, a number in `peers`, that holds it, where evaluation goes along.
+        orders: this rank's operations.
         objective: of the run.
         peers: the number in the whole job of every rank that operations name.
         number: which of them this is.
-        process_group: that all of them are in.
+        group: that all of them are in.
         device: where batches go.
         autocast: the format of the step.
         speaks: whether the losses that this rank computes are counted.
@@ -118,13 +137,12 @@ class PipelinePasses:
     def __init__(
         self,
         stages: Sequence[Stage],
-        ops_for: Callable[[int], Sequence[Op]],
-        rank_of: Sequence[int],
+        orders: Orders,
         objective: Objective,
         *,
         peers: Sequence[int],
         number: int,
-        process_group: dist.ProcessGroup | None,
+        group: Group,
         device: torch.device,
         autocast: Autocast,
         speaks: bool = True,
@@ -133,13 +151,13 @@ class PipelinePasses:
         self._stages = {stage.number: stage for stage in stages}
         self._chunk = {stage.number: place for place, stage in enumerate(stages)}
         self.chunks: Sequence[nn.Module] = [stage.module for stage in stages]
-        self._ops_for, self._rank_of, self._objective = ops_for, rank_of, objective
-        self._peers, self._number, self._process_group = peers, number, process_group
+        self._orders, self._objective = orders, objective
+        self.in_order = orders.in_order
+        self._peers, self._number, self._group = peers, number, group
         self._device, self._autocast, self._prepare = device, autocast, prepare
         self._last = any(stage.span.last for stage in stages)
         self.speaks = speaks and self._last
-        self._tagged = len(peers) > 1 and dist.get_backend(process_group) == "gloo"
-        self._known: dict[int, tuple[Op, ...]] = {}
+        self._tagged = group.backend == "gloo"
         self.measure = False
         self._began = 0.0
         self.records: list[Record] = []
@@ -147,37 +165,37 @@ class PipelinePasses:
 
     # -- whole passes -------------------------------------------------------------------------------------------
 
-    def train(self, micros: Sequence[Micro], collect: Collect) -> list[Loss]:
+    def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect, losses: dict[int, Loss]) -> None:
         """Forward and backward over micro-batches, as the list of operations says."""
-        if not micros:
-            return []
-        ops = self._known.get(len(micros))
-        if ops is None:
-            ops = self._known[len(micros)] = tuple(self._ops_for(len(micros)))
-        self.records, self.core_seconds = [], 0.0
-        return self._go(ops, micros, collect, training=True)
+        if micros:
+            ops = self._orders.training(micros[0][1].step, len(micros))
+            self.records, self.core_seconds = [], 0.0
+            self._go(ops, micros, collect, losses, training=True)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> list[Loss]:
+    def evaluate(self, batches: Sequence[Batch], total: int) -> list[Loss]:
         """Forward only, one batch after another."""
-        ops: list[Op] = []
-        for micro in range(len(batches)):
-            for number in sorted(self._stages):
-                if number - 1 not in self._stages and number:
-                    ops.append(Receive(Message(number - 1, number, micro), self._rank_of[number - 1]))
-                ops.append(Action(F, number, micro))
-                if number + 1 not in self._stages and number + 1 < len(self._rank_of):
-                    ops.append(Send(Message(number, number + 1, micro), self._rank_of[number + 1]))
-        return self._go(ops, [(batch, None) for batch in batches], lambda _: None, training=False)
+        losses: dict[int, Loss] = {}
+        ops = self._orders.evaluating(len(batches), total)
+        self._go(ops, [(batch, None) for batch in batches], _nothing, losses, training=False)
+        return [losses[micro] for micro in range(len(batches))] if self._last else []
 
-    def _go(self, ops: Sequence[Op], micros: Sequence[Micro], collect: Collect, *, training: bool) -> list[Loss]:
+    def _go(
+        self,
+        ops: Sequence[Op],
+        micros: Sequence[Micro],
+        collect: Collect,
+        losses: dict[int, Loss],
+        *,
+        training: bool,
+    ) -> None:
         on_device = [(self._prepare(batch.to(self._device)), keys) for batch, keys in micros]
         stage = next(iter(self._stages.values()))
         with self._autocast():
             shapes = [stage.shape(partial(self._call, stage, micro)) for micro in on_device]
         splits = any(isinstance(op, Action) and op.kind is I for op in ops)
         unsent = Counter(_from(op.message) for op in ops if isinstance(op, Send))
-        walk = _Walk(on_device, shapes, training, splits, collect, unsent)
+        walk = _Walk(on_device, shapes, training, splits, collect, losses, unsent)
         asked = 0
         for place, op in enumerate(ops):
             # Messages without tags come in the order in which they are asked for: then nothing is asked for early.
@@ -194,7 +212,6 @@ class PipelinePasses:
         for work, _, rank in walk.sends:
             with waiting((rank,)):
                 work.wait()
-        return [walk.losses[micro] for micro in range(len(micros))] if self._last else []
 
     def _call(self, stage: Stage, micro: Micro) -> Any:
         batch, keys = micro
@@ -245,7 +262,7 @@ class PipelinePasses:
             for parameter, grad in flight.early:
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             flight.later.compute()
-            walk.collect(self._chunk[number])
+            walk.collect(self._chunk[number], micro)
             del walk.flights[number, micro]
 
     def _to_the_input(self, walk: _Walk, number: int, micro: int) -> None:
@@ -293,7 +310,8 @@ class PipelinePasses:
         buffer = walk.posts[way].buffer
         if isinstance(message, Part):
             buffer = buffer[message.rows.receiver_row :][: message.rows.rows]
-        work = dist.irecv(buffer, self._peers[op.peer], group=self._process_group, tag=self._tag(message))
+        group = self._group.process_group
+        work = dist.irecv(buffer, group=group, tag=self._tag(message), group_src=op.peer)
         walk.posts[way].works.append((work, self._peers[op.peer]))
 
     def _arrived(self, walk: _Walk, way: Way) -> Tensor:
@@ -319,6 +337,7 @@ class PipelinePasses:
             del walk.made[way]
         if isinstance(message, Part):
             payload = payload[message.rows.sender_row :][: message.rows.rows]
-        work = dist.isend(payload, self._peers[op.peer], group=self._process_group, tag=self._tag(message))
+        group = self._group.process_group
+        work = dist.isend(payload, group=group, tag=self._tag(message), group_dst=op.peer)
         walk.sends = [sent for sent in walk.sends if not sent[0].is_completed()]
         walk.sends.append((work, payload, self._peers[op.peer]))
