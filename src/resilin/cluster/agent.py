@@ -96,9 +96,13 @@ class Agent:
         """What is called when the main thread has to come out, from another thread."""
         self._sever = sever
 
-    def warm(self) -> Adopt:
-        """Ready for a place; returns once there is one."""
-        self._say(Warm())
+    def warm(self, costs: Sequence[float] = ()) -> Adopt:
+        """Ready for a place; returns once there is one.
+
+        Args:
+            costs: see `Warm`.
+        """
+        self._say(Warm(tuple(costs)))
         return self._await_place()
 
     def halted(

@@ -7,6 +7,7 @@ What stays does not move: survivors keep their stage and all their shards but fo
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from resilin.cluster.view import Stage, View
 from resilin.layout.dealing import VIRTUAL_SHARDS, deal, redeal
@@ -70,6 +71,17 @@ def changed(view: View, gone: Collection[int] = (), come: Mapping[int, str] | No
         Stage(tuple(members), _owners(view.stages[place].shards, members)) for place, members in enumerate(lists)
     )
     return View(view.epoch + 1, stages, hosts, view.layers, view.copies)
+
+
+def moved(view: View) -> View:
+    """The same members in stages of near-equal numbers, with as few as possible in another one than before."""
+    lists = [list(stage.members) for stage in view.stages]
+    while len(most := max(lists, key=len)) - len(least := min(lists, key=len)) > 1:
+        least.append(most.pop())
+    stages = tuple(
+        Stage(tuple(members), _owners(view.stages[place].shards, members)) for place, members in enumerate(lists)
+    )
+    return replace(view, stages=stages)
 
 
 def _owners(shards: Iterable[int], members: Sequence[int]) -> tuple[int, ...]:

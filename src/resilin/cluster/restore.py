@@ -52,8 +52,8 @@ class Piece:
     values: int
 
 
-def pieces_owned(before: Owners, after: Owners, member: int) -> dict[str, list[Piece]]:
-    """What makes up the elements that a member owns from now on."""
+def pieces_owned(before: Sequence[Owners], after: Owners, member: int) -> dict[str, list[Piece]]:
+    """What makes up the elements that a member owns from now on; `before` has one for each stage."""
     place = after.members.index(member)
     wanted = [
         (name, _place(member), Region((run.begin,), (run.size,)))
@@ -63,9 +63,9 @@ def pieces_owned(before: Owners, after: Owners, member: int) -> dict[str, list[P
     return _pieces(before, wanted)
 
 
-def pieces_whole(before: Owners, names: Sequence[str], member: int) -> dict[str, list[Piece]]:
+def pieces_whole(before: Sequence[Owners], names: Sequence[str], member: int) -> dict[str, list[Piece]]:
     """What makes up some parameters in whole."""
-    sizes = dict(zip(before.names, before.ownership.sizes, strict=True))
+    sizes = {name: size for each in before for name, size in zip(each.names, each.ownership.sizes, strict=True)}
     return _pieces(before, [(name, _place(member), Region((0,), (sizes[name],))) for name in names])
 
 
@@ -73,16 +73,22 @@ def _place(member: int) -> Place:
     return Place("host", str(member))
 
 
-def _pieces(before: Owners, wanted: Sequence[tuple[str, Place, Region]]) -> dict[str, list[Piece]]:
+def _pieces(before: Sequence[Owners], wanted: Sequence[tuple[str, Place, Region]]) -> dict[str, list[Piece]]:
+    asked = {name for name, _, _ in wanted}
+    if not asked:
+        return {}
     held = [
         (name, _place(member), Region((run.begin,), (run.size,)))
-        for index, member in enumerate(before.members)
-        for number, name in enumerate(before.names)
-        for run in before.ownership.runs_of(number, index)
+        for each in before
+        for index, member in enumerate(each.members)
+        for number, name in enumerate(each.names)
+        if name in asked
+        for run in each.ownership.runs_of(number, index)
     ]
-    shapes = {name: ((size,), "U8") for name, size in zip(before.names, before.ownership.sizes, strict=True)}
-    asked = {name for name, _, _ in wanted}
-    source = Layout.of(shapes, held)
+    shapes = {
+        name: ((size,), "U8") for each in before for name, size in zip(each.names, each.ownership.sizes, strict=True)
+    }
+    source = Layout.of({name: shape for name, shape in shapes.items() if name in asked}, held)
     target = Layout.of({name: shape for name, shape in shapes.items() if name in asked}, wanted)
     found: dict[str, list[Piece]] = {}
     for move in plan(source, target):

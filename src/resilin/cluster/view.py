@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 
@@ -68,6 +69,11 @@ class View:
                 raise ViewError(f"epoch {self.epoch}: nobody holds stage {number}")
             if strangers := set(stage.shards) - set(stage.members):
                 raise ViewError(f"epoch {self.epoch}: {min(strangers)} owns a shard of stage {number} and is no member")
+
+    def __str__(self) -> str:
+        counts = " + ".join(str(len(stage.members)) for stage in self.stages)
+        blocks = f", blocks {', '.join(f'{a}:{b}' for a, b in pairwise(self.layers))}" if self.layers else ""
+        return f"pipeline stages of {counts}{blocks}"
 
     @cached_property
     def members(self) -> tuple[int, ...]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import nn
 
-from resilin.layout import Cut, Deal, Layout, Mesh, Only, ParamSpec, Shard, layout_of, merge
+from resilin.layout import Cut, Deal, Layout, Mesh, Only, ParamSpec, Place, Shard, layout_of, merge, rank
 from resilin.layout.dealing import ALIGN, VIRTUAL_SHARDS, deal
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.errors import ParallelError
@@ -106,12 +106,15 @@ class Blueprint:
             sizes.append(("ep", d.expert))
         return Mesh((*sizes, ("tp", d.tensor)))
 
-    def layout(self, tensors: Mapping[str, tuple[str, str, tuple[int, ...], str]]) -> Layout:
+    def layout(
+        self, tensors: Mapping[str, tuple[str, str, tuple[int, ...], str]], place: Callable[[int], Place] = rank
+    ) -> Layout:
         """The layout of a run's state on all ranks.
 
         Args:
             tensors: name in the state -> (kind, parameter, shape, dtype): kind is "weight", "state" (of the optimizer,
                 of its parameter's shape) or "copy", which all ranks hold in whole and whose parameter is "".
+            place: of a rank's number.
         """
         by_kind: dict[str, dict[str, ParamSpec]] = {DENSE: {}, EXPERTS: {}}
         for name, (kind, parameter, shape, dtype) in tensors.items():
@@ -123,7 +126,7 @@ class Blueprint:
             if (kind == "state" or self.sharded) and self.ranks(reduction) > 1:
                 spec = replace(spec, cuts=(*spec.cuts, self._owned(parameter, reduction)))
             by_kind[reduction][name] = spec
-        parts = [layout_of(specs, self.mesh(kind)) for kind, specs in by_kind.items() if specs]
+        parts = [layout_of(specs, self.mesh(kind), place) for kind, specs in by_kind.items() if specs]
         return parts[0] if len(parts) == 1 else merge(*parts)
 
     def _owned(self, name: str, reduction: str) -> Cut:

@@ -181,7 +181,7 @@ def cutting_of(settings: ParallelSettings, world: World, model: nn.Module, token
     if world.axis("pp") == 1:
         return Cutting(specs)
     split, rank_of = stages_of(settings, world, decoder, tokens)
-    return Cutting(staged(specs, _holders(decoder, model, split, rank_of)), split, tuple(rank_of))
+    return Cutting(staged(specs, holders_of(decoder, model, split, rank_of)), split, tuple(rank_of))
 
 
 def schedule_of(settings: ParallelSettings, cutting: Cutting, world: World, micros: int) -> Schedule:
@@ -259,9 +259,7 @@ def divide_decoder(
         sequence = world.axis("tp") if settings.sequence else 1
         passes = PipelinePasses(
             [Stage(number, module, sequence) for number, module in zip(mine, modules, strict=True)],
-            LineOrders(
-                partial(_ops, settings, len(rank_of), pipeline.size, pipeline.index), rank_of, pipeline.index
-            ),
+            LineOrders(partial(_ops, settings, len(rank_of), pipeline.size, pipeline.index), rank_of, pipeline.index),
             objective,
             peers=pipeline.ranks,
             number=pipeline.index,
@@ -296,8 +294,15 @@ def _cut_further(module: nn.Module, settings: ParallelSettings, world: World) ->
     return local
 
 
-def _holders(decoder: Decoder, model: nn.Module, split: Split, rank_of: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """For each parameter the pipeline ranks that have it."""
+def holders_of(decoder: Decoder, model: nn.Module, split: Split, rank_of: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """For each parameter the pipeline ranks that have it.
+
+    Args:
+        decoder: in the model.
+        model: whole; it may be an outline.
+        split: of the blocks over stages.
+        rank_of: for each stage the rank that holds it.
+    """
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     found: dict[str, tuple[int, ...]] = {}
     last = rank_of[-1]

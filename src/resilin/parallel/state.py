@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from resilin.layout import Layout
-from resilin.parallel.blueprint import Blueprint
+from resilin.layout import Layout, ParamSpec
 from resilin.parallel.dtypes import DTYPES
 from resilin.parallel.group import Group
 from resilin.parallel.messages import tell_all
@@ -30,6 +29,17 @@ def tensors_of(state: Mapping[str, Any], path: str = "") -> dict[str, Tensor]:
     return found
 
 
+class Lays(Protocol):
+    """What knows where tensors lie: a `Blueprint`."""
+
+    @property
+    def specs(self) -> Mapping[str, ParamSpec]:
+        """Of the whole parameters."""
+
+    def layout(self, tensors: Mapping[str, Entry]) -> Layout:
+        """See `Blueprint.layout`."""
+
+
 class StateLayout:
     """Tells the layout of a run's state, once all workers have told each other what they have.
 
@@ -38,7 +48,7 @@ class StateLayout:
         everyone: all workers, who call together.
     """
 
-    def __init__(self, blueprint: Blueprint, everyone: Group) -> None:
+    def __init__(self, blueprint: Lays, everyone: Group) -> None:
         self._blueprint, self._everyone = blueprint, everyone
         self._known: tuple[dict[str, Entry], Layout] | None = None
 

@@ -29,7 +29,7 @@ from resilin.run.allocator import keep_freed_memory
 from resilin.run.device import choose_device, device_in_words, set_threads
 from resilin.run.divided import Divided, coordinator, divide, starts_as_outline
 from resilin.run.elastic import Elastic
-from resilin.run.elastic_place import first_place
+from resilin.run.elastic_place import first_place, starts_as_stage
 from resilin.run.events import Listener, RunStarted
 from resilin.run.folder import RunFolder
 from resilin.run.run import Pace, Run
@@ -146,13 +146,13 @@ def flops_per_unit(model: nn.Module, source: Source) -> float | None:
     return None
 
 
-def model_of(settings: RunSettings, source: Source, device: torch.device, world: World | None) -> nn.Module:
+def model_of(settings: RunSettings, source: Source, device: torch.device, *, outline: bool) -> nn.Module:
     """The whole model, or its outline where a worker draws only its part."""
     context = ModelContext(settings.seed, getattr(source, "vocab_size", None))
-    if world is not None and starts_as_outline(settings, world):
-        outline = settings.model.outline(context)
-        if outline is not None:
-            return outline
+    if outline:
+        found = settings.model.outline(context)
+        if found is not None:
+            return found
     return settings.model.build(context).to(device)
 
 
@@ -199,14 +199,17 @@ def build_run(
     tree: dict[str, Any] = settings.model_dump(mode="json")
     steps = steps_of(settings, sources.source)
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": steps})})
-    model = model_of(settings, sources.source, device, world)
+    small = starts_as_stage(settings) if world is None else starts_as_outline(settings, world)
+    model = model_of(settings, sources.source, device, outline=small and (elastic or world) is not None)
     parameters, flops = sum(p.numel() for p in model.parameters()), flops_per_unit(model, sources.source)
     precision = choose_precision(settings.precision, device)
     context = objective_context(settings, sources.source, device, folder)
     objective = settings.objective.build(context)
 
+    precise = settings.precision
+
     def compiled(module: nn.Module) -> nn.Module | None:
-        return compile_model(module, settings.precision.compile, settings.precision.compile_mode)
+        return compile_model(module, precise.compile, precise.compile_mode)
 
     divided: Divided | None = None
     if elastic is not None:
@@ -215,7 +218,9 @@ def build_run(
             settings,
             model,
             objective,
+            sources.source,
             compiled,
+            partial(compile_model, what=bool(precise.compile) and "blocks", mode=precise.compile_mode),
             store=None if folder is None else partial(store_of, settings, folder),
             device=device,
             precision=precision,

@@ -84,7 +84,7 @@ class Told:
     losses: list[tuple[int, float, float]] = field(default_factory=list)
     evaluations: list[tuple[int, str, float]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
-    digest: list[str] = field(default_factory=list)
+    digest: str = ""
     changes: list[dict[str, Any]] = field(default_factory=list)
     blows: list[tuple[float, str, int]] = field(default_factory=list)
     ended: str = ""
@@ -99,7 +99,7 @@ class Told:
         elif isinstance(event, Cluster) and event.what == "change":
             self.changes.append({"time": event.time, **event.facts})
         elif isinstance(event, Cluster) and event.what == "digest":
-            self.digest = list(event.facts["weights"])
+            self.digest = event.facts["weights"]
 
 
 class _Striker:

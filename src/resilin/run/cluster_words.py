@@ -19,5 +19,5 @@ def in_words(event: Cluster) -> str:
         kept = f"; {facts['kept']} micro-batches were kept" if facts["kept"] else ""
         return f"{who} go on after {facts['version']} steps{redone}, {seconds:.2f} s later{kept}"
     if event.what == "digest":
-        return f"digest of the weights: {', '.join(facts['weights'])}"
+        return f"digest of the weights: {facts['weights']}"
     return ""

@@ -7,15 +7,15 @@ owns from the copies that survivors have, and the loop goes on (ElasWave, sectio
 
 from __future__ import annotations
 
-import math
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resilin.checkpoint.background import BackgroundSaves
 from resilin.checkpoint.folder import CheckpointFolder
@@ -26,20 +26,19 @@ from resilin.cluster.links import Links, LinksCutError
 from resilin.cluster.peer import Address, Peer, PeerError, PeerServer
 from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
 from resilin.cluster.protocol.messages import Adopt
-from resilin.cluster.restore import Need, Owners, Piece, Restorer, Shared, pieces_owned, pieces_whole
+from resilin.cluster.restore import Need, Piece, Restorer, Shared, pieces_owned, pieces_whole
 from resilin.cluster.snapshots import Snapshots, StoppedError
 from resilin.cluster.sum64 import sum64
 from resilin.cluster.view import View
+from resilin.cluster.view_blueprint import ViewBlueprint
 from resilin.cluster.view_world import ViewWorld
 from resilin.nouns import Optimizer
 from resilin.parallel import activity
 from resilin.parallel.assemble import Assembled
-from resilin.parallel.blueprint import DENSE, Blueprint
-from resilin.parallel.degrees import Degrees
-from resilin.parallel.ownership import Ownership
+from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.state import StateLayout
-from resilin.parallel.stretches import Kept, left_to_do
-from resilin.parallel.workers import in_runs
+from resilin.parallel.stretches import Kept
+from resilin.run.elastic_dealing import Dealing
 from resilin.run.run import Run
 from resilin.transforms import OptimizerTransform
 
@@ -68,9 +67,50 @@ class _Marking(OptimizerTransform):
 
 @dataclass
 class _Weights:
-    """Which version the model's weights in this process are of; None: of none."""
+    """Which version the model's weights in this process are of (None: of none), and which of them are."""
 
     version: int | None = None
+    names: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What a worker is in a view.
+
+    Attributes:
+        model: what of it this worker has.
+        made: engine and optimizer.
+        fresh: names of parameters that have no values yet.
+    """
+
+    model: nn.Module
+    made: Assembled
+    fresh: frozenset[str] = frozenset()
+
+
+class Placing(Protocol):
+    """Builds a worker's part of a view.
+
+    Attributes:
+        whole: of the uncut model.
+        costs: of every block and the head, by which blocks are divided over stages; empty: they are not.
+    """
+
+    whole: Blueprint
+    costs: tuple[float, ...]
+
+    def holders(self, view: View) -> Mapping[str, tuple[int, ...]]:
+        """See `ViewBlueprint.holders`."""
+
+    def build(self, world: ViewWorld, blueprint: Blueprint, dealing: Dealing, *, begins: bool) -> Placed:
+        """The part of a worker.
+
+        Args:
+            world: of the view.
+            blueprint: of this worker's stage.
+            dealing: of micro-batches.
+            begins: whether all weights are what the run begins with.
+        """
 
 
 class Elastic:
@@ -111,21 +151,15 @@ class Elastic:
         if first:
             store.set("prepared", mine)
 
-    def first(
-        self,
-        blueprint: Blueprint,
-        assemble: Callable[[ViewWorld, Blueprint], Assembled],
-        store: Callable[[ViewWorld], CheckpointFolder] | None = None,
-    ) -> None:
+    def first(self, placing: Placing, store: Callable[[ViewWorld], CheckpointFolder] | None = None) -> None:
         """Take this worker's first place, and build there.
 
         Args:
-            blueprint: of the model, of any degrees.
-            assemble: makes engine and optimizer for a world.
+            placing: builds its part of any view.
             store: makes the folder of checkpoints of a view's workers.
         """
-        self._blueprint, self._assemble, self._store = blueprint, assemble, store
-        change = self._agent.warm()
+        self._placing, self._store = placing, store
+        change = self._agent.warm(placing.costs)
         while True:
             try:
                 self._take_place(change)
@@ -175,7 +209,7 @@ class Elastic:
         Raises:
             HaltedError: something has changed before that.
         """
-        digest = self._digest(run)
+        digest = self._digest(run, self.blueprint.firsts(self.world.stage))
         with activity.waiting((-1,), "waiting for the others to end"):
             self._agent.done(run.step, digest)
 
@@ -199,15 +233,19 @@ class Elastic:
         for name, tensor in apart.tensors.items():
             assert isinstance(tensor, Tensor)
             tensors.append((*self._slot(name), tensor))
-        tensors += [("", f"model/{name}", t) for name, t in state["model"].items() if name not in self._blueprint.rows]
+        tensors += [("", f"model/{name}", t) for name, t in state["model"].items() if name not in self._rows]
         assert isinstance(apart.json, dict)
         return copy_of(self.number, epoch, run.step, tensors, {key: apart.json[key] for key in _REST}, self.pool)
+
+    @property
+    def _rows(self) -> Mapping[str, int]:
+        return self._placing.whole.rows
 
     def _slot(self, name: str) -> tuple[str, str]:
         """Parameter and path of a tensor of the state."""
         head, _, slot = name.rpartition("/")
         path, _, parameter = head.rpartition("/")
-        owned = name.startswith("optimizer/") and parameter in self._blueprint.rows
+        owned = name.startswith("optimizer/") and parameter in self._rows
         return (parameter, f"{path}/{{}}/{slot}") if owned else ("", name)
 
     # -- changes ------------------------------------------------------------------------------------------------
@@ -263,33 +301,29 @@ class Elastic:
         self._agent.check()  # it may have been called off before there was anything to cut
         self.world = ViewWorld(view, self.number, self._links)
         activity.now.place = self.world.where
-        blueprint = self._of(view)
-        made = self._assemble(self.world, blueprint)
+        dealing, stage = Dealing(change), self.world.stage
+        self.blueprint = ViewBlueprint(self._placing.whole, view, self._placing.holders(view))
+        begins = change.before is None
+        placed = self._placing.build(self.world, self.blueprint.stages[stage], dealing, begins=begins)
+        names = frozenset(self.blueprint.names(stage))
+        self._weights.names = names if begins else self._weights.names & names - placed.fresh
+        self.model, made = placed.model, placed.made
         engine = made.engine
         engine.keeps = True
         mine = tuple(change.kept.get(self.number, ()))
-        engine.kept = kept if kept is not None and (kept.step, kept.micros) == (change.version, mine) else None
-        engine.dealt = partial(_dealt, change, view.members)
+        same = kept is not None and kept.step == change.version and set(mine) <= set(kept.micros)
+        engine.kept = kept.only(mine) if same and kept is not None and mine else None
+        engine.dealt = dealing.of_step
+        place = self.world.coordinate("dp")
+        engine.evaluates = lambda batches: dealing.evaluated(batches)[stage][place]
         engine.ready = lambda: self.snapshots.wait(self._staged[1] if self._staged is not None else 0)
         self.made, self.optimizer, self.change = made, _Marking(made.optimizer, self._weights), change
-        self.layout = StateLayout(blueprint, self.world.everyone)
-
-    def _of(self, view: View) -> Blueprint:
-        degrees = Degrees(data=len(view.members))
-        return replace(self._blueprint, degrees=degrees, virtual={DENSE: view.stages[0].owners})
-
-    def _owners(self, view: View) -> Owners:
-        blueprint = self._of(view)
-        names = tuple(self._blueprint.trained)
-        sizes = tuple(math.prod(blueprint.specs[name].shape) for name in names)
-        whole = tuple(blueprint.whole_owners.get(name) for name in names)
-        ownership = Ownership(sizes, blueprint.table(DENSE), whole, len(view.members))
-        return Owners(names, ownership, view.members)
+        self.layout = StateLayout(self.blueprint, self.world.everyone)
 
     def _settle(self, run: Run, change: Adopt) -> None:
         """Give the run its part in the view, and this worker's states; returns once all workers have theirs."""
         run.workers = run.engine = self.made.engine
-        run.optimizer, run.layout = self.optimizer, self.layout
+        run.model, run.optimizer, run.layout = self.model, self.optimizer, self.layout
         self._new_store(run)
         with ExitStack() as stack:
             peers: dict[int, Peer] = {}
@@ -304,9 +338,10 @@ class Elastic:
                 self.load(run)
             else:
                 self._fill(run, change, Restorer(self.pool, change.before.epoch, change.version, change.where, connect))
-        self._weights.version, self._fresh = run.step, False
+        self._weights.version, self._weights.names = run.step, frozenset(self.blueprint.names(self.world.stage))
+        self._fresh = False
         self.snapshots.begin(change.view.holders[self.number])
-        digest = self._digest(run)
+        digest = self._digest(run)  # which all members of a stage have alike
         with activity.waiting((-1,), "waiting for the others to be ready"):
             self._agent.adopted(change, digest)
 
@@ -322,12 +357,14 @@ class Elastic:
     def _fill(self, run: Run, change: Adopt, restorer: Restorer) -> None:
         assert change.before is not None
         activity.doing("reading its states from copies")
-        before, after = self._owners(change.before), self._owners(change.view)
-        needs = []
+        holders = self._placing.holders(change.before)
+        before = ViewBlueprint(self._placing.whole, change.before, holders).owners()
+        after = self.blueprint.owners()[self.world.stage]
         if self._weights.version != change.version:
-            parameters = dict(run.model.named_parameters())
-            whole = pieces_whole(before, before.names, self.number)
-            needs += [Need(name, WEIGHTS, parameters[name].data, whole[name]) for name in before.names]
+            self._weights.version, self._weights.names = None, frozenset()
+        lacking = [name for name in after.names if name not in self._weights.names]
+        parameters, whole = dict(run.model.named_parameters()), pieces_whole(before, lacking, self.number)
+        needs = [Need(name, WEIGHTS, parameters[name].data, whole[name]) for name in lacking]
         state = self.optimizer.state_dict()
         apart = take_apart({"optimizer": state})
         mine = pieces_owned(before, after, self.number)
@@ -357,13 +394,14 @@ class Elastic:
             if name.startswith("model/"):
                 own[name.removeprefix("model/")].copy_(tensor)
 
-    def _digest(self, run: Run) -> str:
-        """Of the weights, which all members of a stage have alike."""
+    def _digest(self, run: Run, names: Collection[str] | None = None) -> str:
+        """Of this worker's weights, or of some: the sum modulo 2**64 of each parameter's, whatever their order."""
         total = 0
         for name, parameter in run.model.named_parameters():
-            if name in self._blueprint.rows:
-                total = (total * 0x100000001B3 + sum64(parameter.detach().cpu())) & 0xFFFFFFFFFFFFFFFF
-        return f"{total:016x}"
+            if name in (self._rows if names is None else names):
+                mark = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") | 1
+                total += mark * sum64(parameter.detach().cpu())
+        return f"{total % 2**64:016x}"
 
     def _connect(self, member: int) -> Peer:
         address = self._agent.store.get(f"peer/{member}").decode()
@@ -380,10 +418,3 @@ class Elastic:
 def _own(error: BaseException) -> bool:
     """Whether an error is this worker's own, and not what a change looks like from here."""
     return not isinstance(error, _CHANGED) and kind_of(error) == "reason"
-
-
-def _dealt(change: Adopt, members: Sequence[int], step: int, micros: int) -> list[list[int]] | list[range]:
-    """Runs of neighbours; a step that is redone leaves everyone what he has finished."""
-    if step != change.version or not change.kept:
-        return in_runs(micros, len(members))
-    return left_to_do(micros, [change.kept.get(member, ()) for member in members])

@@ -1,23 +1,34 @@
-"""The first place of a worker of an elastic run: its model and passes are kept, whatever changes around it."""
+"""A worker's place in a view: what of the model it computes, with which engine. What it had before stays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from resilin.checkpoint.folder import CheckpointFolder
+from resilin.cluster.view import View
 from resilin.cluster.view_world import ViewWorld
-from resilin.nouns import Objective
-from resilin.parallel.assemble import Assembled
+from resilin.models.flops import block_flops_per_token, head_flops_per_token
+from resilin.models.initial import initial_value
+from resilin.models.stage_span import Elsewhere
+from resilin.nouns import Objective, Source
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.errors import ParallelError
-from resilin.parallel.workers import WholeModel
+from resilin.parallel.part import holders_of
+from resilin.parallel.pipeline.member_orders import MemberOrders
+from resilin.parallel.pipeline.passes import PipelinePasses
+from resilin.parallel.pipeline.split import Split
+from resilin.parallel.pipeline.stage import Stage, cut, decoder_in
+from resilin.parallel.workers import Passes, WholeModel
 from resilin.precision.autocast import Precision
-from resilin.run.divided import Divided, assembled
-from resilin.run.elastic import Elastic
+from resilin.run.divided import Divided, assembled, tokens_of
+from resilin.run.elastic import Elastic, Placed
+from resilin.run.elastic_dealing import Dealing
 from resilin.run.settings import RunSettings
 
 
@@ -27,13 +38,14 @@ def check_elastic(settings: RunSettings, degrees: Degrees, device: torch.device)
     Raises:
         ParallelError: what it is.
     """
-    if degrees.workers != degrees.data:
+    parallel = settings.parallel
+    if degrees.workers != degrees.data * degrees.pipeline or degrees.expert > 1:
         raise ParallelError(
-            f"workers come and go where every one has the whole model: parallel.data alone, not {degrees}; other kinds "
-            "of parallelism need elastic = false"
+            f"workers come and go with parallel.data and parallel.pipeline alone, not {degrees}; other kinds of "
+            "parallelism need elastic = false"
         )
-    if settings.parallel.sharding != "zero1":
-        raise ParallelError(f"an elastic run keeps parallel.sharding = 'zero1', not {settings.parallel.sharding!r}")
+    if parallel.sharding != "zero1":
+        raise ParallelError(f"an elastic run keeps parallel.sharding = 'zero1', not {parallel.sharding!r}")
     if not settings.train.micro_batch_size:
         raise ParallelError(
             "an elastic run deals whole micro-batches, which must not depend on how many workers there are: set "
@@ -41,6 +53,187 @@ def check_elastic(settings: RunSettings, degrees: Degrees, device: torch.device)
         )
     if device.type != "cpu":
         raise ParallelError(f"workers come and go on CPUs, over gloo; this one computes on {device.type}")
+    if degrees.pipeline == 1:
+        return
+    if parallel.schedule != "1f1b" or parallel.chunks > 1:
+        raise ParallelError(
+            f"stages whose numbers of workers change need parallel.schedule = '1f1b' and chunks = 1, not "
+            f"{parallel.schedule!r} and {parallel.chunks}"
+        )
+    if parallel.layers and len(parallel.layers) != degrees.pipeline:
+        raise ParallelError(
+            f"parallel.layers names {len(parallel.layers)} stages, and parallel.pipeline is {degrees.pipeline}"
+        )
+
+
+class WholePlacing:
+    """Every worker has the whole model.
+
+    Args:
+        settings: of the run; its steps are known.
+        model: the whole one.
+        objective: of the run.
+        compiled: compiles what the objective calls, or gives it as it is.
+        device: of this worker.
+        precision: of the run.
+    """
+
+    costs: tuple[float, ...] = ()
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        model: nn.Module,
+        objective: Objective,
+        compiled: Callable[[nn.Module], nn.Module | None],
+        *,
+        device: torch.device,
+        precision: Precision,
+    ) -> None:
+        self.whole = Blueprint.uncut(model, Degrees(), settings.optimizer.keeps_whole(model))
+        self._model = model
+        passes: Passes = WholeModel(
+            model, objective, compiled(model) or model, device=device, autocast=precision.autocast
+        )
+        self._assemble = lambda world, blueprint: assembled(
+            settings, world, passes, blueprint, model, objective, device=device, precision=precision, model=model
+        )
+
+    def holders(self, view: View) -> Mapping[str, tuple[int, ...]]:
+        """No stage has anything for itself."""
+        return {}
+
+    def build(self, world: ViewWorld, blueprint: Blueprint, dealing: Dealing, *, begins: bool) -> Placed:
+        """Engine and optimizer of a view; the model stays."""
+        return Placed(self._model, self._assemble(world, blueprint))
+
+
+class StagePlacing:
+    """Every worker has one stage of a decoder, of which there may be another division in every view.
+
+    Blocks that a worker has already stay the objects they are, compiled code and all.
+
+    Args:
+        settings: of the run; its steps are known.
+        model: the whole one, or its outline; only names and shapes are kept of it, but for what it begins with.
+        objective: of the run.
+        source: of the run.
+        compiled: compiles a decoder's blocks in place.
+        device: of this worker.
+        precision: of the run.
+
+    Raises:
+        ParallelError: the model cannot be divided so.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        model: nn.Module,
+        objective: Objective,
+        source: Source,
+        compiled: Callable[[nn.Module], object],
+        *,
+        device: torch.device,
+        precision: Precision,
+    ) -> None:
+        decoder = decoder_in(model)
+        if decoder.head is None:
+            raise ParallelError(
+                "a decoder with tied embeddings has them at both ends of a pipeline, which an elastic one does not do "
+                "yet: set model.tie_embeddings = false, or parallel.pipeline = 1"
+            )
+        if frozen := next((name for name, p in model.named_parameters() if not p.requires_grad), None):
+            raise ParallelError(
+                f"parameter {frozen!r} is frozen: workers that change their stage have others' weights from copies, "
+                "which are of what is trained; use parallel.pipeline = 1"
+            )
+        self._settings, self._objective, self._compiled = settings, objective, compiled
+        self._device, self._precision = device, precision
+        if next(model.parameters()).device.type == "meta":
+            known, seed = decoder.settings, settings.seed
+            self._initial: Callable[[str, tuple[int, ...]], Tensor] = lambda name, shape: initial_value(
+                name, torch.Size(shape), known, seed
+            )
+            self._outline = model
+        else:
+            values = dict(model.named_parameters())
+            self._initial = lambda name, shape: values[name].detach()
+            self._outline = copy.deepcopy(model).to("meta")
+        self.whole = Blueprint.uncut(self._outline, Degrees(), settings.optimizer.keeps_whole(self._outline))
+        tokens, shape = tokens_of(source, model), decoder.settings
+        self.costs = (
+            *(block_flops_per_token(shape, layer, tokens) for layer in range(shape.layers)),
+            head_flops_per_token(shape),
+        )
+        self._module: nn.Module | None = None
+
+    def holders(self, view: View) -> Mapping[str, tuple[int, ...]]:
+        """By parameter its stage."""
+        stages = range(len(view.stages))
+        return holders_of(decoder_in(self._outline), self._outline, Split(view.layers), tuple(stages))
+
+    def build(self, world: ViewWorld, blueprint: Blueprint, dealing: Dealing, *, begins: bool) -> Placed:
+        """This worker's stage, with engine and optimizer."""
+        module, fresh = self._stage(world.view, world.stage)
+        if begins:
+            with torch.no_grad():
+                for name, parameter in module.named_parameters():
+                    if name in fresh:
+                        parameter.copy_(self._initial(name, tuple(parameter.shape)))
+            fresh = set()
+        self._module = module
+        orders = MemberOrders(
+            [len(stage.members) for stage in world.view.stages], world.rank, dealing.todo, dealing.evaluated
+        )
+        passes = PipelinePasses(
+            [Stage(world.stage, module)],
+            orders,
+            self._objective,
+            peers=range(world.size),
+            number=world.rank,
+            group=world.line,
+            device=self._device,
+            autocast=self._precision.autocast,
+        )
+        made = assembled(
+            self._settings,
+            world,
+            passes,
+            blueprint,
+            self._outline,
+            self._objective,
+            device=self._device,
+            precision=self._precision,
+        )
+        return Placed(module, made, frozenset(fresh))
+
+    def _stage(self, view: View, stage: int) -> tuple[nn.Module, set[str]]:
+        """The module of a stage, and the names of its parameters that have no values yet."""
+        module = cut(copy.deepcopy(self._outline), Split(view.layers), [stage])[0]
+        decoder = decoder_in(module)
+        before = decoder_in(self._module) if self._module is not None else None
+        news: list[nn.Module] = []
+        for number, block in enumerate(decoder.blocks):
+            kept = before.blocks[number] if before is not None else None
+            if kept is not None and not isinstance(kept, Elsewhere) and not isinstance(block, Elsewhere):
+                decoder.blocks[number] = kept
+            elif not isinstance(block, Elsewhere):
+                news.append(block)
+        for name in ("embed", "norm", "head"):
+            inner, kept = getattr(decoder, name), getattr(before, name) if before is not None else None
+            if kept is not None and not isinstance(kept, Elsewhere) and not isinstance(inner, Elsewhere):
+                setattr(decoder, name, kept)
+        fresh = set()
+        for name, parameter in list(module.named_parameters()):
+            if parameter.device.type == "meta":
+                fresh.add(name)
+                owner, _, own = name.rpartition(".")
+                made = nn.Parameter(torch.empty_like(parameter, device=self._device), parameter.requires_grad)
+                setattr(module.get_submodule(owner), own, made)
+        if news:
+            self._compiled(nn.ModuleDict({"blocks": nn.ModuleList(news)}))
+        return module, fresh
 
 
 def first_place(
@@ -48,7 +241,9 @@ def first_place(
     settings: RunSettings,
     model: nn.Module,
     objective: Objective,
+    source: Source,
     compiled: Callable[[nn.Module], nn.Module | None],
+    blocks: Callable[[nn.Module], object],
     *,
     store: Callable[[ViewWorld], CheckpointFolder] | None,
     device: torch.device,
@@ -59,19 +254,29 @@ def first_place(
     Args:
         elastic: speaks with the launcher.
         settings: of the run; its steps are known.
-        model: the whole one.
+        model: the whole one, or its outline where `starts_as_stage` says so.
         objective: of the run.
+        source: of the run.
         compiled: compiles what the objective calls, or gives it as it is.
+        blocks: compiles a decoder's blocks in place, or does nothing.
         store: makes the folder of checkpoints.
         device: of this worker.
         precision: of the run.
+
+    Raises:
+        ParallelError: the model cannot be divided so.
     """
-    passes = WholeModel(model, objective, compiled(model) or model, device=device, autocast=precision.autocast)
+    place = partial(WholePlacing, settings, model, objective)
+    if settings.parallel.pipeline == 1:
+        elastic.first(place(compiled, device=device, precision=precision), store)
+    else:
+        stages = StagePlacing(settings, model, objective, source, blocks, device=device, precision=precision)
+        elastic.first(stages, store)
+    return Divided(elastic.model, elastic.made.engine, elastic.optimizer, elastic.layout)
 
-    def make(world: ViewWorld, blueprint: Blueprint) -> Assembled:
-        return assembled(
-            settings, world, passes, blueprint, model, objective, device=device, precision=precision, model=model
-        )
 
-    elastic.first(Blueprint.uncut(model, Degrees(), settings.optimizer.keeps_whole(model)), make, store)
-    return Divided(model, elastic.made.engine, elastic.optimizer, elastic.layout)
+def starts_as_stage(settings: RunSettings) -> bool:
+    """Whether an elastic worker draws the initial weights of its stage, and never has the whole model."""
+    from resilin.models.decoder_settings import DecoderSettings
+
+    return type(settings.model) is DecoderSettings and settings.parallel.pipeline != 1

@@ -58,7 +58,10 @@ def launch(
         watch: told of the job's events, once each; it may ask the job for something.
     """
     folder = RunFolder(path)
-    check_elastic(settings, settings.parallel.degrees(settings.parallel.workers), choose_device(settings.train.device))
+    degrees = settings.parallel.degrees(settings.parallel.workers)
+    check_elastic(settings, degrees, choose_device(settings.train.device))
+    divided = settings.parallel.model_copy(update={"pipeline": degrees.pipeline})
+    settings = settings.model_copy(update={"parallel": divided})
     settings = settle(settings, folder, resume=resume)
     folder.prepare(settings, resume=resume, accept_changes=accept_changes)
     begun = CheckpointFolder(folder.checkpoints_of()).latest() if resume else None
@@ -67,6 +70,8 @@ def launch(
     cluster = settings.cluster
     rules = Rules(
         members=settings.parallel.workers,
+        stages=degrees.pipeline,
+        layers=settings.parallel.layers,
         least=cluster.least,
         copies=cluster.copies,
         silence=cluster.silence,

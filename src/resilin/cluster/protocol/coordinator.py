@@ -14,11 +14,13 @@ memory is one of the places where such copies are; and nobody joins before, so t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from resilin.cluster.changes import NobodyLeftError, changed, first_view
+from resilin.cluster.division import Division
 from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
 from resilin.cluster.protocol.messages import (
     Adopt,
@@ -40,6 +42,8 @@ from resilin.cluster.protocol.messages import (
 from resilin.cluster.protocol.newest import Copies, holding, newest_whole
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.view import View
+from resilin.parallel.pipeline.errors import ScheduleError
+from resilin.parallel.stretches import in_all
 
 Phase = Literal["gathering", "running", "pausing", "halting", "adopting", "ended"]
 
@@ -72,11 +76,11 @@ class Coordinator:
 
     Args:
         rules: see there.
-        layers: of the model, by stage; see `View`.
     """
 
-    def __init__(self, rules: Rules, layers: Iterable[int] = ()) -> None:
-        self.rules, self._layers = rules, tuple(layers)
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.division = Division((), rules.layers)
         self.phase: Phase = "gathering"
         self.members: dict[int, _Member] = {}
         self.view: View | None = None
@@ -155,6 +159,8 @@ class Coordinator:
             member.beat = message
         elif isinstance(message, Warm):
             member.warm = True
+            if message.costs and not self.division.costs:
+                self.division = replace(self.division, costs=message.costs)
             if self.phase != "gathering":
                 self._note("ready", member=number)
             self._consider(now)
@@ -235,26 +241,28 @@ class Coordinator:
         if self.phase == "gathering":
             ready = [number for number, member in sorted(self.members.items()) if member.warm]
             if len(ready) >= self.rules.members:
-                hosts = {number: self.members[number].host for number in ready}
-                try:
-                    view = first_view(ready, hosts, self.rules.stages, self._layers, self.rules.copies)
-                except NobodyLeftError as error:
-                    self._end(False, str(error))
-                    return
                 self._times = _Times(now, now, ["the run begins"])
-                self._offer(Adopt(view, None, 0, {}, {}), now)
+                self._begin(ready, {number: self.members[number].host for number in ready}, now)
         elif self.phase == "running":
             assert self.view is not None
             # A row of newcomers, one after the other, must not keep the others from their work.
             news = [n for n, member in self.members.items() if member.warm and member.epoch < 0] if self._moving else []
             leaving = [n for n in self.view.members if n in self.members and self.members[n].leaving]
-            if news or leaving:
+            better = self.division.better(self.view) if self._moving and not news and not leaving else None
+            if news or leaving or better is not None:
                 self.phase, self._wished = "pausing", True
                 said = [f"member {number} is ready to join" for number in news]
                 said += [f"member {number} leaves" for number in leaving]
+                said += [self._gain(better)] if better is not None else []
                 self._times = _Times(now, now, said)
                 for number in self.view.members:
                     self._out.append(Tell(number, Pause(self.view.epoch, "; ".join(said))))
+
+    def _gain(self, better: View) -> str:
+        """What another division is for, in words."""
+        assert self.view is not None
+        before, after = (self.division.slowest(view) for view in (self.view, better))
+        return f"{self.view} become {better}: the slowest stage takes {after / before:.0%} of the time"
 
     def _halt(self, why: str, now: float) -> None:
         """Everyone comes out."""
@@ -309,11 +317,11 @@ class Coordinator:
             return
         if self.view is None:  # nobody has taken a step: begin again with who is there
             base = [n for n in news if n in stay] + [n for n in news if n not in stay]
-            self._begin_again(base, news, now)
+            self._begin(base, news, now)
             return
         found = newest_whole([view for view in (self.view, self._origin) if view is not None], self._copies())
         if found is None and self._at_the_start(left):
-            self._begin_again([n for n in news if n in stay] + [n for n in news if n not in stay], news, now)
+            self._begin([n for n in news if n in stay] + [n for n in news if n not in stay], news, now)
             return
         if found is None:
             self._end(False, self._unrecoverable())
@@ -326,10 +334,25 @@ class Coordinator:
         except NobodyLeftError as error:
             self._end(False, str(error))
             return
-        kept = {n: h.kept for n in view.members if (h := self.members[n].halted) and h.step == version and h.kept}
-        if any(count > 1 for count in _counts(kept.values())):
-            kept = {}
-        self._offer(Adopt(view, before, version, where, kept), now)
+        if self._wished:  # nobody waits for a step that was cut short: blocks may move now
+            view = self.division.better(view) or view
+        self._offer(Adopt(view, before, version, where, self._kept(view, version)), now)
+
+    def _kept(self, view: View, version: int) -> dict[int, tuple[int, ...]]:
+        """By member, micro-batches of the next step that no stage has to compute again."""
+        before = self.view
+        if before is None or before.layers != view.layers:
+            return {}
+        stages = []
+        for old, new in zip(before.stages, view.stages, strict=True):
+            told = {n: h for n in new.members if n in old.members and (h := self.members[n].halted) is not None}
+            kept = [told[n].kept if n in told and told[n].step == version else () for n in new.members]
+            if any(count > 1 for count in Counter(micro for mine in kept for micro in mine).values()):
+                return {}
+            stages.append(kept)
+        members = [number for stage in view.stages for number in stage.members]
+        found = [mine for stage in in_all(stages) for mine in stage]
+        return {number: tuple(mine) for number, mine in zip(members, found, strict=True) if mine}
 
     def _at_the_start(self, numbers: Iterable[int]) -> bool:
         """Whether everybody still has what the run began with: then no copies are needed.
@@ -339,10 +362,12 @@ class Coordinator:
         versions = {h.version for number in numbers if (h := self.members[number].halted) is not None}
         return self._start is None or {self._start} <= versions <= {None, self._start}
 
-    def _begin_again(self, numbers: list[int], hosts: Mapping[int, str], now: float) -> None:
+    def _begin(self, numbers: list[int], hosts: Mapping[int, str], now: float) -> None:
         try:
-            view = first_view(numbers, hosts, self.rules.stages, self._layers, self.rules.copies)
-        except NobodyLeftError as error:
+            view = first_view(numbers, hosts, self.rules.stages, (), self.rules.copies)
+            layers = self.division.layers([len(stage.members) for stage in view.stages])
+            view = replace(view, layers=layers)
+        except (NobodyLeftError, ScheduleError) as error:
             self._end(False, str(error))
             return
         self._offer(Adopt(replace(view, epoch=self._epoch + 1), None, 0, {}, {}), now)
@@ -388,6 +413,8 @@ class Coordinator:
             epoch=view.epoch,
             why="; ".join(self._times.why),
             members=list(view.members),
+            stages=[list(stage.members) for stage in view.stages],
+            layers=list(view.layers),
             version=resumed or 0,
             redone=0 if resumed is None else max(0, self.version - resumed),
             kept=sum(map(len, adopt.kept.values())),
@@ -412,11 +439,16 @@ class Coordinator:
         done = [member.done for member in there if member.done is not None]
         if len(done) < len(there):
             return
-        digests = {one.digest for one in done}
-        if len(digests) > self.rules.stages:
-            self._end(False, f"the members ended with different weights: {sorted(digests)}")
+        told = [
+            {one.digest for n in stage.members if n in self.members and (one := self.members[n].done) is not None}
+            for stage in self.view.stages
+        ]
+        if any(len(digests) > 1 for digests in told):
+            self._end(False, f"members of one stage ended with different weights: {list(map(sorted, told))}")
             return
-        self._note("digest", weights=sorted(digests))
+        if all(told):  # else a whole stage was lost after its last step, and nobody has its digest
+            total = sum(int(next(iter(digests)), 16) for digests in told)
+            self._note("digest", weights=f"{total % 2**64:016x}")
         self._end(True, f"all {done[0].version} steps were taken")
 
     def _end(self, good: bool, why: str, failure: str = "") -> None:
@@ -427,14 +459,6 @@ class Coordinator:
 
     def _note(self, what: str, **facts: Any) -> None:
         self._out.append(Note(what, facts))
-
-
-def _counts(lists: Iterable[Iterable[int]]) -> list[int]:
-    found: dict[int, int] = {}
-    for each in lists:
-        for number in each:
-            found[number] = found.get(number, 0) + 1
-    return list(found.values())
 
 
 def _moved(before: View | None, after: View) -> int:

@@ -27,9 +27,14 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Warm:
-    """It can be given a place."""
+    """It can be given a place.
+
+    Attributes:
+        costs: of every block of the model and of its head, in any unit; empty: it is not divided over stages.
+    """
 
     kind: ClassVar[str] = "warm"
+    costs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ class Rules:
         members: how many begin together.
         least: below how many the job ends.
         stages: of the pipeline.
+        layers: blocks of each stage, where they are not to follow their costs.
         copies: of every member's states in others' memory.
         silence: seconds without a beat after which a member counts as lost.
         hang: seconds that a member may do one thing without waiting for another.
@@ -23,6 +24,7 @@ class Rules:
     members: int
     least: int = 1
     stages: int = 1
+    layers: tuple[int, ...] = ()
     copies: int = 1
     silence: float = 10.0
     hang: float = 600.0

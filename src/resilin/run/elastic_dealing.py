@@ -1,0 +1,64 @@
+"""Who computes which micro-batches of a step, and which held-out batches, under a view. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from resilin.cluster.protocol.messages import Adopt
+from resilin.parallel.stretches import left_to_do
+from resilin.parallel.workers import in_runs
+
+Owners = tuple[tuple[tuple[int, ...], ...], ...]
+"""By stage and member ascending numbers."""
+
+
+class Dealing:
+    """The dealing of one view.
+
+    Runs of neighbours at every stage; a step that is redone leaves everyone what it has finished.
+
+    Args:
+        change: that made the view.
+    """
+
+    def __init__(self, change: Adopt) -> None:
+        self._stages = tuple(stage.members for stage in change.view.stages)
+        self._version, self._kept = change.version, {member: tuple(m) for member, m in change.kept.items() if m}
+        self._last = 0
+
+    def of_step(self, step: int, micros: int) -> list[tuple[int, ...]]:
+        """By rank, which of so many micro-batches of a step are whose."""
+        self._last = micros
+        return [mine for stage in self._owned(step, micros) for mine in stage]
+
+    def todo(self, step: int) -> Owners:
+        """By stage and member, what is left to be computed of the step that `of_step` was asked for last."""
+        owned, kept = self._owned(step, self._last), self._kept_of(step)
+        return tuple(
+            tuple(
+                tuple(micro for micro in mine if micro not in kept.get(member, ()))
+                for member, mine in zip(members, stage, strict=True)
+            )
+            for members, stage in zip(self._stages, owned, strict=True)
+        )
+
+    def evaluated(self, batches: int) -> Owners:
+        """By stage and member, which of so many held-out batches are whose."""
+        return _runs(tuple(map(len, self._stages)), batches)
+
+    def _kept_of(self, step: int) -> Mapping[int, Sequence[int]]:
+        return self._kept if step == self._version else {}
+
+    def _owned(self, step: int, micros: int) -> Owners:
+        if not (kept := self._kept_of(step)):
+            return _runs(tuple(map(len, self._stages)), micros)
+        return tuple(
+            tuple(map(tuple, left_to_do(micros, [kept.get(member, ()) for member in members])))
+            for members in self._stages
+        )
+
+
+@lru_cache(maxsize=8)
+def _runs(sizes: tuple[int, ...], count: int) -> Owners:
+    return tuple(tuple(map(tuple, in_runs(count, size))) for size in sizes)
