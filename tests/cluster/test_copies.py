@@ -172,13 +172,13 @@ def test_what_members_own_afterwards_is_made_of_what_copies_hold(members: int, l
         for index, number in enumerate(left):
             restorer = Restorer(pools[number], 0, 3, where, lambda n: Peer(servers[n].address, "s", 10))
             needs, wanted = [], []
-            for name, pieces in pieces_owned(before, after, number).items():
+            for name, pieces in pieces_owned([before], after, number).items():
                 runs = after.ownership.runs_of(NAMES.index(name), index)
                 expected = torch.cat([values[name][run.begin : run.end] for run in runs])
                 for path, right in (("weights", expected), ("m", -expected), ("step", torch.tensor(7.0))):
                     needs.append(Need(name, path, torch.empty_like(right), pieces))
                     wanted.append(right)
-            for name, pieces in pieces_whole(before, NAMES, number).items():
+            for name, pieces in pieces_whole([before], NAMES, number).items():
                 needs.append(Need(name, "weights", torch.empty_like(values[name]), pieces))
                 wanted.append(values[name])
             restorer.fill(needs)
@@ -193,5 +193,5 @@ def test_what_stays_is_not_sent():
     table = redeal([owner if owner != 3 else None for owner in before.ownership.owners], 3)
     after = owners(table, (0, 1, 2))
     for number in (0, 1, 2):
-        far = [p for pieces in pieces_owned(before, after, number).values() for p in pieces if p.owner != number]
+        far = [p for pieces in pieces_owned([before], after, number).values() for p in pieces if p.owner != number]
         assert {piece.owner for piece in far} == {3}

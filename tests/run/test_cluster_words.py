@@ -27,7 +27,7 @@ def test_losses_leaves_and_the_digest_are_told():
     lost = Cluster(what="lost", facts={"member": 2, "why": "was killed by SIGKILL"})
     assert in_words(lost) == "worker 2 was killed by SIGKILL"
     assert in_words(Cluster(what="leaving", facts={"member": 2})) == "worker 2 wants to leave"
-    assert in_words(Cluster(what="digest", facts={"weights": ["ab"]})) == "digest of the weights: ab"
+    assert in_words(Cluster(what="digest", facts={"weights": "ab"})) == "digest of the weights: ab"
     out = io.StringIO()
     LiveView(Console(file=out, width=100))(lost)
     assert out.getvalue() == "worker 2 was killed by SIGKILL\n"

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from elastic_runs import STEPS, settings_of, text_at
+from elastic_runs import STEPS, changes, check_same, equal, events, go, settings_of, states, text_at
 
-from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
-from resilin.cluster.local import worker_command
 from resilin.parallel.errors import ParallelError
-from resilin.run.elastic_start import launch
 from resilin.run.events import Cluster, Event, StepDone
 from resilin.run.run import Run
-from resilin.run.settings import RunSettings
 from resilin.run.start import start_run
 
 
@@ -36,45 +29,6 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = settings_of(text, parallel={"workers": 0}, cluster={"elastic": False})
     assert start_run(settings, folder)[1].reason == "completed"
     return folder
-
-
-def states(folder: Path, step: int) -> dict[str, Any]:
-    return CheckpointFolder(folder / "checkpoints").load(step)
-
-
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "events.jsonl").read_text().splitlines()
-    return [told for told in map(json.loads, lines) if told["event"] == kind]
-
-
-def equal(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
-    return left == right
-
-
-def check_same(folder: Path, other: Path) -> None:
-    """Losses of all steps, evaluations, and the whole state of the last checkpoint, to the bit."""
-    for kind, fields in (("step", ("step", "loss", "grad_norm")), ("eval", ("step", "metrics"))):
-        found, expected = ([[e[f] for f in fields] for e in events(at, kind)] for at in (folder, other))
-        assert found == expected, kind
-        assert found, kind
-    mine, theirs = states(folder, STEPS), states(other, STEPS)
-    for part in ("model", "optimizer", "run"):
-        one, two = mine[part], theirs[part]
-        if part == "optimizer":
-            one, two = one["parameters"], two["parameters"]
-        assert equal(one, two), part
-
-
-def changes(folder: Path) -> list[dict[str, Any]]:
-    return [told["facts"] for told in events(folder, "cluster") if told["what"] == "change"]
-
-
-def go(settings: RunSettings, folder: Path, faults: Sequence[Fault] = (), **more: Any) -> JobEnded:
-    return launch(settings, folder, worker_command(), faults=faults, **more)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +117,7 @@ def test_a_listener_that_fails_ends_the_run_with_its_trace(text: Path, tmp_path:
 @pytest.mark.parametrize(
     ("over", "match"),
     [
-        ({"parallel": {"tensor": 3}}, "parallel.data alone"),
+        ({"parallel": {"tensor": 3}}, "parallel.data and parallel.pipeline alone"),
         ({"parallel": {"sharding": "fsdp"}}, "zero1"),
         ({"train": {"micro_batch_size": 0}}, "micro_batch_size"),
     ],
