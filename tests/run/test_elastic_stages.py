@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic_runs import changes, check_same, go, settings_of, text_at
+from elastic_runs import STEPS, changes, check_same, equal, go, settings_of, states, text_at
 
-from resilin.cluster.elastic_job import JobEnded
+from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
+from resilin.parallel.errors import ParallelError
+from resilin.run.events import Cluster, Event, StepDone
 from resilin.run.start import start_run
 
 MODEL = {"layers": 4}
@@ -50,6 +53,69 @@ def test_stages_lose_members_and_the_bits_are_those_of_one_process(
     assert go(staged(text), tmp_path / "run", faults) == JobEnded(0, "")
     check_same(tmp_path / "run", undisturbed)
     happened = changes(tmp_path / "run")
-    assert len(happened) >= 1 + len(faults)
+    assert len(happened) >= (2 if faults else 1)
     assert all(change["redone"] <= 1 for change in happened)
     assert [len(stage) for stage in happened[0]["stages"]] == [2, 2]
+
+
+def test_a_stage_that_has_nobody_left_is_given_a_member_of_another(text: Path, undisturbed: Path, tmp_path: Path):
+    ended = go(staged(text, workers=3), tmp_path / "run", [Fault(2, 5, "backward of stage 1 micro-batch 2")])
+    assert ended == JobEnded(0, "")
+    check_same(tmp_path / "run", undisturbed)
+    assert [change["stages"] for change in changes(tmp_path / "run")][:2] == [[[0, 1], [2]], [[0], [1]]]
+
+
+def test_members_come_and_leave_and_blocks_follow_them(text: Path, tmp_path: Path):
+    """Blocks are divided by what stages can do; the head counts as little here, the vocabulary being bytes."""
+    done: list[str] = []
+
+    def watch(job: ElasticJob, event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 1 and not done:
+            job.add()
+            job.add()
+            done.append("added")
+        if isinstance(event, Cluster) and event.what == "change" and len(event.facts["members"]) == 4:
+            job.signal(0, signal.SIGTERM)
+
+    settings = staged(text, workers=2, train={"steps": 60})
+    one = tmp_path / "one"
+    alone = settings_of(text, model=MODEL, parallel={"workers": 0}, cluster={"elastic": False}, train={"steps": 60})
+    assert start_run(alone, one)[1].reason == "completed"
+    assert go(settings, tmp_path / "run", watch=watch) == JobEnded(0, "")
+    check_same(tmp_path / "run", one, 60)
+    happened = changes(tmp_path / "run")
+    assert {len(change["members"]) for change in happened} >= {2, 4, 3}
+    assert len({tuple(change["layers"]) for change in happened}) > 1
+    assert all(change["redone"] == 0 for change in happened)
+
+
+def test_a_checkpoint_of_stages_is_resumed_with_others(text: Path, tmp_path: Path):
+    constant = {"schedule": {"use": "resilin.optim.schedule:Constant"}}
+    alone = settings_of(text, model=MODEL, optimizer=constant, parallel={"workers": 0}, cluster={"elastic": False})
+    assert start_run(alone, tmp_path / "one")[1].reason == "completed"
+    half = staged(text, optimizer=constant, train={"steps": 8})
+    assert go(half, tmp_path / "run", [Fault(1, 6, "adding gradients up")]) == JobEnded(0, "")
+    whole = staged(text, workers=3, stages=3, optimizer=constant)
+    assert go(whole, tmp_path / "run", resume=True, accept_changes=True) == JobEnded(0, "")
+    assert equal(states(tmp_path / "run", STEPS)["model"], states(tmp_path / "one", STEPS)["model"])
+
+
+@pytest.mark.parametrize(
+    ("over", "match"),
+    [
+        ({"parallel": {"schedule": "zb-h1"}}, "1f1b"),
+        ({"parallel": {"layers": (1, 1, 2)}}, "names 3 stages"),
+        ({"parallel": {"tensor": 2}}, "alone"),
+    ],
+)
+def test_what_stages_cannot_do_while_they_change_is_refused(
+    over: dict[str, Any], match: str, text: Path, tmp_path: Path
+):
+    with pytest.raises(ParallelError, match=match):
+        go(staged(text, **over), tmp_path / "run")
+
+
+def test_more_stages_than_blocks_end_the_run_with_the_reason(text: Path, tmp_path: Path):
+    ended = go(staged(text, workers=5, stages=5), tmp_path / "run")
+    assert ended.code == 1
+    assert "stages" in ended.message

@@ -63,13 +63,13 @@ def equal(left: Any, right: Any) -> bool:
     return left == right
 
 
-def check_same(folder: Path, other: Path) -> None:
+def check_same(folder: Path, other: Path, steps: int = STEPS) -> None:
     """Losses of all steps, evaluations, and the whole state of the last checkpoint, to the bit."""
     for kind, fields in (("step", ("step", "loss", "grad_norm")), ("eval", ("step", "metrics"))):
         found, expected = ([[e[f] for f in fields] for e in events(at, kind)] for at in (folder, other))
         assert found == expected, kind
         assert found, kind
-    mine, theirs = states(folder, STEPS), states(other, STEPS)
+    mine, theirs = states(folder, steps), states(other, steps)
     for part in ("model", "optimizer", "run"):
         one, two = mine[part], theirs[part]
         if part == "optimizer":

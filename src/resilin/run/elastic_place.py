@@ -24,12 +24,27 @@ from resilin.parallel.pipeline.member_orders import MemberOrders
 from resilin.parallel.pipeline.passes import PipelinePasses
 from resilin.parallel.pipeline.split import Split
 from resilin.parallel.pipeline.stage import Stage, cut, decoder_in
+from resilin.parallel.settings import ParallelSettings
 from resilin.parallel.workers import Passes, WholeModel
 from resilin.precision.autocast import Precision
 from resilin.run.divided import Divided, assembled, tokens_of
 from resilin.run.elastic import Elastic, Placed
 from resilin.run.elastic_dealing import Dealing
 from resilin.run.settings import RunSettings
+
+
+def elastic_degrees(parallel: ParallelSettings) -> Degrees:
+    """The degrees that a run begins with; stages may have unlike numbers of workers, of which the largest is told.
+
+    Raises:
+        ParallelError: the workers cannot be divided so.
+    """
+    workers, stages = parallel.workers, parallel.pipeline
+    if parallel.data == "auto" and isinstance(stages, int):
+        if workers < stages:
+            raise ParallelError(f"{workers} workers cannot hold {stages} pipeline stages: start {stages} or more")
+        workers = -(-workers // stages) * stages
+    return parallel.degrees(workers)
 
 
 def check_elastic(settings: RunSettings, degrees: Degrees, device: torch.device) -> None:

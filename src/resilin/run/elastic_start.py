@@ -26,7 +26,7 @@ from resilin.config import parse_settings
 from resilin.run.build import build_run
 from resilin.run.device import choose_device
 from resilin.run.elastic import Elastic
-from resilin.run.elastic_place import check_elastic
+from resilin.run.elastic_place import check_elastic, elastic_degrees
 from resilin.run.events import Cluster, Event, Listener, from_json, to_json
 from resilin.run.folder import RunFolder
 from resilin.run.run import Outcome, Run
@@ -58,7 +58,7 @@ def launch(
         watch: told of the job's events, once each; it may ask the job for something.
     """
     folder = RunFolder(path)
-    degrees = settings.parallel.degrees(settings.parallel.workers)
+    degrees = elastic_degrees(settings.parallel)
     check_elastic(settings, degrees, choose_device(settings.train.device))
     divided = settings.parallel.model_copy(update={"pipeline": degrees.pipeline})
     settings = settings.model_copy(update={"parallel": divided})
