@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from resilin.models.decoder import Decoder
-from resilin.models.stage_span import Elsewhere, Hidden, ShapeSeen, StageDone, StageSpan
+from resilin.models.stage_span import Elsewhere, Hidden, StageSpan
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.pipeline.split import Split
 
@@ -75,12 +75,31 @@ class Width:
         return Hidden(hidden.reshape(B, self.tokens, self.hidden), tuple(logits))
 
 
+class _StageDone(Exception):  # noqa: N818 - not an error: it leaves the objective, whose model ends elsewhere
+    """Raised once the decoder of a stage that is not the last has given what goes on."""
+
+    def __init__(self, hidden: Hidden) -> None:
+        super().__init__("this stage is done")
+        self.hidden = hidden
+
+
+class _ShapeSeen(Exception):  # noqa: N818
+    """Raised in place of any computation while only the shape of the tokens is asked for."""
+
+    def __init__(self, rows: int, tokens: int) -> None:
+        super().__init__("the shape is seen")
+        self.rows, self.tokens = rows, tokens
+
+
 class Stage:
     """One stage on this rank.
 
+    The objective calls its model as ever, and is left by an exception once the decoder is done: from a hook that runs
+    after all others, so that whoever else hooked the decoder (FSDP) sees a call that ends.
+
     Args:
         number: of the stage.
-        module: the model with this stage's parts only, made by `cut`.
+        module: the model with this stage's parts only, made by `cut`; whatever hooks its decoder has done so.
         sequence_ranks: among how many ranks tensor parallelism divides the tokens between blocks; 1: it does not.
     """
 
@@ -90,16 +109,27 @@ class Stage:
         assert self.decoder.span is not None
         self.span: StageSpan = self.decoder.span
         self._sequence_ranks = sequence_ranks
+        self._probing = False
+        self.decoder.register_forward_pre_hook(self._look, prepend=True, with_kwargs=True)
+        self.decoder.register_forward_hook(self._leave)
+
+    def _look(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._probing:
+            raise _ShapeSeen(*self.decoder.computes(*args, **kwargs))
+
+    def _leave(self, decoder: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if isinstance(output, Hidden):
+            raise _StageDone(output)
 
     def shape(self, call: Callable[[], Any]) -> tuple[int, int]:
         """Rows and tokens that the decoder computes when the objective is called so; nothing is computed."""
-        self.span.probing = True
+        self._probing = True
         try:
             call()
-        except ShapeSeen as seen:
+        except _ShapeSeen as seen:
             return seen.rows, seen.tokens
         finally:
-            self.span.probing = False
+            self._probing = False
         raise ParallelError("the objective did not call its model, which a pipeline relies on")
 
     def width(self, tokens: int, *, before: bool) -> Width:
@@ -112,12 +142,16 @@ class Stage:
         dtype = torch.promote_types(self.decoder.stream_dtype, torch.float32) if routers else self.decoder.stream_dtype
         return Width(local, settings.hidden_size, routers, tokens, dtype)
 
+    def embedding(self, tokens: int) -> Width:
+        """The embedding's output, or its gradient, for rows of so many tokens."""
+        return Width(tokens, self.decoder.settings.hidden_size, (), tokens, self.decoder.embed.weight.dtype)
+
     def forward(self, incoming: Hidden | None, call: Callable[[], Any]) -> Any:
         """What the objective gives at the last stage; what goes out (`Hidden`) at any other."""
         self.span.incoming = incoming
         try:
             return call()
-        except StageDone as done:
+        except _StageDone as done:
             return done.hidden
         finally:
             self.span.incoming = None
