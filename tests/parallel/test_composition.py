@@ -29,7 +29,7 @@ from resilin.parallel.step import Autocast, OneProcess
 from resilin.parallel.world import World
 from resilin.precision.compiled import compile_model
 
-SEED, T, V, STEPS, CLIP = 3, 16, 64, 2, 1.0
+SEED, T, V, STEPS, CLIP = 3, 16, 64, 2, 0.05
 DENSE: dict[str, Any] = {
     "vocab_size": V, "hidden_size": 32, "layers": 4, "heads": 4, "kv_heads": 2, "mlp_size": 48, "qk_norm": "rms",
     "dropout": 0.1,

@@ -29,7 +29,7 @@ from resilin.models.recompute import run_block
 from resilin.models.rope import Rotation, depends_on_length, rotation
 from resilin.models.sequence_part import SequencePart
 from resilin.models.spans import asked_places, runs_of
-from resilin.models.stage_span import Hidden, StageSpan
+from resilin.models.stage_span import Hidden, StageOutput, StageShape, StageSpan
 from resilin.models.tensor_plan import TensorPlan
 from resilin.models.tiled import in_tiles
 
@@ -221,7 +221,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         continues_BT: Tensor | None = None,
         asked_BT: Tensor | None = None,
-    ) -> DecoderOutput | Hidden:
+    ) -> DecoderOutput | StageOutput:
         """Args:
         tokens_BT: ids.
         positions_BT: where each token stands in its text; None: 0, 1, 2, ... (after what the cache holds).
@@ -234,7 +234,7 @@ class Decoder(nn.Module):
             document are left out, and are zeros.
 
         Returns:
-            The output; where blocks are divided over stages, what goes on to the next one.
+            The output; where blocks are divided over stages, what the span has in its place.
         """
         if cache is not None:
             if continues_BT is not None:
@@ -244,33 +244,11 @@ class Decoder(nn.Module):
                     "a decoder whose rows are divided over ranks cannot read a cache: use an undivided one"
                 )
             return self._forward_cached(tokens_BT, positions_BT, documents_BT, cache)
-        places_N = self._places(documents_BT, keys, continues_BT, asked_BT)
-        if places_N is not None:
-            return self._forward_some(tokens_BT, positions_BT, documents_BT, keys, places_N)
+        if asked_BT is not None and continues_BT is None and self._may_leave_out(keys):
+            places_N = asked_places(documents_BT, asked_BT)
+            if 0 < len(places_N) <= (1 - _WORTH_LEAVING_OUT) * asked_BT.numel():
+                return self._forward_some(tokens_BT, positions_BT, documents_BT, keys, places_N)
         return self._forward_all(tokens_BT, positions_BT, documents_BT, keys, continues_BT)
-
-    def computes(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
-        *,
-        keys: Keys | None = None,
-        continues_BT: Tensor | None = None,
-        asked_BT: Tensor | None = None,
-    ) -> tuple[int, int]:
-        """Rows and tokens that blocks would have in a forward pass of these arguments; nothing is computed."""
-        places_N = self._places(documents_BT, keys, continues_BT, asked_BT)
-        return (len(tokens_BT), tokens_BT.shape[1]) if places_N is None else (1, len(places_N))
-
-    def _places(
-        self, documents_BT: Tensor | None, keys: Keys | None, continues_BT: Tensor | None, asked_BT: Tensor | None
-    ) -> Tensor | None:
-        """Of all rows laid one behind another the places that are computed; None: all, row by row."""
-        if asked_BT is None or continues_BT is not None or not self._may_leave_out(keys):
-            return None
-        places_N = asked_places(documents_BT, asked_BT)
-        return places_N if 0 < len(places_N) <= (1 - _WORTH_LEAVING_OUT) * asked_BT.numel() else None
 
     def _may_leave_out(self, keys: Keys | None) -> bool:
         # Routers are judged by all real tokens; scaled rotations, and random numbers, go by the rows as they are.
@@ -285,7 +263,7 @@ class Decoder(nn.Module):
         documents_BT: Tensor | None,
         keys: Keys | None,
         places_N: Tensor,
-    ) -> DecoderOutput | Hidden:
+    ) -> DecoderOutput | StageOutput:
         """The places `places_N` of all rows, laid one behind another; the others' hidden states are zeros."""
         B, T = tokens_BT.shape
         if positions_BT is None:
@@ -297,7 +275,7 @@ class Decoder(nn.Module):
             x.flatten().index_select(0, places_N)[None] for x in (tokens_BT, positions_BT, runs_N)
         )
         output = self._forward_all(tokens, positions, documents, keys, None)
-        if isinstance(output, Hidden):
+        if not isinstance(output, DecoderOutput):
             return output
         hidden_ND = output.hidden_BTD[0]
         hidden_BTD = hidden_ND.new_zeros(B * T, hidden_ND.shape[1]).index_copy(0, places_N, hidden_ND)
@@ -335,7 +313,9 @@ class Decoder(nn.Module):
         documents_BT: Tensor | None,
         keys: Keys | None,
         continues_BT: Tensor | None,
-    ) -> DecoderOutput | Hidden:
+    ) -> DecoderOutput | StageOutput:
+        if self.span is not None and self.span.probing:
+            return StageShape(*tokens_BT.shape)
         T, device = tokens_BT.shape[1], tokens_BT.device
         # What attention sees are whole rows, also where the tokens of a row are divided over ranks.
         rows, whole = T, (documents_BT, positions_BT, continues_BT)

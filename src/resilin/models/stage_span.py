@@ -24,6 +24,23 @@ class Hidden:
     router_logits: tuple[Tensor, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class StageShape:
+    """What a stage would compute.
+
+    Attributes:
+        rows: B.
+        tokens: T.
+    """
+
+    rows: int
+    tokens: int
+
+
+StageOutput = Hidden | StageShape
+"""What a decoder that is a stage gives in place of an output."""
+
+
 class StageSpan:
     """One stage's part of a decoder.
 
@@ -37,6 +54,7 @@ class StageSpan:
 
     Attributes:
         incoming: what the stage before sent; taken by the next forward pass.
+        probing: whether a forward pass is to give its `StageShape`, and compute nothing.
         apart: whether the embedding's weight gets no gradient here: that of the embedding's output is caught instead.
         tokens: ids that the last forward pass computed, (B, T) or as many as it left.
         embedded: what the embedding gave for them, (B, T, D); its `.grad` is there after the backward pass.
@@ -45,6 +63,7 @@ class StageSpan:
     def __init__(self, blocks: range, *, first: bool, last: bool) -> None:
         self.blocks, self.first, self.last = blocks, first, last
         self.incoming: Hidden | None = None
+        self.probing = False
         self.apart = False
         self.tokens: Tensor | None = None
         self.embedded: Tensor | None = None

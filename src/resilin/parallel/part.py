@@ -373,9 +373,15 @@ class _Tied:
         """None where nothing is tied, or there is one stage."""
         if decoder.head is not None or world.axis("pp") == 1:
             return None
-        rounds = any(world.axis(axis) > 1 for axis in ("tp", "cp", "ep")) or settings.sharding == "fsdp"
-        trained = decoder.embed.weight.requires_grad
-        return cls(_ends(world, rank_of), trained and settings.reduction == "exact" and not rounds)
+        return cls(_ends(world, rank_of), adds_tied_in_order(settings, world, decoder))
+
+
+def adds_tied_in_order(settings: ParallelSettings, world: World, decoder: Decoder) -> bool:
+    """Whether the last stage of a pipeline adds up the whole gradient of a tied weight, in the order of one process."""
+    if decoder.head is not None or not decoder.embed.weight.requires_grad or world.axis("pp") == 1:
+        return False
+    rounds = any(world.axis(axis) > 1 for axis in ("tp", "cp", "ep")) or settings.sharding == "fsdp"
+    return settings.reduction == "exact" and not rounds
 
 
 def _ends(world: World, rank_of: Sequence[int]) -> Group:

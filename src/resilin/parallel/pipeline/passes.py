@@ -341,7 +341,7 @@ class PipelinePasses:
     def _add_tied(self, walk: _Walk, due: Collection[int]) -> None:
         """Add the embedding's part of micro-batches whose messages are under way, in order."""
         tied = walk.tied
-        while tied is not None and tied.next in due:
+        while tied is not None and tied.next in due and tied.has_head:
             doing("adding gradients of the embedding", "micro-batch", tied.next)
             tied.embedding(self._arrived(walk, (len(self._rank_of) - 1, tied.next, Carried.EMBEDDED)))
 

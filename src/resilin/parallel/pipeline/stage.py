@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from resilin.models.decoder import Decoder
-from resilin.models.stage_span import Elsewhere, Hidden, StageSpan
+from resilin.models.stage_span import Elsewhere, Hidden, StageOutput, StageShape, StageSpan
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.pipeline.split import Split
 
@@ -76,19 +76,11 @@ class Width:
 
 
 class _StageDone(Exception):  # noqa: N818 - not an error: it leaves the objective, whose model ends elsewhere
-    """Raised once the decoder of a stage that is not the last has given what goes on."""
+    """Raised once the decoder has given something that is no output of the whole model."""
 
-    def __init__(self, hidden: Hidden) -> None:
+    def __init__(self, output: StageOutput) -> None:
         super().__init__("this stage is done")
-        self.hidden = hidden
-
-
-class _ShapeSeen(Exception):  # noqa: N818
-    """Raised in place of any computation while only the shape of the tokens is asked for."""
-
-    def __init__(self, rows: int, tokens: int) -> None:
-        super().__init__("the shape is seen")
-        self.rows, self.tokens = rows, tokens
+        self.output = output
 
 
 class Stage:
@@ -109,27 +101,19 @@ class Stage:
         assert self.decoder.span is not None
         self.span: StageSpan = self.decoder.span
         self._sequence_ranks = sequence_ranks
-        self._probing = False
-        self.decoder.register_forward_pre_hook(self._look, prepend=True, with_kwargs=True)
-        self.decoder.register_forward_hook(self._leave)
+        self.decoder.register_forward_hook(_leave)
 
-    def _look(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._probing:
-            raise _ShapeSeen(*self.decoder.computes(*args, **kwargs))
-
-    def _leave(self, decoder: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if isinstance(output, Hidden):
-            raise _StageDone(output)
-
+    @torch.no_grad()
     def shape(self, call: Callable[[], Any]) -> tuple[int, int]:
         """Rows and tokens that the decoder computes when the objective is called so; nothing is computed."""
-        self._probing = True
+        self.span.probing = True
         try:
             call()
-        except _ShapeSeen as seen:
-            return seen.rows, seen.tokens
+        except _StageDone as done:
+            if isinstance(done.output, StageShape):
+                return done.output.rows, done.output.tokens
         finally:
-            self._probing = False
+            self.span.probing = False
         raise ParallelError("the objective did not call its model, which a pipeline relies on")
 
     def width(self, tokens: int, *, before: bool) -> Width:
@@ -152,9 +136,14 @@ class Stage:
         try:
             return call()
         except _StageDone as done:
-            return done.hidden
+            return done.output
         finally:
             self.span.incoming = None
+
+
+def _leave(decoder: nn.Module, arguments: object, output: object) -> None:
+    if isinstance(output, StageOutput):
+        raise _StageDone(output)
 
 
 def cut(model: nn.Module, split: Split, stages: list[int]) -> list[nn.Module]:

@@ -10,11 +10,14 @@ Shapes: B rows, T tokens, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from resilin.parallel.pipeline.messages import Message, Op, Part, Receive
+from resilin.parallel.pipeline.schedule import Action, B, I, W
 
 
 class TiedSum:
@@ -37,9 +40,9 @@ class TiedSum:
         self.next = 0
 
     @property
-    def kept(self) -> int:
-        """Micro-batches whose head's part is kept."""
-        return len(self._heads)
+    def has_head(self) -> bool:
+        """Whether the head's part of `next` is there: where backward passes are cut in halves, it may come later."""
+        return self.next in self._heads
 
     @contextmanager
     def head(self, micro: int, tokens_BT: Tensor) -> Iterator[None]:
@@ -70,3 +73,34 @@ class TiedSum:
             both_VD += head_VD
         weight.grad = both_VD if weight.grad is None else weight.grad.add_(both_VD)
         self._collect()
+
+
+def heads_kept(ops: Sequence[Op], last: int) -> int:
+    """The most (V, D) gradients of the head that the rank of the last stage keeps at one time, in `TiedSum`.
+
+    Args:
+        ops: of that rank, with what comes for the sum: of `lower`.
+        last: number of the last stage.
+    """
+    heads: set[int] = set()
+    due: set[int] = set()
+    done = most = 0
+    for op in ops:
+        if isinstance(op, Receive) and op.message.embedded:
+            due |= {_micro(op.message)}
+        if not isinstance(op, Action):
+            continue
+        ready = set(due)
+        if op.stage == last and op.kind in (B, W):
+            heads.add(op.micro)
+        elif op.stage == 0 and op.kind in (B, I):  # both ends are here
+            due.add(op.micro)
+        most = max(most, len(heads))
+        while done in ready and done in heads:
+            heads.remove(done)
+            done += 1
+    return most
+
+
+def _micro(message: Message | Part) -> int:
+    return message.micro if isinstance(message, Message) else message.rows.receiver_micro
