@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import run_ranks
+from listed_orders import Listed
 
 from resilin.keys import Keys
 from resilin.models.decoder_settings import DecoderSettings
@@ -19,7 +19,7 @@ from resilin.objective.next_token import NextToken
 from resilin.parallel.group import Group
 from resilin.parallel.pipeline.line_orders import LineOrders
 from resilin.parallel.pipeline.members import level, lower_members
-from resilin.parallel.pipeline.messages import Op, lower
+from resilin.parallel.pipeline.messages import lower
 from resilin.parallel.pipeline.passes import PipelinePasses
 from resilin.parallel.pipeline.schedule import Schedule
 from resilin.parallel.pipeline.slots import SlotTable, in_blocks
@@ -61,21 +61,6 @@ TABLES = {
 }
 
 
-class Listed:
-    """Operations that were made before."""
-
-    in_order = False
-
-    def __init__(self, ops: Sequence[Op]) -> None:
-        self._ops = ops
-
-    def training(self, step: int, micros: int) -> Sequence[Op]:
-        return self._ops
-
-    def evaluating(self, batches: int, total: int) -> Sequence[Op]:
-        raise NotImplementedError
-
-
 def member(rank: int, tables: tuple[SlotTable, SlotTable]) -> dict[str, Any] | None:
     schedule = level(tables)
     if rank >= len(schedule.members):
@@ -84,7 +69,7 @@ def member(rank: int, tables: tuple[SlotTable, SlotTable]) -> dict[str, Any] | N
     module = cut(SIZES.build(ModelContext(SEED)), Split((0, 1, 3)), [mine.rank])[0]
     passes = PipelinePasses(
         [Stage(mine.rank, module)],
-        Listed(ops[rank]),
+        Listed(ops[rank], 2),
         NextToken().build(),
         peers=range(dist.get_world_size()),
         number=rank,

@@ -20,6 +20,7 @@ class LineOrders:
     in_order = True
 
     def __init__(self, ops_for: Callable[[int], Sequence[Op]], rank_of: Sequence[int], rank: int) -> None:
+        self.stages = len(rank_of)
         self._ops_for, self._rank_of = ops_for, rank_of
         self._mine = [stage for stage, holder in enumerate(rank_of) if holder == rank]
         self._known: dict[int, tuple[Op, ...]] = {}

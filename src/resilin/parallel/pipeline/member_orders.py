@@ -35,6 +35,7 @@ class MemberOrders:
         evaluated: Callable[[int], Owners],
         costs: Costs | None = None,
     ) -> None:
+        self.stages = len(sizes)
         self._sizes, self._rank, self._todo, self._evaluated, self._costs = sizes, rank, todo, evaluated, costs
         self._known: tuple[Owners, Sequence[Op]] | None = None
 
@@ -58,9 +59,9 @@ class MemberOrders:
                 peer = next(place for place, mine in enumerate(owners[other]) if number in mine)
                 theirs = owners[other][peer].index(number)
                 if other < stage:
-                    ops.append(Receive(Message(other, stage, theirs, micro), first[other] + peer))
+                    ops.append(Receive(Message(other, stage, theirs, received=micro), first[other] + peer))
                 else:
-                    ops.append(Send(Message(stage, other, micro, theirs), first[other] + peer))
+                    ops.append(Send(Message(stage, other, micro, received=theirs), first[other] + peer))
             ops.insert(len(ops) - (stage + 1 < len(owners)), Action(F, stage, micro))
         return ops
 
@@ -99,4 +100,6 @@ def _whole(op: Op) -> Op:
     if isinstance(op, Action) or not isinstance(op.message, Part):
         return op
     rows = op.message.rows
-    return type(op)(Message(op.message.source, op.message.target, rows.sender_micro, rows.receiver_micro), op.peer)
+    return type(op)(
+        Message(op.message.source, op.message.target, rows.sender_micro, received=rows.receiver_micro), op.peer
+    )
