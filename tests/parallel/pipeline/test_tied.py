@@ -115,9 +115,15 @@ def most_heads(rank: int, names: list[tuple[str, int]], micros: int) -> list[tup
         ops = lower(schedule, tied=True)[rank]
         split = Split(tuple(range(0, 5, 4 // stages)))
         passes = stage_passes(list(schedule.stages_of(rank)), split, rank, ops, schedule.rank_of)
-        told: list[int] = []
-        passes.train([rows_of([micro]) for micro in range(micros)], lambda part, _: told.append(part), {})
-        assert [told.count(part) for part in range(len(passes.collected))] == [micros] * len(passes.collected)
+        told: list[tuple[int, int]] = []
+
+        def collect(part: int, micro: int, told: list[tuple[int, int]] = told) -> None:
+            told.append((part, micro))
+
+        passes.train([rows_of([micro]) for micro in range(micros)], collect, {})
+        assert [[each for each, _ in told].count(part) for part in range(len(passes.collected))] == [micros] * len(
+            passes.collected
+        )
         if schedule.rank_of[-1] == rank:
             found.append((most, heads_kept(ops, stages - 1)))
     return found

@@ -99,7 +99,6 @@ def orders_of(owners: Owners, costs: Costs | None = None) -> list[list[Op]]:
 def _whole(op: Op) -> Op:
     if isinstance(op, Action) or not isinstance(op.message, Part):
         return op
-    rows = op.message.rows
-    return type(op)(
-        Message(op.message.source, op.message.target, rows.sender_micro, received=rows.receiver_micro), op.peer
-    )
+    part, rows = op.message, op.message.rows
+    message = Message(part.source, part.target, rows.sender_micro, part.embedded, rows.receiver_micro)
+    return type(op)(message, op.peer)
