@@ -1,8 +1,8 @@
 """A job of workers that come and go, in one process and on a virtual clock: the real coordinator, changes, pools and
 dealing of micro-batches; simulated processes, messages and failures, all drawn from one seed.
 
-What a member's states are is a chain of hashes over the micro-batches of every step, so that a version, an owner or a
-micro-batch that is not what it should be is found wherever it came from.
+What a member's states are is, for every block of its stage, a chain of hashes over the micro-batches of every step, so
+that a version, an owner, a block or a micro-batch that is not what it should be is found wherever it came from.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -39,10 +39,11 @@ from resilin.cluster.protocol.messages import (
 )  # fmt: skip
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.view import View
-from resilin.parallel.stretches import left_to_do
-from resilin.parallel.workers import in_runs
+from resilin.parallel.stretches import blocks_in, leaves_in
+from resilin.run.elastic_dealing import Dealing
 
 MICROS = 8
+BLOCKS = 5
 
 
 class WrongError(AssertionError):
@@ -50,9 +51,14 @@ class WrongError(AssertionError):
 
 
 def after(state: int, step: int, micros: list[int]) -> int:
-    """The state after a step of these micro-batches."""
+    """The state of a block after a step of these micro-batches."""
     raw = f"{state}/{step}/{micros}".encode()
     return int.from_bytes(hashlib.blake2b(raw, digest_size=7).digest(), "little")
+
+
+def blocks_of(view: View, stage: int) -> range:
+    """The blocks of a stage."""
+    return range(*view.layers[stage : stage + 2]) if view.layers else range(BLOCKS)
 
 
 @dataclass
@@ -64,12 +70,16 @@ class Plan:
         steps: to be taken.
         members: that begin.
         events: (virtual second, what, whom): whom is drawn from a number when it happens.
+        stages: of the pipeline.
+        copies: of every member's states.
     """
 
     seed: int
     steps: int
     members: int
     events: list[tuple[float, str, int]] = field(default_factory=list)
+    stages: int = 1
+    copies: int = 1
 
     @classmethod
     def drawn(cls, seed: int) -> Plan:
@@ -91,16 +101,18 @@ class Plan:
         if events and draw.random() < 0.3:  # several at once
             at = events[0][0]
             events[1:3] = [(at + draw.uniform(0, 0.02), "kill", draw.randrange(1 << 20)) for _ in events[1:3]]
-        return cls(seed, steps, members, sorted(events))
+        more = random.Random(-1 - seed)
+        stages = min(more.choice([1, 1, 2, 3]), members)
+        return cls(seed, steps, members, sorted(events), stages, more.choice([1, 1, 1, 2]))
 
 
 @dataclass
 class _Exchange:
     """An exchange of all members of a view."""
 
-    arrived: dict[int, list[int]] = field(default_factory=dict)
+    arrived: dict[int, tuple[list[int], list[int]]] = field(default_factory=dict)  # owned, and computed just now
     broken: bool = False
-    result: int | None = None
+    done: bool = False
     pause: bool = False
 
 
@@ -121,18 +133,21 @@ class Sim:
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.count = 0
-        self.rules = rules or Rules(members=plan.members, silence=3.0, hang=50.0)
+        self.rules = rules or Rules(
+            members=plan.members, silence=3.0, hang=50.0, stages=plan.stages, copies=plan.copies
+        )
+        self.costs = tuple(self.draw.choice([1.0, 2.0]) for _ in range(BLOCKS + 1)) if plan.stages > 1 else ()
         self.coordinator = Coordinator(self.rules)
         self.members: dict[int, SimMember] = {}
         self.exchanges: dict[tuple[int, int], _Exchange] = {}
         self.finish: Finish | None = None
         self.notes: list[Note] = []
-        self.truth = {0: 0}
+        self.truth: dict[int, tuple[int, ...]] = {0: tuple(range(BLOCKS))}
         self.views: dict[int, str] = {}
         self.committed = 0
         self.dead_since = 0  # members that died since the last step was taken
         for step in range(plan.steps):
-            self.truth[step + 1] = after(self.truth[step], step, list(range(MICROS)))
+            self.truth[step + 1] = tuple(after(state, step, list(range(MICROS))) for state in self.truth[step])
 
     def at(self, delay: float, what: Callable[[], None]) -> None:
         """Do something later."""
@@ -220,8 +235,9 @@ class Sim:
         """What must hold when a job has ended."""
         assert self.finish is not None
         if self.finish.good:
-            ends = {m.ended_with for m in self.members.values() if m.ended_with is not None}
-            if ends - {self.truth[self.plan.steps]}:
+            ends = [m.ended_with for m in self.members.values() if m.ended_with is not None]
+            truth = self.truth[self.plan.steps]
+            if any(state != truth[block] for end in ends for block, state in end.items()):
                 raise WrongError(f"a member ended with another state: {self}")
             if not ends:
                 raise WrongError(f"all is well, and nobody is done: {self}")
@@ -233,7 +249,7 @@ class Sim:
         copies = min((len(h) for view in self.origins() for h in view.holders.values()), default=0)
         if "lost with everyone" in why and self.dead_since <= copies:
             raise WrongError(f"given up after {self.dead_since} deaths since the last step was taken: {why}; {self}")
-        if not any(s in why for s in ("lost with everyone", "are left", "before the run began")):
+        if not any(s in why for s in ("lost with everyone", "are left", "before the run began", "cannot hold")):
             raise WrongError(f"the job ended since {why!r}: {self}")
 
     def whole(self) -> list[tuple[int, int]]:
@@ -262,13 +278,15 @@ class SimMember:
         self.pool = Pool(number)
         self.phase, self.epoch = "starting", -1
         self.adopt: Adopt | None = None
-        self.version, self.state = 0, 0
+        self.version = 0
+        self.state: dict[int, int] = {}
+        self.doing: list[int] = []  # micro-batches that it computes
         self.kept: tuple[int, list[int]] | None = None
         self.acked = -1
         self.pausing = False
         self.life = 0  # raised when what is under way is given up
         self.stopped_until = 0.0
-        self.ended_with: int | None = None
+        self.ended_with: dict[int, int] | None = None
         self.late: set[tuple[int, int, int]] = set()  # copies that came after it had said what it has
         self.updating = False
         self.said = self.heard = 0.0
@@ -379,6 +397,11 @@ class SimMember:
         self.phase = "halted"
         self.late.clear()
         copies = tuple((owner, epoch, tuple(v)) for (owner, epoch), v in self.pool.versions().items())
+        if self.doing and self.adopt is not None and len(self.adopt.view.stages) > 1:  # some are finished
+            before = self.kept[1] if self.kept is not None and self.kept[0] == self.version else []
+            more = self.sim.draw.sample(self.doing, self.sim.draw.randint(0, len(self.doing)))
+            self.kept = self.version, sorted({*before, *more})
+        self.doing = []
         step, kept = self.kept if self.kept is not None else (self.version, [])
         version = -1 if self.updating else self.version
         self.tell(Halted(self.epoch, why, version, step, copies, tuple(kept)))
@@ -392,16 +415,19 @@ class SimMember:
     def is_warm(self) -> None:
         """Ready for a place."""
         self.phase = "warm"
-        self.tell(Warm())
+        self.tell(Warm(self.sim.costs))
 
     def place(self) -> None:
         """Take the states of its place from copies."""
         adopt = self.adopt
         assert adopt is not None
-        if adopt.before is None and (self.version or self.state):
+        blocks = blocks_of(adopt.view, adopt.view.stage_of(self.number))
+        if adopt.before is None and self.version:
             raise WrongError(f"member {self.number} is to begin, and has version {self.version}")
-        if adopt.before is not None:
-            states = set()
+        if adopt.before is None:
+            self.state = {block: self.sim.truth[0][block] for block in blocks}
+        else:
+            truth, found = self.sim.truth[adopt.version], set()
             for owner, where in adopt.where.items():
                 holder = self.sim.members[where]
                 if not holder.alive:
@@ -411,19 +437,32 @@ class SimMember:
                     copy = holder.pool.get(owner, adopt.before.epoch, adopt.version)
                 except CopyError as error:
                     raise WrongError(f"what was said to be there is not: {error}") from None
-                states.add(int(copy.tensor(copy.slots[0])))
-            if states != {self.sim.truth[adopt.version]}:
-                raise WrongError(f"copies of version {adopt.version} are {states}, not {self.sim.truth[adopt.version]}")
+                for slot in copy.slots:
+                    found.add(int(slot.path))
+                    if int(copy.tensor(slot)) != truth[int(slot.path)]:
+                        raise WrongError(f"block {slot.path} of version {adopt.version} at {owner} is not {truth}")
+            if not found >= set(blocks):
+                raise WrongError(f"blocks {sorted(found)} have copies, and {list(blocks)} are wanted")
             if self.version - adopt.version > 1:
                 raise WrongError(f"member {self.number} is set back from {self.version} to {adopt.version}")
-            self.version, self.state = adopt.version, states.pop()
+            self.version, self.state = adopt.version, {block: truth[block] for block in blocks}
         mine = tuple(adopt.kept.get(self.number, ()))
-        if self.kept is None or self.kept[0] != self.version or tuple(self.kept[1]) != mine:
-            self.kept = None
+        if mine:
+            if self.kept is None or self.kept[0] != self.version or not set(mine) <= set(self.kept[1]):
+                raise WrongError(f"member {self.number} is to keep {mine} of step {self.version}, and has {self.kept}")
+            if {leaf for b in blocks_in(self.kept[1]) if set(leaves_in(b)) <= set(mine) for leaf in leaves_in(b)} != {
+                *mine
+            }:
+                raise WrongError(f"of the blocks {blocks_in(self.kept[1])}, {mine} is to be kept")
+        self.kept = (self.version, list(mine)) if mine else None
         if "forget" in self.broken_duties:
             self.pool.forget(self.epoch)
         self.phase, self.acked = "ready", -1
-        self.tell(Ready(self.epoch, adopt.view.digest, str(self.state)))
+        self.tell(Ready(self.epoch, adopt.view.digest, self.digest(self.state)))
+
+    @staticmethod
+    def digest(state: dict[int, int]) -> str:
+        return f"{after(0, 0, [number for block in sorted(state.items()) for number in block]):x}"
 
     @property
     def broken_duties(self) -> frozenset[str]:
@@ -436,8 +475,9 @@ class SimMember:
         self.phase = "running"
         state = self.state
         if "stale" in self.broken_duties and self.version:
-            state = self.sim.truth[self.version - 1]
-        copy = copy_of(self.number, self.epoch, self.version, [("", "state", torch.tensor(state))], None)
+            state = {block: self.sim.truth[self.version - 1][block] for block in state}
+        slots = [("", str(block), torch.tensor(one)) for block, one in sorted(state.items())]
+        copy = copy_of(self.number, self.epoch, self.version, slots, None)
         self.pool.put(copy)
         if self.version > adopt.version:
             self.pool.forget(self.epoch)
@@ -448,9 +488,9 @@ class SimMember:
         self.send(copy, list(holders))
         if self.version >= self.sim.plan.steps:
             self.phase, self.ended_with = "done", self.state
-            self.tell(Done(self.epoch, self.version, str(self.state)))
+            self.tell(Done(self.epoch, self.version, self.digest(self.state)))
             return
-        self.later(0.0, 0.002, lambda: self.enter("agree", [], self.computes))
+        self.later(0.0, 0.002, lambda: self.enter("agree", ([], []), self.computes))
 
     def send(self, copy: Copy, left: list[int]) -> None:
         """A copy on its way to one holder after the other."""
@@ -483,29 +523,26 @@ class SimMember:
         if self.sim.exchanges[self.epoch, 2 * self.version].pause:
             self.come_out("a change was announced")
             return
-        members = adopt.view.members
         neglects = "kept" in self.broken_duties and self.number % 2
-        if self.version == adopt.version and adopt.kept and not neglects:
-            dealt = left_to_do(MICROS, [adopt.kept.get(m, ()) for m in members])
-        else:
-            dealt = [list(run) for run in in_runs(MICROS, len(members))]
-        mine = list(dealt[members.index(self.number)])
+        dealing = Dealing(replace(adopt, kept={}) if neglects else adopt)
+        mine = list(dealing.of_step(self.version, MICROS)[adopt.view.members.index(self.number)])
         todo = [m for m in mine if self.kept is None or self.kept[0] != self.version or m not in self.kept[1]]
+        self.doing = todo
 
         def finished() -> None:
-            self.kept = self.version, mine
-            self.exchange(mine)
+            self.kept, self.doing = (self.version, mine), []
+            self.exchange((mine, todo))
 
         self.later(0.01 * len(todo), 0.05 * len(todo) + 0.001, finished)
 
-    def exchange(self, mine: list[int]) -> None:
+    def exchange(self, mine: tuple[list[int], list[int]]) -> None:
         """The exchange of the step, once its copies are at their holders."""
         if self.acked < self.version and "acks" not in self.broken_duties:
             self.later(0.005, 0.01, lambda: self.exchange(mine))
             return
         self.enter("step", mine, self.update)
 
-    def enter(self, what: str, mine: list[int], go_on: Callable[[], None]) -> None:
+    def enter(self, what: str, mine: tuple[list[int], list[int]], go_on: Callable[[], None]) -> None:
         """A collective of all members of the view; each comes out at a time of its own."""
         adopt = self.adopt
         assert adopt is not None
@@ -520,12 +557,15 @@ class SimMember:
         if len(exchange.arrived) < len(adopt.view.members):
             return
         if what == "step":
-            micros = sorted(m for each in exchange.arrived.values() for m in each)
-            if micros != list(range(MICROS)):
-                raise WrongError(f"step {self.version} of epoch {self.epoch} is taken of {exchange.arrived}")
-            exchange.result = after(self.state, self.version, micros)
-            if exchange.result != self.sim.truth[self.version + 1]:
-                raise WrongError(f"version {self.version + 1} is wrong in epoch {self.epoch}")
+            computed = []
+            for stage in adopt.view.stages:
+                told = [exchange.arrived[number] for number in stage.members]
+                if sorted(m for owned, _ in told for m in owned) != list(range(MICROS)):
+                    raise WrongError(f"step {self.version} of epoch {self.epoch} is taken of {exchange.arrived}")
+                computed.append(sorted(m for _, now in told for m in now))
+            if any(each != computed[0] for each in computed):
+                raise WrongError(f"stages compute different micro-batches in epoch {self.epoch}: {computed}")
+            exchange.done = True
             self.sim.committed = max(self.sim.committed, self.version + 1)
             self.sim.dead_since = sum(not self.sim.members[number].alive for number in adopt.view.members)
         for number in adopt.view.members:
@@ -538,13 +578,16 @@ class SimMember:
 
     def update(self) -> None:
         """The update of the weights; until it ends there is no version."""
-        result = self.sim.exchanges[self.epoch, 2 * self.version + 1].result
-        assert result is not None
+        assert self.sim.exchanges[self.epoch, 2 * self.version + 1].done
         self.phase, self.updating = "exchanging", True
 
         def updated() -> None:
             self.updating = False
-            self.version, self.state = self.version + 1, result
+            micros = list(range(MICROS))
+            self.state = {block: after(one, self.version, micros) for block, one in self.state.items()}
+            self.version += 1
+            if any(one != self.sim.truth[self.version][block] for block, one in self.state.items()):
+                raise WrongError(f"version {self.version} is wrong in epoch {self.epoch}")
             self.boundary()
 
         self.later(0.002, 0.03, updated)
