@@ -213,7 +213,7 @@ def test_activations_beyond_1f1b_are_held_only_where_there_is_memory() -> None:
     st.booleans(),
     st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_clocks_are_the_smallest_that_reach_the_slowest_of_the_others(
     parts: list[tuple[Fraction, Fraction]], table: set[int], lower: bool, data: st.DataObject
 ) -> None:
@@ -252,11 +252,11 @@ def test_what_waits_for_memory_is_not_quicker_at_any_clock() -> None:
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layers", [8, 16, 32])
+@pytest.mark.parametrize(("layers", "replicas"), [(8, [1]), (16, [0, 1, 2, 3]), (32, [2])])
 @pytest.mark.parametrize("stage", range(4))
-def test_each_axis_adds_to_the_throughput_after_a_loss(layers: int, stage: int) -> None:
+def test_each_axis_adds_to_the_throughput_after_a_loss(layers: int, replicas: list[int], stage: int) -> None:
     """Four stages of four replicas, 16 micro-batches, one replica of one stage lost: the order of ElasWave's parts."""
-    for replica in range(4):
+    for replica in replicas:
         found = policies(pipeline(layers), {stage: [replica]}, Layers((1,) * layers), Machine(clocks=GPU))
         rate = {one.name: one.throughput for one in found}
         assert rate[INTACT] >= rate[ALL] >= rate[GRAPH] >= rate[RESHAPE] > rate[WHOLE] > rate[DROPPED]
@@ -327,7 +327,7 @@ def test_what_cannot_be_planned_is_said() -> None:
         (lambda: lose(now.members, {7: [0]}), "no stage 7; there are 4"),
         (lambda: lose(now.members, {0: [4]}), "stage 0 has replicas 0 to 3, and no 4"),
         (lambda: lose(now.members, {0: range(4)}), "stage 0 has lost all"),
-        (lambda: decide(now, [range(40)] * 4, Layers((1,) * 16)), "a step cannot be dealt"),
+        (lambda: decide(now, [range(40)] * 4, Layers((1,) * 16), rules=Rules(("runs",))), "a step cannot be dealt"),
         (lambda: decide(now, [range(4)] * 3, Layers((1,) * 16)), "members are given for 3 stages"),
         (lambda: policies(now, {}, Layers((1,) * 16, states=(1.0,) * 16), Machine(memory=0.5)), "too little memory"),
     ):
@@ -357,16 +357,15 @@ def test_measured_passes_scale_what_layers_cost() -> None:
 
 
 def test_a_decoder_s_blocks_cost_what_they_compute_and_hold() -> None:
-    import torch
-
     from resilin.cluster.axes.of_decoder import layers_of
     from resilin.models.decoder import Decoder
     from resilin.models.decoder_settings import DecoderSettings
     from resilin.models.flops import train_flops_per_token
+    from resilin.models.settings import ModelContext
 
     settings_ = DecoderSettings(vocab_size=50, hidden_size=16, layers=3, heads=2, mlp_size=24)
-    with torch.device("meta"):
-        decoder = Decoder(settings_)
+    decoder = settings_.outline(ModelContext(0))
+    assert isinstance(decoder, Decoder)
     found = layers_of(decoder, 2, 8, flops_per_second=10.0)
     assert sum(found.seconds) + found.head == pytest.approx(16 * train_flops_per_token(settings_, 8) / 10)
     block = sum(p.numel() for name, p in decoder.named_parameters() if name.startswith("blocks.1."))

@@ -189,10 +189,10 @@ def _graph(
     if step is None:
         return other, new, reason | {"decision": "move", "why": "as layers are, they do not fit into memory"}
     gain = float(step.seconds - new.seconds) * rules.horizon
-    said = f"{rules.horizon} steps gain {gain:.4g} and moving takes {found.moves.seconds:.4g}"
+    worth = f"{rules.horizon} steps gain {gain:.4g} and moving takes {found.moves.seconds:.4g}"
     if gain > found.moves.seconds:
-        return other, new, reason | {"decision": "move", "why": said}
-    return pipeline, step, reason | {"decision": "keep", "why": said}
+        return other, new, reason | {"decision": "move", "why": worth}
+    return pipeline, step, reason | {"decision": "keep", "why": worth}
 
 
 def _frequency(
@@ -219,10 +219,10 @@ def _frequency(
     new = again(step, pipeline, layers, machine, clocks)
     raised = [str(stage) for stage, clock in enumerate(clocks) if clock > machine.clocks.base]
     lowered = [str(stage) for stage, clock in enumerate(clocks) if clock < machine.clocks.base]
-    said = [f"{word} at stage {', '.join(which)}" for word, which in (("higher", raised), ("lower", lowered)) if which]
+    parts = [f"{word} at stage {', '.join(which)}" for word, which in (("higher", raised), ("lower", lowered)) if which]
     reason |= {
         "decision": "set",
-        "why": f"{' and '.join(said)}, so that no stage that lost members waits for its clock",
+        "why": f"{' and '.join(parts)}, so that no stage that lost members waits for its clock",
         "clocks": numbers(clocks),
         "seconds": {"before": seconds, "after": float(new.seconds)},
     }

@@ -21,7 +21,7 @@ from resilin.parallel.pipeline import (
     simulate_members,
 )
 
-MOST_ACTIONS = 60_000  # about two seconds of replaying; beyond, an estimate stands in
+MOST_ACTIONS = 4_000  # a second or two for all that is tried of a change; beyond, an estimate stands in
 
 
 @dataclass(frozen=True, slots=True)

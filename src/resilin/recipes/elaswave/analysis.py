@@ -152,7 +152,7 @@ def _plot_of(study: Study, task: Task) -> Plot | None:
     for arm, title in (OURS | BASELINES).items():
         found = list(deviations(study, task, arm).values())
         if found:
-            steps = sorted(set.intersection(*(set(one) for one in found)))
+            steps = sorted(set.intersection(*map(set, found)))
             values = tuple(max(statistics.fmean(one[step] for one in found), FLOOR) for step in steps)
             lines.append(Line(label=title, x=tuple(map(float, steps)), y=values))
     if not lines:

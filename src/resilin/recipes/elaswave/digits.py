@@ -94,9 +94,10 @@ class DigitNetwork(nn.Module):
         self.dropout = settings.dropout
         widths = settings.widths
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        inputs = {f"layers.{number}": width for number, width in enumerate(widths)}
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                bound = 1 / math.sqrt(self.layers[int(name.split(".")[1])].in_features)  # as torch does by itself
+                bound = 1 / math.sqrt(inputs[name.rpartition(".")[0]])  # as torch does by itself
                 parameter.uniform_(-bound, bound, generator=Keys.of_step(seed, 0).fold(name).generator())
 
     def forward(self, inputs: Tensor, keys: Keys | None = None) -> Tensor:
