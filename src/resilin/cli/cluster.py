@@ -105,6 +105,9 @@ def plan(
     bandwidth: Annotated[float, typer.Option(min=0, help="GB a second to move layers; 0: at once.")] = 0.0,
     clocks: Annotated[str, typer.Option(help="Clocks that can be set, the usual one first: 1.41,1.2,1.5,1.6.")] = "",
     fixed: Annotated[str, typer.Option(help="Share of a stage's time that no clock shortens.")] = "0",
+    clocks_hook: Annotated[
+        str, typer.Option(help="module:function that is handed the clocks of every stage. Default: nobody is.")
+    ] = "",
     horizon: Annotated[int, typer.Option(min=0, help="Steps within which moving layers has to pay.")] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="Every decision with its reasons, as JSON.")] = False,
 ) -> None:
@@ -144,6 +147,7 @@ def plan(
             memory=memory,
             bandwidth=bandwidth,
             clocks=numbers_of("--clocks", clocks),
+            hook=clocks_hook,
             fixed=numbers_of("--fixed", fixed)[0],
             horizon=horizon,
         )

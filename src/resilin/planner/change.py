@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from resilin.cluster.axes import Clocks, Layers, Machine, Pipeline, PlanError, Rules
+from resilin.cluster.axes import Clocks, Layers, Machine, Pipeline, PlanError, Rules, chosen_clocks, clocks_hook
 from resilin.cluster.axes.of_decoder import layers_of, measured
 from resilin.cluster.axes.policies import Policy, policies
 from resilin.config import UserError
@@ -41,6 +41,7 @@ class ChangeRequest:
         memory: GiB of a member; 0: enough.
         bandwidth: GB a second that a member sends; 0: layers move in no time.
         clocks: that can be set, the usual one first; ().
+        hook: "module:function" that is handed the clocks of the last way; "": none.
         fixed: the share of the time that no clock shortens.
         horizon: see `Rules`.
     """
@@ -61,6 +62,7 @@ class ChangeRequest:
     memory: float = 0.0
     bandwidth: float = 0.0
     clocks: tuple[Fraction, ...] = ()
+    hook: str = ""
     fixed: Fraction = Fraction(0)
     horizon: int = 50
 
@@ -132,8 +134,14 @@ def _forecast(request: ChangeRequest) -> Forecast:
         bandwidth=request.bandwidth * 1e9 or None,
         clocks=Clocks(tuple(sorted(request.clocks)), request.clocks[0], request.fixed) if request.clocks else None,
     )
-    lost = _lost(request.lost)
-    return Forecast(pipeline, policies(pipeline, lost, layers, machine, Rules(horizon=request.horizon)), unit)
+    hook = clocks_hook(request.hook) if request.hook else None
+    if hook is not None and machine.clocks is None:
+        raise UserError("--clocks-hook: there are no clocks to hand over; name those that can be set with --clocks")
+    found = policies(pipeline, _lost(request.lost), layers, machine, Rules(horizon=request.horizon))
+    decision = found[-1].decision
+    if hook is not None and machine.clocks is not None and decision is not None:
+        hook(chosen_clocks(decision, machine.clocks))
+    return Forecast(pipeline, found, unit)
 
 
 _RELATIVE = "relative to the step before the loss"

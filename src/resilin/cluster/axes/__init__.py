@@ -8,6 +8,7 @@ from resilin.cluster.axes.clocks import Clocks, StageTime, absorb
 from resilin.cluster.axes.dataflow import ASSIGNMENTS, Assignment, assign
 from resilin.cluster.axes.decide import Decision, Rules, decide
 from resilin.cluster.axes.graph import Moves, Repartition, repartition
+from resilin.cluster.axes.hook import ClocksHook, chosen_clocks, clocks_hook
 from resilin.cluster.axes.layers import Layers, Machine, PlanError
 from resilin.cluster.axes.pipeline import Pipeline
 from resilin.cluster.axes.step import Step, step_of
@@ -16,6 +17,7 @@ __all__ = [
     "ASSIGNMENTS",
     "Assignment",
     "Clocks",
+    "ClocksHook",
     "Decision",
     "Layers",
     "Machine",
@@ -28,6 +30,8 @@ __all__ = [
     "Step",
     "absorb",
     "assign",
+    "chosen_clocks",
+    "clocks_hook",
     "decide",
     "repartition",
     "step_of",

@@ -1,7 +1,7 @@
 """The frequency axis: what is left of an imbalance is taken up by a higher clock of the slow stages (ElasWave, DVFS).
 
-A plan, never an act: nothing here touches a device. Who wants the clocks to be set names a function
-(`cluster.clocks.hook`), which is handed them.
+A plan, never an act: nothing here touches a device. Who wants the clocks to be set names a function that is handed them
+(`resilin.cluster.axes.hook`).
 """
 
 from __future__ import annotations
