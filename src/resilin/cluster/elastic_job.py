@@ -126,6 +126,7 @@ class ElasticJob:
             for process in list(self._processes.values()):
                 if process.poll() is None:
                     process.kill()
+                    process.wait()  # what it had locked is free then, for whoever goes on with the run's folder
         return self._ended()
 
     def _write_address(self, path: Path) -> None:
