@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from resilin.run.settings import RunSettings
 
 MODEL = {"vocab_size": 4096, "hidden_size": 384, "layers": 5, "heads": 6, "kv_heads": 3, "mlp_size": 1024}
 BATCH, LENGTH, AFTER = 8, 64, 0.1
+STALLED = 120.0
 
 
 @dataclass
@@ -46,12 +47,14 @@ class Seen:
         step: median seconds of a step before the first kill.
         after: of a step after the last.
         lost: samples that no step has learned from.
+        stood: whether it did not go on after a kill, for `STALLED` seconds.
     """
 
     recovery: list[float] = field(default_factory=list)
     step: float = 0.0
     after: float = 0.0
     lost: int = 0
+    stood: bool = False
 
 
 def paces(times: list[float], kills: list[float]) -> tuple[float, float]:
@@ -187,17 +190,21 @@ def of_torchft(args: argparse.Namespace, folder: Path, fast: bool) -> Seen:
             command = [sys.executable, str(script), str(file), str(number), str(output)]
             replicas.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
         wanted, kills, left = kill_steps(args), [], list(replicas)
-        began = time.time()
+        stood, last, newest = False, time.time(), 0
         while any(process.poll() is None for process in left):
             time.sleep(0.02)
             steps = [json.loads(line)["step"] for line in lines_of(output)]
-            if wanted and max(steps, default=0) >= wanted[0]:
+            if max(steps, default=0) > newest:
+                newest, last = max(steps), time.time()
+            if wanted and newest >= wanted[0]:
                 wanted.pop(0)
                 time.sleep(AFTER)
                 left.pop(len(left) // 2).kill()
                 kills.append(time.time())
-            if time.time() - began > 600:
-                raise SystemExit(f"torchft did not end:\n{(folder / 'torchft.log').read_text()[-3000:]}")
+            if time.time() - last > STALLED:
+                print(f"torchft stands still:\n{(folder / 'torchft.log').read_text()[-1500:]}")
+                stood = True
+                break
         for process in replicas:
             process.kill()
     lighthouse.shutdown()
@@ -208,7 +215,12 @@ def of_torchft(args: argparse.Namespace, folder: Path, fast: bool) -> Seen:
         first[one["step"]] = min(one["time"], first.get(one["step"], one["time"]))
         took[one["step"]] = one["took_part"]
     lost = sum((args.workers - count) * BATCH // args.workers for count in took.values())
-    return seen(sorted(first.values()), kills, lost)
+    times = sorted(first.values())
+    if stood:
+        kills = [at for at in kills if at < times[-1]]  # those it came through
+        if not kills:
+            return Seen(stood=True)
+    return replace(seen(times, kills, lost), stood=stood)
 
 
 def lines_of(path: Path) -> list[str]:
@@ -273,8 +285,8 @@ def rows_of(runs: dict[str, list[Seen]], plain: list[float], bits: int, args: ar
     times = [t for one in ours for t in one.recovery]
     rows = []
     for peer, (name, target) in NAMES.items():
-        if runs.get(peer):
-            theirs = [t for one in runs[peer] for t in one.recovery]
+        theirs = [t for one in runs.get(peer, ()) for t in one.recovery]
+        if theirs:
             what = f"{title}: from a SIGKILL to the next step"
             rows.append(Row.from_turns(what, "s", times, theirs, name, better="lower", target=target))
     beyond = [max(t - one.after, 1e-3) for one in ours for t in one.recovery]
@@ -291,8 +303,14 @@ def rows_of(runs: dict[str, list[Seen]], plain: list[float], bits: int, args: ar
         )
     )
     for peer in ("torchft", "torchft_fast"):
-        if runs.get(peer):
-            ours_lost, theirs_lost = ([float(one.lost) for one in runs[who]] for who in ("resilin", peer))
+        stood, ours_stood = (float(sum(one.stood for one in runs.get(who, ()))) for who in (peer, "resilin"))
+        if stood:
+            what = f"{title}: of {len(runs[peer])} runs those that stood still for {STALLED:g} s"
+            made = {"unit": "runs", "ours": ours_stood, "peer": stood, "peer_name": NAMES[peer][0], "better": "lower"}
+            rows.append(Row(name=what, **made))
+        theirs_lost = [float(one.lost) for one in runs.get(peer, ()) if not one.stood]
+        if theirs_lost:
+            ours_lost = [float(one.lost) for one in runs["resilin"]]
             what = f"{title}: samples of {args.steps * BATCH} that no step learns from"
             rows.append(Row.from_turns(what, "samples", ours_lost, theirs_lost, NAMES[peer][0], better="lower"))
     what = f"{title}: losses, norms and weights that differ from those of an undisturbed run"
