@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from elastic_checks import changes, check_same, equal, events, states
 from elastic_runs import STEPS, settings_of, text_at
 
-from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
 from resilin.cluster.local import worker_command
@@ -36,41 +34,6 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = settings_of(text, parallel={"workers": 0}, cluster={"elastic": False})
     assert start_run(settings, folder)[1].reason == "completed"
     return folder
-
-
-def states(folder: Path, step: int) -> dict[str, Any]:
-    return CheckpointFolder(folder / "checkpoints").load(step)
-
-
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "events.jsonl").read_text().splitlines()
-    return [told for told in map(json.loads, lines) if told["event"] == kind]
-
-
-def equal(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
-    return left == right
-
-
-def check_same(folder: Path, other: Path) -> None:
-    """Losses of all steps, evaluations, and the whole state of the last checkpoint, to the bit."""
-    for kind, fields in (("step", ("step", "loss", "grad_norm")), ("eval", ("step", "metrics"))):
-        found, expected = ([[e[f] for f in fields] for e in events(at, kind)] for at in (folder, other))
-        assert found == expected, kind
-        assert found, kind
-    mine, theirs = states(folder, STEPS), states(other, STEPS)
-    for part in ("model", "optimizer", "run"):
-        one, two = mine[part], theirs[part]
-        if part == "optimizer":
-            one, two = one["parameters"], two["parameters"]
-        assert equal(one, two), part
-
-
-def changes(folder: Path) -> list[dict[str, Any]]:
-    return [told["facts"] for told in events(folder, "cluster") if told["what"] == "change"]
 
 
 def go(settings: RunSettings, folder: Path, faults: Sequence[Fault] = (), **more: Any) -> JobEnded:

@@ -31,29 +31,23 @@ SecretFile = Annotated[
 ]
 
 
-def _place(where: str, secret_file: Path | None, wait: float = 0.0) -> Place:
-    """Where a job is found: in its folder, for which one may wait, or as the user says."""
-    import time
-
+def _place(where: str, secret_file: Path | None) -> Place:
+    """Where a job is found: in its folder, or as the user says."""
     from resilin.cluster.addresses import parse
     from resilin.cluster.handshake import read_secret
+    from resilin.cluster.keeper import NobodyThereError
     from resilin.cluster.place import Place, found
     from resilin.config import UserError
 
     folder = Path(where)
     if folder.is_dir() or ":" not in where:
-        until = time.monotonic() + wait
-        while True:
-            try:
-                return found(folder / "workers")
-            except FileNotFoundError:
-                if time.monotonic() < until:
-                    time.sleep(0.1)
-                    continue
-            raise UserError(
+        try:
+            return found(folder / "workers")
+        except FileNotFoundError:
+            raise NobodyThereError(
                 f"{folder}: no elastic run is going on here; one is started with `resilin train ... --workers 4 "
                 "cluster.elastic=true`"
-            )
+            ) from None
     secret = read_secret(secret_file)
     if secret is None:
         raise UserError(
@@ -130,13 +124,15 @@ def join(
 
     SIGTERM, SIGUSR1 or Ctrl-C: they leave without losing work, and this command ends. A second Ctrl-C kills them.
     """
-    from resilin.cluster.keeper import Keeper
+    from resilin.cluster.keeper import Keeper, when_there
     from resilin.cluster.local import worker_command
     from resilin.cluster.starter import Door
 
-    place = _place(where, secret_file, wait)
-    door = Door(place.host, place.port, place.secret)
-    keeper = Keeper(door, workers, worker_command(), name=name, address=address, patience=wait)
+    def look() -> Door:
+        place = _place(where, secret_file)
+        return Door(place.host, place.port, place.secret)
+
+    keeper = when_there(look, lambda at: Keeper(at, workers, worker_command(), name=name, address=address), wait)
     typer.echo(f"{keeper.name} joins at {where}; output of its workers: {keeper.folder}")
     with keeper.noticing():
         code = keeper.run()

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -47,31 +47,44 @@ def end_with_keeper() -> None:
     threading.Thread(target=watch, name="resilin-keeper", daemon=True).start()
 
 
-def connect(door: Door, patience: float) -> socket.socket:
-    """A connection to the coordinator, both sides proven.
+class NobodyThereError(UserError):
+    """No coordinator, or none of this job, answers."""
+
+
+def when_there(look: Callable[[], Door], make: Callable[[Door], Keeper], patience: float) -> Keeper:
+    """A keeper, as soon as there is a coordinator.
 
     Args:
-        door: where it is.
-        patience: seconds for which it may not be there yet.
+        look: where it is found now; what an earlier one has left behind may still say where that one was.
+        make: the keeper.
+        patience: seconds for which there may be none yet.
 
     Raises:
-        UserError: it cannot be reached, or does not know the secret.
+        NobodyThereError: there was none.
+        UserError: the keeper cannot take part.
     """
-    until, at = time.monotonic() + patience, joined(door.host, door.port)
+    until = time.monotonic() + patience
     while True:
         try:
-            connection = socket.create_connection((door.host, door.port), 10)
-        except OSError as error:
+            return make(look())
+        except NobodyThereError:
             if time.monotonic() > until:
-                raise UserError(f"no coordinator answers at {at}: {error.strerror or error}") from None
+                raise
             time.sleep(_RETRY)
-            continue
-        try:
-            prove(connection, door.secret)
-        except HandshakeError as error:
-            connection.close()
-            raise UserError(f"{at}: {error}") from None
-        return connection
+
+
+def _connect(door: Door) -> socket.socket:
+    at = joined(door.host, door.port)
+    try:
+        connection = socket.create_connection((door.host, door.port), 10)
+    except OSError as error:
+        raise NobodyThereError(f"no coordinator answers at {at}: {error.strerror or error}") from None
+    try:
+        prove(connection, door.secret)
+    except HandshakeError as error:
+        connection.close()
+        raise NobodyThereError(f"{at}: {error}") from None
+    return connection
 
 
 class Keeper:
@@ -84,9 +97,9 @@ class Keeper:
         name: of this machine, by which copies are kept elsewhere; "": the system's, and its address.
         address: at which other machines reach this one; "": that of its way to the coordinator.
         elsewhere: whether other workers are on other machines for sure.
-        patience: seconds for which the coordinator may not be there yet.
 
     Raises:
+        NobodyThereError: no coordinator of this job is there.
         UserError: it cannot take part.
     """
 
@@ -99,10 +112,9 @@ class Keeper:
         name: str = "",
         address: str = "",
         elsewhere: bool = False,
-        patience: float = 0.0,
     ) -> None:
         self._door = door
-        connection = connect(door, patience)
+        connection = _connect(door)
         self.address = address or own_address(connection, elsewhere)
         self.name = name or f"{socket.gethostname()} ({self.address})"
         self._wire = Wire(connection)

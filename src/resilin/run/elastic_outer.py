@@ -10,22 +10,19 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from resilin.cluster.addresses import LOOPBACK
 from resilin.cluster.handshake import read_secret
 from resilin.cluster.hosts import Hosts
-from resilin.cluster.keeper import Keeper
+from resilin.cluster.keeper import Keeper, NobodyThereError, when_there
 from resilin.cluster.local import worker_command
 from resilin.cluster.place import FILE, Place, found
 from resilin.cluster.position import Position
 from resilin.cluster.starter import Door, Starter
 from resilin.config import UserError
 from resilin.run.settings import RunSettings
-
-_LOOK = 0.2
 
 
 def take_part(
@@ -78,21 +75,18 @@ def job_of(environment: dict[str, str], place: Position) -> str:
 
 def _keeper(workers: Path, job: str, elsewhere: bool, patience: float) -> Keeper:
     """This process's worker, once the first process has said where the coordinator is."""
-    until, last = time.monotonic() + patience, "there is no such file"
-    while time.monotonic() < until:
+    hint = (
+        f"{workers / FILE}: the first worker has not said there where the coordinator is, for {patience:g} s "
+        "(parallel.timeout); the run's folder has to be on a file system that all workers share"
+    )
+
+    def look() -> Door:
         try:
             at = found(workers)
-        except (FileNotFoundError, ValueError, KeyError):
-            at = None
-        if at is not None and at.job == job:
-            try:  # what an earlier start has left behind may look the same
-                return Keeper(Door(at.host, at.port, at.secret), 1, worker_command(), elsewhere=elsewhere)
-            except UserError as error:
-                last = str(error)
-        elif at is not None:
-            last = "it is of another job"
-        time.sleep(_LOOK)
-    raise UserError(
-        f"{workers / FILE}: the first worker did not say within {patience:g} s (parallel.timeout) where the "
-        f"coordinator is ({last}); the run's folder has to be on a file system that all workers share"
-    )
+        except FileNotFoundError:
+            raise NobodyThereError(hint) from None
+        if at.job != job:  # an earlier start has left it behind
+            raise NobodyThereError(f"{hint}; what is there is of another job ({at.job})")
+        return Door(at.host, at.port, at.secret)
+
+    return when_there(look, lambda door: Keeper(door, 1, worker_command(), elsewhere=elsewhere), patience)
