@@ -434,7 +434,8 @@ class Coordinator:
             self._end(False, f"the members ended with different weights: {sorted(digests)}")
             return
         self._note("digest", weights=sorted(digests))
-        self._end(True, f"all {done[0].version} steps were taken")
+        taken = f"{done[0].version} steps were taken"
+        self._end(True, f"{taken}, and saved" if self.homeward else f"all {taken}")
 
     def _end(self, good: bool, why: str, failure: str = "") -> None:
         self.phase = "ended"
