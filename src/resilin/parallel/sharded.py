@@ -47,12 +47,12 @@ def shard_module(module: nn.Module, world: World, blueprint: Blueprint, device_t
     if world.axis("ep") > 1:
         experts = {name: inner for name, inner in module.named_modules() if isinstance(inner, Experts)}
         if world.axis("edp") == 1:
-            alone = {p for inner in experts.values() for p in inner.parameters()}
+            alone = {p for layer in experts.values() for p in layer.parameters()}
         else:
             of_experts = _mesh(world, device_type, ("edp",))
-            for name, inner in experts.items():
-                dims = {p: Shard(blueprint.sharded_dim(f"{name}.{own}")) for own, p in inner.named_parameters()}
-                fully_shard(inner, mesh=of_experts, reshard_after_forward=kept, shard_placement_fn=dims.__getitem__)
+            for name, layer in experts.items():
+                dims = {p: Shard(blueprint.sharded_dim(f"{name}.{own}")) for own, p in layer.named_parameters()}
+                fully_shard(layer, mesh=of_experts, reshard_after_forward=kept, shard_placement_fn=dims.__getitem__)
     for inner in module.modules():
         if isinstance(inner, Decoder):
             for block in inner.blocks:
