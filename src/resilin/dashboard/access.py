@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 import secrets
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::\d+)?")
 _NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -71,7 +73,5 @@ class Access:
 
 def _name(header: str) -> str:
     """The host of a header Host, without its port: a tunnel may have another one."""
-    header = header.strip().lower()
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.partition(":")[0]
+    found = _HOST.fullmatch(header.strip().lower())
+    return "" if found is None else found[1] or found[2]
