@@ -28,6 +28,7 @@ from resilin.cluster.protocol.messages import (
     MessageError,
     Pause,
     Ready,
+    Signal,
     Told,
     Warm,
     of_json,
@@ -41,7 +42,7 @@ EVERY = [
     Hello("here"), Warm(), Beat(3, "data 1", "forward", (1, 2), 0.5, "run.py:1"), Leaving(), Told({"event": "x"}),
     Halted(2, "lost", -1, None, ((0, 1, (3, 4)),), (5,)), Committed(1, 7), Done(1, 9, "c"),
     Ready(1, "a", "b", {"plan": 0.5}, {"restore": 3}),
-    Failed(3, "KeyError", "trace"), Halt(1, "why"), Pause(1, "why"), Go(2), End(0, "why"),
+    Failed(3, "KeyError", "trace"), Halt(1, "why"), Pause(1, "why"), Go(2), Signal(15), End(0, "why"),
     Adopt(VIEW, None, 0, {}, {}), Adopt(VIEW, VIEW, 4, {0: 1, 1: 1}, {1: (2, 3)}),
 ]  # fmt: skip
 
@@ -55,6 +56,16 @@ def many(seeds: int, broken: frozenset[str]) -> None:
 def test_no_schedule_of_failures_breaks_it(block: int):
     for seed in range(50 * block, 50 * block + 50):
         simulate(seed)
+
+
+def test_when_all_are_told_to_go_they_save_together_and_end():
+    ended = []
+    for seed in range(40):
+        at = 0.9 + 0.03 * seed  # while they get ready, step, and change
+        plan = Plan(seed, 40, 3, [(at + 0.05 * number, "drain", number) for number in range(3)])
+        ended.append(Sim(plan, Rules(members=3, silence=3.0, hang=50.0)).run())
+    assert all(sim.finish is not None and sim.finish.good and sim.coordinator.homeward for sim in ended)
+    assert len({sim.ended_at for sim in ended}) > 5
 
 
 @pytest.mark.slow

@@ -19,16 +19,17 @@ from resilin.nouns import Batch
 from resilin.objective.next_token import NextToken
 from resilin.optim.adamw import AdamW
 from resilin.optim.sgd import SGD
-from resilin.parallel.assemble import assemble
+from resilin.parallel.assemble import Assembled, assemble
 from resilin.parallel.local_model import cut_out
 from resilin.parallel.part import divide_decoder
+from resilin.parallel.reduction import Reduction
 from resilin.parallel.settings import ParallelSettings
 from resilin.parallel.sharded import local
-from resilin.parallel.step import OneProcess
+from resilin.parallel.step import Autocast, OneProcess
 from resilin.parallel.world import World
 from resilin.precision.compiled import compile_model
 
-SEED, T, V, STEPS = 3, 16, 64, 2
+SEED, T, V, STEPS, CLIP = 3, 16, 64, 2, 0.05
 DENSE: dict[str, Any] = {
     "vocab_size": V, "hidden_size": 32, "layers": 4, "heads": 4, "kv_heads": 2, "mlp_size": 48, "qk_norm": "rms",
     "dropout": 0.1,
@@ -36,6 +37,12 @@ DENSE: dict[str, Any] = {
 MODELS = {
     "dense": DecoderSettings(**DENSE),
     "tied": DecoderSettings(**DENSE, tie_embeddings=True),
+    "tied without dropout": DecoderSettings(**{**DENSE, "dropout": 0.0}, tie_embeddings=True),
+    "tied and recomputed": DecoderSettings(**DENSE, tie_embeddings=True, recompute="block"),
+    "tied and adapted": Adapted(
+        model=DecoderSettings(**{**DENSE, "dropout": 0.0}, tie_embeddings=True),
+        adapters={"default": {"method": "lora", "rank": 4}},
+    ),
     "experts": DecoderSettings(
         **{**DENSE, "dropout": 0.0},
         moe=MoESettings(experts=4, experts_per_token=2, expert_size=24, shared_size=16, dense_layers=(1,)),
@@ -64,10 +71,16 @@ class Case:
     exact: bool = False
     optimizer: str = "sgd"
     backend: str = ""  # that blocks are compiled by; empty: they are not
+    bf16: bool = False
 
     def __str__(self) -> str:
         said = " ".join(f"{key}={value}" for key, value in self.parallel.items())
-        return f"{self.model} {said}{' packed' if self.packed else ''}{' exact' if self.exact else ''}{self.backend}"
+        more = " packed" * self.packed + " exact" * self.exact + " bf16" * self.bf16
+        return f"{self.model} {said}{more}{self.backend}"
+
+    @property
+    def autocast(self) -> Autocast:
+        return partial(torch.autocast, "cpu", torch.bfloat16) if self.bf16 else nullcontext
 
 
 def batch_of(step: int, slots: range, packed: bool) -> Batch:
@@ -94,12 +107,15 @@ def optimizer_of(case: Case) -> Any:
     return SGD(lr=0.3, momentum=0.9) if case.optimizer == "sgd" else AdamW(lr=1e-2)
 
 
-def alone(case: Case) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+States = dict[str, dict[str, torch.Tensor]]
+
+
+def alone(case: Case) -> tuple[list[tuple[float, float]], tuple[dict[str, torch.Tensor], States]]:
     torch.set_num_threads(1)
     model = MODELS[case.model].build(ModelContext(SEED))
     optimizer = optimizer_of(case).build(model, STEPS)
     engine = OneProcess(
-        model, NextToken().build(), micro_batch_size=case.micro, clip_norm=1.0, device=CPU, autocast=nullcontext
+        model, NextToken().build(), micro_batch_size=case.micro, clip_norm=CLIP, device=CPU, autocast=case.autocast
     )
     told = []
     for step in range(STEPS):
@@ -109,13 +125,33 @@ def alone(case: Case) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor
         )
         optimizer.step(step)
         told.append((found.loss, found.norm))
-    return told, {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert any(norm > CLIP for _, norm in told), f"{case}: nothing is clipped"
+    return told, (
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+        optimizer.state_dict()["parameters"],
+    )
 
 
-def worker(rank: int, cases: list[Case], wholes: list[dict[str, torch.Tensor]]) -> list[Any]:
+def states_differ(made: Assembled, wholes: States) -> list[str]:
+    """The optimizer's states of this worker that are not, to the bit, what it owns of those of one process."""
+    mine, differ = made.optimizer.state_dict()["parameters"], []
+    for reduction in made.reductions.values():
+        assert isinstance(reduction, Reduction)
+        assert set(reduction.shards) == mine.keys()
+        for number, name in enumerate(reduction.names):
+            runs = reduction.ownership.runs_of(number, reduction.group.index)
+            for key, whole in wholes[name].items() if runs else ():
+                if whole.dim() and reduction.group.size > 1:
+                    whole = torch.cat([whole.reshape(-1)[run.begin : run.end] for run in runs])
+                if not torch.equal(mine[name][key], whole):
+                    differ.append(f"{name}/{key}")
+    return differ
+
+
+def worker(rank: int, cases: list[Case], wholes: list[tuple[dict[str, torch.Tensor], States]]) -> list[Any]:
     """Losses and norms of each case, and how far this worker's weights are from its part of the whole ones."""
     found = []
-    for case, whole in zip(cases, wholes, strict=True):
+    for case, (whole, states) in zip(cases, wholes, strict=True):
         settings = ParallelSettings(**case.parallel)
         world = World(settings.degrees(case.workers), rank)
         model = MODELS[case.model].build(ModelContext(SEED))
@@ -131,7 +167,7 @@ def worker(rank: int, cases: list[Case], wholes: list[dict[str, torch.Tensor]]) 
             tokens=T,
             keep_whole=set(),
             device=CPU,
-            autocast=nullcontext,
+            autocast=case.autocast,
             compiled=partial(
                 compile_model, what="blocks" if case.backend else False, mode="default", backend=case.backend
             ),
@@ -143,10 +179,10 @@ def worker(rank: int, cases: list[Case], wholes: list[dict[str, torch.Tensor]]) 
             lambda owned, o=optimizer, m=outline: o.build_owned(m, STEPS, owned),
             objective=objective,
             micro_batch_size=case.micro,
-            clip_norm=1.0,
+            clip_norm=CLIP,
             exact=case.exact,
             device=CPU,
-            autocast=nullcontext,
+            autocast=case.autocast,
             facts=part.facts,
         )
         told = []
@@ -157,6 +193,7 @@ def worker(rank: int, cases: list[Case], wholes: list[dict[str, torch.Tensor]]) 
             made.optimizer.step(step)
             told.append((gradient.loss, gradient.norm))
         worst, same = 0.0, True
+        differ = states_differ(made, states) if case.exact else []
         for chunk in part.passes.chunks:
             for name, parameter in chunk.named_parameters():
                 mesh = part.blueprint.mesh(part.blueprint.reduction_of(name))
@@ -170,23 +207,25 @@ def worker(rank: int, cases: list[Case], wholes: list[dict[str, torch.Tensor]]) 
                     continue
                 gap = (mine - expected).abs().max() / expected.abs().max()
                 worst, same = max(worst, float(gap)), same and torch.equal(mine, expected)
-        found.append((told, worst, same))
+        found.append((told, worst, same, differ))
     return found
 
 
 def check(cases: list[Case]) -> None:
     references = [alone(case) for case in cases]
-    results = run_ranks(cases[0].workers, worker, cases, [weights for _, weights in references], timeout=240)
+    results = run_ranks(cases[0].workers, worker, cases, [whole for _, whole in references], timeout=240)
     for index, (case, (told, _)) in enumerate(zip(cases, references, strict=True)):
         for rank, result in enumerate(results):
-            mine, worst, same = result[index]
+            mine, worst, same, differ = result[index]
             if case.exact:
                 assert mine == told, f"{case}, rank {rank}: losses and norms"
                 assert same, f"{case}, rank {rank}: weights differ by {worst}"
+                assert not differ, f"{case}, rank {rank}: states differ"
             for (loss, norm), (expected, its_norm) in zip(mine, told, strict=True):
-                assert loss == pytest.approx(expected, rel=1e-5), f"{case}, rank {rank}"
-                assert norm == pytest.approx(its_norm, rel=1e-4), f"{case}, rank {rank}"
-            assert worst < 2e-5, f"{case}, rank {rank}: weights differ by {worst}"
+                # Weights that differ in rounding are, by the second step, other numbers in bfloat16.
+                assert loss == pytest.approx(expected, rel=2e-3 if case.bf16 else 1e-5), f"{case}, rank {rank}"
+                assert norm == pytest.approx(its_norm, rel=2e-2 if case.bf16 else 1e-4), f"{case}, rank {rank}"
+            assert worst < (2e-3 if case.bf16 else 2e-5), f"{case}, rank {rank}: weights differ by {worst}"
 
 
 def test_pipelines_of_two():
@@ -198,12 +237,42 @@ def test_pipelines_of_two():
             Case(2, {"pipeline": 2, "schedule": "zb-h1"}, exact=True),
             Case(2, {"pipeline": 2, "schedule": "zb-v"}, exact=True),
             Case(2, {"pipeline": 2, "layers": (1, 3)}, exact=True, packed=True),
-            Case(2, {"pipeline": 2}, model="tied"),
-            Case(2, {"pipeline": 2, "schedule": "zb-v"}, model="tied"),
+            Case(2, {"pipeline": 2, "reduction": "fast"}, model="tied"),
+            Case(2, {"pipeline": 2, "reduction": "fast", "schedule": "zb-v"}, model="tied"),
             Case(2, {"pipeline": 2}, model="experts", exact=True),
             Case(2, {"pipeline": 2}, model="recomputed", exact=True),
             Case(2, {"pipeline": 2}, model="adapted", exact=True),
             Case(2, {"pipeline": 2}, micro=3, slots=7, exact=True),
+        ]
+    )
+
+
+def test_pipelines_of_two_whose_embedding_is_the_head():
+    check(
+        [
+            Case(2, {"pipeline": 2}, model="tied", exact=True, optimizer="adamw"),
+            Case(2, {"pipeline": 2, "schedule": "gpipe"}, model="tied", exact=True),
+            Case(2, {"pipeline": 2, "schedule": "interleaved", "chunks": 2}, model="tied", exact=True),
+            Case(2, {"pipeline": 2, "schedule": "zb-h1"}, model="tied", exact=True, optimizer="adamw"),
+            Case(2, {"pipeline": 2, "schedule": "zb-v"}, model="tied", exact=True, optimizer="adamw"),
+            Case(2, {"pipeline": 2, "layers": (1, 3)}, model="tied", exact=True, packed=True),
+            Case(2, {"pipeline": 2}, model="tied without dropout", exact=True, packed=True),  # leaves places out
+            Case(2, {"pipeline": 2}, model="tied", micro=3, slots=7, exact=True),
+            Case(2, {"pipeline": 2}, model="tied and recomputed", exact=True),
+            Case(2, {"pipeline": 2}, model="tied and adapted", exact=True),
+        ]
+    )
+
+
+def test_pipelines_with_data_whose_embedding_is_the_head():
+    check(
+        [
+            Case(4, {"pipeline": 2, "data": 2}, model="tied", exact=True, optimizer="adamw"),
+            Case(4, {"pipeline": 2, "data": 2}, model="tied", exact=True, slots=5, packed=True),
+            Case(4, {"pipeline": 2, "data": 2, "schedule": "zb-v"}, model="tied", exact=True),
+            Case(4, {"pipeline": 4, "schedule": "zb-h1"}, model="tied", exact=True, slots=6),
+            Case(4, {"pipeline": 4, "schedule": "gpipe"}, model="tied", exact=True, optimizer="adamw"),
+            Case(4, {"pipeline": 2, "data": 2, "reduction": "fast"}, model="tied"),
         ]
     )
 
@@ -237,6 +306,41 @@ def test_fsdp():
             Case(4, {"data": 2, "context": 2, "sharding": "fsdp"}, packed=True),
             Case(4, {"data": 4, "sharding": "fsdp"}, model="experts"),
             Case(4, {"data": 2, "tensor": 2, "sharding": "fsdp"}, model="recomputed"),
+            Case(4, {"data": 4, "sharding": "fsdp", "gather": "step"}, model="tied", slots=12),
+        ]
+    )
+
+
+def test_fsdp_in_a_pipeline():
+    sharded = {"pipeline": 2, "data": 2, "sharding": "fsdp"}
+    check(
+        [
+            Case(4, sharded, packed=True),
+            Case(4, {**sharded, "schedule": "gpipe"}, model="tied"),
+            Case(4, {**sharded, "schedule": "interleaved", "chunks": 2}, model="tied", packed=True),
+            Case(4, {**sharded, "gather": "block"}, model="tied"),
+            Case(4, {**sharded, "gather": "block", "schedule": "interleaved", "chunks": 2}, model="recomputed"),
+            Case(4, sharded, model="tied and recomputed", slots=12),
+            Case(4, sharded, model="experts"),
+            Case(4, sharded, model="adapted", packed=True),
+            Case(4, {"pipeline": 2, "context": 2, "sharding": "fsdp"}, model="tied", packed=True),
+            Case(4, sharded, model="recomputed", bf16=True),
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_fsdp_in_a_pipeline_with_copies_and_with_tensors_in_parts():
+    check(
+        [
+            Case(8, {"pipeline": 2, "data": 2, "replicate": 2, "sharding": "fsdp"}, model="tied"),
+            Case(
+                8,
+                {"pipeline": 2, "data": 2, "replicate": 2, "sharding": "fsdp", "schedule": "gpipe", "gather": "block"},
+                model="recomputed",
+                bf16=True,
+            ),
+            Case(8, {"pipeline": 2, "data": 2, "tensor": 2, "sharding": "fsdp"}, model="tied"),
         ]
     )
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import os
 import signal
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from elastic_checks import changes, check_same, equal, events, states
 from elastic_runs import STEPS, settings_of, text_at
 
-from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
 from resilin.cluster.local import worker_command
@@ -36,41 +37,6 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = settings_of(text, parallel={"workers": 0}, cluster={"elastic": False})
     assert start_run(settings, folder)[1].reason == "completed"
     return folder
-
-
-def states(folder: Path, step: int) -> dict[str, Any]:
-    return CheckpointFolder(folder / "checkpoints").load(step)
-
-
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "events.jsonl").read_text().splitlines()
-    return [told for told in map(json.loads, lines) if told["event"] == kind]
-
-
-def equal(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
-    return left == right
-
-
-def check_same(folder: Path, other: Path) -> None:
-    """Losses of all steps, evaluations, and the whole state of the last checkpoint, to the bit."""
-    for kind, fields in (("step", ("step", "loss", "grad_norm")), ("eval", ("step", "metrics"))):
-        found, expected = ([[e[f] for f in fields] for e in events(at, kind)] for at in (folder, other))
-        assert found == expected, kind
-        assert found, kind
-    mine, theirs = states(folder, STEPS), states(other, STEPS)
-    for part in ("model", "optimizer", "run"):
-        one, two = mine[part], theirs[part]
-        if part == "optimizer":
-            one, two = one["parameters"], two["parameters"]
-        assert equal(one, two), part
-
-
-def changes(folder: Path) -> list[dict[str, Any]]:
-    return [told["facts"] for told in events(folder, "cluster") if told["what"] == "change"]
 
 
 def go(settings: RunSettings, folder: Path, faults: Sequence[Fault] = (), **more: Any) -> JobEnded:
@@ -139,6 +105,35 @@ def test_all_states_lost_is_said_and_the_last_checkpoint_goes_on(text: Path, und
         assert "are lost with everyone who had a copy" in ended.message
         assert go(settings_of(text), tmp_path / "run", resume=True) == JobEnded(0, "")
     assert equal(states(tmp_path / "run", STEPS)["model"], states(undisturbed, STEPS)["model"])
+
+
+def test_a_worker_whose_machine_will_be_taken_away_leaves(
+    text: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Worker 1's machine says so once worker 0 has stopped, which goes on when worker 1 wants to leave."""
+    (tmp_path / "spot_of_test.py").write_text(
+        "import os, pathlib\n\ndef evicted():\n"
+        "    return os.environ.get('RESILIN_MEMBER') == '1' and (pathlib.Path(__file__).parent / 'notice').exists()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def go_on(job: ElasticJob) -> None:
+        """Worker 0 may have stopped by now, or not yet."""
+        while job.signal(0, signal.SIGCONT):
+            time.sleep(0.05)
+
+    def watch(job: ElasticJob, event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 3:
+            (tmp_path / "notice").touch()
+        if isinstance(event, Cluster) and event.what == "leaving":
+            threading.Thread(target=go_on, args=(job,), daemon=True).start()
+
+    settings = settings_of(text, cluster={"notice": "spot_of_test:evicted", "notice_every": 0.05, "silence": 60})
+    ended = go(settings, tmp_path / "run", [Fault(0, 5, "adding gradients up", "stop")], watch=watch)
+    assert ended == JobEnded(0, "")
+    check_same(tmp_path / "run", undisturbed)
+    assert [change["members"] for change in changes(tmp_path / "run")] == [[0, 1, 2], [0, 2]]
 
 
 def test_a_failure_of_the_program_is_told_with_its_trace(text: Path, tmp_path: Path):

@@ -96,10 +96,23 @@ def test_a_dense_model_goes_from_layout_to_layout(tmp_path):
         (2, {"tensor": 2}),
         (2, {"context": 2}),
         (2, {"data": 2, "sharding": "fsdp"}),
+        (4, {"pipeline": 2, "data": 2, "sharding": "fsdp"}),
         (4, {"pipeline": 2, "tensor": 2}),
         (1, {}),
     ]
     check_chain(tmp_path, DENSE, chain, exact_until=4)
+
+
+def test_a_model_with_tied_embeddings_goes_from_layout_to_layout(tmp_path):
+    chain: list[Layout] = [
+        (2, {"pipeline": 2}),
+        (2, {"pipeline": 2, "schedule": "zb-v"}),
+        (4, {"pipeline": 2, "data": 2}),
+        (2, {"data": 2}),
+        (4, {"pipeline": 2, "data": 2, "sharding": "fsdp", "schedule": "interleaved", "chunks": 2}),
+        (2, {"pipeline": 2}),
+    ]
+    check_chain(tmp_path, {**DENSE, "tie_embeddings": True}, chain, exact_until=4)
 
 
 def test_experts_go_from_layout_to_layout(tmp_path):
@@ -132,6 +145,7 @@ def test_a_compiled_model_goes_from_layout_to_layout(tmp_path):
     [
         ({"pipeline": 3}, 3, "cannot be divided over 3 stages"),
         ({"tensor": 3}, 3, "cannot be cut over 3 ranks"),
+        ({"pipeline": 2, "data": 2, "sharding": "fsdp", "schedule": "zb-h1"}, 4, "cuts backward passes in halves"),
     ],
 )
 def test_what_does_not_fit_is_told_at_every_worker(tmp_path, parallel, workers, message):

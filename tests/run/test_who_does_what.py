@@ -86,6 +86,27 @@ def test_first_stages_keep_more_micro_batches_and_the_bubble_is_that_of_1f1b(tmp
     assert division.groups == {"hand activations on": [(0, 1, 2, 3)]}
 
 
+def test_the_head_of_a_tied_embedding_waits_for_its_other_part(tmp_path: Path):
+    plain = told(tmp_path, 4, {"pipeline": 4, "reduction": "fast"}, tie_embeddings=True)
+    exact = told(tmp_path, 4, {"pipeline": 4}, tie_embeddings=True)
+    more = [a.gradients - b.gradients for a, b in zip(exact.shares, plain.shares, strict=True)]
+    head = told(tmp_path, 1, {}).shares[0].weights - told(tmp_path, 1, {}, tie_embeddings=True).shares[0].weights
+    assert more[:3] == [0, 0, 0]
+    assert head < more[3] < 4 * head  # of 4 micro-batches under way
+    assert more[3] % head == 0
+
+
+def test_fsdp_gathers_by_step_or_by_block(tmp_path: Path):
+    parallel = {"pipeline": 2, "data": 2, "sharding": "fsdp"}
+    step, block = (told(tmp_path, 4, {**parallel, "gather": how}) for how in ("step", "block"))
+    assert told(tmp_path, 4, parallel).shares == step.shares
+    zero = told(tmp_path, 4, {"pipeline": 2, "data": 2})
+    for held, given_up, whole in zip(step.shares, block.shares, zero.shares, strict=True):
+        assert held.weights == given_up.weights + whole.weights
+        assert (held.gradients, held.optimizer) == (whole.gradients, given_up.optimizer)
+        assert given_up.gradients == given_up.weights < whole.weights
+
+
 def test_many_workers_take_no_memory_and_no_processes(tmp_path: Path):
     division = told(tmp_path, 64, {"tensor": 4, "data": 8, "pipeline": 2}, hidden_size=4096, heads=32, layers=8)
     assert len(division.shares) == 64

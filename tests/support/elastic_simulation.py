@@ -33,6 +33,7 @@ from resilin.cluster.protocol.messages import (
     Message,
     Pause,
     Ready,
+    Signal,
     Warm,
     of_json,
     to_json,
@@ -91,6 +92,9 @@ class Plan:
         if events and draw.random() < 0.3:  # several at once
             at = events[0][0]
             events[1:3] = [(at + draw.uniform(0, 0.02), "kill", draw.randrange(1 << 20)) for _ in events[1:3]]
+        if members > 1 and draw.random() < 0.05:  # all are told to go
+            at = draw.uniform(0.8, 2)
+            events += [(at + draw.uniform(0, 0.3), "drain", number) for number in range(members)]
         return cls(seed, steps, members, sorted(events))
 
 
@@ -102,6 +106,7 @@ class _Exchange:
     broken: bool = False
     result: int | None = None
     pause: bool = False
+    home: bool = False
 
 
 class Sim:
@@ -129,7 +134,7 @@ class Sim:
         self.notes: list[Note] = []
         self.truth = {0: 0}
         self.views: dict[int, str] = {}
-        self.committed = 0
+        self.committed = self.ended_at = 0
         self.dead_since = 0  # members that died since the last step was taken
         for step in range(plan.steps):
             self.truth[step + 1] = after(self.truth[step], step, list(range(MICROS)))
@@ -221,7 +226,8 @@ class Sim:
         assert self.finish is not None
         if self.finish.good:
             ends = {m.ended_with for m in self.members.values() if m.ended_with is not None}
-            if ends - {self.truth[self.plan.steps]}:
+            steps = self.ended_at if self.coordinator.homeward else self.plan.steps
+            if ends - {self.truth[steps]}:
                 raise WrongError(f"a member ended with another state: {self}")
             if not ends:
                 raise WrongError(f"all is well, and nobody is done: {self}")
@@ -265,7 +271,7 @@ class SimMember:
         self.version, self.state = 0, 0
         self.kept: tuple[int, list[int]] | None = None
         self.acked = -1
-        self.pausing = False
+        self.pausing = self.homeward = False
         self.life = 0  # raised when what is under way is given up
         self.stopped_until = 0.0
         self.ended_with: int | None = None
@@ -362,6 +368,8 @@ class SimMember:
                 if digest != self.adopt.view.digest:
                     raise WrongError(f"two views of epoch {message.epoch}")
                 self.boundary()
+        elif isinstance(message, Signal):
+            self.homeward = True
         elif isinstance(message, End):
             self.alive = False
             for other in self.sim.members.values():
@@ -447,10 +455,14 @@ class SimMember:
             self.acked = self.version
         self.send(copy, list(holders))
         if self.version >= self.sim.plan.steps:
-            self.phase, self.ended_with = "done", self.state
-            self.tell(Done(self.epoch, self.version, str(self.state)))
+            self.is_done()
             return
         self.later(0.0, 0.002, lambda: self.enter("agree", [], self.computes))
+
+    def is_done(self) -> None:
+        """All steps were taken, or all were told to save and end."""
+        self.phase, self.ended_with, self.sim.ended_at = "done", self.state, self.version
+        self.tell(Done(self.epoch, self.version, str(self.state)))
 
     def send(self, copy: Copy, left: list[int]) -> None:
         """A copy on its way to one holder after the other."""
@@ -483,6 +495,9 @@ class SimMember:
         if self.sim.exchanges[self.epoch, 2 * self.version].pause:
             self.come_out("a change was announced")
             return
+        if self.sim.exchanges[self.epoch, 2 * self.version].home:
+            self.is_done()
+            return
         members = adopt.view.members
         neglects = "kept" in self.broken_duties and self.number % 2
         if self.version == adopt.version and adopt.kept and not neglects:
@@ -514,6 +529,7 @@ class SimMember:
         exchange = self.sim.exchanges.setdefault(key, _Exchange())
         exchange.arrived[self.number] = mine
         exchange.pause |= self.pausing
+        exchange.home |= self.homeward
         if exchange.broken:
             self.later(0.0005, 0.02, partial(self.broke, self.epoch))
             return

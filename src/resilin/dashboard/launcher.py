@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resilin.cluster.place import ask, found
+
 Ask = Callable[[Path], Mapping[str, Any]]
 _PERIOD = 0.5
-ADDRESS = "cluster.json"
-"""Where a launcher writes how it is reached."""
 
 
 def ask_launcher(workers: Path) -> Mapping[str, Any]:
@@ -20,11 +20,7 @@ def ask_launcher(workers: Path) -> Mapping[str, Any]:
     Raises:
         OSError: there is none, or it does not answer.
     """
-    if not (workers / ADDRESS).exists():
-        raise FileNotFoundError(workers / ADDRESS)
-    from resilin.cluster.elastic_job import ask  # brings torch, which a finished run's page does not need
-
-    return ask(workers, {"command": "status"})
+    return ask(found(workers), {"command": "status"})
 
 
 @dataclass
@@ -33,13 +29,13 @@ class Launcher:
 
     Attributes:
         workers: the folder of its workers.
-        ask: gives its answer.
+        asking: gives its answer.
         status: the last answer; None: no elastic run is going on.
         why: it does not answer although it should, in words.
     """
 
     workers: Path
-    ask: Ask = ask_launcher
+    asking: Ask = ask_launcher
     status: Mapping[str, Any] | None = None
     why: str = ""
     _asked: float = float("-inf")
@@ -50,7 +46,7 @@ class Launcher:
             return False
         before = self.status, self.why
         try:
-            self.status, self.why = self.ask(self.workers), ""
+            self.status, self.why = self.asking(self.workers), ""
         except FileNotFoundError:
             self.status, self.why = None, ""
         except (OSError, ValueError, KeyError) as error:

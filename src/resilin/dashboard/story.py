@@ -105,6 +105,8 @@ class Story:
             self.elastic, self.ended_job, self.end, self.digest = True, None, None, None
         if what == "end":
             self.ended_job = facts
+        elif what == "homeward":
+            self._mark(time, None, "interrupt", str(facts.get("why", "")))
         elif what == "digest":
             weights = facts["weights"]
             self.digest = weights if isinstance(weights, str) else ", ".join(weights)

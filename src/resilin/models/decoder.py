@@ -29,7 +29,7 @@ from resilin.models.recompute import run_block
 from resilin.models.rope import Rotation, depends_on_length, rotation
 from resilin.models.sequence_part import SequencePart
 from resilin.models.spans import asked_places, runs_of
-from resilin.models.stage_span import Hidden, StageDone, StageSpan
+from resilin.models.stage_span import Hidden, StageOutput, StageShape, StageSpan
 from resilin.models.tensor_plan import TensorPlan
 from resilin.models.tiled import in_tiles
 
@@ -221,7 +221,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         continues_BT: Tensor | None = None,
         asked_BT: Tensor | None = None,
-    ) -> DecoderOutput:
+    ) -> DecoderOutput | StageOutput:
         """Args:
         tokens_BT: ids.
         positions_BT: where each token stands in its text; None: 0, 1, 2, ... (after what the cache holds).
@@ -232,6 +232,9 @@ class Decoder(nn.Module):
             is seen as well; -1: none.
         asked_BT: the places whose hidden states are wanted. Where it saves work, those behind the last one of a
             document are left out, and are zeros.
+
+        Returns:
+            The output; where blocks are divided over stages, what the span has in its place.
         """
         if cache is not None:
             if continues_BT is not None:
@@ -260,7 +263,7 @@ class Decoder(nn.Module):
         documents_BT: Tensor | None,
         keys: Keys | None,
         places_N: Tensor,
-    ) -> DecoderOutput:
+    ) -> DecoderOutput | StageOutput:
         """The places `places_N` of all rows, laid one behind another; the others' hidden states are zeros."""
         B, T = tokens_BT.shape
         if positions_BT is None:
@@ -271,7 +274,10 @@ class Decoder(nn.Module):
         tokens, positions, documents = (
             x.flatten().index_select(0, places_N)[None] for x in (tokens_BT, positions_BT, runs_N)
         )
-        hidden_ND = self._forward_all(tokens, positions, documents, keys, None).hidden_BTD[0]
+        output = self._forward_all(tokens, positions, documents, keys, None)
+        if not isinstance(output, DecoderOutput):
+            return output
+        hidden_ND = output.hidden_BTD[0]
         hidden_BTD = hidden_ND.new_zeros(B * T, hidden_ND.shape[1]).index_copy(0, places_N, hidden_ND)
         return DecoderOutput(hidden_BTD.view(B, T, -1))
 
@@ -307,9 +313,9 @@ class Decoder(nn.Module):
         documents_BT: Tensor | None,
         keys: Keys | None,
         continues_BT: Tensor | None,
-    ) -> DecoderOutput:
-        if self.span is not None:
-            self.span.enter(*tokens_BT.shape)
+    ) -> DecoderOutput | StageOutput:
+        if self.span is not None and self.span.probing:
+            return StageShape(*tokens_BT.shape)
         T, device = tokens_BT.shape[1], tokens_BT.device
         # What attention sees are whole rows, also where the tokens of a row are divided over ranks.
         rows, whole = T, (documents_BT, positions_BT, continues_BT)
@@ -325,8 +331,11 @@ class Decoder(nn.Module):
                 length = _length(cast(Tensor, whole[1]), whole[0])
         turn = rotation(self.settings, positions, length)
         masks = self._masks(*whole, rows, device)
+        if self.span is not None:
+            self.span.tokens = tokens_BT
         if self.span is None or self.span.first:
-            x_BTD = self.embed(tokens_BT).to(self.stream_dtype)
+            embedded = self.embed(tokens_BT) if self.span is None else self.span.begin(tokens_BT, self.embed)
+            x_BTD = embedded.to(self.stream_dtype)
             x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)
             routers = []
         else:
@@ -343,7 +352,7 @@ class Decoder(nn.Module):
             if router is not None:
                 routers.append(router)
         if self.span is not None and not self.span.last:
-            raise StageDone(Hidden(x_BTD, tuple(routers)))
+            return Hidden(x_BTD, tuple(routers))
         return DecoderOutput(self.norm(x_BTD), tuple(routers))
 
     def _forward_cached(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -23,27 +24,28 @@ class Hidden:
     router_logits: tuple[Tensor, ...] = ()
 
 
-class StageDone(Exception):  # noqa: N818 - not an error: it leaves the objective, whose model ends elsewhere
-    """Raised by a decoder that is not the last stage, in place of an output."""
+@dataclass(frozen=True, slots=True)
+class StageShape:
+    """What a stage would compute.
 
-    def __init__(self, hidden: Hidden) -> None:
-        super().__init__("this stage is done")
-        self.hidden = hidden
+    Attributes:
+        rows: B.
+        tokens: T.
+    """
+
+    rows: int
+    tokens: int
 
 
-class ShapeSeen(Exception):  # noqa: N818
-    """Raised in place of any computation while only the shape of the tokens is asked for."""
-
-    def __init__(self, rows: int, tokens: int) -> None:
-        super().__init__("the shape is seen")
-        self.rows, self.tokens = rows, tokens
+StageOutput = Hidden | StageShape
+"""What a decoder that is a stage gives in place of an output."""
 
 
 class StageSpan:
     """One stage's part of a decoder.
 
     An objective calls its model as ever. At the first stage the embedding begins; at later ones what came from the
-    stage before stands in its place; a stage that is not the last leaves by `StageDone`.
+    stage before stands in its place; a stage that is not the last gives a `Hidden` in place of an output.
 
     Args:
         blocks: numbers of the blocks.
@@ -52,18 +54,26 @@ class StageSpan:
 
     Attributes:
         incoming: what the stage before sent; taken by the next forward pass.
-        probing: whether the next forward pass is to tell its shape instead.
+        probing: whether a forward pass is to give its `StageShape`, and compute nothing.
+        apart: whether the embedding's weight gets no gradient here: that of the embedding's output is caught instead.
+        tokens: ids that the last forward pass computed, (B, T) or as many as it left.
+        embedded: what the embedding gave for them, (B, T, D); its `.grad` is there after the backward pass.
     """
 
     def __init__(self, blocks: range, *, first: bool, last: bool) -> None:
         self.blocks, self.first, self.last = blocks, first, last
         self.incoming: Hidden | None = None
         self.probing = False
+        self.apart = False
+        self.tokens: Tensor | None = None
+        self.embedded: Tensor | None = None
 
-    def enter(self, rows: int, tokens: int) -> None:
-        """Called by the decoder before it computes anything."""
-        if self.probing:
-            raise ShapeSeen(rows, tokens)
+    def begin(self, tokens: Tensor, embed: nn.Module) -> Tensor:
+        """The embedding's output, by itself where its gradient is wanted apart."""
+        x: Tensor = embed(tokens)
+        if self.apart and torch.is_grad_enabled():
+            self.embedded = x = x.detach().requires_grad_()
+        return x
 
     def take(self) -> Hidden:
         """What the stage before sent; once.

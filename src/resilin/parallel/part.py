@@ -25,22 +25,24 @@ from resilin.parallel.expert.parallelise import parallelise_experts
 from resilin.parallel.group import Group, make_groups
 from resilin.parallel.local_model import LocalModel, shapes_of
 from resilin.parallel.local_weights import materialise
-from resilin.parallel.pipeline.build import build
+from resilin.parallel.pipeline.build import METHODS, build
 from resilin.parallel.pipeline.errors import ScheduleError
 from resilin.parallel.pipeline.messages import Op, lower
 from resilin.parallel.pipeline.passes import PipelinePasses
-from resilin.parallel.pipeline.schedule import Schedule, loop, vee
+from resilin.parallel.pipeline.schedule import I, Schedule, loop, vee
 from resilin.parallel.pipeline.split import Split, balanced
 from resilin.parallel.pipeline.stage import Stage, cut, decoder_in
 from resilin.parallel.pipeline.validate import validate
 from resilin.parallel.sequence.shard import refuse_whole_rows, shard_sequence
 from resilin.parallel.sequence.ulysses import ulysses
 from resilin.parallel.settings import ParallelSettings
-from resilin.parallel.sharded import shard_module
+from resilin.parallel.sharded import Gathered, shard_module
 from resilin.parallel.step import Autocast
 from resilin.parallel.tensor.parallelise import parallelise, plan_of
-from resilin.parallel.workers import Passes, WholeModel
+from resilin.parallel.workers import Giver, Passes, WholeModel
 from resilin.parallel.world import World
+
+_EMBEDDING = "embed.weight"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ def stages_of(settings: ParallelSettings, world: World, decoder: Decoder, tokens
         stages, rank_of = 2 * ranks, vee(2 * ranks, ranks)
     else:
         rank_of = loop(stages, ranks)
+    if settings.sharding == "fsdp" and decoder.head is None and rank_of[0] == rank_of[-1]:
+        raise ParallelError(
+            f"parallel.schedule = {settings.schedule!r} has the first and the last stage at one worker, and with tied "
+            "embeddings sharding = 'fsdp' would divide their weight twice: use another schedule, or sharding = 'zero1'"
+        )
     if stages > model.layers:
         raise ParallelError(
             f"{model.layers} block{'s' if model.layers > 1 else ''} cannot be divided over {stages} stages "
@@ -105,28 +112,50 @@ def stages_of(settings: ParallelSettings, world: World, decoder: Decoder, tokens
 
 def _schedule(name: str, stages: int, ranks: int, micros: int) -> Schedule:
     """By name, or out of a file; checked."""
+    if name.endswith(".csv"):
+        schedule = _read(name)
+        if schedule.ranks != ranks:
+            raise ParallelError(
+                f"parallel.schedule: {name} is for {schedule.ranks} ranks, and the pipeline has {ranks}"
+            )
+        return schedule
     try:
-        if not name.endswith(".csv"):
-            return build(name, stages, ranks, micros)
+        return build(name, stages, ranks, micros)
+    except ScheduleError as error:
+        raise ParallelError(f"parallel.schedule: {error}") from None
+
+
+def _read(name: str) -> Schedule:
+    """Out of a file; checked."""
+    try:
         schedule = Schedule.parse(Path(name).read_text(encoding="utf-8"), name)
         validate(schedule)
     except ScheduleError as error:
         raise ParallelError(f"parallel.schedule: {error}") from None
     except OSError as error:
         raise ParallelError(f"parallel.schedule: {name}: {error.strerror}") from None
-    if schedule.ranks != ranks:
-        raise ParallelError(f"parallel.schedule: {name} is for {schedule.ranks} ranks, and the pipeline has {ranks}")
     return schedule
 
 
-def _ops(settings: ParallelSettings, stages: int, ranks: int, rank: int, micros: int) -> Sequence[Op]:
+def splits_backward(schedule: str) -> bool:
+    """Whether a schedule, by name or out of a file, cuts backward passes in halves.
+
+    Raises:
+        ParallelError: it cannot be read.
+    """
+    if schedule.endswith(".csv"):
+        return any(action.kind is I for row in _read(schedule).actions for action in row)
+    return schedule in METHODS and METHODS[schedule].split
+
+
+def _ops(settings: ParallelSettings, stages: int, ranks: int, rank: int, tied: bool, micros: int) -> Sequence[Op]:
     schedule = _schedule(settings.schedule, stages, ranks, micros)
     if schedule.micros != micros:
         raise ParallelError(
             f"parallel.schedule: {settings.schedule} is for {schedule.micros} micro-batches, and a worker has "
             f"{micros}: set train.micro_batch_size"
         )
-    return lower(schedule)[rank]
+    return lower(schedule, tied=tied)[rank]
 
 
 def specs_of_decoder(decoder: nn.Module, world: World) -> dict[str, ParamSpec]:
@@ -227,7 +256,7 @@ def divide_decoder(
     cutting = cutting_of(settings, world, model, tokens)
     specs, split, rank_of = cutting.specs, cutting.split, cutting.rank_of
     pipeline = world.group("pp")
-    tied = _ends(world, rank_of) if decoder.head is None and world.axis("pp") > 1 else None
+    tied = _Tied.of(settings, world, decoder, rank_of)
     if split is not None:
         mine = [stage for stage, rank in enumerate(rank_of) if rank == pipeline.index]
         modules = cut(model, split, mine)
@@ -239,14 +268,17 @@ def divide_decoder(
         for part in parts:
             part.fill(values)
     blueprint = Blueprint(world.degrees, specs, trained, frozenset(keep_whole))
-    facts = _facts(parts, tied, world)
+    facts = _facts(parts, tied)
     _agree(parts, blueprint, world)
     for module in modules:
         compiled(decoder_in(module))
+    gathered: Gathered | None = None
     if settings.sharding == "fsdp":
         blueprint = replace(blueprint, sharded=True)
+        by_step = settings.gathers_by_step(pipeline.size)
         for module in modules:
-            shard_module(module, world, device.type)
+            shard_module(module, world, device.type, by_step=by_step)
+        gathered = Gathered(modules) if by_step else None
     if world.axis("cp") > 1:
         refuse_whole_rows(objective)
         prepare = partial(shard_sequence, group=world.group("cp"), kind=settings.context_kind)
@@ -256,9 +288,11 @@ def divide_decoder(
     passes: Passes
     if world.axis("pp") > 1:
         sequence = world.axis("tp") if settings.sequence else 1
+        in_order = tied is not None and tied.in_order
+        weights = [p for module in modules for name, p in module.named_parameters() if name.endswith(_EMBEDDING)]
         passes = PipelinePasses(
             [Stage(number, module, sequence) for number, module in zip(mine, modules, strict=True)],
-            partial(_ops, settings, len(rank_of), pipeline.size, pipeline.index),
+            partial(_ops, settings, len(rank_of), pipeline.size, pipeline.index, in_order),
             rank_of,
             objective,
             peers=pipeline.ranks,
@@ -268,9 +302,20 @@ def divide_decoder(
             autocast=autocast,
             speaks=speaks,
             prepare=prepare,
+            tied=weights[0] if in_order and weights else None,
+            gathered=gathered,
         )
     else:
-        passes = WholeModel(model, objective, model, device=device, autocast=autocast, speaks=speaks, prepare=prepare)
+        passes = WholeModel(
+            model,
+            objective,
+            model,
+            device=device,
+            autocast=autocast,
+            speaks=speaks,
+            prepare=prepare,
+            gathered=gathered,
+        )
     return Part(passes, blueprint, facts)
 
 
@@ -310,6 +355,35 @@ def _holders(decoder: Decoder, model: nn.Module, split: Split, rank_of: Sequence
     return found
 
 
+@dataclass(frozen=True)
+class _Tied:
+    """A weight that is both embedding and head, where a pipeline has these at its two ends.
+
+    Attributes:
+        ends: the ranks that have it, of this worker's pipeline: the first stage's, then the last one's.
+        in_order: whether the last stage adds up all of its gradient, in the order of one process. It has to keep some
+            of the head's part until the embedding's comes; otherwise each end has a sum of its own, and both are added.
+    """
+
+    ends: Group
+    in_order: bool
+
+    @classmethod
+    def of(cls, settings: ParallelSettings, world: World, decoder: Decoder, rank_of: Sequence[int]) -> _Tied | None:
+        """None where nothing is tied, or there is one stage."""
+        if decoder.head is not None or world.axis("pp") == 1:
+            return None
+        return cls(_ends(world, rank_of), adds_tied_in_order(settings, world, decoder))
+
+
+def adds_tied_in_order(settings: ParallelSettings, world: World, decoder: Decoder) -> bool:
+    """Whether the last stage of a pipeline adds up the whole gradient of a tied weight, in the order of one process."""
+    if decoder.head is not None or not decoder.embed.weight.requires_grad or world.axis("pp") == 1:
+        return False
+    rounds = any(world.axis(axis) > 1 for axis in ("tp", "cp", "ep")) or settings.sharding == "fsdp"
+    return settings.reduction == "exact" and not rounds
+
+
 def _ends(world: World, rank_of: Sequence[int]) -> Group:
     """The ends of this worker's pipeline, who share a tied embedding; where it is at neither, or both, it by itself."""
     lines = world.members("pp")
@@ -319,14 +393,18 @@ def _ends(world: World, rank_of: Sequence[int]) -> Group:
     return make_groups([*ends, *others], world.rank, "tied")
 
 
-def _facts(parts: Sequence[LocalModel], tied: Group | None, world: World) -> dict[str, Facts]:
+def _facts(parts: Sequence[LocalModel], tied: _Tied | None) -> dict[str, Facts]:
     found: dict[str, Facts] = {}
     for part in parts:
         for name, known in part.parameters.items():
-            sums, counted = known.sum_over, known.first
-            if tied is not None and tied.size > 1 and name.endswith("embed.weight"):
-                sums, counted = (*sums, tied), counted and tied.index == 0
-            found[name] = Facts(sums, counted)
+            facts = Facts(known.sum_over, counted=known.first)
+            if tied is not None and tied.ends.size > 1 and name.endswith(_EMBEDDING):
+                last = Giver(tied.ends, tied.ends.size - 1)
+                if tied.in_order:
+                    facts = replace(facts, given_by=last, counted=facts.counted and last.is_here)
+                else:
+                    facts = Facts((*known.sum_over, tied.ends), counted=known.first and last.is_here)
+            found[name] = facts
     return found
 
 

@@ -8,7 +8,7 @@ bit (Rajbhandari et al., ZeRO, 2020, section 5; ElasWave, sections 5 and 6).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,11 +37,13 @@ class _Bucket:
         runs: for each rank what it owns of them.
         spans: for each rank where the bucket begins and ends in that rank's flat memory.
         starts: for each rank where each of its runs begins in its part of the bucket.
+        given: whether their sums come from elsewhere: then only their weights travel.
     """
 
     runs: list[list[Run]]
     spans: list[tuple[int, int]]
     starts: list[list[int]]
+    given: bool
 
     def size(self, rank: int) -> int:
         """Elements of a rank's part, padding included."""
@@ -86,6 +88,9 @@ class Reduced(Protocol):
     def reduce(self, mine: Sequence[Node], blocks: Sequence[Sequence[tuple[int, int]]]) -> None:
         """Sum the gradients of all workers."""
 
+    def sums_of(self, name: str) -> list[Tensor]:
+        """What is owned here of a parameter's summed gradient, in order of its elements; another rank may fill it."""
+
     def used(self) -> Tensor:
         """(P,) float64: 1 for every parameter that this worker computed a gradient of in this step."""
 
@@ -116,6 +121,7 @@ class Reduction:
         ownership: of their elements.
         exact: whether the order of additions is that of the tree over micro-batches; else each worker adds its own in
             order, and the workers' sums are added in theirs.
+        given: names of parameters whose sums are put into `sums_of` by others, who have them.
 
     Attributes:
         shards: by name what this rank owns, as parameters for an optimizer; flat (n,), or of the parameter's own
@@ -131,6 +137,7 @@ class Reduction:
         ownership: Ownership,
         *,
         exact: bool,
+        given: Collection[str] = (),
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         dtypes = {p.dtype for _, p in parameters}
@@ -147,7 +154,7 @@ class Reduction:
         if group.size == 1:
             self.shards = dict(parameters)
             return
-        self._buckets = self._fill_buckets(bucket_bytes)
+        self._buckets = self._fill_buckets(bucket_bytes, given)
         size = max((bucket.spans[group.index][1] for bucket in self._buckets), default=0)
         like = self.parameters[0] if self.parameters else torch.empty(0)
         self._weights = torch.zeros(size, dtype=like.dtype, device=like.device)
@@ -159,16 +166,18 @@ class Reduction:
 
     # -- what is where ------------------------------------------------------------------------------------------
 
-    def _fill_buckets(self, bucket_bytes: int) -> list[_Bucket]:
+    def _fill_buckets(self, bucket_bytes: int, given: Collection[str]) -> list[_Bucket]:
         buckets, begin = [], [0] * self.group.size
         members: list[int] = []
         size = 0
         # The last layers' gradients are there first.
         order = range(len(self.parameters) - 1, -1, -1)
+        kinds = [name in given for name in self.names]
         for place, number in enumerate(order):
             members.append(number)
             size += self.parameters[number].nbytes
-            if size < bucket_bytes and place + 1 < len(order):
+            more = place + 1 < len(order) and kinds[order[place + 1]] is kinds[number]
+            if size < bucket_bytes and more:
                 continue
             runs, spans, starts = [], [], []
             for rank in range(self.group.size):
@@ -181,7 +190,7 @@ class Reduction:
                 starts.append(places)
                 spans.append((begin[rank], begin[rank] + at))
                 begin[rank] += at
-            buckets.append(_Bucket(runs, spans, starts))
+            buckets.append(_Bucket(runs, spans, starts, kinds[number]))
             members, size = [], 0
         return buckets
 
@@ -226,6 +235,8 @@ class Reduction:
         self._used = [any(leaf[number] is not None for leaf in leaves) for number in range(len(self.parameters))]
         waiting: list[_Sent] = []
         for bucket in self._buckets:
+            if bucket.given:
+                continue
             waiting.append(self._send(bucket, leaves, counts))
             if len(waiting) == _IN_FLIGHT:  # one travels while the next is packed
                 self._receive(waiting.pop(0), blocks, counts)
@@ -284,6 +295,16 @@ class Reduction:
         assert total is not None
         if not sent.own:
             self._gradient[slice(*sent.bucket.spans[me])].copy_(total)
+
+    def sums_of(self, name: str) -> list[Tensor]:
+        """What is owned here of a parameter's summed gradient, in order of its elements; zeros where none is yet."""
+        number = self.names.index(name)
+        if self.group.size > 1:
+            return [self._grads[run] for run in self._runs_of.get(number, ())]
+        parameter = self.parameters[number]
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad]
 
     def used(self) -> Tensor:
         """(P,) float64: 1 for every parameter that this worker computed a gradient of in this step."""

@@ -35,6 +35,10 @@ class ParallelSettings(Settings):
     sharding: Literal["zero1", "fsdp"] = "zero1"
     """zero1: every worker has all weights of its part of the model, and updates a share of them. fsdp: it keeps a share
     of the weights too, and gathers the others block by block (torch's fully_shard)."""
+    gather: Literal["auto", "block", "step"] = "auto"
+    """sharding = fsdp: block: a block's weights are gathered for each pass of a micro-batch and given up after it, and
+    gradients are summed then; step: weights are gathered once a step and gradients summed once, so that both are there
+    in whole while it lasts. auto: step in a pipeline, block elsewhere."""
     reduction: Literal["exact", "fast"] = "exact"
     """exact: gradients are added in the order of one process, so that data and pipeline parallelism do not change a
     bit; fast: each worker adds its own first."""
@@ -63,9 +67,15 @@ class ParallelSettings(Settings):
             raise ValueError(f"{' and '.join(auto)} are both auto; one degree may be")
         if self.replicate != 1 and self.sharding != "fsdp":
             raise ValueError("replicate has a meaning with sharding = 'fsdp' only; use data")
+        if self.gather != "auto" and self.sharding != "fsdp":
+            raise ValueError("gather has a meaning with sharding = 'fsdp' only: zero1 keeps all weights")
         if self.sharding == "fsdp" and self.expert > 1:
             raise ValueError("expert > 1 goes with sharding = 'zero1': experts are divided already")
         return self
+
+    def gathers_by_step(self, pipeline: int) -> bool:
+        """Whether FSDP keeps what it has gathered for all of a step's micro-batches, in a pipeline of so many ranks."""
+        return self.gather == "step" or (self.gather == "auto" and pipeline > 1)
 
     def degrees(self, workers: int) -> Degrees:
         """The degrees for so many workers.

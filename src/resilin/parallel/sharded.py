@@ -19,19 +19,21 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from resilin.models.decoder import Decoder
+from resilin.models.stage_span import Elsewhere
 from resilin.parallel.canonical import Node
 from resilin.parallel.exchange import add_up_all
 from resilin.parallel.group import Group
 from resilin.parallel.world import World
 
 
-def shard_module(module: nn.Module, world: World, device_type: str) -> None:
+def shard_module(module: nn.Module, world: World, device_type: str, *, by_step: bool) -> None:
     """Divide the parameters of a model among the workers that have copies of them, in place.
 
     Args:
         module: this worker's part of a model; a decoder's blocks are gathered one at a time, the rest together.
         world: all workers, who call together. Copies are sharded over the axes dp and cp, and replicated over rep.
         device_type: "cpu" or "cuda".
+        by_step: whether what is gathered is kept after a forward pass; see `Gathered`.
     """
     # What a block gives may be a view, and is never written to.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -39,12 +41,47 @@ def shard_module(module: nn.Module, world: World, device_type: str) -> None:
     for inner in module.modules():
         if isinstance(inner, Decoder):
             for block in inner.blocks:
-                fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+                if not isinstance(block, Elsewhere):
+                    fully_shard(block, mesh=mesh, reshard_after_forward=False if by_step else None)
+    fully_shard(module, mesh=mesh, reshard_after_forward=False if by_step else None)
     for inner in module.modules():
         if isinstance(inner, FSDPModule):
             inner.set_gradient_divide_factor(1.0)
             inner.set_force_sum_reduction_for_comms(True)
+
+
+class Gathered:
+    """Weights that FSDP gathers once for all micro-batches of a step, and whose gradients it sums once.
+
+    They are there from the first forward pass until the last backward pass, and gradients in whole beside them: FSDP's
+    own way, block by block for each pass, sends them twice for every micro-batch, which a pipeline has many of.
+
+    Args:
+        chunks: the parts of the model that this worker has, each divided by `shard_module`.
+    """
+
+    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+        self._chunks = list(chunks)
+
+    def before_backward(self, chunk: int, *, last: bool) -> None:
+        """Called before each backward pass.
+
+        Args:
+            chunk: its part of the model.
+            last: whether it is the step's last one there.
+        """
+        root = self._chunks[chunk]
+        assert isinstance(root, FSDPModule)
+        root.set_is_last_backward(last)
+        root.set_requires_gradient_sync(last)
+        root.set_reshard_after_backward(last)
+
+    def give_up(self) -> None:
+        """Keep this worker's share only: after passes that no backward pass follows."""
+        for chunk in self._chunks:
+            for inner in chunk.modules():
+                if isinstance(inner, FSDPModule):
+                    inner.reshard()
 
 
 def _mesh(world: World, device_type: str) -> DeviceMesh:
@@ -113,6 +150,14 @@ class FsdpShards:
                     by_group.setdefault(group.ranks, (group, []))[1].append(local(parameter.grad))
         for group, grads in by_group.values():
             add_up_all(grads, group)
+
+    def sums_of(self, name: str) -> list[Tensor]:
+        """Its shard's gradient, whole at every rank that has one: nobody has to give it.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"the gradient of {name!r} is summed where it is computed")
 
     def used(self) -> Tensor:
         """(P,) float64: 1 for every parameter that has a gradient."""

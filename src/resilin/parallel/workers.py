@@ -18,17 +18,18 @@ from resilin.optim.clip import clip_factor, total_norm
 from resilin.parallel.activity import doing, waiting
 from resilin.parallel.canonical import GradientSum, Node
 from resilin.parallel.errors import ParallelError
-from resilin.parallel.exchange import add_up_all
+from resilin.parallel.exchange import add_up_all, share
 from resilin.parallel.group import Group
 from resilin.parallel.messages import tell_all
 from resilin.parallel.reduction import Reduced
 from resilin.parallel.report import Report, Summed
+from resilin.parallel.sharded import Gathered
 from resilin.parallel.step import Autocast, StepGradient, check_units, non_finite_slots
 from resilin.parallel.stretches import Kept, StretchSums, blocks_in, stretches
 from resilin.parallel.world import World
 
 Collect = Callable[[int], None]
-"""Told the number of a chunk of the model when its gradients of the next micro-batch are complete in `.grad`."""
+"""Told the number of some parameters when their gradients of the next micro-batch are complete in `.grad`."""
 
 
 class Passes(Protocol):
@@ -36,10 +37,12 @@ class Passes(Protocol):
 
     Attributes:
         chunks: the parts of the model that this worker has.
+        collected: for each number that `train` gives `collect`, the parameters whose gradients are complete then.
         speaks: whether this worker computes losses; of those that do so for one micro-batch only one speaks.
     """
 
     chunks: Sequence[nn.Module]
+    collected: Sequence[Sequence[nn.Parameter]]
     speaks: bool
 
     def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect) -> list[Loss]:
@@ -71,6 +74,7 @@ class WholeModel:
         autocast: the format of the step.
         speaks: whether this worker's losses are counted.
         prepare: takes this worker's part of a batch, where rows are divided.
+        gathered: of weights that are gathered once a step; None: each worker has them, or they come and go.
     """
 
     def __init__(
@@ -83,8 +87,11 @@ class WholeModel:
         autocast: Autocast,
         speaks: bool = True,
         prepare: Callable[[Batch], Batch] = lambda batch: batch,
+        gathered: Gathered | None = None,
     ) -> None:
+        self._gathered = gathered
         self.chunks: Sequence[nn.Module] = (model,)
+        self.collected: Sequence[Sequence[nn.Parameter]] = [list(model.parameters())]
         self.speaks, self._prepare = speaks, prepare
         self._objective, self._computed, self._device, self._autocast = objective, computed, device, autocast
 
@@ -95,6 +102,8 @@ class WholeModel:
             doing("forward and backward of micro-batch", number)
             with self._autocast():
                 loss = self._objective(self._computed, self._prepare(batch.to(self._device)), keys)
+            if self._gathered is not None:
+                self._gathered.before_backward(0, last=number == len(micros) - 1)
             loss.sum.backward()
             collect(0)
             losses.append(Loss(loss.sum.detach(), loss.units.detach(), loss.logs))
@@ -107,7 +116,27 @@ class WholeModel:
         for batch in batches:
             with self._autocast():
                 losses.append(self._objective(self._computed, self._prepare(batch.to(self._device)), None))
+        if self._gathered is not None:
+            self._gathered.give_up()
         return losses
+
+
+@dataclass(frozen=True, slots=True)
+class Giver:
+    """A rank that has what all of a group need.
+
+    Attributes:
+        group: in which it is.
+        index: its place there.
+    """
+
+    group: Group
+    index: int
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is this rank."""
+        return self.group.index == self.index
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +147,7 @@ class Trained:
         parameter: this worker's part.
         reduction: the name of the group that its gradient is summed over, and its optimizer's states divided over.
         sum_over: further groups in which each rank has only a part of the gradient's sum.
+        given_by: the group in which one rank has the whole sum, and gives the others what they own of it.
         counted: whether this worker's part counts in the gradient's norm: of copies one does.
         row: its number among all parameters of the whole model.
     """
@@ -125,6 +155,7 @@ class Trained:
     parameter: nn.Parameter
     reduction: str
     sum_over: tuple[Group, ...] = ()
+    given_by: Giver | None = None
     counted: bool = True
     row: int = 0
 
@@ -216,10 +247,11 @@ class Workers:
         self._report = Report(world.everyone, device)
         collected = {name for name, entry in self.trained.items() if self.reductions[entry.reduction].collects}
         by_parameter = {id(entry.parameter): name for name, entry in self.trained.items() if name in collected}
-        self._chunk_names = [
-            [by_parameter[id(p)] for p in chunk.parameters() if id(p) in by_parameter] for chunk in passes.chunks
+        self._collected = [
+            [by_parameter[id(p)] for p in parameters if id(p) in by_parameter] for parameters in passes.collected
         ]
-        missing = collected - {name for names in self._chunk_names for name in names}
+        given = {name for name, entry in self.trained.items() if entry.given_by and not entry.given_by.is_here}
+        missing = collected - given - {name for names in self._collected for name in names}
         if missing:
             raise ParallelError(f"parameter {min(missing)!r} is in no part of the model that this worker has")
         self._shared = self._sums_over()
@@ -273,10 +305,10 @@ class Workers:
             row = rows[1]
         sums = [
             StretchSums(partial(GradientSum, [self.trained[name].parameter for name in names]), todo)
-            for names in self._chunk_names
+            for names in self._collected
         ]
         with self.trace.step(keys.step) if self.trace is not None else nullcontext():
-            losses = self.passes.train(parts, lambda chunk: sums[chunk].collect())
+            losses = self.passes.train(parts, lambda part: sums[part].collect())
         made = Kept(keys.step, todo, dict(zip(todo, losses, strict=True)) if losses else {}, [s.blocks() for s in sums])
         before = self._kept_of(keys.step)
         if before is not None:
@@ -291,8 +323,8 @@ class Workers:
         blocks = [node[:2] for node in nodes[0]]
         leaves: list[dict[str, Tensor | None]] = [{} for _ in blocks]
         for number, leaf in enumerate(leaves):
-            for names, chunk in zip(self._chunk_names, nodes, strict=True):
-                for name, grad in zip(names, chunk[number].sum, strict=True):
+            for names, part in zip(self._collected, nodes, strict=True):
+                for name, grad in zip(names, part[number].sum, strict=True):
                     before = leaf.get(name)  # a tied weight of two stages of this worker
                     leaf[name] = grad if before is None else before if grad is None else before + grad
         for leaf in leaves:
@@ -301,10 +333,19 @@ class Workers:
         for reduction in self.reductions.values():
             names = reduction.names if reduction.collects else []
             mine = [
-                Node(start, height, [leaf[name] for name in names])
+                Node(start, height, [leaf.get(name) for name in names])
                 for (start, height), leaf in zip(blocks, leaves, strict=True)
             ]
             reduction.reduce(mine, self._blocks_in(reduction.group, step, count))
+        for name, entry in self.trained.items():
+            if entry.given_by is not None:
+                self._give(self.reductions[entry.reduction], name, entry.given_by)
+
+    def _give(self, reduction: Reduced, name: str, giver: Giver) -> None:
+        """Ranks of the group own the same elements of a parameter: who has the sum gives the others theirs."""
+        for mine in reduction.sums_of(name):
+            nothing = mine.new_empty(0)
+            share([mine if index == giver.index else nothing for index in range(giver.group.size)], giver.group)()
 
     def _blocks_in(self, group: Group, step: int, count: int) -> list[list[tuple[int, int]]]:
         """The blocks of every rank of a group."""
@@ -349,9 +390,9 @@ class Workers:
         for reduction in self.reductions.values():
             entries = [self.trained[name] for name in reduction.names]
             at = torch.tensor([entry.row for entry in entries], dtype=torch.int64)
-            counted = torch.tensor([entry.counted for entry in entries], dtype=torch.float64)
+            counted = torch.tensor([entry.counted for entry in entries], dtype=torch.bool)
             used[at] += reduction.used()
-            found = reduction.squares() * counted[:, None]
+            found = reduction.squares().where(counted[:, None], 0.0)
             squares[at] += found if self._exact else found.sum(1, keepdim=True)
         return used, squares if self._exact else squares.sum()[None]
 

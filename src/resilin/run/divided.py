@@ -22,10 +22,10 @@ from resilin.nouns import Objective, Optimizer, Source, State
 from resilin.parallel.assemble import Assembled, Facts, assemble
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.errors import ParallelError
-from resilin.parallel.part import Part, divide_decoder
+from resilin.parallel.part import Part, divide_decoder, splits_backward
 from resilin.parallel.pipeline.passes import PipelinePasses
 from resilin.parallel.pipeline.trace import Trace
-from resilin.parallel.sharded import local, shard_module
+from resilin.parallel.sharded import Gathered, local, shard_module
 from resilin.parallel.state import StateLayout, like
 from resilin.parallel.workers import Passes, WholeModel, Workers
 from resilin.parallel.world import World
@@ -85,10 +85,19 @@ def divide(
     check_division(settings, world, model, source, whole)
     if _whole_everywhere(world):
         blueprint = Blueprint.uncut(model, world.degrees, whole)
+        gathered: Gathered | None = None
         if settings.parallel.sharding == "fsdp":
-            blueprint = replace(blueprint, sharded=True)
-            shard_module(model, world, device.type)
-        passes = WholeModel(model, objective, compiled(model) or model, device=device, autocast=precision.autocast)
+            blueprint, by_step = replace(blueprint, sharded=True), settings.parallel.gathers_by_step(1)
+            shard_module(model, world, device.type, by_step=by_step)
+            gathered = Gathered([model]) if by_step else None
+        passes = WholeModel(
+            model,
+            objective,
+            compiled(model) or model,
+            device=device,
+            autocast=precision.autocast,
+            gathered=gathered,
+        )
         part = Part(passes, blueprint, {})
     else:
         precise = settings.precision
@@ -232,7 +241,7 @@ def check_division(settings: RunSettings, world: World, model: nn.Module, source
         ParallelError: what it is.
     """
     if settings.parallel.sharding == "fsdp":
-        _check_sharded(settings, world, whole)
+        _check_sharded(settings, world, model, whole)
     if not _whole_everywhere(world):
         _check(settings, world, model, source)
 
@@ -242,7 +251,25 @@ def _whole_everywhere(world: World) -> bool:
     return world.degrees.data * world.degrees.replicate == world.size and world.degrees.expert == 1
 
 
-def _check_sharded(settings: RunSettings, world: World, whole: set[str]) -> None:
+def _check_sharded_stages(settings: RunSettings, model: nn.Module) -> None:
+    """Refuse what FSDP cannot do with the stages of a pipeline.
+
+    Raises:
+        ParallelError: what it is.
+    """
+    if splits_backward(settings.parallel.schedule):
+        raise ParallelError(
+            f"parallel.schedule = {settings.parallel.schedule!r} cuts backward passes in halves, and sharding = 'fsdp' "
+            "takes gradients when a whole one ends: use gpipe, 1f1b or interleaved, or sharding = 'zero1'"
+        )
+    if not isinstance(model, Decoder):
+        raise ParallelError(
+            f"sharding = 'fsdp' in a pipeline divides a Decoder's stages, and a {type(model).__name__} has more around "
+            "its own: use sharding = 'zero1', or pipeline = 1"
+        )
+
+
+def _check_sharded(settings: RunSettings, world: World, model: nn.Module, whole: set[str]) -> None:
     """Refuse what does not go with FSDP.
 
     Raises:
@@ -254,7 +281,7 @@ def _check_sharded(settings: RunSettings, world: World, whole: set[str]) -> None
             "sharding = 'fsdp' divides weights among data workers, and there is one: raise parallel.data"
         )
     if degrees.pipeline > 1:
-        raise ParallelError("sharding = 'fsdp' does not go with a pipeline: use sharding = 'zero1', or pipeline = 1")
+        _check_sharded_stages(settings, model)
     if whole:
         raise ParallelError(
             f"{type(settings.optimizer).__name__} updates whole matrices ({min(whole)}), and sharding = 'fsdp' leaves "

@@ -20,6 +20,7 @@ from torch import Tensor
 from resilin.checkpoint.background import BackgroundSaves
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.tree import put_together, take_apart
+from resilin.cluster.addresses import joined, parse
 from resilin.cluster.agent import Agent, HaltedError
 from resilin.cluster.failure import kind_of
 from resilin.cluster.links import Links, LinksCutError
@@ -79,14 +80,13 @@ class Elastic:
 
     Args:
         agent: speaks with the launcher.
-        host: the address at which other members reach this one.
     """
 
-    def __init__(self, agent: Agent, host: str = "127.0.0.1") -> None:
+    def __init__(self, agent: Agent) -> None:
         self._agent, self.number = agent, agent.number
         self.pool = Pool(self.number)
-        self._server = PeerServer(self.pool, agent.secret, host)
-        agent.store.set(f"peer/{self.number}", f"{self._server.address.host}:{self._server.address.port}")
+        self._server = PeerServer(self.pool, agent.secret, agent.address)
+        agent.store.set(f"peer/{self.number}", joined(agent.address, self._server.address.port))
         self.snapshots = Snapshots(self._connect, self._arrived)
         self._weights = _Weights()
         self._links: Links | None = None
@@ -103,9 +103,11 @@ class Elastic:
     def in_turn(self) -> Iterator[None]:
         """The body, at one worker before all others: what it prepares, they find."""
         store, mine = self._agent.store, str(self.number)
-        first = store.compare_set("preparing", "", mine).decode() == mine
         with activity.waiting((-1,), "waiting for what the first worker prepares"):
-            while not (first or store.check(["prepared"])):
+            # Once it is lost before it is done, whoever asks next is the first.
+            while not (
+                (first := store.compare_set("preparing", "", mine).decode() == mine) or store.check(["prepared"])
+            ):
                 self._agent.check()
                 time.sleep(0.05)
         yield
@@ -262,7 +264,9 @@ class Elastic:
         self._parts = Parts()
         self._parts.begin("groups")
         view, kept = change.view, self._kept
-        self._links = Links(self._agent.store, view.epoch, view.members.index(self.number), self._agent.timeout)
+        self._links = Links(
+            self._agent.store, view.epoch, view.members.index(self.number), self._agent.timeout, self._agent.address
+        )
         self._agent.check()  # it may have been called off before there was anything to cut
         self.world = ViewWorld(view, self.number, self._links)
         activity.now.place = self.world.where
@@ -376,9 +380,8 @@ class Elastic:
         return f"{total:016x}"
 
     def _connect(self, member: int) -> Peer:
-        address = self._agent.store.get(f"peer/{member}").decode()
-        host, _, port = address.rpartition(":")
-        return Peer(Address(host, int(port)), self._agent.secret, self._agent.timeout)
+        host, port = parse(self._agent.store.get(f"peer/{member}").decode())
+        return Peer(Address(host, port), self._agent.secret, self._agent.timeout)
 
     def close(self) -> None:
         """End the threads and connections of this worker."""

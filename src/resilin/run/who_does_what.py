@@ -15,9 +15,11 @@ from resilin.models.settings import ModelContext
 from resilin.nouns import Source
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.dtypes import DTYPES
-from resilin.parallel.part import Cutting, cutting_of, schedule_of
+from resilin.parallel.part import Cutting, adds_tied_in_order, cutting_of, schedule_of
+from resilin.parallel.pipeline.messages import lower
 from resilin.parallel.pipeline.schedule import F, I, Schedule
 from resilin.parallel.pipeline.simulate import simulate
+from resilin.parallel.pipeline.tied import heads_kept
 from resilin.parallel.workers import micro_batches, run_of
 from resilin.parallel.world import World
 from resilin.run.build import build_sources, steps_of
@@ -37,8 +39,8 @@ class Share:
         blocks: of the model, in runs; a worker has several where a schedule interleaves.
         micro_batches: that it computes in a step.
         slots: of the step that it reads.
-        weights: bytes.
-        gradients: bytes, of one sum.
+        weights: bytes, while a step is computed.
+        gradients: bytes of one sum, and of the head's part where it waits for that of an embedding that is tied to it.
         optimizer: bytes of its states.
         activations: bytes at the peak, estimated.
         in_flight: micro-batches whose activations are there at that peak.
@@ -121,6 +123,8 @@ def who_does_what(settings: RunSettings, workers: int) -> Division:
             schedule = schedule_of(settings.parallel, cutting, world, count)
             bubble = max(bubble or 0.0, float(simulate(schedule).bubble))
         blocks, flight, kept = _activations(settings, decoder, cutting, schedule, mine, tokens)
+        if decoder is not None and schedule is not None and adds_tied_in_order(settings.parallel, mine, decoder):
+            gradients[rank] += _waiting(schedule, mine) * decoder.embed.weight.nbytes
         shares.append(
             Share(
                 rank, {a: mine.coordinate(a) for a in _AXES if mine.axis(a) > 1}, blocks, count, slots, weights[rank],
@@ -151,10 +155,22 @@ def _bytes(settings: RunSettings, outline: nn.Module, blueprint: Blueprint) -> t
         if tensor.dim()
     }
     found = []
-    for tensors in (weights, trained, states):
-        at = blueprint.layout(tensors).bytes_at() if tensors else {}
+    whole = replace(blueprint, sharded=False)
+    by_step = blueprint.sharded and settings.parallel.gathers_by_step(blueprint.degrees.pipeline)
+    for tensors, places in ((weights, blueprint), (trained, whole if by_step else blueprint), (states, blueprint)):
+        at = places.layout(tensors).bytes_at() if tensors else {}
         found.append([int(at.get(rank_place(rank), 0)) for rank in range(blueprint.degrees.workers)])
+    if by_step:
+        gathered = whole.layout(weights).bytes_at()
+        found[0] = [kept + int(gathered.get(rank_place(rank), 0)) for rank, kept in enumerate(found[0])]
     return found[0], found[1], found[2]
+
+
+def _waiting(schedule: Schedule, world: World) -> int:
+    """Micro-batches whose gradients of a tied head are kept, each by itself, at a worker."""
+    if world.coordinate("pp") != schedule.rank_of[-1]:
+        return 0
+    return heads_kept(lower(schedule, tied=True)[schedule.rank_of[-1]], schedule.stages - 1)
 
 
 def _activations(

@@ -104,6 +104,9 @@ def check_messages(schedule: MemberSchedule) -> None:
     for here, there in zip(schedule.rank_of, schedule.rank_of[1:], strict=False):
         expected += 2 * len(transfers(schedule.tables[here], schedule.tables[there])) * (here != there)
     assert check_rendezvous(rows) == expected
+    first, last = schedule.rank_of[0], schedule.rank_of[-1]
+    more = len(transfers(schedule.tables[first], schedule.tables[last])) * (first != last)
+    assert check_rendezvous(lower_members(schedule, tied=True)) == expected + more
     for number, row in enumerate(rows):
         assert tuple(op for op in row if isinstance(op, Action)) == schedule.actions[number]
         for op in row:

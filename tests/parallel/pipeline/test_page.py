@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from resilin.parallel.pipeline import Split, build, simulate
+from resilin.parallel.pipeline import Split, build, lower, simulate
+from resilin.parallel.pipeline.tied import heads_kept
 
 PAGE = Path(__file__).parents[3] / "docs" / "pipeline.md"
 
@@ -31,3 +32,15 @@ def test_the_pages_table_is_of_these_schedules(name: str, bubble: int) -> None:
     timeline = simulate(build(name, 4, 4, 12))
     assert line.split()[2] == str(timeline.makespan)
     assert timeline.bubble * 12 == bubble
+
+
+def test_the_pages_table_of_gradients_kept_for_tied_embeddings_is_what_is_kept() -> None:
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith("| ranks | `gpipe`"))
+    methods = [cell.split("`")[1] for cell in lines[begin].split("|")[2:-1]]
+    rows = [[int(cell) for cell in line.split("|")[1:-1]] for line in lines[begin + 2 : begin + 6]]
+    for ranks, *said in rows:
+        for method, kept in zip(methods, said, strict=True):
+            stages = ranks * (2 if method in ("interleaved", "zb-v") else 1)
+            schedule = build(method, stages, ranks, 4 * ranks)
+            assert heads_kept(lower(schedule, tied=True)[schedule.rank_of[-1]], stages - 1) == kept

@@ -169,6 +169,23 @@ def test_messages_never_lock_or_mix_though_both_sides_block_and_nothing_is_tagge
                 assert Action(Kind.F, op.message.source, op.message.micro) in there
 
 
+@given(schedules(most_ranks=6, most_micros=12), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_what_the_first_stage_has_for_a_tied_head_comes_once_and_in_order(schedule: Schedule, transfer: int) -> None:
+    rows, plain = lower(schedule, transfer=transfer, tied=True), lower(schedule, transfer=transfer)
+    first, last = schedule.rank_of[0], schedule.rank_of[-1]
+    assert check_rendezvous(rows) == check_rendezvous(plain) + schedule.micros * (first != last)
+    backwards = [a.micro for a in schedule.actions[first] if not a.stage and a.kind in (Kind.B, Kind.I)]
+    for rank, row in enumerate(rows):
+        extra = [op for op in row if not isinstance(op, Action) and op.message.embedded]
+        assert [op for op in row if op not in extra] == list(plain[rank])  # all else stays as it is
+        at_an_end = first != last and rank in (first, last)
+        assert [op.message.micro for op in extra] == (backwards if at_an_end else [])
+        for op in extra if rank == first else ():  # sent after it was made
+            made = [n for n, a in enumerate(row) if a in (Action(k, 0, op.message.micro) for k in (Kind.B, Kind.I))]
+            assert made[0] < row.index(op)
+
+
 def test_the_obvious_order_of_messages_locks() -> None:
     """Receive, compute, send, one after the other: 1F1B's neighbours both want to send."""
     from resilin.parallel.pipeline import Message, Receive, Send, result_of

@@ -222,6 +222,18 @@ class Go:
 
 
 @dataclass(frozen=True, slots=True)
+class Signal:
+    """Take this as if the system had sent it to the process.
+
+    Attributes:
+        number: SIGTERM: leave the run; SIGINT: the run is to save and end.
+    """
+
+    kind: ClassVar[str] = "signal"
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """Your part is over.
 
@@ -236,12 +248,13 @@ class End:
 
 
 Message = (
-    Hello | Warm | Beat | Halted | Ready | Committed | Leaving | Done | Failed | Told | Halt | Pause | Adopt | Go | End
-)
+    Hello | Warm | Beat | Halted | Ready | Committed | Leaving | Done | Failed | Told
+    | Halt | Pause | Adopt | Go | Signal | End
+)  # fmt: skip
 _KINDS: dict[str, Any] = {
     cls.kind: cls
     for cls in (
-        Hello, Warm, Beat, Halted, Ready, Committed, Leaving, Done, Failed, Told, Halt, Pause, Adopt, Go, End,
+        Hello, Warm, Beat, Halted, Ready, Committed, Leaving, Done, Failed, Told, Halt, Pause, Adopt, Go, Signal, End,
     )
 }  # fmt: skip
 

@@ -54,6 +54,12 @@ class Links:
                     sender, receiver = number[Member(a, one.sender)], number[Member(b, one.receiver)]
                     part = Part(source, target, one)
                     table.setdefault((sender, source, one.sender_micro), []).append((part, receiver))
+        self._embedded: dict[Cell, list[tuple[Part, int]]] = {}
+        first, last = rank_of[0], rank_of[-1]
+        for one in transfers(tables[first], tables[last]):
+            part = Part(0, len(rank_of) - 1, one, embedded=True)
+            sender, receiver = number[Member(first, one.sender)], number[Member(last, one.receiver)]
+            self._embedded.setdefault((sender, 0, one.sender_micro), []).append((part, receiver))
 
     def made(self, member: int, action: Action) -> list[tuple[Part, int]]:
         """(part, receiving member) of what an action has for a neighbouring stage."""
@@ -61,6 +67,12 @@ class Links:
             return []
         table = self._forward if action.kind is F else self._back
         return table.get((member, action.stage, action.micro), [])
+
+    def embedded(self, member: int, action: Action) -> list[tuple[Part, int]]:
+        """(part, receiving member) of what a backward of the first stage has for the last one, where they are tied."""
+        if action.kind not in (B, I):
+            return []
+        return self._embedded.get((member, action.stage, action.micro), [])
 
     def awaited(self) -> tuple[dict[Cell, int], dict[Cell, int]]:
         """How many parts each forward and each backward waits for."""

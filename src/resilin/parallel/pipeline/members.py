@@ -158,12 +158,18 @@ def simulate_members(schedule: MemberSchedule, costs: Costs | None = None, trans
 
 
 def lower_members(
-    schedule: MemberSchedule, costs: Costs | None = None, transfer: PerStage = 0
+    schedule: MemberSchedule, costs: Costs | None = None, transfer: PerStage = 0, *, tied: bool = False
 ) -> tuple[tuple[Op, ...], ...]:
     """Each member's actions with its sends and receives of rows between them; peers are members' numbers.
 
     All are cut from one common order, as `lower` does it, a message's parts ascending by slot. So they run to their
     end however strictly they are done, and `check_rendezvous` passes.
+
+    Args:
+        schedule: of members.
+        costs: as for `simulate_members`, like what follows.
+        transfer: between stages.
+        tied: whether the first stage's gradients of the embedding's output go to the last stage.
 
     Raises:
         ScheduleError: as `simulate_members` does.
@@ -180,7 +186,7 @@ def lower_members(
         if not key[3]:
             rows[member].append(action)
             continue
-        for part, receiver in links.made(member, action):
+        for part, receiver in links.made(member, action) + (links.embedded(member, action) if tied else []):
             if receiver != member:  # stages of one rank share its table, so what stays on a rank stays on a member
                 rows[member].append(Send(part, receiver))
                 rows[receiver].append(Receive(part, member))

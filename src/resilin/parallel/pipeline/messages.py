@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TypeAlias
 
 from resilin.parallel.pipeline.errors import ScheduleError
-from resilin.parallel.pipeline.schedule import Action, F, Schedule, W
+from resilin.parallel.pipeline.schedule import Action, B, F, I, Schedule, W
 from resilin.parallel.pipeline.simulate import Costs, PerStage, simulate
 from resilin.parallel.pipeline.slots import Transfer
 from resilin.parallel.pipeline.timeline import Time
+
+
+class Carried(IntEnum):
+    """What a message carries."""
+
+    BACK = 0
+    """The gradient of activations, to the stage that made them."""
+    FORWARD = 1
+    """Activations, to the next stage."""
+    EMBEDDED = 2
+    """The gradient of the embedding's output, from the first stage to the last, whose head has the same weight: there
+    the two gradients of a micro-batch are added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,18 +32,25 @@ class Message:
 
     Attributes:
         source: the stage that made it.
-        target: the stage that waits for it: one more, or one less.
+        target: the stage that waits for it: one more, or one less; the last one, of what the first has `embedded`.
         micro: the micro-batch.
+        embedded: whether it is for the sum of a weight that is tied; see `Carried`.
     """
 
     source: int
     target: int
     micro: int
+    embedded: bool = False
+
+    @property
+    def carries(self) -> Carried:
+        """What is in it."""
+        return Carried.EMBEDDED if self.embedded else Carried(self.target > self.source)
 
     @property
     def forward(self) -> bool:
-        """Activations; else a gradient."""
-        return self.target > self.source
+        """Whether it carries activations."""
+        return self.carries is Carried.FORWARD
 
     @property
     def label(self) -> str:
@@ -46,16 +66,23 @@ class Part:
         source: the stage that made them.
         target: the stage that waits for them.
         rows: which slots, and at which rows of whose micro-batch.
+        embedded: as of a `Message`.
     """
 
     source: int
     target: int
     rows: Transfer
+    embedded: bool = False
+
+    @property
+    def carries(self) -> Carried:
+        """What is in it."""
+        return Carried.EMBEDDED if self.embedded else Carried(self.target > self.source)
 
     @property
     def forward(self) -> bool:
-        """Activations; else a gradient."""
-        return self.target > self.source
+        """Whether it carries activations."""
+        return self.carries is Carried.FORWARD
 
     @property
     def label(self) -> str:
@@ -76,7 +103,7 @@ class Send:
     peer: int
 
     def __str__(self) -> str:
-        return f"{self.message.source}SEND_{'F' if self.message.forward else 'B'}{self.message.label}"
+        return f"{self.message.source}SEND_{self.message.carries.name[0]}{self.message.label}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +119,7 @@ class Receive:
     peer: int
 
     def __str__(self) -> str:
-        return f"{self.message.target}RECV_{'F' if self.message.forward else 'B'}{self.message.label}"
+        return f"{self.message.target}RECV_{self.message.carries.name[0]}{self.message.label}"
 
 
 Op: TypeAlias = Action | Send | Receive
@@ -106,8 +133,19 @@ def result_of(action: Action, stages: int) -> Message | None:
     return Message(action.stage, target, action.micro) if 0 <= target < stages else None
 
 
+def embedded_of(action: Action, stages: int) -> Message | None:
+    """What a backward of the first stage has for the last one, whose head has the embedding's weight."""
+    if action.stage or action.kind not in (B, I):
+        return None
+    return Message(0, stages - 1, action.micro, embedded=True)
+
+
 def lower(
-    schedule: Schedule, costs: Costs | Callable[[Action], Time] = Costs(), transfer: PerStage = 0
+    schedule: Schedule,
+    costs: Costs | Callable[[Action], Time] = Costs(),
+    transfer: PerStage = 0,
+    *,
+    tied: bool = False,
 ) -> tuple[tuple[Op, ...], ...]:
     """Each rank's actions with its sends and receives between them.
 
@@ -121,6 +159,7 @@ def lower(
         schedule: any that does not deadlock.
         costs: for the simulation: real ones give the order of least waiting, any give the same results.
         transfer: likewise.
+        tied: whether the first stage's gradients of the embedding's output go to the last stage.
 
     Raises:
         ScheduleError: as `simulate` does.
@@ -130,6 +169,8 @@ def lower(
         # What is made at a time goes before what starts then; an action of no duration still comes before its message.
         events.append(((record.start, True, position, False), record.action))
         message = result_of(record.action, schedule.stages)
+        if message is None and tied:
+            message = embedded_of(record.action, schedule.stages)
         if message is not None:
             instant = record.end == record.start
             events.append(((record.end, instant, position, True), message))

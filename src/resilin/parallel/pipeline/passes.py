@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,10 +26,12 @@ from resilin.models.linear import WeightGradients, weight_gradients_later
 from resilin.models.stage_span import Hidden
 from resilin.nouns import Batch, Loss, Objective
 from resilin.parallel.activity import doing, waiting
-from resilin.parallel.pipeline.messages import Message, Op, Part, Receive, Send
+from resilin.parallel.pipeline.messages import Carried, Message, Op, Part, Receive, Send
 from resilin.parallel.pipeline.schedule import Action, B, F, I, W
 from resilin.parallel.pipeline.stage import Stage
+from resilin.parallel.pipeline.tied import TiedSum
 from resilin.parallel.pipeline.timeline import Record
+from resilin.parallel.sharded import Gathered
 from resilin.parallel.step import Autocast
 from resilin.parallel.workers import Collect
 
@@ -39,8 +42,8 @@ _STAGES = 4096  # more than any pipeline has: tags are numbers
 Micro = tuple[Batch, Keys | None]
 
 
-Way = tuple[int, int, bool]
-"""Where a payload goes: the stage, its micro-batch there, and whether forward."""
+Way = tuple[int, int, Carried]
+"""Where a payload goes: the stage, its micro-batch there, and what it is."""
 
 
 @dataclass
@@ -50,6 +53,8 @@ class _Flight:
     later: WeightGradients = field(default_factory=WeightGradients)
     early: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)  # gradients made by the input's half
     incoming: Tensor | None = None
+    embedded: Tensor | None = None  # the embedding's output, where its gradient goes to the last stage
+    tokens: Tensor | None = None  # ids that it was given
     edge: GradientEdge | None = None
     loss: Loss | None = None
 
@@ -71,7 +76,11 @@ class _Walk:
     training: bool
     splits: bool
     collect: Collect
+    left: dict[int, int]  # micro-batches that each stage has to take backward yet
     unsent: dict[Way, int]
+    unasked: dict[Way, int]  # of what is for the sum of a tied weight
+    tied: TiedSum | None = None
+    due: set[int] = field(default_factory=set)  # micro-batches whose part of that sum has been sent here
     flights: dict[tuple[int, int], _Flight] = field(default_factory=dict)
     made: dict[Way, Tensor] = field(default_factory=dict)
     posts: dict[Way, _Post] = field(default_factory=dict)
@@ -82,13 +91,13 @@ class _Walk:
 def _from(message: Message | Part) -> Way:
     """Which payload of the sender's a message is of."""
     micro = message.micro if isinstance(message, Message) else message.rows.sender_micro
-    return message.source, micro, message.forward
+    return message.source, micro, message.carries
 
 
 def _to(message: Message | Part) -> Way:
     """Which payload of the receiver's a message is of."""
     micro = message.micro if isinstance(message, Message) else message.rows.receiver_micro
-    return message.target, micro, message.forward
+    return message.target, micro, message.carries
 
 
 class PipelinePasses:
@@ -107,8 +116,13 @@ class PipelinePasses:
         autocast: the format of the step.
         speaks: whether the losses that this rank computes are counted.
         prepare: takes this rank's part of a batch, where rows are divided.
+        tied: the weight that is both embedding and head, at a rank with either, if its gradients are summed at the last
+            stage: then `ops_for` sends there what that needs.
+        gathered: of weights that are gathered once a step; None: each rank has them, or they come and go.
 
     Attributes:
+        collected: for each number that `train` gives `collect`, the parameters whose gradients are complete: a stage's,
+            but for the tied weight, which comes last, at the last stage.
         measure: whether to keep when each action runs.
         records: of the last step; seconds since the epoch.
         core_seconds: for how long this process's thread had a core while the actions of `records` ran. With one thread
@@ -129,7 +143,10 @@ class PipelinePasses:
         autocast: Autocast,
         speaks: bool = True,
         prepare: Callable[[Batch], Batch] = lambda batch: batch,
+        tied: nn.Parameter | None = None,
+        gathered: Gathered | None = None,
     ) -> None:
+        self._gathered = gathered
         self._stages = {stage.number: stage for stage in stages}
         self._chunk = {stage.number: place for place, stage in enumerate(stages)}
         self.chunks: Sequence[nn.Module] = [stage.module for stage in stages]
@@ -137,6 +154,15 @@ class PipelinePasses:
         self._peers, self._number, self._process_group = peers, number, process_group
         self._device, self._autocast, self._prepare = device, autocast, prepare
         self._last = any(stage.span.last for stage in stages)
+        self._tied = tied
+        self.collected: Sequence[Sequence[nn.Parameter]] = [
+            [p for p in module.parameters() if p is not tied] for module in self.chunks
+        ]
+        if tied is not None:
+            for stage in stages:
+                stage.span.apart = stage.span.first
+            if self._last:
+                self.collected = [*self.collected, [tied]]
         self.speaks = speaks and self._last
         self._tagged = len(peers) > 1 and dist.get_backend(process_group) == "gloo"
         self._known: dict[int, tuple[Op, ...]] = {}
@@ -168,7 +194,10 @@ class PipelinePasses:
                 ops.append(Action(F, number, micro))
                 if number + 1 not in self._stages and number + 1 < len(self._rank_of):
                     ops.append(Send(Message(number, number + 1, micro), self._rank_of[number + 1]))
-        return self._go(ops, [(batch, None) for batch in batches], lambda _: None, training=False)
+        losses = self._go(ops, [(batch, None) for batch in batches], lambda _: None, training=False)
+        if self._gathered is not None:
+            self._gathered.give_up()
+        return losses
 
     def _go(self, ops: Sequence[Op], micros: Sequence[Micro], collect: Collect, *, training: bool) -> list[Loss]:
         on_device = [(self._prepare(batch.to(self._device)), keys) for batch, keys in micros]
@@ -177,7 +206,11 @@ class PipelinePasses:
             shapes = [stage.shape(partial(self._call, stage, micro)) for micro in on_device]
         splits = any(isinstance(op, Action) and op.kind is I for op in ops)
         unsent = Counter(_from(op.message) for op in ops if isinstance(op, Send))
-        walk = _Walk(on_device, shapes, training, splits, collect, unsent)
+        unasked = Counter(_to(op.message) for op in ops if isinstance(op, Receive) and op.message.embedded)
+        left = Counter(op.stage for op in ops if isinstance(op, Action) and op.kind in (B, W))
+        walk = _Walk(on_device, shapes, training, splits, collect, left, unsent, unasked)
+        if self._tied is not None and self._last and training:
+            walk.tied = TiedSum(self._tied, partial(collect, len(self.chunks)))
         asked = 0
         for place, op in enumerate(ops):
             # Messages without tags come in the order in which they are asked for: then nothing is asked for early.
@@ -187,9 +220,14 @@ class PipelinePasses:
                     self._ask(walk, coming)
             asked = max(asked, end)
             if isinstance(op, Action):
+                due = tuple(walk.due)  # what comes now travels while this rank computes
                 self._act(walk, op)
+                self._add_tied(walk, due)
             elif isinstance(op, Send):
                 self._send(walk, op)
+            elif op.message.embedded:
+                self._expect_tied(walk, _to(op.message))
+        self._add_tied(walk, walk.due)
         doing("sending to other stages")
         for work, _, rank in walk.sends:
             with waiting((rank,)):
@@ -221,10 +259,12 @@ class PipelinePasses:
         tokens = walk.shapes[micro][1]
         incoming: Hidden | None = None
         if not stage.span.first:
-            flight.incoming = self._arrived(walk, (number, micro, True)).requires_grad_(walk.training)
+            flight.incoming = self._arrived(walk, (number, micro, Carried.FORWARD)).requires_grad_(walk.training)
             incoming = stage.width(tokens, before=True).unpack(flight.incoming)
         with self._autocast(), weight_gradients_later(flight.later, walk.splits):
             result = stage.forward(incoming, partial(self._call, stage, walk.micros[micro]))
+        flight.embedded, flight.tokens = stage.span.embedded, stage.span.tokens
+        stage.span.embedded = stage.span.tokens = None
         if isinstance(result, Loss):
             walk.losses[micro] = Loss(result.sum.detach(), result.units.detach(), result.logs)
             flight.loss = result if walk.training else None
@@ -232,35 +272,50 @@ class PipelinePasses:
         payload = stage.width(tokens, before=False).pack(result)
         # Of what goes out only its place in the graph is needed once it was sent.
         flight.edge = get_gradient_edge(payload) if payload.requires_grad else None
-        self._hand_on(walk, (number, micro, True), number + 1, payload.detach())
+        self._hand_on(walk, (number, micro, Carried.FORWARD), number + 1, payload.detach())
 
     def _backward(self, walk: _Walk, action: Action) -> None:
         number, micro = action.stage, action.micro
         flight = walk.flights[number, micro]
         if action.kind is I:
             self._set_aside(number, flight, lambda: self._to_the_input(walk, number, micro))
-        elif action.kind is B:
-            self._to_the_input(walk, number, micro)
-        if action.kind is not I:
+            return
+        walk.left[number] -= 1
+        if self._gathered is not None:
+            self._gathered.before_backward(self._chunk[number], last=not walk.left[number])
+        apart: AbstractContextManager[None] = nullcontext()
+        if walk.tied is not None and self._stages[number].span.last:
+            assert flight.tokens is not None
+            apart = walk.tied.head(micro, flight.tokens)
+        with apart:
+            if action.kind is B:
+                self._to_the_input(walk, number, micro)
             for parameter, grad in flight.early:
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             flight.later.compute()
-            walk.collect(self._chunk[number])
-            del walk.flights[number, micro]
+        walk.collect(self._chunk[number])
+        del walk.flights[number, micro]
 
     def _to_the_input(self, walk: _Walk, number: int, micro: int) -> None:
         flight = walk.flights[number, micro]
         if flight.loss is not None:
             flight.loss.sum.backward()
         else:
-            gradient = self._arrived(walk, (number, micro, False))
+            gradient = self._arrived(walk, (number, micro, Carried.BACK))
             if flight.edge is not None:
                 torch.autograd.backward([flight.edge], [gradient])
         if flight.incoming is not None:
             back = flight.incoming.grad
             back = torch.zeros_like(flight.incoming) if back is None else back
-            self._hand_on(walk, (number, micro, False), number - 1, back)
-        flight.loss = flight.edge = flight.incoming = None
+            self._hand_on(walk, (number, micro, Carried.BACK), number - 1, back)
+        if flight.embedded is not None:
+            back = flight.embedded.grad
+            back = torch.zeros_like(flight.embedded) if back is None else back
+            last = len(self._rank_of) - 1
+            self._hand_on(walk, (number, micro, Carried.EMBEDDED), last, back.flatten(1))
+            if last in self._stages:
+                walk.due.add(micro)
+        flight.loss = flight.edge = flight.incoming = flight.embedded = None
 
     def _set_aside(self, number: int, flight: _Flight, half: Callable[[], None]) -> None:
         """Half of a backward pass, whose gradients wait for the other half: leaves are added one after the other.
@@ -276,19 +331,34 @@ class PipelinePasses:
         for parameter, grad in zip(parameters, before, strict=True):
             parameter.grad = grad
 
+    # -- the sum of a tied weight -------------------------------------------------------------------------------
+
+    def _expect_tied(self, walk: _Walk, way: Way) -> None:
+        walk.unasked[way] -= 1
+        if not walk.unasked[way]:
+            walk.due.add(way[1])
+
+    def _add_tied(self, walk: _Walk, due: Collection[int]) -> None:
+        """Add the embedding's part of micro-batches whose messages are under way, in order."""
+        tied = walk.tied
+        while tied is not None and tied.next in due and tied.has_head:
+            doing("adding gradients of the embedding", "micro-batch", tied.next)
+            tied.embedding(self._arrived(walk, (len(self._rank_of) - 1, tied.next, Carried.EMBEDDED)))
+
     # -- messages -----------------------------------------------------------------------------------------------
 
     def _tag(self, message: Message | Part) -> int:
         if not self._tagged:
             return 0
         which = message.micro if isinstance(message, Message) else message.rows.start
-        return (which * 2 + message.forward) * _STAGES + message.target
+        return (which * len(Carried) + message.carries) * _STAGES + message.target
 
     def _ask(self, walk: _Walk, op: Receive) -> None:
         message, way = op.message, _to(op.message)
         rows, tokens = walk.shapes[way[1]]
         if way not in walk.posts:
-            width = self._stages[way[0]].width(tokens, before=message.forward)
+            stage = self._stages[way[0]]
+            width = stage.width(tokens, before=message.forward) if not message.embedded else stage.embedding(tokens)
             walk.posts[way] = _Post(torch.empty(rows, width.values, dtype=width.dtype, device=self._device))
         buffer = walk.posts[way].buffer
         if isinstance(message, Part):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from resilin.models.decoder import Decoder
-from resilin.models.stage_span import Elsewhere, Hidden, ShapeSeen, StageDone, StageSpan
+from resilin.models.stage_span import Elsewhere, Hidden, StageOutput, StageShape, StageSpan
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.pipeline.split import Split
 
@@ -75,12 +75,23 @@ class Width:
         return Hidden(hidden.reshape(B, self.tokens, self.hidden), tuple(logits))
 
 
+class _StageDone(Exception):  # noqa: N818 - not an error: it leaves the objective, whose model ends elsewhere
+    """Raised once the decoder has given something that is no output of the whole model."""
+
+    def __init__(self, output: StageOutput) -> None:
+        super().__init__("this stage is done")
+        self.output = output
+
+
 class Stage:
     """One stage on this rank.
 
+    The objective calls its model as ever, and is left by an exception once the decoder is done: from a hook that runs
+    after all others, so that whoever else hooked the decoder (FSDP) sees a call that ends.
+
     Args:
         number: of the stage.
-        module: the model with this stage's parts only, made by `cut`.
+        module: the model with this stage's parts only, made by `cut`; whatever hooks its decoder has done so.
         sequence_ranks: among how many ranks tensor parallelism divides the tokens between blocks; 1: it does not.
     """
 
@@ -90,14 +101,17 @@ class Stage:
         assert self.decoder.span is not None
         self.span: StageSpan = self.decoder.span
         self._sequence_ranks = sequence_ranks
+        self.decoder.register_forward_hook(_leave)
 
+    @torch.no_grad()
     def shape(self, call: Callable[[], Any]) -> tuple[int, int]:
         """Rows and tokens that the decoder computes when the objective is called so; nothing is computed."""
         self.span.probing = True
         try:
             call()
-        except ShapeSeen as seen:
-            return seen.rows, seen.tokens
+        except _StageDone as done:
+            if isinstance(done.output, StageShape):
+                return done.output.rows, done.output.tokens
         finally:
             self.span.probing = False
         raise ParallelError("the objective did not call its model, which a pipeline relies on")
@@ -112,15 +126,24 @@ class Stage:
         dtype = torch.promote_types(self.decoder.stream_dtype, torch.float32) if routers else self.decoder.stream_dtype
         return Width(local, settings.hidden_size, routers, tokens, dtype)
 
+    def embedding(self, tokens: int) -> Width:
+        """The embedding's output, or its gradient, for rows of so many tokens."""
+        return Width(tokens, self.decoder.settings.hidden_size, (), tokens, self.decoder.embed.weight.dtype)
+
     def forward(self, incoming: Hidden | None, call: Callable[[], Any]) -> Any:
         """What the objective gives at the last stage; what goes out (`Hidden`) at any other."""
         self.span.incoming = incoming
         try:
             return call()
-        except StageDone as done:
-            return done.hidden
+        except _StageDone as done:
+            return done.output
         finally:
             self.span.incoming = None
+
+
+def _leave(decoder: nn.Module, arguments: object, output: object) -> None:
+    if isinstance(output, StageOutput):
+        raise _StageDone(output)
 
 
 def cut(model: nn.Module, split: Split, stages: list[int]) -> list[nn.Module]:
