@@ -85,8 +85,8 @@ def test_where_no_run_goes_on_that_is_said(workplace: Path, environment: Mapping
     assert "runs/none: no elastic run is going on here" in told
 
 
-def test_workers_that_others_started_cannot_come_and_go(workplace: Path, environment: Mapping[str, str]):
+def test_workers_that_others_started_are_not_started_again(workplace: Path, environment: Mapping[str, str]):
     others = {**environment, "RANK": "0", "WORLD_SIZE": "2"}
-    code, told = resilin(workplace, others, "train", "run.toml", "cluster.elastic=true")
+    code, told = resilin(workplace, others, "train", "run.toml", "cluster.elastic=true", "--workers", "2")
     assert code == 2
-    assert "worker 0 of 2 of torchrun or srun already" in told
+    assert "this process is worker 0 of 2 already: torchrun or srun started it" in told

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic_runs import STEPS, changes, check_same, equal, events, go, settings_of, states, text_at
+from elastic_checks import changes, check_same, equal, events, states
+from elastic_runs import STEPS, go, settings_of, text_at
 
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
@@ -93,6 +97,35 @@ def test_all_states_lost_is_said_and_the_last_checkpoint_goes_on(text: Path, und
         assert "are lost with everyone who had a copy" in ended.message
         assert go(settings_of(text), tmp_path / "run", resume=True) == JobEnded(0, "")
     assert equal(states(tmp_path / "run", STEPS)["model"], states(undisturbed, STEPS)["model"])
+
+
+def test_a_worker_whose_machine_will_be_taken_away_leaves(
+    text: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Worker 1's machine says so once worker 0 has stopped, which goes on when worker 1 wants to leave."""
+    (tmp_path / "spot_of_test.py").write_text(
+        "import os, pathlib\n\ndef evicted():\n"
+        "    return os.environ.get('RESILIN_MEMBER') == '1' and (pathlib.Path(__file__).parent / 'notice').exists()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def go_on(job: ElasticJob) -> None:
+        """Worker 0 may have stopped by now, or not yet."""
+        while job.signal(0, signal.SIGCONT):
+            time.sleep(0.05)
+
+    def watch(job: ElasticJob, event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 3:
+            (tmp_path / "notice").touch()
+        if isinstance(event, Cluster) and event.what == "leaving":
+            threading.Thread(target=go_on, args=(job,), daemon=True).start()
+
+    settings = settings_of(text, cluster={"notice": "spot_of_test:evicted", "notice_every": 0.05, "silence": 60})
+    ended = go(settings, tmp_path / "run", [Fault(0, 5, "adding gradients up", "stop")], watch=watch)
+    assert ended == JobEnded(0, "")
+    check_same(tmp_path / "run", undisturbed)
+    assert [change["members"] for change in changes(tmp_path / "run")] == [[0, 1, 2], [0, 2]]
 
 
 def test_a_failure_of_the_program_is_told_with_its_trace(text: Path, tmp_path: Path):

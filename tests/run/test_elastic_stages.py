@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic_runs import STEPS, changes, check_same, equal, go, settings_of, states, text_at
+from elastic_checks import changes, check_same, equal, states
+from elastic_runs import STEPS, go, settings_of, text_at
 
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault

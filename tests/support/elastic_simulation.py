@@ -33,6 +33,7 @@ from resilin.cluster.protocol.messages import (
     Message,
     Pause,
     Ready,
+    Signal,
     Warm,
     of_json,
     to_json,
@@ -101,6 +102,9 @@ class Plan:
         if events and draw.random() < 0.3:  # several at once
             at = events[0][0]
             events[1:3] = [(at + draw.uniform(0, 0.02), "kill", draw.randrange(1 << 20)) for _ in events[1:3]]
+        if members > 1 and draw.random() < 0.05:  # all are told to go
+            at = draw.uniform(0.8, 2)
+            events += [(at + draw.uniform(0, 0.3), "drain", number) for number in range(members)]
         more = random.Random(-1 - seed)
         stages = min(more.choice([1, 1, 2, 3]), members)
         return cls(seed, steps, members, sorted(events), stages, more.choice([1, 1, 1, 2]))
@@ -114,6 +118,7 @@ class _Exchange:
     broken: bool = False
     done: bool = False
     pause: bool = False
+    home: bool = False
 
 
 class Sim:
@@ -144,7 +149,7 @@ class Sim:
         self.notes: list[Note] = []
         self.truth: dict[int, tuple[int, ...]] = {0: tuple(range(BLOCKS))}
         self.views: dict[int, str] = {}
-        self.committed = 0
+        self.committed = self.ended_at = 0
         self.dead_since = 0  # members that died since the last step was taken
         for step in range(plan.steps):
             self.truth[step + 1] = tuple(after(state, step, list(range(MICROS))) for state in self.truth[step])
@@ -236,7 +241,7 @@ class Sim:
         assert self.finish is not None
         if self.finish.good:
             ends = [m.ended_with for m in self.members.values() if m.ended_with is not None]
-            truth = self.truth[self.plan.steps]
+            truth = self.truth[self.ended_at if self.coordinator.homeward else self.plan.steps]
             if any(state != truth[block] for end in ends for block, state in end.items()):
                 raise WrongError(f"a member ended with another state: {self}")
             if not ends:
@@ -283,7 +288,7 @@ class SimMember:
         self.doing: list[int] = []  # micro-batches that it computes
         self.kept: tuple[int, list[int]] | None = None
         self.acked = -1
-        self.pausing = False
+        self.pausing = self.homeward = False
         self.life = 0  # raised when what is under way is given up
         self.stopped_until = 0.0
         self.ended_with: dict[int, int] | None = None
@@ -380,6 +385,8 @@ class SimMember:
                 if digest != self.adopt.view.digest:
                     raise WrongError(f"two views of epoch {message.epoch}")
                 self.boundary()
+        elif isinstance(message, Signal):
+            self.homeward = True
         elif isinstance(message, End):
             self.alive = False
             for other in self.sim.members.values():
@@ -487,10 +494,14 @@ class SimMember:
             self.acked = self.version
         self.send(copy, list(holders))
         if self.version >= self.sim.plan.steps:
-            self.phase, self.ended_with = "done", self.state
-            self.tell(Done(self.epoch, self.version, self.digest(self.state)))
+            self.is_done()
             return
         self.later(0.0, 0.002, lambda: self.enter("agree", ([], []), self.computes))
+
+    def is_done(self) -> None:
+        """All steps were taken, or all were told to save and end."""
+        self.phase, self.ended_with, self.sim.ended_at = "done", self.state, self.version
+        self.tell(Done(self.epoch, self.version, self.digest(self.state)))
 
     def send(self, copy: Copy, left: list[int]) -> None:
         """A copy on its way to one holder after the other."""
@@ -523,6 +534,9 @@ class SimMember:
         if self.sim.exchanges[self.epoch, 2 * self.version].pause:
             self.come_out("a change was announced")
             return
+        if self.sim.exchanges[self.epoch, 2 * self.version].home:
+            self.is_done()
+            return
         neglects = "kept" in self.broken_duties and self.number % 2
         dealing = Dealing(replace(adopt, kept={}) if neglects else adopt)
         mine = list(dealing.of_step(self.version, MICROS)[adopt.view.members.index(self.number)])
@@ -551,6 +565,7 @@ class SimMember:
         exchange = self.sim.exchanges.setdefault(key, _Exchange())
         exchange.arrived[self.number] = mine
         exchange.pause |= self.pausing
+        exchange.home |= self.homeward
         if exchange.broken:
             self.later(0.0005, 0.02, partial(self.broke, self.epoch))
             return

@@ -48,6 +48,8 @@ def train(given: RunArguments) -> None:
         return
     path = given.folder or settings.default_folder()
     if settings.cluster.elastic:
+        from resilin.cli.come_and_go import come_and_go
+
         come_and_go(settings, path, given)
         return
     place = here_or_launched(settings, path)
@@ -55,45 +57,6 @@ def train(given: RunArguments) -> None:
 
     _, outcome = start_run(settings, path, resume=given.resume, accept_changes=given.accept_changes, place=place)
     finish(path, outcome, place)
-
-
-def come_and_go(settings: RunSettings, path: Path, given: RunArguments) -> None:
-    """Start the workers of a run that may come and go, and see it through.
-
-    Raises:
-        typer.Exit: with the run's exit code.
-    """
-    from resilin.cluster.local import worker_command
-    from resilin.cluster.position import position
-    from resilin.config import UserError
-    from resilin.run.elastic_start import launch
-    from resilin.run.told_outcome import ToldOutcome
-
-    if (place := position()) is not None:
-        raise UserError(
-            f"cluster.elastic starts its workers itself, and this process is worker {place.rank} of {place.workers} of "
-            "torchrun or srun already: start one process, with --workers"
-        )
-    if settings.parallel.workers < 1:
-        raise UserError("cluster.elastic starts its workers itself: say how many with --workers (parallel.workers)")
-    told = ToldOutcome()
-    ended = launch(
-        settings,
-        path,
-        worker_command(),
-        resume=given.resume,
-        accept_changes=given.accept_changes,
-        watch=lambda _, event: told(event),
-    )
-    if told.outcome is not None:
-        from rich.console import Console
-
-        from resilin.run.summary import summary
-
-        Console().print(summary(path, told.outcome))
-    if ended.message:
-        typer.secho(f"error: {ended.message}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(ended.code)
 
 
 def here_or_launched(settings: RunSettings, path: Path) -> Position | None:

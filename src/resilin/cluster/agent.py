@@ -11,6 +11,9 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from resilin.cluster.addresses import guard, own_address
+from resilin.cluster.handshake import prove
+from resilin.cluster.parts import Parts
 from resilin.cluster.protocol.messages import (
     Adopt,
     Beat,
@@ -27,11 +30,13 @@ from resilin.cluster.protocol.messages import (
     MessageError,
     Pause,
     Ready,
+    Signal,
     Told,
     Warm,
     of_json,
     to_json,
 )
+from resilin.cluster.starter import Door
 from resilin.cluster.watch import line_of
 from resilin.cluster.wire import Wire
 from resilin.parallel.activity import now
@@ -52,27 +57,35 @@ class Agent:
     """Speaks for a member.
 
     Args:
-        address: (host, port) of the coordinator.
+        door: of the job.
         number: of this member, given once and never again.
-        secret: of the job.
         store: of the job.
         host: the name of this machine.
         timeout: seconds that a member waits for another.
+        silence: seconds after which a coordinator that is not reached any more is given up.
+        address: at which others reach this member; "": that of its way to the coordinator.
 
     Attributes:
         pausing: whether everyone is to come out at the next boundary of steps.
         leaves: whether this member was told to go.
+        address: at which others reach this member.
+
+    Raises:
+        HandshakeError: whoever listens there does not know the job's secret.
+        OSError: nobody does.
     """
 
     def __init__(
-        self, address: tuple[str, int], number: int, secret: str, store: Any, host: str, timeout: float
+        self, door: Door, number: int, store: Any, host: str, timeout: float, silence: float = 10.0, address: str = ""
     ) -> None:
-        self.number, self.secret, self.store, self.timeout = number, secret, store, timeout
+        self.number, self.secret, self.store, self.timeout = number, door.secret, store, timeout
         self.pausing = self.leaves = False
-        connection = socket.create_connection(address, timeout)
-        connection.settimeout(None)
+        connection = socket.create_connection((door.host, door.port), timeout)
+        prove(connection, door.secret)
+        guard(connection, max(silence, 1.0))
+        self.address = address or own_address(connection)
         self._wire = Wire(connection)
-        self._wire.say({"number": number, "secret": secret})
+        self._wire.say({"number": number})
         self._main = threading.get_ident()
         self._changed = threading.Condition()
         self._adopt: Adopt | None = None
@@ -140,13 +153,19 @@ class Agent:
         adopt = self._adopt
         return adopt if adopt is not None and adopt.view.epoch > self._epoch else None
 
-    def adopted(self, adopt: Adopt, digest: str) -> None:
+    def adopted(self, adopt: Adopt, digest: str, parts: Parts) -> None:
         """This member is what it was told to be; returns once all are.
+
+        Args:
+            adopt: what it was told.
+            digest: see `Ready.state`.
+            parts: what it took.
 
         Raises:
             HaltedError: something else has changed.
         """
-        self._say(Ready(adopt.view.epoch, adopt.view.digest, digest))
+        seconds = {part: round(took, 5) for part, took in parts.seconds.items()}
+        self._say(Ready(adopt.view.epoch, adopt.view.digest, digest, seconds, parts.bytes))
         with self._changed:
             self._changed.wait_for(
                 lambda: self._ended is not None or self._go >= adopt.view.epoch or self._halted_now() is not None
@@ -238,6 +257,8 @@ class Agent:
                     sever = message.why
             elif isinstance(message, Pause):
                 self.pausing = message.epoch == self._epoch
+            elif isinstance(message, Signal):
+                os.kill(os.getpid(), message.number)
             elif isinstance(message, End):
                 self._ended = message
                 sever = message.why

@@ -1,19 +1,17 @@
-"""The launcher of workers that come and go: it starts them, hears them, and carries out what the coordinator decides.
+"""The one who sees a job of workers that come and go through: hears them, and carries out what the coordinator decides.
 
-It never trains, and outlives all workers: the store of the job, the run's log and what is shown are its own. Workers,
-and the commands that add or remove some, reach it at one port of this machine's loopback with the job's secret, which
-lies in a file that only this user can read.
+It never trains, and outlives all workers: the store of the job, the run's log and what is shown are its own. Who starts
+workers, and where, is a `Starter`. Workers, machines that join, and the commands that add or remove workers, all reach
+it at one port, where both sides prove that they know the job's secret (`resilin.cluster.handshake`); the secret lies in
+a file that only this user can read.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
 import os
-import secrets
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -27,15 +25,18 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
-from resilin.cluster.position import MEMBER
+from resilin.cluster import tunnel
+from resilin.cluster.addresses import LOOPBACK, guard, listen
+from resilin.cluster.handshake import HandshakeError, admit, new_secret
+from resilin.cluster.hosts import Hosts, JoinError
+from resilin.cluster.place import FILE, Place
 from resilin.cluster.protocol.coordinator import Coordinator
 from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
-from resilin.cluster.protocol.messages import MessageError, Told, of_json, to_json
+from resilin.cluster.protocol.messages import MessageError, Signal, Told, of_json, to_json
 from resilin.cluster.protocol.rules import Rules
+from resilin.cluster.starter import Door, Starter
 from resilin.cluster.wire import Wire
 
-COORDINATOR, SECRET, STORE = "RESILIN_COORDINATOR", "RESILIN_SECRET", "RESILIN_STORE"
-ADDRESS = "cluster.json"
 _TICK, _POLL, _MOMENT = 0.1, 0.01, 0.01
 _GRACE = 5.0  # seconds that workers have to end by themselves, once the job is over
 
@@ -57,43 +58,54 @@ class ElasticJob:
     """A job.
 
     Args:
-        command: what every worker runs.
+        starter: of workers.
         rules: of the coordinator.
         folder: where the workers' output and the job's address go.
         facts: what all workers find in the store, by key.
         hear: told of every event that the worker who speaks for the run has, as JSON values.
         note: told of every decision: a word, and facts.
+        begin: how many workers to start.
+        most: how many to have, as soon as there is room; 0: no more than began.
         replace: whether another worker is started for each that is lost.
         environment: more variables for the workers.
+        place: where the job is found.
+
+    Raises:
+        UserError: it cannot listen there.
     """
 
     def __init__(
         self,
-        command: Sequence[str],
+        starter: Starter,
         rules: Rules,
         folder: Path,
         *,
         facts: Mapping[str, str],
         hear: Callable[[Mapping[str, Any]], None],
         note: Callable[[str, Mapping[str, Any]], None],
+        begin: int,
+        most: int = 0,
         replace: bool = False,
         environment: Mapping[str, str] | None = None,
+        place: Place | None = None,
     ) -> None:
-        self._command, self._folder, self._hear, self._say = list(command), folder, hear, note
-        self._replace, self._environment = replace, dict(environment or {})
-        self._secret = secrets.token_hex(16)
-        self._coordinator = Coordinator(rules)
+        self._starter, self._folder, self._hear, self._say = starter, folder, hear, note
+        self._begin, self._most, self._replace = begin, most, replace
+        self._environment, self._place = dict(environment or {}), place or Place()
+        self._secret = self._place.secret or new_secret()
+        self._rules, self._coordinator = rules, Coordinator(rules)
         self._lock = threading.RLock()
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._wires: dict[int, Wire] = {}
         self._number = 0
-        self._wanted = rules.members
         self._finish: Finish | None = None
         self._over = threading.Event()
-        self._interrupts = 0
+        self._interrupts = self._passed_on = 0
         folder.mkdir(parents=True, exist_ok=True)
-        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._listening = listen(self._place.host, self._place.port)
         self.store = _store_on_loopback()
+        host = LOOPBACK if self._place.host in ("0.0.0.0", "::") else self._place.host
+        self.door = Door(host, int(self._listening.getsockname()[1]), self._secret, self.store.port)
+        """Of this machine."""
         for key, value in facts.items():
             self.store.set(key, value)
 
@@ -101,42 +113,56 @@ class ElasticJob:
 
     def run(self) -> JobEnded:
         """Start the workers, and see the job through."""
-        address = self._folder / ADDRESS
-        before = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        file = self._folder / FILE
+        before = {
+            number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        }
         try:
-            self._write_address(address)
+            self._write_file(file)
             threading.Thread(target=self._accept, name="resilin-accept", daemon=True).start()
-            for _ in range(self._wanted):
+            for _ in range(self._begin):
                 self.add()
             ticked = time.monotonic()
             while not self._over.wait(_POLL):
                 self._reap()
+                self._pass_on()
                 if time.monotonic() - ticked > _TICK:
                     ticked = time.monotonic()
                     with self._lock:
                         self._do(self._coordinator.tick(ticked))
+                        self._fill()
             self._part()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            address.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
             with suppress(OSError):
                 self._listening.shutdown(socket.SHUT_RDWR)
             self._listening.close()
-            for process in list(self._processes.values()):
-                if process.poll() is None:
-                    process.kill()
+            self._starter.close()
         return self._ended()
 
-    def _write_address(self, path: Path) -> None:
-        told = {"port": self._listening.getsockname()[1], "secret": self._secret, "process": os.getpid()}
+    def _write_file(self, path: Path) -> None:
+        called = self._place.called or (
+            socket.gethostname() if self._place.host in ("0.0.0.0", "::") else self._place.host
+        )
+        told = {
+            "host": called,
+            "port": self.door.port,
+            "secret": self._secret,
+            "process": os.getpid(),
+            "job": self._place.job,
+        }
         path.unlink(missing_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        new = path.with_suffix(".new")
+        new.unlink(missing_ok=True)
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump(told, file)
+        new.rename(path)  # whoever looks for it finds all of it
 
     def _ended(self) -> JobEnded:
         assert self._finish is not None
-        if self._interrupts:
+        if self._interrupts or self._coordinator.homeward:
             return JobEnded(130, "")
         if self._finish.good:
             return JobEnded(0, "")
@@ -144,44 +170,57 @@ class ElasticJob:
 
     def _part(self) -> None:
         """Workers end by themselves; those that do not are killed."""
+        self._starter.part(self._ended().code)
         until = time.monotonic() + _GRACE
-        while time.monotonic() < until and any(p.poll() is None for p in list(self._processes.values())):
+        while time.monotonic() < until and self._starter.running():
+            self._starter.ended()
             time.sleep(_POLL)
 
     def _interrupt(self, number: int, frame: object) -> None:
-        """Passed on as Ctrl-C, whichever it was: the run saves and ends. The second time all are killed."""
+        """The run saves and ends. The second time all are killed."""
         self._interrupts += 1
-        for process in list(self._processes.values()):
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT if self._interrupts == 1 else signal.SIGKILL)
-        if self._interrupts > 1:
-            self._finish = self._finish or Finish(False, "interrupted twice")
-            self._over.set()
+
+    def _pass_on(self) -> None:
+        """What `_interrupt` was told, outside of the handler: the signal may have come in the middle of anything."""
+        if self._interrupts == self._passed_on:
+            return
+        self._passed_on = self._interrupts
+        with self._lock:
+            for number in self._starter.running():
+                if self._interrupts > 1:
+                    self._starter.signal(number, signal.SIGKILL)
+                elif number not in self._wires:
+                    self._starter.signal(number, signal.SIGINT)
+            if self._interrupts == 1:
+                for wire in self._wires.values():
+                    wire.say(to_json(Signal(signal.SIGINT)))
+                if not self._wires and not self._starter.running():
+                    self._finish = Finish(False, "interrupted")
+                    self._over.set()
+            else:
+                self._finish = self._finish or Finish(False, "interrupted twice")
+                self._over.set()
 
     # -- workers ------------------------------------------------------------------------------------------------
 
-    def add(self) -> int:
-        """Start one more worker; gives its number."""
+    def add(self, at: str | None = None) -> int | None:
+        """Start one more worker, or as soon as there is room; gives its number, or None where there is none.
+
+        Args:
+            at: the name of the machine; None: any.
+        """
         with self._lock:
-            number, self._number = self._number, self._number + 1
-            environment = {
-                **os.environ,
-                **self._environment,
-                MEMBER: str(number),
-                COORDINATOR: f"127.0.0.1:{self._listening.getsockname()[1]}",
-                SECRET: self._secret,
-                STORE: f"127.0.0.1:{self.store.port}",
-            }
-            with self.log(number).open("wb") as log:
-                self._processes[number] = subprocess.Popen(
-                    self._command,
-                    env=environment,
-                    start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                )
+            number = self._number
+            if not self._starter.start(number, self._environment, self.door, at):
+                return None
+            self._number += 1
             return number
+
+    def _fill(self) -> None:
+        """Have as many workers as there may be."""
+        if self._most and not self._interrupts and self._coordinator.phase != "ended":
+            for _ in range(self._most - len(self._starter.running())):
+                self.add()
 
     def training(self) -> list[int]:
         """The members of the present view that are alive."""
@@ -192,38 +231,36 @@ class ElasticJob:
     def signal(self, number: int, which: int) -> bool:
         """Send a signal to a worker; False: there is none of that number."""
         with self._lock:
-            process = self._processes.get(number)
-            if process is None:
-                return False
-            process.send_signal(which)
-            return True
-
-    def log(self, number: int) -> Path:
-        """Where a worker's output goes."""
-        return self._folder / f"worker-{number}.log"
+            return self._starter.signal(number, which)
 
     def _reap(self) -> None:
-        for number, process in list(self._processes.items()):
-            code = process.poll()
-            if code is None:
-                continue
-            del self._processes[number]
-            with self._lock:
-                self._gone(number, _how(code))
+        with self._lock:
+            for number, how in self._starter.ended():
+                self._gone(number, how)
 
     def _gone(self, number: int, how: str) -> None:
+        self._starter.gone(number)
+        if self.store.check(["preparing"]) and self.store.get("preparing") == str(number).encode():
+            self.store.delete_key("preparing")  # what it was to prepare for all, another one does
         known = number in self._coordinator.members
         wire = self._wires.pop(number, None)
         if wire is not None:
             wire.close()
         before = self._coordinator.phase
         if not known and before == "gathering":  # it did not even say hello
-            self._do(self._coordinator.stop(f"worker {number} {how} before it began; see {self.log(number)}"))
+            self._lost_before(number, how)
             return
         leaving = known and self._coordinator.members[number].leaving
         self._do(self._coordinator.gone(number, how, _now()))
         if self._replace and known and not leaving and before != "gathering" and not self._over.is_set():
             self.add()
+
+    def _lost_before(self, number: int, how: str) -> None:
+        why = f"{how} before it began; see {self._starter.log(number)}"
+        if self._starter.steady:
+            self._do(self._coordinator.stop(f"worker {number} {why}"))
+        else:
+            self._say("lost", {"member": number, "why": why})
 
     # -- what is heard ------------------------------------------------------------------------------------------
 
@@ -233,23 +270,53 @@ class ElasticJob:
                 connection, _ = self._listening.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(Wire(connection),), daemon=True).start()
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
-    def _serve(self, wire: Wire) -> None:
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            admit(connection, self._secret)
+        except HandshakeError:
+            connection.close()
+            return
+        guard(connection, max(self._rules.silence, 1.0))
+        wire = Wire(connection)
         first = wire.hear()
-        if first is None or not hmac.compare_digest(str(first.get("secret", "")), self._secret):
+        if first is None:
             wire.close()
             return
         if "command" in first:
             wire.say(self._command_of(first))
             wire.close()
             return
+        if "store" in first:
+            tunnel.serve(connection, wire, self.store.port)
+            return
         try:
-            self._hear_member(wire, int(first["number"]))
+            if "keeper" in first:
+                self._hear_keeper(wire, first)
+            else:
+                self._hear_member(wire, int(first["number"]))
         except Exception as error:  # of a listener, say: a disk that is full
             trace = "".join(traceback.format_exception(error))
             with self._lock:
                 self._do(self._coordinator.stop(f"the launcher failed: {error}", trace))
+
+    def _hear_keeper(self, wire: Wire, first: Mapping[str, Any]) -> None:
+        if not isinstance(self._starter, Hosts):
+            wire.say({"ok": False, "why": "this run starts its workers itself: no machine can join"})
+            wire.close()
+            return
+        try:
+            keeper = self._starter.admit(wire, first)
+        except JoinError as error:
+            wire.say({"ok": False, "why": str(error)})
+            wire.close()
+            return
+        with self._lock:
+            self._say("joined", {"host": keeper.name, "workers": keeper.seats})
+            for _ in range(keeper.seats):
+                self.add(keeper.key)
+        self._starter.hear(keeper)
 
     def _hear_member(self, wire: Wire, number: int) -> None:
         with self._lock:
@@ -266,19 +333,14 @@ class ElasticJob:
             with self._lock:
                 if self._wires.get(number) is wire:
                     self._do(self._coordinator.told(number, message, _now()))
-        how = self._how_it_went(number)
+        # Mostly its process has ended, and whoever started it says so in a moment.
+        until = time.monotonic() + _MOMENT
+        while time.monotonic() < until and self._wires.get(number) is wire:
+            self._reap()
+            time.sleep(0.001)
         with self._lock:
             if self._wires.get(number) is wire:
-                self._gone(number, how)
-
-    def _how_it_went(self, number: int) -> str:
-        """Of a worker whose connection has ended: mostly its process has, and the system says so in a moment."""
-        until = time.monotonic() + _MOMENT
-        while (process := self._processes.get(number)) is not None and time.monotonic() < until:
-            if (code := process.poll()) is not None:
-                return _how(code)
-            time.sleep(0.001)
-        return "lost its connection"
+                self._gone(number, "lost its connection")
 
     def _command_of(self, told: Mapping[str, Any]) -> dict[str, Any]:
         """What a user asks while the job runs."""
@@ -286,30 +348,43 @@ class ElasticJob:
             if told["command"] == "status":
                 return {"ok": True, **self._status()}
             if told["command"] == "add":
-                return {"ok": True, "numbers": [self.add() for _ in range(int(told.get("count", 1)))]}
+                return self._add_more(int(told.get("count", 1)), told.get("host"))
             number = int(told.get("number", -1))
             if told["command"] in ("drain", "remove") and number not in self._coordinator.members:
                 have = ", ".join(map(str, sorted(self._coordinator.members)))
                 return {"ok": False, "why": f"there is no worker {number}; there are {have}"}
             if told["command"] == "drain":
-                self.signal(number, signal.SIGTERM)  # as whoever takes a machine away does
+                self._do([Tell(number, Signal(signal.SIGTERM))])  # as whoever takes a machine away does
                 return {"ok": True}
             if told["command"] == "remove":
-                if number in self._processes:
-                    self._processes[number].kill()
+                self._fence(number)
+                self._gone(number, "was removed")
                 return {"ok": True}
         return {"ok": False, "why": f"nothing is known of {told['command']!r:.40}"}
 
+    def _add_more(self, count: int, at: str | None) -> dict[str, Any]:
+        have = self._starter.names() if isinstance(self._starter, Hosts) else []
+        if at is not None and at not in have:
+            why = (
+                f"no machine {at!r} has joined; there are {', '.join(have)}"
+                if have
+                else "no machine has joined this run"
+            )
+            return {"ok": False, "why": why}
+        numbers = [number for _ in range(count) if (number := self.add(at)) is not None]
+        if not numbers:
+            return {"ok": False, "why": f"no machine has a seat free; name one with --host ({', '.join(have)})"}
+        return {"ok": True, "numbers": numbers}
+
     def _status(self) -> dict[str, Any]:
-        view, members = self._coordinator.view, []
+        view, members, running = self._coordinator.view, [], self._starter.running()
         for number, member in sorted(self._coordinator.members.items()):
             beat, inside = member.beat, view is not None and number in view.members
-            process = self._processes.get(number)
             members.append(
                 {
                     "number": number,
                     "host": member.host,
-                    "process": process.pid if process is not None else None,
+                    "process": running.get(number, "").removeprefix("process ").split(" ")[0],
                     "state": "leaving" if member.leaving else "in" if inside else "warm" if member.warm else "starting",
                     "step": beat.step if beat is not None else None,
                     "doing": beat.doing if beat is not None else "",
@@ -338,8 +413,8 @@ class ElasticJob:
                 self._over.set()
 
     def _fence(self, number: int) -> None:
-        if number in self._processes:
-            self._processes[number].kill()
+        self._starter.signal(number, signal.SIGKILL)
+        self._starter.gone(number)
         wire = self._wires.pop(number, None)
         if wire is not None:
             wire.close()
@@ -355,33 +430,5 @@ def _store_on_loopback() -> TCPStore:
     )  # fmt: skip
 
 
-def _how(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-
-
 def _now() -> float:
     return time.monotonic()
-
-
-def ask(folder: Path, command: Mapping[str, Any]) -> dict[str, Any]:
-    """Ask the launcher of a running job.
-
-    Args:
-        folder: the one of its workers.
-        command: {"command": "status" | "add" | "drain" | "remove", "count" or "number": ...}.
-
-    Raises:
-        FileNotFoundError: no job runs there.
-        ConnectionError: it does not answer.
-    """
-    path = folder / ADDRESS
-    told = json.loads(path.read_text(encoding="utf-8"))
-    wire = Wire(socket.create_connection(("127.0.0.1", int(told["port"])), 10))
-    try:
-        wire.say({"secret": told["secret"], **command})
-        answer = wire.hear()
-    finally:
-        wire.close()
-    if answer is None:
-        raise ConnectionError(f"the launcher of {folder} does not answer")
-    return answer

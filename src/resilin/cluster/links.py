@@ -38,11 +38,12 @@ class Links:
         epoch: of the view.
         rank: this member's place among all of the view.
         timeout: seconds that a collective waits.
+        address: of this machine, at which the others reach this member.
     """
 
-    def __init__(self, store: Any, epoch: int, rank: int, timeout: float) -> None:
+    def __init__(self, store: Any, epoch: int, rank: int, timeout: float, address: str = "127.0.0.1") -> None:
         self.epoch, self.rank = epoch, rank
-        self._timeout = timedelta(seconds=timeout)
+        self._timeout, self._address = timedelta(seconds=timeout), address
         self._groups: list[Any] = []
         self._cut = False
         self._lock = threading.Lock()
@@ -72,7 +73,7 @@ class Links:
         with _making:
             self._begin()
             try:
-                backend = dist.ProcessGroupGloo(store, index, len(ranks), self._timeout)
+                backend = dist.ProcessGroupGloo(store, index, len(ranks), self._options())
             finally:
                 self._end()
         group = dist.ProcessGroup(store, index, len(ranks))
@@ -82,6 +83,13 @@ class Links:
             self._refuse_if_cut()
             self._groups.append(group)
         return Group(ranks, index, group)
+
+    def _options(self) -> Any:
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=self._address)]  # else: wherever this host's name leads
+        options._timeout = self._timeout
+        return options
 
     def _begin(self) -> None:
         with self._lock:

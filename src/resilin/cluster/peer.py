@@ -1,12 +1,11 @@
 """Copies of states between members, over sockets of their own: no collective, so nobody has to take part at one time.
 
-A message is a line of JSON, then as many bytes as it says. The first one carries the job's secret: whoever does not
-know it is not heard. Nothing is unpickled, and a length that is not expected ends the connection.
+A message is a line of JSON, then as many bytes as it says. First both sides prove that they know the job's secret
+(`resilin.cluster.handshake`). Nothing is unpickled, and a length that is not expected ends the connection.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
 import socket
 import threading
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resilin.cluster.addresses import listen
+from resilin.cluster.handshake import HandshakeError, admit, prove
 from resilin.cluster.pool import Copy, CopyError, Pool
 
 _LINE = 1 << 26  # bytes; the head of a copy names every tensor
@@ -97,7 +98,7 @@ class PeerServer:
 
     def __init__(self, pool: Pool, secret: str, host: str = "127.0.0.1") -> None:
         self._pool, self._secret = pool, secret
-        self._listening = socket.create_server((host, 0))
+        self._listening = listen(host)
         self.address = Address(host, self._listening.getsockname()[1])
         self._open: set[_Channel] = set()
         self._lock = threading.Lock()
@@ -113,13 +114,17 @@ class PeerServer:
             threading.Thread(target=self._serve, args=(connection,), name="resilin-peer", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
+        try:
+            admit(connection, self._secret)
+        except HandshakeError:
+            connection.close()
+            return
         channel = _Channel(connection)
         with self._lock:
             self._open.add(channel)
+            if self._closed:
+                channel.close()
         try:
-            first = channel.hear()
-            if first is None or not hmac.compare_digest(str(first.get("secret", "")), self._secret):
-                return
             while (told := channel.hear()) is not None:
                 self._answer(channel, told)
         except (OSError, ValueError, PeerError):
@@ -178,10 +183,10 @@ class Peer:
         self._address = address
         try:
             connection = socket.create_connection((address.host, address.port), timeout)
+            prove(connection, secret)
             connection.settimeout(timeout)
             self._channel = _Channel(connection)
-            self._channel.say({"secret": secret})
-        except OSError as error:
+        except (OSError, HandshakeError) as error:
             raise PeerError(f"no member listens at {address.host}:{address.port}: {error}") from None
 
     def _ask(self, message: Mapping[str, Any], *data: memoryview) -> dict[str, Any]:

@@ -28,3 +28,13 @@ class ClusterSettings(Settings):
     """Seconds without a sign of life after which a worker counts as lost. One that ends is noticed at once."""
     hang: Seconds = 600.0
     """Seconds that a worker may be busy with one thing, waiting for nobody, before it counts as lost."""
+    notice: str = ""
+    """Where a machine says that it will be taken away, so that its workers leave in time: `aws`, `gcp`, `azure`; a URL
+    that answers 200 then, and 404 before; the path of a file that appears; or `package.module:function`."""
+    notice_every: Seconds = 5.0
+    """Seconds between two looks there."""
+    host: str = ""
+    """Address at which the coordinator listens. Empty: the loopback, where all workers are on its machine; all
+    addresses, where torchrun or Slurm have started some elsewhere."""
+    port: Annotated[int, Field(ge=0, lt=65536)] = 0
+    """Port at which it listens; 0: one that is free."""

@@ -33,6 +33,8 @@ class Wire:
             with self._lock:
                 self._connection.sendall(raw)
         except OSError:
+            with suppress(OSError):  # a line that was begun cannot be taken back
+                self._connection.shutdown(socket.SHUT_RDWR)
             return False
         return True
 

@@ -129,7 +129,7 @@ class _Striker:
             return
         number = members[int(blow.whom * len(members))]
         if blow.what == "add" or (blow.what in ("kill", "drain") and len(members) < 2):
-            number = job.add()
+            number = job.add() or 0
         elif blow.what == "kill":
             job.signal(number, signal.SIGKILL)
         elif blow.what == "drain":

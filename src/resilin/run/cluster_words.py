@@ -10,6 +10,10 @@ def in_words(event: Cluster) -> str:
     facts = event.facts
     if event.what == "lost":
         return f"worker {facts['member']} {facts['why']}"
+    if event.what == "joined":
+        return f"{facts['host']} joins with {facts['workers']} workers"
+    if event.what == "homeward":
+        return f"{facts['why']}: the run is saved, and ends"
     if event.what == "leaving":
         return f"worker {facts['member']} wants to leave"
     if event.what == "change" and facts["epoch"]:

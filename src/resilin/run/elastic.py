@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from resilin.checkpoint.background import BackgroundSaves
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.tree import put_together, take_apart
+from resilin.cluster.addresses import joined, parse
 from resilin.cluster.agent import Agent, HaltedError
 from resilin.cluster.failure import kind_of
 from resilin.cluster.links import Links, LinksCutError
+from resilin.cluster.parts import Parts
 from resilin.cluster.peer import Address, Peer, PeerError, PeerServer
 from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
 from resilin.cluster.protocol.messages import Adopt
@@ -118,14 +120,13 @@ class Elastic:
 
     Args:
         agent: speaks with the launcher.
-        host: the address at which other members reach this one.
     """
 
-    def __init__(self, agent: Agent, host: str = "127.0.0.1") -> None:
+    def __init__(self, agent: Agent) -> None:
         self._agent, self.number = agent, agent.number
         self.pool = Pool(self.number)
-        self._server = PeerServer(self.pool, agent.secret, host)
-        agent.store.set(f"peer/{self.number}", f"{self._server.address.host}:{self._server.address.port}")
+        self._server = PeerServer(self.pool, agent.secret, agent.address)
+        agent.store.set(f"peer/{self.number}", joined(agent.address, self._server.address.port))
         self.snapshots = Snapshots(self._connect, self._arrived)
         self._weights = _Weights()
         self._links: Links | None = None
@@ -142,9 +143,11 @@ class Elastic:
     def in_turn(self) -> Iterator[None]:
         """The body, at one worker before all others: what it prepares, they find."""
         store, mine = self._agent.store, str(self.number)
-        first = store.compare_set("preparing", "", mine).decode() == mine
         with activity.waiting((-1,), "waiting for what the first worker prepares"):
-            while not (first or store.check(["prepared"])):
+            # Once it is lost before it is done, whoever asks next is the first.
+            while not (
+                (first := store.compare_set("preparing", "", mine).decode() == mine) or store.check(["prepared"])
+            ):
                 self._agent.check()
                 time.sleep(0.05)
         yield
@@ -296,11 +299,16 @@ class Elastic:
     def _take_place(self, change: Adopt) -> None:
         """Groups, engine and optimizer of a view."""
         activity.doing("taking its place")
+        self._parts = Parts()
+        self._parts.begin("groups")
         view, kept = change.view, self._kept
-        self._links = Links(self._agent.store, view.epoch, view.members.index(self.number), self._agent.timeout)
+        self._links = Links(
+            self._agent.store, view.epoch, view.members.index(self.number), self._agent.timeout, self._agent.address
+        )
         self._agent.check()  # it may have been called off before there was anything to cut
         self.world = ViewWorld(view, self.number, self._links)
         activity.now.place = self.world.where
+        self._parts.begin("engine")
         dealing, stage = Dealing(change), self.world.stage
         self.blueprint = ViewBlueprint(self._placing.whole, view, self._placing.holders(view))
         begins = change.before is None
@@ -341,9 +349,11 @@ class Elastic:
         self._weights.version, self._weights.names = run.step, frozenset(self.blueprint.names(self.world.stage))
         self._fresh = False
         self.snapshots.begin(change.view.holders[self.number])
+        self._parts.begin("verify")
         digest = self._digest(run)  # which all members of a stage have alike
+        self._parts.begin("")
         with activity.waiting((-1,), "waiting for the others to be ready"):
-            self._agent.adopted(change, digest)
+            self._agent.adopted(change, digest, self._parts)
 
     def _new_store(self, run: Run) -> None:
         if self._store is None:
@@ -357,6 +367,7 @@ class Elastic:
     def _fill(self, run: Run, change: Adopt, restorer: Restorer) -> None:
         assert change.before is not None
         activity.doing("reading its states from copies")
+        self._parts.begin("plan")
         holders = self._placing.holders(change.before)
         before = ViewBlueprint(self._placing.whole, change.before, holders).owners()
         after = self.blueprint.owners()[self.world.stage]
@@ -376,7 +387,10 @@ class Elastic:
         anyone = next(iter(change.where))
         shared = restorer.rest(self.number if self.number in change.where else anyone)
         needs += [Need("", name, t, [Piece(shared.owner, 0, 0, t.numel())]) for name, t in shared.tensors.items()]
+        self._parts.begin("")
         restorer.fill(needs)
+        self._parts.read(restorer.reads, change.view.members)
+        self._parts.begin("load")
         self.optimizer.load_state_dict(state)
         run.engine.loaded()
         if run.step != change.version or self._fresh:
@@ -404,9 +418,8 @@ class Elastic:
         return f"{total % 2**64:016x}"
 
     def _connect(self, member: int) -> Peer:
-        address = self._agent.store.get(f"peer/{member}").decode()
-        host, _, port = address.rpartition(":")
-        return Peer(Address(host, int(port)), self._agent.secret, self._agent.timeout)
+        host, port = parse(self._agent.store.get(f"peer/{member}").decode())
+        return Peer(Address(host, port), self._agent.secret, self._agent.timeout)
 
     def close(self) -> None:
         """End the threads and connections of this worker."""

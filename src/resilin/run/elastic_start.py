@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,20 @@ from torch._C._distributed_c10d import TCPStore
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.lock import lock_folder, unlock_folder
+from resilin.cluster.addresses import parse
 from resilin.cluster.agent import Agent, EndedError
-from resilin.cluster.elastic_job import COORDINATOR, SECRET, STORE, ElasticJob, JobEnded
+from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault, await_faults, to_environment
+from resilin.cluster.handshake import SECRET
+from resilin.cluster.hosts import Hosts
+from resilin.cluster.keeper import end_with_keeper
+from resilin.cluster.local_starter import LocalStarter
+from resilin.cluster.notice import await_notice, notice_of
+from resilin.cluster.place import Place
 from resilin.cluster.position import MEMBER
 from resilin.cluster.protocol.rules import Rules
+from resilin.cluster.starter import ADDRESS, COORDINATOR, HOST, STORE, Door, Starter
+from resilin.cluster.tunnel import Relay
 from resilin.config import parse_settings
 from resilin.run.build import build_run
 from resilin.run.device import choose_device
@@ -33,6 +43,7 @@ from resilin.run.run import Outcome, Run
 from resilin.run.settings import RunSettings
 from resilin.run.start import listeners_of, make_it_a_run, resume_from_latest, settle
 
+_PATIENCE = 60.0  # seconds that a worker waits for its job
 _ONCE = ("step", "eval", "save", "start", "end")
 
 
@@ -41,6 +52,8 @@ def launch(
     path: Path,
     command: Sequence[str],
     *,
+    starter: Callable[[Path], Starter] | None = None,
+    place: Place | None = None,
     resume: bool = False,
     accept_changes: bool = False,
     faults: Sequence[Fault] = (),
@@ -52,12 +65,15 @@ def launch(
         settings: of the run; `parallel.workers` begin.
         path: the run's folder.
         command: what every worker runs.
+        starter: of workers, given the folder for their output; None: processes of this machine.
+        place: where workers find the job; None: at the loopback.
         resume: go on from the last checkpoint.
         accept_changes: although settings that decide what is learned have changed.
         faults: failures on purpose.
         watch: told of the job's events, once each; it may ask the job for something.
     """
     folder = RunFolder(path)
+    notice_of(settings.cluster.notice)  # a function that is not there is told now
     degrees = elastic_degrees(settings.parallel)
     check_elastic(settings, degrees, choose_device(settings.train.device))
     divided = settings.parallel.model_copy(update={"pipeline": degrees.pipeline})
@@ -68,6 +84,7 @@ def launch(
     workers = folder.path / "workers"
     workers.mkdir(parents=True, exist_ok=True)
     cluster = settings.cluster
+    starts = starter(workers) if starter is not None else LocalStarter(command, workers)
     rules = Rules(
         members=settings.parallel.workers,
         stages=degrees.pipeline,
@@ -76,6 +93,7 @@ def launch(
         copies=cluster.copies,
         silence=cluster.silence,
         hang=cluster.hang,
+        patient=not starts.steady,
     )
     facts = {
         "settings": json.dumps(settings.model_dump(mode="json")),
@@ -88,14 +106,16 @@ def launch(
         log = EventLog(listeners_of(settings, folder, begun or 0))
         stack.callback(log.close)
         job = ElasticJob(
-            command,
+            starts,
             rules,
             workers,
             facts=facts,
             hear=log.hear,
             note=log.note,
+            begin=0 if isinstance(starts, Hosts) else settings.parallel.workers,
             replace=cluster.replace,
             environment=to_environment(faults),
+            place=place,
         )
         log.also(partial(watch, job))
         return job.run()
@@ -165,18 +185,33 @@ def work() -> Outcome:
     Raises:
         EndedError: it is over for this worker, with its exit code.
     """
-    host, _, port = os.environ[COORDINATOR].rpartition(":")
-    store_host, _, store_port = os.environ[STORE].rpartition(":")
-    store = TCPStore(store_host, int(store_port), None, False, timedelta(seconds=60))
-    settings = parse_settings(RunSettings, json.loads(store.get("settings")), "the launcher's settings")
-    folder, resume = RunFolder(Path(store.get("folder").decode())), json.loads(store.get("resume"))
-    number, secret = int(os.environ[MEMBER]), os.environ[SECRET]
-    await_faults(number)
-    agent = Agent((host, int(port)), number, secret, store, socket.gethostname(), settings.parallel.timeout)
-    elastic = Elastic(agent)
+    end_with_keeper()
+    number, door = int(os.environ[MEMBER]), _door()
     with ExitStack() as stack:
+        port = door.store
+        if port is None:
+            relay = Relay(door, _PATIENCE)
+            stack.callback(relay.close)
+            port = relay.port
+        store = TCPStore("127.0.0.1", port, None, False, timedelta(seconds=_PATIENCE))
+        settings = parse_settings(RunSettings, json.loads(store.get("settings")), "the launcher's settings")
+        folder, resume = RunFolder(Path(store.get("folder").decode())), json.loads(store.get("resume"))
+        await_faults(number)
+        agent = Agent(
+            door,
+            number,
+            store,
+            os.environ.get(HOST) or socket.gethostname(),
+            settings.parallel.timeout,
+            settings.cluster.silence,
+            os.environ.get(ADDRESS, ""),
+        )
+        signal.signal(signal.SIGUSR1, lambda *_: agent.leaving())  # Slurm's notice, if a user asks for it
+        elastic = Elastic(agent)
         stack.callback(agent.close)
         stack.callback(elastic.close)
+        if (asked := notice_of(settings.cluster.notice)) is not None:
+            await_notice(asked, settings.cluster.notice_every, agent.leaving)
         try:
             run = build_run(settings, folder, elastic=elastic)
             if elastic.lead:
@@ -192,3 +227,9 @@ def work() -> Outcome:
         except Exception as error:
             agent.failed(error)
             raise
+
+
+def _door() -> Door:
+    host, port = parse(os.environ[COORDINATOR])
+    store = parse(os.environ[STORE])[1] if STORE in os.environ else None
+    return Door(host, port, os.environ[SECRET], store)

@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "train.non_finite",
     "train.non_finite_cap",
     "parallel",
+    "cluster",
     "precision",
     "checkpoint",
     "evaluation",

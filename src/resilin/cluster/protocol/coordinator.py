@@ -14,6 +14,7 @@ memory is one of the places where such copies are; and nobody joins before, so t
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ from resilin.cluster.protocol.messages import (
     Message,
     Pause,
     Ready,
+    Signal,
     Warm,
 )
 from resilin.cluster.protocol.newest import Copies, holding, newest_whole
@@ -87,6 +89,8 @@ class Coordinator:
         """The last one that all were ready for."""
         self.version = 0
         """The newest that any member has told of."""
+        self.homeward = False
+        """Whether all save and end, since too few would stay."""
         self._next: View | None = None
         self._adopt: Adopt | None = None
         self._origin: View | None = None  # whose copies may still be needed, beside those of `view`
@@ -165,13 +169,13 @@ class Coordinator:
                 self._note("ready", member=number)
             self._consider(now)
         elif isinstance(message, Leaving):
-            if not member.leaving:
+            if not member.leaving and not self.homeward:
                 member.leaving = True
                 self._note("leaving", member=number)
-                if member.epoch < 0 and self.phase != "gathering":  # it has nothing that anybody needs
-                    self._out.append(Tell(number, End(0, "it left before it had a place")))
+                if member.epoch < 0 and (self.phase != "gathering" or self.rules.patient):
+                    self._out.append(Tell(number, End(0, "it left before it had a place")))  # nobody needs what it has
                     del self.members[number]
-                else:
+                elif not self._go_home():
                     self._consider(now)
         elif isinstance(message, Halted):
             if message.epoch == member.epoch:
@@ -229,6 +233,19 @@ class Coordinator:
 
     # -- changes ------------------------------------------------------------------------------------------------
 
+    def _go_home(self) -> bool:
+        """Where too few would stay, nobody leaves: the run is saved while all states are there, and ends."""
+        view = self._next
+        if view is None or sum(m.warm and not m.leaving for m in self.members.values()) >= self.rules.least:
+            return False
+        self.homeward = True
+        self._note("homeward", why=f"fewer than {self.rules.least} would stay")
+        for number in view.members:
+            if number in self.members:
+                self.members[number].leaving = False
+                self._out.append(Tell(number, Signal(signal.SIGINT)))
+        return True
+
     def _in(self) -> list[int]:
         """Members that are in the present view, or were told to be in the next."""
         return [number for number, member in self.members.items() if member.epoch >= 0]
@@ -243,7 +260,7 @@ class Coordinator:
             if len(ready) >= self.rules.members:
                 self._times = _Times(now, now, ["the run begins"])
                 self._begin(ready, {number: self.members[number].host for number in ready}, now)
-        elif self.phase == "running":
+        elif self.phase == "running" and not self.homeward:
             assert self.view is not None
             # A row of newcomers, one after the other, must not keep the others from their work.
             news = [n for n, member in self.members.items() if member.warm and member.epoch < 0] if self._moving else []
@@ -277,9 +294,9 @@ class Coordinator:
 
     def _lose(self, number: int, why: str, now: float) -> None:
         member = self.members.pop(number)
-        self._note("lost", member=number, why=why)
+        self._note("lost", member=number, why=why, silent=round(now - member.heard, 4))
         if self.phase == "gathering" or member.epoch < 0:
-            if self.phase == "gathering":
+            if self.phase == "gathering" and not (self.rules.patient and member.failed is None):
                 failed = member.failed
                 self._end(False, f"member {number} {why} before the run began", failed.trace if failed else "")
             return
@@ -421,6 +438,9 @@ class Coordinator:
             shards_moved=_moved(self.view, view),
             halting=round(self._times.halted - self._times.lost, 4),
             adopting=round(now - self._times.halted, 4),
+            parts={str(n): {**one.seconds} for n, one in ready.items() if one is not None},
+            bytes={str(n): {**one.bytes} for n, one in ready.items() if one is not None and one.bytes},
+            view=view.json(),
         )
         self._origin = adopt.before
         self.view, self._resumed, self.phase = view, resumed, "running"
@@ -449,7 +469,8 @@ class Coordinator:
         if all(told):  # else a whole stage was lost after its last step, and nobody has its digest
             total = sum(int(next(iter(digests)), 16) for digests in told)
             self._note("digest", weights=f"{total % 2**64:016x}")
-        self._end(True, f"all {done[0].version} steps were taken")
+        taken = f"{done[0].version} steps were taken"
+        self._end(True, f"{taken}, and saved" if self.homeward else f"all {taken}")
 
     def _end(self, good: bool, why: str, failure: str = "") -> None:
         self.phase = "ended"

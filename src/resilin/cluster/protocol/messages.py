@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from resilin.cluster.view import View
@@ -89,12 +89,16 @@ class Ready:
         epoch: of the view.
         view: the view's digest.
         state: digest of what all members of its stage have alike.
+        seconds: by part what it took; see `Parts`.
+        bytes: by part what was read.
     """
 
     kind: ClassVar[str] = "ready"
     epoch: int
     view: str
     state: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +227,18 @@ class Go:
 
 
 @dataclass(frozen=True, slots=True)
+class Signal:
+    """Take this as if the system had sent it to the process.
+
+    Attributes:
+        number: SIGTERM: leave the run; SIGINT: the run is to save and end.
+    """
+
+    kind: ClassVar[str] = "signal"
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """Your part is over.
 
@@ -237,12 +253,13 @@ class End:
 
 
 Message = (
-    Hello | Warm | Beat | Halted | Ready | Committed | Leaving | Done | Failed | Told | Halt | Pause | Adopt | Go | End
-)
+    Hello | Warm | Beat | Halted | Ready | Committed | Leaving | Done | Failed | Told
+    | Halt | Pause | Adopt | Go | Signal | End
+)  # fmt: skip
 _KINDS: dict[str, Any] = {
     cls.kind: cls
     for cls in (
-        Hello, Warm, Beat, Halted, Ready, Committed, Leaving, Done, Failed, Told, Halt, Pause, Adopt, Go, End,
+        Hello, Warm, Beat, Halted, Ready, Committed, Leaving, Done, Failed, Told, Halt, Pause, Adopt, Go, Signal, End,
     )
 }  # fmt: skip
 
@@ -271,7 +288,7 @@ def of_json(told: Mapping[str, Any]) -> Message:
     if kind is None:
         raise MessageError(f"this is no message: {told!r:.200}")
     values = {key: value for key, value in told.items() if key != "kind"}
-    if set(values) != {field.name for field in fields(kind)}:
+    if set(values) != {each.name for each in fields(kind)}:
         raise MessageError(f"a message {kind.kind!r} has {sorted(values)}")
     try:
         if kind is Adopt:

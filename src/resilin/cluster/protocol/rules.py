@@ -18,6 +18,7 @@ class Rules:
         silence: seconds without a beat after which a member counts as lost.
         hang: seconds that a member may do one thing without waiting for another.
         aborted: changes that nobody wished for, in a row without a step taken, after which the job ends.
+        patient: whether others may come for those that are lost before the run begins; else that ends the job.
         failures: members whose own program may fail at one step, before the job ends with that failure.
     """
 
@@ -29,4 +30,5 @@ class Rules:
     silence: float = 10.0
     hang: float = 600.0
     aborted: int = 10
+    patient: bool = False
     failures: int = 2
