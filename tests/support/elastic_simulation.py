@@ -139,7 +139,7 @@ class Sim:
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.count = 0
         self.rules = rules or Rules(
-            members=plan.members, silence=3.0, hang=50.0, stages=plan.stages, copies=plan.copies
+            members=plan.members, silence=3.0, hang=50.0, stages=plan.stages, copies=plan.copies, micros=MICROS
         )
         self.costs = tuple(self.draw.choice([1.0, 2.0]) for _ in range(BLOCKS + 1)) if plan.stages > 1 else ()
         self.coordinator = Coordinator(self.rules)

@@ -1,38 +1,53 @@
-"""How members and blocks are divided over the stages of a pipeline, and when that is worth a change. Pure.
+"""How members and blocks are divided over the stages of a pipeline, and when another division is worth a change. Pure.
 
-A stage's share of a step takes as long as its blocks cost, divided by how many members it has (ElasWave, section 2).
+Blocks are divided by what they cost; what a division is worth is found by replaying a step (`resilin.cluster.axes`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from resilin.cluster.axes import Layers, Machine, Pipeline, PlanError, Rules, decide, step_of
 from resilin.cluster.changes import moved
 from resilin.cluster.view import View
 from resilin.parallel.pipeline.split import Split, balanced
 
 
 @dataclass(frozen=True, slots=True)
+class Better:
+    """Another division of a view's members and blocks.
+
+    Attributes:
+        view: with it; its epoch is the one before.
+        why: in words.
+        reasons: of every axis, as JSON values; times are in steps as they are now.
+    """
+
+    view: View
+    why: str
+    reasons: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
 class Division:
-    """What the blocks of a model cost.
+    """What is known of a model and of a step, to divide them.
 
     Attributes:
         costs: of every block and, last, of the head; in any unit.
         fixed: the blocks of each stage, where they are not to follow the costs.
-        horizon: steps within which a new division has to have saved one step's time.
+        micros: micro-batches of a step.
+        horizon: steps within which a new division has to have saved what it costs, taken to be one step.
     """
 
     costs: tuple[float, ...]
     fixed: tuple[int, ...] = ()
+    micros: int = 1
     horizon: int = 50
 
-    def layers(self, sizes: Sequence[int], now: Sequence[int] = ()) -> tuple[int, ...]:
+    def layers(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """The bounds of stages of so many members, the slowest of which is as quick as can be.
-
-        Args:
-            sizes: members of each stage.
-            now: the bounds there are, which stay where that costs nothing.
 
         Raises:
             ScheduleError: there are fewer blocks than stages.
@@ -41,27 +56,41 @@ class Division:
             return ()
         if self.fixed:
             return tuple(sum(self.fixed[:stage]) for stage in range(len(self.fixed) + 1))
-        split = balanced(
+        return balanced(
             self.costs[:-1],
             len(sizes),
             0.0,
             self.costs[-1],
-            loads=[1 / size for size in sizes],
+            loads=[-(-self.micros // size) for size in sizes],
             allowed=lambda _, first, end: end > first,
-            now=Split(tuple(now)) if now else None,
-        )
-        return split.bounds
+        ).bounds
 
-    def slowest(self, view: View) -> float:
-        """What a step takes at the stage that takes longest."""
-        stages = Split(view.layers).costs(self.costs[:-1], 0.0, self.costs[-1])
-        return max(float(cost) / len(stage.members) for cost, stage in zip(stages, view.stages, strict=True))
-
-    def better(self, view: View) -> View | None:
+    def better(self, view: View) -> Better | None:
         """The same members with other stages, other blocks or both; None: that is not worth a change."""
         if len(view.stages) == 1 or not self.costs:
             return None
         found = moved(view)
-        found = replace(found, layers=self.layers([len(stage.members) for stage in found.stages], view.layers))
-        gain = 1 - self.slowest(found) / self.slowest(view)
-        return found if gain * self.horizon > 1 else None
+        try:
+            now = Pipeline.of(Split(view.layers), [stage.members for stage in view.stages], self.micros, 1)
+            step = step_of(now, self._layers(1.0), Machine())
+            if step is None:
+                return None
+            decision = decide(
+                now,
+                [stage.members for stage in found.stages],
+                self._layers(float(step.seconds)),
+                Machine(setup=1.0),
+                Rules(assignments=("runs",), graph=not self.fixed, horizon=self.horizon),
+            )
+        except PlanError:  # a stage has more members than there are micro-batches
+            return None
+        found = replace(found, layers=tuple(decision.pipeline.split.bounds))
+        takes = float(decision.after.seconds)
+        if (1 - takes) * self.horizon <= 1:
+            return None
+        why = f"{view} become {found}: a step takes {takes:.0%} of the time"
+        return Better(found, why, list(decision.reasons))
+
+    def _layers(self, unit: float) -> Layers:
+        costs = [cost / unit for cost in self.costs]
+        return Layers(tuple(costs[:-1]), head=costs[-1])

@@ -108,8 +108,7 @@ class Story:
         elif what == "homeward":
             self._mark(time, None, "interrupt", str(facts.get("why", "")))
         elif what == "digest":
-            weights = facts["weights"]
-            self.digest = weights if isinstance(weights, str) else ", ".join(weights)
+            self.digest = str(facts["weights"])
         last = self.steps.last()
         change = self.changes.add(time, what, facts, None if last is None else last["time"])
         if change is not None and facts.get("epoch"):

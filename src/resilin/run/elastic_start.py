@@ -89,6 +89,7 @@ def launch(
         members=settings.parallel.workers,
         stages=degrees.pipeline,
         layers=settings.parallel.layers,
+        micros=-(-settings.train.batch_size // settings.train.micro_batch_size),
         least=cluster.least,
         copies=cluster.copies,
         silence=cluster.silence,

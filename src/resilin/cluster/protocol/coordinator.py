@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from resilin.cluster.changes import NobodyLeftError, changed, first_view
-from resilin.cluster.division import Division
+from resilin.cluster.division import Better, Division
 from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
 from resilin.cluster.protocol.messages import (
     Adopt,
@@ -82,7 +82,9 @@ class Coordinator:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.division = Division((), rules.layers)
+        self.division = Division((), rules.layers, rules.micros)
+        self._considered: tuple[int, Better | None] = (-1, None)  # of the view of an epoch
+        self._reasons: list[dict[str, Any]] = []  # of the division that the change under way brings
         self.phase: Phase = "gathering"
         self.members: dict[int, _Member] = {}
         self.view: View | None = None
@@ -265,21 +267,20 @@ class Coordinator:
             # A row of newcomers, one after the other, must not keep the others from their work.
             news = [n for n, member in self.members.items() if member.warm and member.epoch < 0] if self._moving else []
             leaving = [n for n in self.view.members if n in self.members and self.members[n].leaving]
-            better = self.division.better(self.view) if self._moving and not news and not leaving else None
+            better = self._better(self.view) if self._moving and not news and not leaving else None
             if news or leaving or better is not None:
                 self.phase, self._wished = "pausing", True
                 said = [f"member {number} is ready to join" for number in news]
                 said += [f"member {number} leaves" for number in leaving]
-                said += [self._gain(better)] if better is not None else []
+                said += [better.why] if better is not None else []
                 self._times = _Times(now, now, said)
                 for number in self.view.members:
                     self._out.append(Tell(number, Pause(self.view.epoch, "; ".join(said))))
 
-    def _gain(self, better: View) -> str:
-        """What another division is for, in words."""
-        assert self.view is not None
-        before, after = (self.division.slowest(view) for view in (self.view, better))
-        return f"{self.view} become {better}: the slowest stage takes {after / before:.0%} of the time"
+    def _better(self, view: View) -> Better | None:
+        if self._considered[0] != view.epoch:
+            self._considered = view.epoch, self.division.better(view)
+        return self._considered[1]
 
     def _halt(self, why: str, now: float) -> None:
         """Everyone comes out."""
@@ -351,8 +352,10 @@ class Coordinator:
         except NobodyLeftError as error:
             self._end(False, str(error))
             return
-        if self._wished:  # nobody waits for a step that was cut short: blocks may move now
-            view = self.division.better(view) or view
+        # Where nobody waits for a step that was cut short, blocks may move.
+        better = self.division.better(view) if self._wished else None
+        if better is not None:
+            view, self._reasons = better.view, better.reasons
         self._offer(Adopt(view, before, version, where, self._kept(view, version)), now)
 
     def _kept(self, view: View, version: int) -> dict[int, tuple[int, ...]]:
@@ -432,6 +435,7 @@ class Coordinator:
             members=list(view.members),
             stages=[list(stage.members) for stage in view.stages],
             layers=list(view.layers),
+            planned=self._reasons,
             version=resumed or 0,
             redone=0 if resumed is None else max(0, self.version - resumed),
             kept=sum(map(len, adopt.kept.values())),
@@ -442,6 +446,7 @@ class Coordinator:
             bytes={str(n): {**one.bytes} for n, one in ready.items() if one is not None and one.bytes},
             view=view.json(),
         )
+        self._reasons = []
         self._origin = adopt.before
         self.view, self._resumed, self.phase = view, resumed, "running"
         self.version = resumed or 0

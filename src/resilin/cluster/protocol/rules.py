@@ -14,6 +14,7 @@ class Rules:
         least: below how many the job ends.
         stages: of the pipeline.
         layers: blocks of each stage, where they are not to follow their costs.
+        micros: micro-batches of a step.
         copies: of every member's states in others' memory.
         silence: seconds without a beat after which a member counts as lost.
         hang: seconds that a member may do one thing without waiting for another.
@@ -26,6 +27,7 @@ class Rules:
     least: int = 1
     stages: int = 1
     layers: tuple[int, ...] = ()
+    micros: int = 1
     copies: int = 1
     silence: float = 10.0
     hang: float = 600.0
