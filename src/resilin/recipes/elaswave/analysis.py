@@ -118,7 +118,8 @@ def _claims_of(study: Study, task: Task) -> list[Claim]:
         claims.append(
             Claim(
                 name=f"{task.title}: dropping deviates more",
-                statement=f"{task.title}, random numbers per rank: dropping the shard deviates more than keeping the batch",
+                statement=f"{task.title}, random numbers per rank: dropping the shard deviates more than keeping "
+                "the batch",
                 holds=statistics.fmean(dropped) > statistics.fmean(first),
                 evidence=f"{statistics.fmean(dropped):.2e} against {statistics.fmean(first):.2e} {task.unit}, "
                 f"{len(dropped)} seeds",
@@ -167,8 +168,8 @@ def _plot_of(study: Study, task: Task) -> Plot | None:
             lines.append(Line(label=title, x=tuple(map(float, steps)), y=values))
     if not lines:
         return None
-    title = f"{task.title}: |validation loss - undisturbed| (at least {FLOOR:g})"
-    return Plot(title=title, x_label="step", y_label=task.unit, y_log=True, lines=tuple(lines))
+    title = f"{task.title}: |validation loss - undisturbed|"
+    return Plot(title=title, x_label="step", y_label=f"{task.unit}, at least {FLOOR:g}", y_log=True, lines=tuple(lines))
 
 
 # ---- throughput ------------------------------------------------------------------------------------------------------
@@ -231,19 +232,19 @@ def _throughputs() -> tuple[list[Claim], list[Row], Table, Plot]:
         f"{float(CLOCKS.table[0]):g} to {float(CLOCKS.table[-1]):g} of the usual one; {float(CLOCKS.memory):.0%} of a "
         "stage's time does not depend on them.",
     )
-    fewest = LAYERS[0]
+    shown = LAYERS[1]
     lines = [
         Line(
             label=name,
             x=tuple(map(float, range(STAGES))),
             y=tuple(
-                float(found[fewest, s][name].throughput / found[fewest, s][INTACT].throughput) for s in range(STAGES)
+                float(found[shown, s][name].throughput / found[shown, s][INTACT].throughput) for s in range(STAGES)
             ),
         )
         for name in (ALL, GRAPH, RESHAPE, WHOLE, DROPPED)
     ]
     plot = Plot(
-        title=f"simulated throughput, {fewest} layers (1: nothing lost)",
+        title=f"simulated throughput, {shown} layers (1: nothing lost)",
         x_label="stage that lost a replica",
         y_label="of the throughput before",
         lines=tuple(lines),
