@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from elastic_simulation import Plan, Sim, WrongError, simulate
 from hypothesis import given
@@ -33,11 +35,13 @@ from resilin.cluster.protocol.messages import (
     to_json,
 )  # fmt: skip
 from resilin.cluster.protocol.rules import Rules
+from resilin.cluster.view import View
 
 VIEW = first_view([0, 1, 2], dict.fromkeys(range(3), "here"))
 EVERY = [
     Hello("here"), Warm(), Beat(3, "data 1", "forward", (1, 2), 0.5, "run.py:1"), Leaving(), Told({"event": "x"}),
-    Halted(2, "lost", -1, None, ((0, 1, (3, 4)),), (5,)), Ready(1, "a", "b"), Committed(1, 7), Done(1, 9, "c"),
+    Halted(2, "lost", -1, None, ((0, 1, (3, 4)),), (5,)), Committed(1, 7), Done(1, 9, "c"),
+    Ready(1, "a", "b", {"plan": 0.5}, {"restore": 3}),
     Failed(3, "KeyError", "trace"), Halt(1, "why"), Pause(1, "why"), Go(2), Signal(15), End(0, "why"),
     Adopt(VIEW, None, 0, {}, {}), Adopt(VIEW, VIEW, 4, {0: 1, 1: 1}, {1: (2, 3)}),
 ]  # fmt: skip
@@ -148,6 +152,23 @@ def test_all_go_only_when_all_are_ready():
     assert not job.say(1, Ready(0, view.digest, "s"))
     job.say(2, Ready(0, view.digest, "s"))
     assert set(job.told(Go)) == {0, 1, 2}
+
+
+def test_a_change_is_noted_with_its_view_and_what_it_took_at_everyone():
+    job = Job(2)
+    view = job.coordinator._next
+    job.say(0, Ready(0, view.digest, "s", {"groups": 0.1, "plan": 0.2}, {"restore": 7}))
+    (note,) = [e for e in job.say(1, Ready(0, view.digest, "s", {"groups": 0.3})) if isinstance(e, Note)]
+    assert View.of_json(json.loads(json.dumps(note.facts["view"]))) == view
+    assert note.facts["parts"] == {"0": {"groups": 0.1, "plan": 0.2}, "1": {"groups": 0.3}}
+    assert note.facts["bytes"] == {"0": {"restore": 7}}
+
+
+def test_of_a_lost_member_it_is_noted_how_long_nothing_had_been_heard():
+    job = Job(2)
+    job.all_ready()
+    (note,) = [e for e in job.coordinator.gone(1, "was killed", job.now + 0.25) if isinstance(e, Note)]
+    assert note.facts == {"member": 1, "why": "was killed", "silent": 0.25}
 
 
 def test_members_with_different_states_do_not_train():

@@ -183,3 +183,81 @@ def remove(where: Where, numbers: Numbers, secret_file: SecretFile = None) -> No
     for number in numbers:
         _ask(where, secret_file, {"command": "remove", "number": number})
         typer.echo(f"killed worker {number}")
+
+
+@app.command()
+def plan(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SETTINGS.toml|FOLDER] [KEY=VALUE]...",
+            help="A run's settings, or what it left: its decoder's blocks and head give the costs.",
+        ),
+    ] = None,
+    lose: Annotated[
+        list[str] | None, typer.Option(help="STAGE or STAGE.REPLICA, counted from 0; may be repeated. Default: 1.0.")
+    ] = None,
+    stages: Annotated[int, typer.Option(min=1, help="Stages of the pipeline.")] = 4,
+    replicas: Annotated[int, typer.Option(min=1, help="Of each stage.")] = 4,
+    micros: Annotated[int, typer.Option(min=1, help="Micro-batches of a step, of all replicas together.")] = 16,
+    micro: Annotated[int, typer.Option(min=0, help="Samples of each. Default: as many as can be shared out.")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="Of a sample, for the cost of attention.")] = 1024,
+    layers: Annotated[str, typer.Option(help="How many alike, or the cost of each: 32, or 1,1,2,1.")] = "",
+    head: Annotated[str, typer.Option(help="Cost of what follows the last layer, in the same unit.")] = "",
+    tflops: Annotated[float, typer.Option(min=0, help="10^12 operations a second of a member; 0: not known.")] = 0.0,
+    counts: Annotated[str, typer.Option(help="Layers of each stage now: 8,8,8,8. Default: the best split.")] = "",
+    measured: Annotated[
+        Path | None, typer.Option(help="A run's own times, of parallel.trace: workers/schedule.csv.")
+    ] = None,
+    memory: Annotated[float, typer.Option(min=0, help="GiB of a member; 0: enough.")] = 0.0,
+    bandwidth: Annotated[float, typer.Option(min=0, help="GB a second to move layers; 0: at once.")] = 0.0,
+    clocks: Annotated[str, typer.Option(help="Clocks that can be set, the usual one first: 1.41,1.2,1.5,1.6.")] = "",
+    fixed: Annotated[str, typer.Option(help="Share of a stage's time that no clock shortens.")] = "0",
+    clocks_hook: Annotated[
+        str, typer.Option(help="module:function that is handed the clocks of every stage. Default: nobody is.")
+    ] = "",
+    horizon: Annotated[int, typer.Option(min=0, help="Steps within which moving layers has to pay.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="Every decision with its reasons, as JSON.")] = False,
+) -> None:
+    """Forecast a loss: what each way to go on would cost, and what would be decided, with the reasons.
+
+    Replays the pipeline's own schedule for the members that are left: the
+    whole replica out, orphans re-routed, micro-batches reshaped, layers moved,
+    clocks raised. Nothing is started.
+
+    \b
+    resilin cluster plan --stages 4 --replicas 4 --micros 16 --lose 1
+    resilin cluster plan run.toml --stages 2 --replicas 3 --lose 0.2 --lose 1
+    resilin cluster plan run.toml --counts 3,3 --stages 2 --measured runs/run/workers/schedule.csv
+    resilin cluster plan --layers 8 --clocks 1.41,1.5,1.6 --fixed 0.2
+    """
+    import json
+
+    from resilin.cli.arguments import split_settings
+    from resilin.planner.change import ChangeRequest, forecast, numbers_of, text
+
+    file, overrides = split_settings(arguments or [])
+    told = forecast(
+        ChangeRequest(
+            file=file,
+            overrides=tuple(overrides),
+            stages=stages,
+            replicas=replicas,
+            micros=micros,
+            micro=micro,
+            tokens=tokens,
+            layers=layers,
+            head=head,
+            tflops=tflops,
+            lost=tuple(lose or ()),
+            measured=measured,
+            counts=tuple(int(count) for count in numbers_of("--counts", counts)),
+            memory=memory,
+            bandwidth=bandwidth,
+            clocks=numbers_of("--clocks", clocks),
+            hook=clocks_hook,
+            fixed=numbers_of("--fixed", fixed)[0],
+            horizon=horizon,
+        )
+    )
+    typer.echo(json.dumps(told.json(), indent=1) if as_json else text(told))

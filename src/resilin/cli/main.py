@@ -21,6 +21,7 @@ from resilin.cli.plan import plan
 from resilin.cli.reproduce import reproduce
 from resilin.cli.stages import dpo, reward, rl, sft
 from resilin.cli.train import train
+from resilin.cli.watch import watch
 from resilin.config.errors import UserError
 
 GUIDE = """Elastic training for PyTorch: one run that keeps going, and stays right,
@@ -57,6 +58,7 @@ app.command(rich_help_panel=POST_TRAINING)(reward)
 app.command(rich_help_panel=POST_TRAINING)(dpo)
 app.command(rich_help_panel=POST_TRAINING)(rl)
 app.command(rich_help_panel=TRAINING)(inspect)
+app.command(rich_help_panel=TRAINING)(watch)
 app.command(rich_help_panel=TRAINING)(chaos)
 app.command(rich_help_panel=USING)(evaluate)
 app.command(rich_help_panel=USING)(generate)

@@ -13,6 +13,7 @@ from typing import Any
 
 from resilin.cluster.addresses import guard, own_address
 from resilin.cluster.handshake import prove
+from resilin.cluster.parts import Parts
 from resilin.cluster.protocol.messages import (
     Adopt,
     Beat,
@@ -148,13 +149,19 @@ class Agent:
         adopt = self._adopt
         return adopt if adopt is not None and adopt.view.epoch > self._epoch else None
 
-    def adopted(self, adopt: Adopt, digest: str) -> None:
+    def adopted(self, adopt: Adopt, digest: str, parts: Parts) -> None:
         """This member is what it was told to be; returns once all are.
+
+        Args:
+            adopt: what it was told.
+            digest: see `Ready.state`.
+            parts: what it took.
 
         Raises:
             HaltedError: something else has changed.
         """
-        self._say(Ready(adopt.view.epoch, adopt.view.digest, digest))
+        seconds = {part: round(took, 5) for part, took in parts.seconds.items()}
+        self._say(Ready(adopt.view.epoch, adopt.view.digest, digest, seconds, parts.bytes))
         with self._changed:
             self._changed.wait_for(
                 lambda: self._ended is not None or self._go >= adopt.view.epoch or self._halted_now() is not None

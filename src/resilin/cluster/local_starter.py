@@ -81,5 +81,6 @@ class LocalStarter:
 
     def close(self) -> None:
         """Kill what is left."""
-        for number in list(self._processes):
+        for number, process in list(self._processes.items()):
             self.signal(number, signal.SIGKILL)
+            process.wait()  # what it had locked is free then, for whoever goes on with the run's folder

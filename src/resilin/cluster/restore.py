@@ -6,6 +6,7 @@ state of the optimizer, which lie alike. So what is planned is one interval at a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resilin.checkpoint.tensor_record import DTYPES
+from resilin.cluster.parts import Read
 from resilin.cluster.peer import Peer
 from resilin.cluster.pool import Copy, CopyError, Pool, Slot, slots_of
 from resilin.layout import Layout, Place, Region, plan
@@ -133,6 +135,9 @@ class Restorer:
         version: steps committed.
         where: by owner the member in whose memory its copy is read.
         connect: to another member.
+
+    Attributes:
+        reads: by owner what was read of its states, here or elsewhere.
     """
 
     def __init__(
@@ -141,6 +146,7 @@ class Restorer:
         self._pool, self._key, self._where, self._connect = pool, (epoch, version), where, connect
         self._heads: dict[int, tuple[dict[tuple[str, str], Slot], Copy | None]] = {}
         self._rest: dict[int, Any] = {}
+        self.reads: dict[int, Read] = {}
 
     def _head(self, owner: int) -> tuple[dict[tuple[str, str], Slot], Copy | None]:
         if owner not in self._heads:
@@ -200,7 +206,10 @@ class Restorer:
                 if entry[2] is memory:
                     break
         for owner, entries in asked.items():
+            begun, known = time.monotonic(), self.reads.get(owner, Read())
             self._read(owner, entries)
+            size = sum(size for _, size, _ in entries)
+            self.reads[owner] = Read(known.seconds + time.monotonic() - begun, known.bytes + size)
 
     def _read(self, owner: int, entries: Sequence[tuple[int, int, Tensor]]) -> None:
         _, copy = self._head(owner)

@@ -24,6 +24,7 @@ from resilin.cluster.addresses import joined, parse
 from resilin.cluster.agent import Agent, HaltedError
 from resilin.cluster.failure import kind_of
 from resilin.cluster.links import Links, LinksCutError
+from resilin.cluster.parts import Parts
 from resilin.cluster.peer import Address, Peer, PeerError, PeerServer
 from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
 from resilin.cluster.protocol.messages import Adopt
@@ -260,6 +261,8 @@ class Elastic:
     def _take_place(self, change: Adopt) -> None:
         """Groups, engine and optimizer of a view."""
         activity.doing("taking its place")
+        self._parts = Parts()
+        self._parts.begin("groups")
         view, kept = change.view, self._kept
         self._links = Links(
             self._agent.store, view.epoch, view.members.index(self.number), self._agent.timeout, self._agent.address
@@ -267,6 +270,7 @@ class Elastic:
         self._agent.check()  # it may have been called off before there was anything to cut
         self.world = ViewWorld(view, self.number, self._links)
         activity.now.place = self.world.where
+        self._parts.begin("engine")
         blueprint = self._of(view)
         made = self._assemble(self.world, blueprint)
         engine = made.engine
@@ -310,9 +314,11 @@ class Elastic:
                 self._fill(run, change, Restorer(self.pool, change.before.epoch, change.version, change.where, connect))
         self._weights.version, self._fresh = run.step, False
         self.snapshots.begin(change.view.holders[self.number])
+        self._parts.begin("verify")
         digest = self._digest(run)
+        self._parts.begin("")
         with activity.waiting((-1,), "waiting for the others to be ready"):
-            self._agent.adopted(change, digest)
+            self._agent.adopted(change, digest, self._parts)
 
     def _new_store(self, run: Run) -> None:
         if self._store is None:
@@ -326,6 +332,7 @@ class Elastic:
     def _fill(self, run: Run, change: Adopt, restorer: Restorer) -> None:
         assert change.before is not None
         activity.doing("reading its states from copies")
+        self._parts.begin("plan")
         before, after = self._owners(change.before), self._owners(change.view)
         needs = []
         if self._weights.version != change.version:
@@ -343,7 +350,10 @@ class Elastic:
         anyone = next(iter(change.where))
         shared = restorer.rest(self.number if self.number in change.where else anyone)
         needs += [Need("", name, t, [Piece(shared.owner, 0, 0, t.numel())]) for name, t in shared.tensors.items()]
+        self._parts.begin("")
         restorer.fill(needs)
+        self._parts.read(restorer.reads, change.view.members)
+        self._parts.begin("load")
         self.optimizer.load_state_dict(state)
         run.engine.loaded()
         if run.step != change.version or self._fresh:

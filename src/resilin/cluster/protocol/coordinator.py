@@ -286,7 +286,7 @@ class Coordinator:
 
     def _lose(self, number: int, why: str, now: float) -> None:
         member = self.members.pop(number)
-        self._note("lost", member=number, why=why)
+        self._note("lost", member=number, why=why, silent=round(now - member.heard, 4))
         if self.phase == "gathering" or member.epoch < 0:
             if self.phase == "gathering" and not (self.rules.patient and member.failed is None):
                 failed = member.failed
@@ -411,6 +411,9 @@ class Coordinator:
             shards_moved=_moved(self.view, view),
             halting=round(self._times.halted - self._times.lost, 4),
             adopting=round(now - self._times.halted, 4),
+            parts={str(n): {**one.seconds} for n, one in ready.items() if one is not None},
+            bytes={str(n): {**one.bytes} for n, one in ready.items() if one is not None and one.bytes},
+            view=view.json(),
         )
         self._origin = adopt.before
         self.view, self._resumed, self.phase = view, resumed, "running"

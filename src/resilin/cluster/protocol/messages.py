@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from resilin.cluster.view import View
@@ -84,12 +84,16 @@ class Ready:
         epoch: of the view.
         view: the view's digest.
         state: digest of what all members of its stage have alike.
+        seconds: by part what it took; see `Parts`.
+        bytes: by part what was read.
     """
 
     kind: ClassVar[str] = "ready"
     epoch: int
     view: str
     state: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +283,7 @@ def of_json(told: Mapping[str, Any]) -> Message:
     if kind is None:
         raise MessageError(f"this is no message: {told!r:.200}")
     values = {key: value for key, value in told.items() if key != "kind"}
-    if set(values) != {field.name for field in fields(kind)}:
+    if set(values) != {each.name for each in fields(kind)}:
         raise MessageError(f"a message {kind.kind!r} has {sorted(values)}")
     try:
         if kind is Adopt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -85,8 +85,18 @@ class SlotTable:
         """How many slots a replica has."""
         return sum(end - start for micro in self.micros(replica) for start, end in micro)
 
-    def without(self, lost: int, how: Literal["whole", "reshape"] = "whole") -> SlotTable:
-        """What is left after a loss: the others keep their own and share out what the lost replica had.
+    def named(self, numbers: Sequence[int]) -> SlotTable:
+        """The same table of replicas with other numbers: `numbers` in place of the present ones, in ascending order.
+
+        Raises:
+            ScheduleError: more or fewer numbers than replicas, or one twice.
+        """
+        if len(numbers) != len(self.owned) or len(set(numbers)) != len(numbers):
+            raise ScheduleError(f"{len(self.owned)} replicas cannot get the numbers {list(numbers)}")
+        return SlotTable.of(self.slots, {new: micros for new, (_, micros) in zip(numbers, self.owned, strict=True)})
+
+    def without(self, lost: int | Collection[int], how: Literal["whole", "reshape"] = "whole") -> SlotTable:
+        """What is left after a loss: the others keep their own and share out what the lost replicas had.
 
         `whole`: its micro-batches move whole, the first slots first, each to whoever has the fewest slots (of equals
         to the smallest number), and everybody runs the lowest slots first. Shapes and the reduction's leaves stay what
@@ -96,20 +106,24 @@ class SlotTable:
         same position. Nobody runs more micro-batches, but larger ones, so results are equal to rounding only.
 
         Raises:
-            ScheduleError: there is no such replica, or it is the last.
+            ScheduleError: there is no such replica, or no other is left.
         """
-        orphans = self.micros(lost)
-        left = {replica: list(micros) for replica, micros in self.owned if replica != lost}
+        gone = {lost} if isinstance(lost, int) else set(lost)
+        orphans = [(number, micro) for one in sorted(gone) for number, micro in enumerate(self.micros(one))]
+        left = {replica: list(micros) for replica, micros in self.owned if replica not in gone}
         if not left:
-            raise ScheduleError(f"replica {lost} is the stage's last: nobody is left to take its slots")
+            said = (
+                f"replica {min(gone)} is the stage's last" if len(gone) == 1 else "all replicas of the stage are lost"
+            )
+            raise ScheduleError(f"{said}: nobody is left to take its slots")
         loads = {replica: self.load(replica) for replica in left}
         if how == "whole":
-            for micro in sorted(orphans):
+            for _, micro in sorted(orphans, key=lambda orphan: orphan[1]):
                 heir = min(left, key=lambda replica: (loads[replica], replica))
                 left[heir].append(micro)
                 loads[heir] += _size(micro)
             return SlotTable.of(self.slots, {replica: sorted(micros) for replica, micros in left.items()})
-        for number, micro in enumerate(orphans):
+        for number, micro in orphans:
             heirs = sorted(left, key=lambda replica: (loads[replica], replica))
             for heir, part in zip(heirs, _cut(micro, len(heirs)), strict=True):
                 if not part:
