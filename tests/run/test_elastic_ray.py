@@ -59,7 +59,7 @@ def test_a_worker_on_another_node_is_killed(nodes: Nodes, text: Path, undisturbe
 
     def watch(job: ElasticJob, event: Event) -> None:
         if isinstance(event, StepDone) and event.step == 1:
-            told = job._status()["members"]
+            told = job.status()["members"]
             where.extend(one["host"] for one in told)
 
     settings = settings_of(text, parallel={"workers": 2}, cluster={"launcher": "ray", "placement": "STRICT_SPREAD"})
