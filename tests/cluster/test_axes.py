@@ -28,7 +28,18 @@ from resilin.cluster.axes import step as step_module
 from resilin.cluster.axes.graph import moves
 from resilin.cluster.axes.policies import ALL, DROPPED, GRAPH, INTACT, KEPT, RESHAPE, WHOLE, lose, policies
 from resilin.cluster.changes import changed, first_view
-from resilin.parallel.pipeline import Action, Kind, Record, ScheduleError, Split, Timeline, even, slots_of
+from resilin.parallel.pipeline import (
+    Action,
+    Kind,
+    Record,
+    ScheduleError,
+    Split,
+    Timeline,
+    check_rendezvous,
+    even,
+    lower_members,
+    slots_of,
+)
 
 GPU = Clocks((Fraction(9, 10), Fraction(1), Fraction(11, 10), Fraction(6, 5)), Fraction(1), Fraction(1, 5))
 
@@ -279,6 +290,27 @@ def test_a_decision_says_what_it_cost_as_plain_values() -> None:
     assert graph["decision"] == "keep"
     assert frequency["clocks"] == [1.0, 1.2, 1.0, 1.0]
     assert told["seconds"]["after"] == frequency["seconds"]["after"] < frequency["seconds"]["before"]
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_no_axis_makes_a_step_longer_and_whatever_is_decided_can_be_run(data: st.DataObject) -> None:
+    stages, replicas = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 3))
+    count = data.draw(st.integers(stages, 8))
+    now = pipeline(count, stages, replicas, replicas * data.draw(st.integers(1, 3)), 2)
+    layers = Layers(tuple(data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))))
+    losses = {stage: list(range(data.draw(st.integers(0, replicas - 1)))) for stage in range(stages)}
+    left = lose(now.members, losses)
+    decision = decide(now, left, layers, Machine(clocks=GPU), Rules(ASSIGNMENTS))
+    assert decision.pipeline.members == left
+    assert {layer for stage in range(stages) for layer in decision.pipeline.split.layers_of(stage)} == set(range(count))
+    seconds = [reason["seconds"] for reason in decision.reasons if "seconds" in reason]
+    assert decision.after.seconds <= min(seconds[0]["after"], *(one["before"] for one in seconds[1:])) + 1e-9
+    schedule = decision.after.schedule
+    assert schedule is not None
+    assert schedule.tables == decision.pipeline.tables
+    check_rendezvous(lower_members(schedule))
+    json.dumps(decision.json())
 
 
 def test_nothing_changed_changes_nothing() -> None:
