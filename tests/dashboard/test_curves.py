@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from itertools import pairwise
 
 import numpy as np
@@ -14,11 +13,11 @@ from resilin.dashboard.curves import SHOWN, Steps, curves, means, thinned
 from resilin.dashboard.step_lines import COLUMNS
 
 
-def columns(numbers: list[int], losses: list[float] | None = None) -> tuple:
+def columns(numbers: list[int], losses: list[float] | None = None) -> np.ndarray:
     table = dict.fromkeys(COLUMNS, [1.0] * len(numbers))
     table |= {"step": [float(n) for n in numbers], "time": [100.0 + n for n in numbers]}
     table["loss"] = losses or [float(n) for n in numbers]
-    return tuple(array("d", table[name]) for name in COLUMNS)
+    return np.array([table[name] for name in COLUMNS])
 
 
 def steps_of(losses: list[float]) -> Steps:

@@ -38,7 +38,7 @@ class Follower:
         self._asked = 0.0
         self._version = 0
         self._trouble = ""
-        self._moment = threading.Event()
+        self._caught_up = threading.Event()
 
     # -- following ----------------------------------------------------------------------------------------------
 
@@ -50,6 +50,10 @@ class Follower:
                 self._thread = threading.Thread(target=self._follow, name="resilin-follow", daemon=True)
                 self._thread.start()
 
+    def wait(self, seconds: float) -> None:
+        """Until all that the log has by now is read, but no longer than this."""
+        self._caught_up.wait(seconds)
+
     def _follow(self) -> None:
         while True:
             more = self.look()
@@ -58,7 +62,7 @@ class Follower:
                     self._thread = None
                     return
             if not more:
-                self._moment.wait(_PAUSE)
+                time.sleep(_PAUSE)
 
     def look(self) -> bool:
         """Take in what is new; tells whether there may be more."""
@@ -79,6 +83,8 @@ class Follower:
             if changed or trouble != self._trouble:
                 self._trouble = trouble
                 self._version += 1
+        if not more:
+            self._caught_up.set()
         return more
 
     # -- answers ------------------------------------------------------------------------------------------------
@@ -102,7 +108,12 @@ class Follower:
                 "folder": str(self.folder),
                 "version": self._version,
                 "now": now,
-                "read": {"bytes": self._tail.offset, "of": self._tail.size, "strange": story.strange},
+                "read": {
+                    "bytes": self._tail.offset,
+                    "of": self._tail.size,
+                    "caught_up": self._caught_up.is_set(),
+                    "strange": story.strange,
+                },
                 "trouble": self._trouble or self._launcher.why,
                 "run": {
                     **self._phase(now),

@@ -49,15 +49,15 @@ class Story:
         for part in parts_of(raw):
             if part is None:
                 self.strange += 1
-            elif isinstance(part, tuple):
-                self.steps.add(part)
-                self.events += len(part[0])
-                self._seen(part[0][0], part[0][-1])
-            else:
+            elif isinstance(part, dict):
                 try:
                     self._take(part)
                 except (KeyError, TypeError, ValueError):
                     self.strange += 1
+            else:
+                self.steps.add(part)
+                self.events += part.shape[1]
+                self._seen(float(part[0, 0]), float(part[0, -1]))
 
     def _seen(self, first: float, last: float) -> None:
         self.first_time = first if self.first_time is None else self.first_time

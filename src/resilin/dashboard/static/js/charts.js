@@ -3,13 +3,13 @@
 import uPlot from "../vendor/uplot/uPlot.esm.js";
 import { el, say } from "./dom.js";
 import { KINDS } from "./changes.js";
-import { clock, count, day, precise, seconds, short } from "./words.js";
+import { clock, count, day, precise, seconds, short, ticks } from "./words.js";
 
 const HEIGHT = 210;
 const NEAR = 7; // pixels from a mark at which it is told
 const CURVES = [
   { name: "loss", title: "Loss", value: precise, mean: "loss_mean", evaluated: true },
-  { name: "throughput", title: "Throughput", value: (v, unit) => `${short(v)} ${unit}/s`, zero: true, axis: short },
+  { name: "throughput", title: "Throughput", value: (v, unit) => `${short(v)} ${unit}/s`, zero: true },
   { name: "seconds", title: "Time for a step", value: seconds, zero: true, axis: seconds },
   { name: "grad_norm", title: "Norm of the gradient", value: precise, zero: true },
 ];
@@ -127,7 +127,7 @@ export class Charts {
       axes: [
         { ...axis, size: 28, space: 70, incrs: this.by === "time" ? TIMES : undefined,
           values: (u, splits, at, space, step) => splits.map((v) => (this.by === "time" ? moment(v, step) : count(v))) },
-        { ...axis, size: 58, values: (u, splits) => splits.map((v) => (curve.axis ?? ((one) => short(one)))(v)) },
+        { ...axis, size: 58, values: (u, splits, at, space, step) => splits.map((v) => (curve.axis ?? ticks)(v, step)) },
       ],
       hooks: {
         drawAxes: [(u) => this.drawMarks(u)],

@@ -10,9 +10,8 @@ export function showHead(state) {
   place.dataset.state = run.state;
   place.dataset.phase = run.phase;
   say(place, run.words);
-  const reading = read.of > 0 && read.bytes < read.of;
-  const part = reading ? Math.floor((100 * read.bytes) / read.of) : 100;
-  const trouble = state.trouble || (reading && part < 99 ? `Reading the log: ${part}%` : "");
+  const part = read.of > 0 ? `: ${Math.floor((100 * read.bytes) / read.of)}%` : "";
+  const trouble = state.trouble || (read.caught_up ? "" : `Reading the log${part}`);
   const box = document.getElementById("trouble");
   box.hidden = !trouble;
   box.dataset.kind = state.trouble ? "trouble" : "reading";

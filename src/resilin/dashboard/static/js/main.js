@@ -59,7 +59,7 @@ async function look() {
       await draw();
       version = state.version;
     }
-    const reading = state.read.bytes < state.read.of;
+    const reading = !state.read.caught_up;
     pause = reading ? PERIOD / 4 : document.hidden || !["running", "empty"].includes(state.run.state) ? SLOW : PERIOD;
     document.body.dataset.ready = reading ? "" : "yes";
   } catch (error) {

@@ -15,7 +15,7 @@ export function showMap(state) {
   if (map.kind === "elastic" && (map.stages.length || map.others.length)) {
     const shards = map.stages[0]?.shards;
     say(note, map.stages.length
-      ? `epoch ${map.epoch}, ${several(map.stages.length, "stage")}, ${several(map.micros, "micro-batch", "micro-batches")} a step, ${shards} virtual shards of the optimizer's states`
+      ? `epoch ${map.epoch}, ${several(map.stages.length, "stage")}, ${machines(map)}${several(map.micros, "micro-batch", "micro-batches")} a step, ${shards} virtual shards of the optimizer's states`
       : "no view yet: workers are starting");
     if (run.state !== "running" && map.stages.length) say(note, `as it was last: ${note.textContent}`);
     grid(parent, map, state);
@@ -28,6 +28,13 @@ export function showMap(state) {
     keyed(parent, [{ key: "nothing", why }], (one) => one.key, () => el("p", { class: "nothing" }), (box, one) => say(box, one.why));
   }
 }
+
+function machines(map) {
+  const hosts = new Set(map.stages.flatMap((stage) => stage.members.map((one) => one.host)));
+  return hosts.size > 1 ? `${several(hosts.size, "machine")}, ` : "";
+}
+
+const DENSE = 24; // cells of a stage beyond which they are small
 
 function grid(parent, map, state) {
   const several_stages = map.stages.length > 1;
@@ -46,6 +53,7 @@ function makeRow() {
 function fillRow(box, row) {
   const [name, cells] = box.children;
   box.classList.toggle("bare", !row.title);
+  box.classList.toggle("dense", row.cells.length > DENSE);
   name.replaceChildren(
     el("strong", {}, row.title),
     row.layers ? el("span", {}, `blocks ${intervals([[row.layers[0], row.layers[1] - 1]])}`) : "",
@@ -84,10 +92,10 @@ function fillCell(cell, one, shards) {
         ["keeps copies of", list(one.keeps)],
       ]
     : [];
-  cell.setAttribute(
-    "aria-label",
-    [`member ${one.number}`, WORDS[one.state] ?? one.state, one.host, doing, ...facts.map((fact) => fact.join(" "))].filter(Boolean).join(", "),
-  );
+  const told =
+    [`member ${one.number}`, WORDS[one.state] ?? one.state, one.host, doing, ...facts.map((fact) => fact.join(" "))].filter(Boolean).join(", ");
+  cell.setAttribute("aria-label", told);
+  cell.title = cell.closest(".dense") ? told : "";
   put(
     cell,
     el("div", { class: "cell-head" },
