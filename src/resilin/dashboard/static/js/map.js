@@ -59,7 +59,7 @@ function fillRow(box, row) {
     row.layers ? el("span", {}, `blocks ${intervals([[row.layers[0], row.layers[1] - 1]])}`) : "",
   );
   if (row.kind === "fixed") keyed(cells, row.cells, (one) => one.ranks[0], () => el("div", { class: "cell", role: "listitem" }), (cell, one) => fillFixed(cell, one, row));
-  else keyed(cells, row.cells, (one) => one.number, makeCell, (cell, one) => fillCell(cell, one, row.shards));
+  else keyed(cells, row.cells, (one) => one.number, makeCell, (cell, one) => fillCell(cell, one, row));
 }
 
 function makeCell(one) {
@@ -79,7 +79,8 @@ function lightUp(number, on) {
   for (const cell of cells) cell.classList.toggle("holds", on && holders.includes(Number(cell.dataset.key)));
 }
 
-function fillCell(cell, one, shards) {
+function fillCell(cell, one, row) {
+  const { shards } = row;
   cell.dataset.state = one.state;
   cell.holders = one.copies_at ?? [];
   const inside = one.shards !== undefined;
@@ -92,10 +93,9 @@ function fillCell(cell, one, shards) {
         ["keeps copies of", list(one.keeps)],
       ]
     : [];
-  const told =
-    [`member ${one.number}`, WORDS[one.state] ?? one.state, one.host, doing, ...facts.map((fact) => fact.join(" "))].filter(Boolean).join(", ");
+  const told = [`member ${one.number}`, WORDS[one.state] ?? one.state, one.host, doing, ...facts.map((fact) => fact.join(" "))].filter(Boolean).join(", ");
   cell.setAttribute("aria-label", told);
-  cell.title = cell.closest(".dense") ? told : "";
+  cell.title = row.cells.length > DENSE ? told : "";
   put(
     cell,
     el("div", { class: "cell-head" },
