@@ -27,6 +27,7 @@ from resilin.cluster.axes import (
 from resilin.cluster.axes import step as step_module
 from resilin.cluster.axes.graph import moves
 from resilin.cluster.axes.policies import ALL, DROPPED, GRAPH, INTACT, KEPT, RESHAPE, WHOLE, lose, policies
+from resilin.cluster.changes import changed, first_view
 from resilin.parallel.pipeline import Action, Kind, Record, ScheduleError, Split, Timeline, even, slots_of
 
 GPU = Clocks((Fraction(9, 10), Fraction(1), Fraction(11, 10), Fraction(6, 5)), Fraction(1), Fraction(1, 5))
@@ -310,6 +311,22 @@ def test_a_step_too_long_to_replay_is_estimated(monkeypatch: pytest.MonkeyPatch)
     assert estimated.seconds == replayed.seconds  # of an intact pipeline, exactly
     decision = decide(now, lose(now.members, {1: [0]}), layers, Machine(clocks=GPU))
     assert decision.after.how == "estimated"
+
+
+def test_a_change_of_a_run_s_view_is_planned() -> None:
+    view = first_view(range(8), dict.fromkeys(range(8), "here"), 2, (0, 8, 16))
+    now = Pipeline.of_view(view, 16, 16, 3)
+    assert now.members == ((0, 1, 2, 3), (4, 5, 6, 7))
+    after = changed(view, gone=[5])
+    decision = decide(now, [stage.members for stage in after.stages], Layers((1,) * 16), rules=Rules(("runs",)))
+    assert decision.pipeline.members == ((0, 1, 2, 3), (4, 6, 7))
+    assert decision.pipeline.split.counts() == (10, 6)  # 6 of 4 micro-batches each: 10 beside 1.5 * 6
+    alone = Pipeline.of_view(first_view([3, 4], {3: "a", 4: "b"}), 16, 4, 1)
+    assert alone.split.bounds == (0, 16)
+    assert (
+        decide(alone, [(4,)], Layers((1,) * 16)).after.seconds
+        == 2 * decide(alone, [(3, 4)], Layers((1,) * 16)).after.seconds
+    )
 
 
 def test_what_cannot_be_planned_is_said() -> None:

@@ -20,6 +20,7 @@ from resilin.objective.next_token import NextToken
 from resilin.optim.adamw import AdamW
 from resilin.optim.sgd import SGD
 from resilin.parallel.assemble import Assembled, assemble
+from resilin.parallel.blueprint import EXPERTS
 from resilin.parallel.local_model import cut_out
 from resilin.parallel.part import divide_decoder
 from resilin.parallel.reduction import Reduction
@@ -34,6 +35,7 @@ DENSE: dict[str, Any] = {
     "vocab_size": V, "hidden_size": 32, "layers": 4, "heads": 4, "kv_heads": 2, "mlp_size": 48, "qk_norm": "rms",
     "dropout": 0.1,
 }  # fmt: skip
+MOE = MoESettings(experts=4, experts_per_token=2, expert_size=24, shared_size=16, dense_layers=(1,))
 MODELS = {
     "dense": DecoderSettings(**DENSE),
     "tied": DecoderSettings(**DENSE, tie_embeddings=True),
@@ -43,9 +45,10 @@ MODELS = {
         model=DecoderSettings(**{**DENSE, "dropout": 0.0}, tie_embeddings=True),
         adapters={"default": {"method": "lora", "rank": 4}},
     ),
-    "experts": DecoderSettings(
-        **{**DENSE, "dropout": 0.0},
-        moe=MoESettings(experts=4, experts_per_token=2, expert_size=24, shared_size=16, dense_layers=(1,)),
+    "experts": DecoderSettings(**{**DENSE, "dropout": 0.0}, moe=MOE),
+    "experts and recomputed": DecoderSettings(**{**DENSE, "dropout": 0.0}, moe=MOE, recompute="block"),
+    "experts of an odd size": DecoderSettings(
+        **{**DENSE, "dropout": 0.0}, moe=MOE.model_copy(update={"expert_size": 23})
     ),
     "recomputed": DecoderSettings(**DENSE, recompute="block"),
     "selective": DecoderSettings(**DENSE, recompute="selective"),
@@ -193,14 +196,15 @@ def worker(rank: int, cases: list[Case], wholes: list[tuple[dict[str, torch.Tens
             made.optimizer.step(step)
             told.append((gradient.loss, gradient.norm))
         worst, same = 0.0, True
+        copies, of_experts = world.group("dp", "cp"), world.group("edp")
         differ = states_differ(made, states) if case.exact else []
         for chunk in part.passes.chunks:
             for name, parameter in chunk.named_parameters():
                 mesh = part.blueprint.mesh(part.blueprint.reduction_of(name))
                 expected = cut_out(part.blueprint.specs[name], mesh, rank, whole[name])
                 if part.blueprint.sharded:
-                    group = world.group("dp", "cp")
-                    shards = expected.chunk(group.size)
+                    group = of_experts if part.blueprint.reduction_of(name) == EXPERTS else copies
+                    shards = expected.chunk(group.size, part.blueprint.sharded_dim(name))
                     expected = shards[group.index] if group.index < len(shards) else expected[:0]
                 mine = local(parameter.detach())
                 if not mine.numel():
@@ -341,6 +345,35 @@ def test_fsdp_in_a_pipeline_with_copies_and_with_tensors_in_parts():
                 bf16=True,
             ),
             Case(8, {"pipeline": 2, "data": 2, "tensor": 2, "sharding": "fsdp"}, model="tied"),
+        ]
+    )
+
+
+def test_fsdp_with_divided_experts():
+    sharded = {"data": 4, "sharding": "fsdp"}
+    check(
+        [
+            Case(4, {**sharded, "expert": 2}, model="experts"),
+            Case(4, {**sharded, "expert": 2}, model="experts and recomputed", packed=True),
+            Case(4, {**sharded, "expert": 2, "gather": "step"}, model="experts", slots=12),
+            Case(4, {**sharded, "expert": 4}, model="experts"),  # one copy of each expert
+            Case(4, {**sharded, "expert": 2}, model="experts of an odd size"),
+            Case(4, {"data": 2, "replicate": 2, "expert": 2, "sharding": "fsdp"}, model="experts"),
+            Case(4, {"data": 2, "context": 2, "expert": 2, "sharding": "fsdp"}, model="experts", packed=True),
+            Case(4, {"data": 2, "tensor": 2, "expert": 2, "sharding": "fsdp"}, model="experts"),
+            Case(4, {"data": 2, "pipeline": 2, "expert": 2, "sharding": "fsdp"}, model="experts"),
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_fsdp_with_divided_experts_and_all_else():
+    sharded = {"expert": 2, "sharding": "fsdp"}
+    check(
+        [
+            Case(8, {**sharded, "data": 4, "pipeline": 2}, model="experts"),
+            Case(8, {**sharded, "data": 4, "replicate": 2, "gather": "step"}, model="experts and recomputed"),
+            Case(8, {**sharded, "data": 4, "tensor": 2}, model="experts", packed=True),
         ]
     )
 

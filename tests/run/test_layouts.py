@@ -116,7 +116,14 @@ def test_a_model_with_tied_embeddings_goes_from_layout_to_layout(tmp_path):
 
 
 def test_experts_go_from_layout_to_layout(tmp_path):
-    chain: list[Layout] = [(2, {"data": 2}), (2, {"expert": 2}), (4, {"tensor": 2, "expert": 2}), (1, {})]
+    chain: list[Layout] = [
+        (2, {"data": 2}),
+        (2, {"expert": 2}),
+        (4, {"data": 4, "expert": 2, "sharding": "fsdp"}),
+        (4, {"pipeline": 2, "data": 2, "expert": 2, "sharding": "fsdp"}),
+        (4, {"tensor": 2, "expert": 2}),
+        (1, {}),
+    ]
     check_chain(tmp_path, EXPERTS, chain, exact_until=1)
 
 

@@ -105,6 +105,8 @@ def assemble(
         group = world.group(*REDUCED_OVER[kind])  # by all workers, whether they have such parameters or not
         if parameters and blueprint.sharded:
             sums = {name: trained[name].sum_over for name, _ in parameters}
+            if kind == EXPERTS and world.axis("edp") == 1:  # FSDP has left them as they are
+                sums = {name: (*groups, world.group("rep")) for name, groups in sums.items()}
             reductions[kind] = FsdpShards(parameters, sums, group)
         elif parameters:
             sizes = tuple(parameter.numel() for _, parameter in parameters)

@@ -31,7 +31,7 @@ class Blueprint:
         trained: names of the parameters that are trained, in the model's order.
         keep_whole: those of them that one rank has to own in whole.
         virtual: owners of the virtual shards of all others, for each reduction; None: equal runs.
-        sharded: whether weights are divided like the optimizer's states, along dimension 0 (FSDP).
+        sharded: whether weights are divided like the optimizer's states, along one dimension (FSDP).
     """
 
     degrees: Degrees
@@ -94,6 +94,13 @@ class Blueprint:
                 found[name] = owner
         return found
 
+    def sharded_dim(self, name: str) -> int:
+        """The dimension along which FSDP divides a parameter: 0, but 1 of experts, a few of which lie along 0."""
+        if self.reduction_of(name) == DENSE:
+            return 0
+        parts = self.degrees.tensor * self.ranks(EXPERTS) // self.degrees.replicate
+        return 0 if self.specs[name].shape[1] % parts else 1
+
     # -- where everything is ------------------------------------------------------------------------------------
 
     def mesh(self, reduction: str) -> Mesh:
@@ -128,7 +135,7 @@ class Blueprint:
 
     def _owned(self, name: str, reduction: str) -> Cut:
         if self.sharded:
-            return Shard(_OWNERS, 0)
+            return Shard(_OWNERS, self.sharded_dim(name))
         if name in self.keep_whole:
             return Only(_OWNERS, (self.whole_owners[name],))
         return Deal(_OWNERS, self.table(reduction), rule="even", align=ALIGN)

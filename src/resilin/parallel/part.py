@@ -277,7 +277,7 @@ def divide_decoder(
         blueprint = replace(blueprint, sharded=True)
         by_step = settings.gathers_by_step(pipeline.size)
         for module in modules:
-            shard_module(module, world, device.type, by_step=by_step)
+            shard_module(module, world, blueprint, device.type, by_step=by_step)
         gathered = Gathered(modules) if by_step else None
     if world.axis("cp") > 1:
         refuse_whole_rows(objective)

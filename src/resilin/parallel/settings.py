@@ -69,8 +69,6 @@ class ParallelSettings(Settings):
             raise ValueError("replicate has a meaning with sharding = 'fsdp' only; use data")
         if self.gather != "auto" and self.sharding != "fsdp":
             raise ValueError("gather has a meaning with sharding = 'fsdp' only: zero1 keeps all weights")
-        if self.sharding == "fsdp" and self.expert > 1:
-            raise ValueError("expert > 1 goes with sharding = 'zero1': experts are divided already")
         return self
 
     def gathers_by_step(self, pipeline: int) -> bool:

@@ -16,34 +16,49 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from resilin.models.decoder import Decoder
+from resilin.models.moe import Experts
 from resilin.models.stage_span import Elsewhere
+from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.canonical import Node
 from resilin.parallel.exchange import add_up_all
 from resilin.parallel.group import Group
 from resilin.parallel.world import World
 
 
-def shard_module(module: nn.Module, world: World, device_type: str, *, by_step: bool) -> None:
+def shard_module(module: nn.Module, world: World, blueprint: Blueprint, device_type: str, *, by_step: bool) -> None:
     """Divide the parameters of a model among the workers that have copies of them, in place.
 
     Args:
-        module: this worker's part of a model; a decoder's blocks are gathered one at a time, the rest together.
-        world: all workers, who call together. Copies are sharded over the axes dp and cp, and replicated over rep.
+        module: this worker's part of a model; a decoder's blocks are gathered one at a time, their experts too where
+            these are divided already, the rest together.
+        world: all workers, who call together. Copies are sharded over the axes dp and cp, those of experts over edp,
+            and replicated over rep. Experts of which there is one copy beside those stay as they are.
+        blueprint: of the whole model.
         device_type: "cpu" or "cuda".
         by_step: whether what is gathered is kept after a forward pass; see `Gathered`.
     """
     # What a block gives may be a view, and is never written to.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = _mesh(world, device_type)
+    mesh, kept = _mesh(world, device_type, ("dp", "cp")), False if by_step else None
+    alone: set[nn.Parameter] = set()
+    if world.axis("ep") > 1:
+        experts = {name: inner for name, inner in module.named_modules() if isinstance(inner, Experts)}
+        if world.axis("edp") == 1:
+            alone = {p for layer in experts.values() for p in layer.parameters()}
+        else:
+            of_experts = _mesh(world, device_type, ("edp",))
+            for name, layer in experts.items():
+                dims = {p: Shard(blueprint.sharded_dim(f"{name}.{own}")) for own, p in layer.named_parameters()}
+                fully_shard(layer, mesh=of_experts, reshard_after_forward=kept, shard_placement_fn=dims.__getitem__)
     for inner in module.modules():
         if isinstance(inner, Decoder):
             for block in inner.blocks:
                 if not isinstance(block, Elsewhere):
-                    fully_shard(block, mesh=mesh, reshard_after_forward=False if by_step else None)
-    fully_shard(module, mesh=mesh, reshard_after_forward=False if by_step else None)
+                    fully_shard(block, mesh=mesh, reshard_after_forward=kept, ignored_params=alone)
+    fully_shard(module, mesh=mesh, reshard_after_forward=kept, ignored_params=alone)
     for inner in module.modules():
         if isinstance(inner, FSDPModule):
             inner.set_gradient_divide_factor(1.0)
@@ -84,15 +99,12 @@ class Gathered:
                     inner.reshard()
 
 
-def _mesh(world: World, device_type: str) -> DeviceMesh:
-    """The ranks that this worker shares its parameters with: (replicas, shards), or (shards,)."""
-    coordinates, sizes = world.mesh.coordinates(), {axis: world.axis(axis) for axis in ("pp", "rep", "dp", "cp", "tp")}
-    ranks = np.arange(world.size).reshape(list(sizes.values()))
-    mine = ranks[int(coordinates["pp"][world.rank]), :, :, :, int(coordinates["tp"][world.rank])]
-    grid = mine.reshape(sizes["rep"], -1)
+def _mesh(world: World, device_type: str, axes: tuple[str, ...]) -> DeviceMesh:
+    """The ranks that this worker shares parameters with: (replicas, shards), or (shards,), which lie on these axes."""
     # Groups are made by all workers together: one of the shards, and one of the replicas where there are several.
-    shards = world.group("dp", "cp")
-    if sizes["rep"] == 1:
+    shards, both = world.group(*axes), next(ranks for ranks in world.members("rep", *axes) if world.rank in ranks)
+    grid = np.array(both).reshape(world.axis("rep"), -1)
+    if len(grid) == 1:
         return _of_groups(device_type, grid[0], [shards], ("shards",))
     return _of_groups(device_type, grid, [world.group("rep"), shards], ("replicas", "shards"))
 

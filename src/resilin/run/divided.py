@@ -88,7 +88,7 @@ def divide(
         gathered: Gathered | None = None
         if settings.parallel.sharding == "fsdp":
             blueprint, by_step = replace(blueprint, sharded=True), settings.parallel.gathers_by_step(1)
-            shard_module(model, world, device.type, by_step=by_step)
+            shard_module(model, world, blueprint, device.type, by_step=by_step)
             gathered = Gathered([model]) if by_step else None
         passes = WholeModel(
             model,
