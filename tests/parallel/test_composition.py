@@ -450,5 +450,6 @@ def test_compiled_blocks_of_chosen_pairs():
             Case(4, {"tensor": 2, "context": 2}, packed=True, backend="aot_eager"),
             Case(4, {"tensor": 2, "data": 2, "expert": 2}, model="experts", backend="aot_eager"),
             Case(4, {"data": 2, "tensor": 2, "sharding": "fsdp"}, model="recomputed", backend="aot_eager"),
+            Case(4, {"pipeline": 2, "data": 2, "sharding": "fsdp"}, backend="aot_eager"),
         ]
     )

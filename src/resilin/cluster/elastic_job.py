@@ -346,7 +346,7 @@ class ElasticJob:
         """What a user asks while the job runs."""
         with self._lock:
             if told["command"] == "status":
-                return {"ok": True, **self._status()}
+                return {"ok": True, **self.status()}
             if told["command"] == "add":
                 return self._add_more(int(told.get("count", 1)), told.get("host"))
             number = int(told.get("number", -1))
@@ -376,24 +376,31 @@ class ElasticJob:
             return {"ok": False, "why": f"no machine has a seat free; name one with --host ({', '.join(have)})"}
         return {"ok": True, "numbers": numbers}
 
-    def _status(self) -> dict[str, Any]:
-        view, members, running = self._coordinator.view, [], self._starter.running()
-        for number, member in sorted(self._coordinator.members.items()):
-            beat, inside = member.beat, view is not None and number in view.members
-            members.append(
-                {
-                    "number": number,
-                    "host": member.host,
-                    "process": running.get(number, "").removeprefix("process ").split(" ")[0],
-                    "state": "leaving" if member.leaving else "in" if inside else "warm" if member.warm else "starting",
-                    "step": beat.step if beat is not None else None,
-                    "doing": beat.doing if beat is not None else "",
-                    "seconds": beat.seconds if beat is not None else 0.0,
-                    "holders": list(view.holders[number]) if view is not None and inside else [],
-                }
-            )
-        phase, version = self._coordinator.phase, self._coordinator.version
-        return {"phase": phase, "epoch": view.epoch if view is not None else None, "step": version, "members": members}
+    def status(self) -> dict[str, Any]:
+        """Phase, epoch, step, and of every member what it does."""
+        with self._lock:
+            view, members, running = self._coordinator.view, [], self._starter.running()
+            for number, member in sorted(self._coordinator.members.items()):
+                beat, inside = member.beat, view is not None and number in view.members
+                members.append(
+                    {
+                        "number": number,
+                        "host": member.host,
+                        "process": running.get(number, "").removeprefix("process ").split(" ")[0],
+                        "state": _state(member.leaving, inside, member.warm),
+                        "step": beat.step if beat is not None else None,
+                        "doing": beat.doing if beat is not None else "",
+                        "seconds": beat.seconds if beat is not None else 0.0,
+                        "holders": list(view.holders[number]) if view is not None and inside else [],
+                    }
+                )
+            phase, version = self._coordinator.phase, self._coordinator.version
+            return {
+                "phase": phase,
+                "epoch": view.epoch if view is not None else None,
+                "step": version,
+                "members": members,
+            }
 
     # -- what is done -------------------------------------------------------------------------------------------
 
@@ -428,6 +435,10 @@ def _store_on_loopback() -> TCPStore:
         "127.0.0.1", port, None, True, timedelta(seconds=300), wait_for_workers=False,
         master_listen_fd=listening.detach(),
     )  # fmt: skip
+
+
+def _state(leaving: bool, inside: bool, warm: bool) -> str:
+    return "leaving" if leaving else "in" if inside else "warm" if warm else "starting"
 
 
 def _now() -> float:

@@ -22,7 +22,7 @@ from resilin.cluster.addresses import parse
 from resilin.cluster.agent import Agent, EndedError
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault, await_faults, to_environment
-from resilin.cluster.handshake import SECRET
+from resilin.cluster.handshake import SECRET, read_secret
 from resilin.cluster.hosts import Hosts
 from resilin.cluster.keeper import end_with_keeper
 from resilin.cluster.local_starter import LocalStarter
@@ -81,6 +81,8 @@ def launch(
     workers = folder.path / "workers"
     workers.mkdir(parents=True, exist_ok=True)
     cluster = settings.cluster
+    if starter is None and cluster.launcher == "ray":
+        starter, place = _on_ray(settings, command)
     starts = starter(workers) if starter is not None else LocalStarter(command, workers)
     rules = Rules(
         members=settings.parallel.workers,
@@ -108,12 +110,22 @@ def launch(
             hear=log.hear,
             note=log.note,
             begin=0 if isinstance(starts, Hosts) else settings.parallel.workers,
+            most=cluster.most,
             replace=cluster.replace,
             environment=to_environment(faults),
             place=place,
         )
         log.also(partial(watch, job))
         return job.run()
+
+
+def _on_ray(settings: RunSettings, command: Sequence[str]) -> tuple[Callable[[Path], Starter], Place]:
+    """Who starts workers on Ray's nodes, and where the coordinator listens: where those nodes reach this machine."""
+    from resilin.cluster.ray_starter import RayStarter, own_ray_address
+
+    cluster, workers = settings.cluster, settings.parallel.workers
+    place = Place(cluster.host or own_ray_address(), cluster.port, read_secret() or "")
+    return lambda folder: RayStarter(command, folder.resolve(), workers, cluster.placement, cluster.cpus), place
 
 
 class EventLog:
