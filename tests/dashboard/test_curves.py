@@ -61,8 +61,9 @@ def test_a_part_reaches_one_step_beyond_what_is_seen():
 
 def test_what_is_not_finite_is_a_gap_in_json():
     told = curves(steps_of([1.0, float("nan"), float("inf"), 2.0]), "step", -np.inf, np.inf, 100)
-    assert told["loss"] == {"x": [1.0, 2.0, 3.0, 4.0], "y": [1.0, None, None, 2.0]}
-    assert set(told) == {*SHOWN, "loss_mean"}
+    nothing = {"x": [], "y": []}
+    assert told["loss"] == {"x": [1.0, 2.0, 3.0, 4.0], "y": [1.0, None, None, 2.0], "mean": nothing}
+    assert set(told) == set(SHOWN)
 
 
 def test_a_stretch_of_nothing_but_nan_hides_no_other():
@@ -73,10 +74,10 @@ def test_a_stretch_of_nothing_but_nan_hides_no_other():
 
 
 def test_means_are_of_whole_stretches_and_not_of_few_steps():
-    x, y = means(steps_of([1.0, 3.0] * 40), "step", -np.inf, np.inf, 10)
+    x, y = means(steps_of([1.0, 3.0] * 40), "loss", "step", -np.inf, np.inf, 10)
     assert list(y) == [2.0] * 10
     assert list(x) == [8 * place + 4.5 for place in range(10)]
-    assert means(steps_of([1.0] * 39), "step", -np.inf, np.inf, 10)[0].size == 0
+    assert means(steps_of([1.0] * 39), "loss", "step", -np.inf, np.inf, 10)[0].size == 0
 
 
 def test_a_step_that_is_told_again_takes_the_place_of_what_came_after_it():
@@ -103,5 +104,6 @@ def test_many_pieces_are_one_table():
 
 def test_without_steps_there_is_nothing():
     told = curves(Steps(), "step", -np.inf, np.inf, 100)
-    assert all(one == {"x": [], "y": []} for one in told.values())
+    nothing = {"x": [], "y": []}
+    assert all(one == {**nothing, "mean": nothing} for one in told.values())
     assert Steps().last() is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from resilin.dashboard.cluster_map import map_of_settings, map_of_starting, map_
 from resilin.dashboard.curves import curves
 from resilin.dashboard.launcher import Ask, Launcher, ask_launcher
 from resilin.dashboard.log_tail import LogTail
+from resilin.dashboard.step_lines import parts_of
 from resilin.dashboard.story import Story
 
 _PAUSE = 0.2  # seconds between looks at a log that has nothing new
@@ -72,11 +72,12 @@ class Follower:
         except OSError as error:
             piece, trouble = None, f"the log cannot be read: {error.strerror}"
         if piece is not None and (piece.raw or piece.anew):
+            parts = list(parts_of(piece.raw))  # not while a page waits for the lock
             with self._lock:
                 self._version += 1
                 if piece.anew:
                     self._story = Story()
-                self._story.read(piece.raw)
+                self._story.take(parts)
         more = piece is not None and bool(piece.raw) and self._tail.offset < self._tail.size
         changed = not more and self._launcher.look()  # first all that is known, then what is live
         with self._lock:
@@ -119,7 +120,7 @@ class Follower:
                     **self._phase(now),
                     **self._numbers(),
                     "step": int(last["step"]) if last is not None else self._begun(),
-                    "loss": last["loss"] if last is not None and math.isfinite(last["loss"]) else None,
+                    "last": story.last(),
                 },
                 "map": self._map(status),
                 "changes": story.shown_changes(),

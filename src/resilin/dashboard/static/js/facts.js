@@ -31,7 +31,7 @@ export function showFacts(state) {
   const evaluated = Object.entries(state.evaluations)[0];
   const last = evaluated ? evaluated[1].loss.at(-1) : null;
   facts.push({
-    key: "loss", name: "Loss", value: precise(run.loss), more: last === null || last === undefined ? "" : `${evaluated[0]} ${precise(last)}`,
+    key: "loss", name: "Loss", value: precise(run.last.loss), more: last === null || last === undefined ? "" : `${evaluated[0]} ${precise(last)}`,
   });
   facts.push({
     key: "rate", name: "Throughput", value: short(run.rate), unit: `${run.unit}/s`,

@@ -42,7 +42,7 @@ async function draw() {
   const [low, high] = range ?? [null, null];
   const asked = by();
   curves = await get("/api/curves", { run, by: asked, low, high, points: Math.round(Math.max(200, charts.width * 1.5)) });
-  charts.show(curves, state.evaluations, state.marks, asked, state.run.unit, range);
+  charts.show(curves, state.evaluations, state.marks, asked, state.run.unit, range, state.run.last);
   charts.showKinds(document.getElementById("kinds"), state.marks);
 }
 

@@ -40,7 +40,7 @@ function grid(parent, map, state) {
   const several_stages = map.stages.length > 1;
   const rows = map.stages.map((stage, place) => ({
     key: `stage-${place}`, title: several_stages ? `Stage ${place}` : "", layers: stage.layers, cells: stage.members,
-    shards: stage.shards, kind: map.kind, inner: [map.context, map.tensor], device: state.run.device,
+    only: !several_stages, shards: stage.shards, kind: map.kind, inner: [map.context, map.tensor], device: state.run.device,
   }));
   if (map.others?.length) rows.push({ key: "others", title: "Not in the view", cells: map.others, kind: "elastic" });
   keyed(parent, rows, (row) => row.key, makeRow, fillRow);
@@ -53,6 +53,7 @@ function makeRow() {
 function fillRow(box, row) {
   const [name, cells] = box.children;
   box.classList.toggle("bare", !row.title);
+  box.classList.toggle("only", row.only);
   box.classList.toggle("dense", row.cells.length > DENSE);
   name.replaceChildren(
     el("strong", {}, row.title),

@@ -34,7 +34,13 @@ export function ticks(value, step) {
   return size < 1e-3 ? value.toExponential(1) : value.toFixed(decimals(step));
 }
 
-const decimals = (step) => Math.min(6, Math.max(0, Math.ceil(-Math.log10(step) - 1e-9)));
+function decimals(step) {
+  for (let found = 0; found < 6; found += 1) {
+    const whole_steps = step * 10 ** found;
+    if (Math.abs(whole_steps - Math.round(whole_steps)) < 1e-6 * whole_steps) return found;
+  }
+  return 6;
+}
 
 /** A loss, a norm: four decimals, fewer where it is large. */
 export function precise(value) {
