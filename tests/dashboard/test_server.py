@@ -211,7 +211,7 @@ def test_a_run_that_goes_on_is_followed(serve: Serve, tmp_path: Path):
         assert client.json("/api/state")["steps"] == 3
         file.write(whole[30:])
     told = client.until("/api/state", lambda told: told["steps"] == 4)
-    assert (told["run"]["loss"], told["version"] > version, told["read"]["strange"]) == (7.0, True, 0)
+    assert (told["run"]["last"]["loss"], told["version"] > version, told["read"]["strange"]) == (7.0, True, 0)
 
 
 def test_all_runs_below_a_folder_are_listed_newest_first(serve: Serve, tmp_path: Path):
