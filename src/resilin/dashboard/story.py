@@ -120,7 +120,7 @@ class Story:
             self._mark(time, facts.get("version"), change.kind, str(facts.get("why", "")))
 
     def _mark(self, time: float, step: int | None, kind: str, text: str) -> None:
-        self.marks.append({"time": time, "step": step, "kind": kind, "text": text})
+        self.marks.append({"time": time, "step": step, "kind": kind, "text": f"{text:.200}"})
 
     # -- what is shown ------------------------------------------------------------------------------------------
 
