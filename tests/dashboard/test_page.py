@@ -14,7 +14,7 @@ from browser import Browser, Open, browsers, missing
 from elastic_runs import STEPS, settings_of, text_at
 from event_lines import cluster, line, start, step, view
 
-from resilin.cluster.elastic_job import JobEnded
+from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
 from resilin.cluster.local import worker_command
 from resilin.dashboard.server import Server, Site
@@ -304,26 +304,28 @@ def test_many_workers_are_small_cells(window: Browser, serve, tmp_path: Path):
 def test_a_real_elastic_run_is_watched_from_its_first_worker_to_its_digest(open_one: Open, serve, tmp_path: Path):
     (tmp_path / "run").mkdir()
     window = show(open_one(), serve(tmp_path / "run"))
-    over, seen = threading.Event(), set()
+    jobs: list[ElasticJob] = []
+    told: list[list[str]] = []
 
     def look() -> None:
-        script = "[...document.querySelectorAll('#map .cell')].map((e) => [e.dataset.key, e.dataset.state])"
-        while not over.is_set():
-            seen.update(map(tuple, window.run(f"return {script}")))
-            over.wait(0.1)
+        """Worker 1 stands still until the page has shown all three; then it is killed."""
+        running = "[...document.querySelectorAll('#map .cell[data-state=running] .number')].map((e) => e.innerText)"
+        window.until(f"{running}.join() === '0,1,2' && document.querySelector('.fact-value').innerText === '3'")
+        told.append(window.texts("#map .doing"))
+        jobs[0].signal(1, signal.SIGKILL)
 
     looking = threading.Thread(target=look)
     looking.start()
-    try:
-        fault = Fault(1, 3, "forward and backward of micro-batch 1")
-        settings = settings_of(text_at(tmp_path))
-        assert launch(settings, tmp_path / "run", worker_command(), faults=[fault]) == JobEnded(0, "")
-    finally:
-        over.set()
-        looking.join()
+    fault = Fault(1, 3, "adding gradients up", "stop")
+    settings = settings_of(text_at(tmp_path), cluster={"silence": 120})
+    ended = launch(
+        settings, tmp_path / "run", worker_command(), faults=[fault], watch=lambda job, event: jobs.append(job)
+    )
+    looking.join()
+    assert ended == JobEnded(0, "")
+    assert all(told[0]), told  # everyone does something
     window.until("document.querySelector('#state').innerText === 'completed'")
     window.until("document.querySelector('#facts .fact-value').innerText === arguments[0]", str(STEPS))
-    assert {number for number, state in seen if state == "running"} >= {"0", "1", "2"}, seen
     assert window.texts("#map .cell .number") == ["0", "2"]
     assert window.texts("#changes .chip") == ["Worker lost"]
     assert "Digest of the weights" in window.text("#facts")
