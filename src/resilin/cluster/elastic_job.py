@@ -37,6 +37,7 @@ from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.starter import Door, Starter
 from resilin.cluster.wire import Wire
 
+_NOBODY = {"host": "", "state": "awaited", "step": "", "seconds": 0.0, "holders": []}
 _TICK, _POLL, _MOMENT = 0.1, 0.01, 0.01
 _GRACE = 5.0  # seconds that workers have to end by themselves, once the job is over
 
@@ -182,6 +183,11 @@ class ElasticJob:
 
     def _pass_on(self) -> None:
         """What `_interrupt` was told, outside of the handler: the signal may have come in the middle of anything."""
+        if self._interrupts and self._coordinator.phase == "gathering":
+            with self._lock:
+                if not self._wires and not self._starter.running():  # nobody is there who could save
+                    self._finish = self._finish or Finish(False, "interrupted")
+                    self._over.set()
         if self._interrupts == self._passed_on:
             return
         self._passed_on = self._interrupts
@@ -194,9 +200,6 @@ class ElasticJob:
             if self._interrupts == 1:
                 for wire in self._wires.values():
                     wire.say(to_json(Signal(signal.SIGINT)))
-                if not self._wires and not self._starter.running():
-                    self._finish = Finish(False, "interrupted")
-                    self._over.set()
             else:
                 self._finish = self._finish or Finish(False, "interrupted twice")
                 self._over.set()
@@ -394,6 +397,9 @@ class ElasticJob:
                         "holders": list(view.holders[number]) if view is not None and inside else [],
                     }
                 )
+            for number, said in running.items():
+                if number not in self._coordinator.members:
+                    members.append({**_NOBODY, "number": number, "process": "", "doing": said})
             phase, version = self._coordinator.phase, self._coordinator.version
             return {
                 "phase": phase,
