@@ -98,7 +98,7 @@ class Change:
         """
         after = [int(number) for number in self.facts.get("members", ())]
         slowest = self.slowest()
-        gap = None if next_step is None or self.last_step is None else round(next_step - self.last_step, 4)
+        gap = None if next_step is None or self.last_step is None else round(max(0.0, next_step - self.last_step), 4)
         return {
             "epoch": self.facts.get("epoch"),
             "time": self.time,

@@ -1,7 +1,7 @@
 // Changes, newest first: why, what was decided, and a bar of where the seconds went.
 
 import { el, keyed, put, say } from "./dom.js";
-import { bytes, clock, count, day, list, seconds, several } from "./words.js";
+import { bytes, clock, count, day, intervals, list, seconds, several } from "./words.js";
 
 export const KINDS = {
   begin: "Begins", loss: "Worker lost", leave: "Worker left", join: "Worker joined", move: "Blocks moved", other: "New connections", resume: "Resume",
@@ -85,7 +85,7 @@ function members(name, stages, change, marked) {
   return el("div", { class: "view", data: { name } },
     el("span", { class: "view-name" }, name),
     ...stages.map((stage) => el("span", { class: "view-stage" },
-      stage.layers ? el("small", {}, `blocks ${stage.layers[0]}–${stage.layers[1] - 1}: `) : null,
+      stage.layers ? el("small", {}, `blocks ${intervals([[stage.layers[0], stage.layers[1] - 1]])}: `) : null,
       ...stage.members.map((number) => el("span", {
         class: "member", data: { mark: marked.includes(number) ? (lost.includes(number) ? "lost" : name === "after" ? "came" : "left") : "" },
       }, String(number))))));
@@ -98,7 +98,7 @@ function title(change) {
   if (lost.length) parts.push(`lost ${list(lost)}`);
   if (left.length) parts.push(`${list(left)} left`);
   if (change.came.length) parts.push(`${list(change.came)} joined`);
-  const members = change.before.length ? `${change.before.length} → ${change.after.length} workers` : several(change.after.length, "worker");
+  const members = change.before.length && change.before.length !== change.after.length ? `${change.before.length} → ${change.after.length} workers` : several(change.after.length, "worker");
   return `${parts.length ? `${parts.join("; ")}: ` : ""}${members}`;
 }
 
