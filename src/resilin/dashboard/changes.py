@@ -53,7 +53,10 @@ class Change:
             return "loss"
         if set(self.before) - after:
             return "leave"
-        return "join" if after - set(self.before) else "other"
+        if after - set(self.before):
+            return "join"
+        before, now = _stages(self.view_before), _stages(self.facts.get("view"))
+        return "move" if before and now and before != now else "other"
 
     @property
     def told_anew(self) -> bool:
@@ -114,12 +117,20 @@ class Change:
             "shards_moved": self.facts.get("shards_moved"),
             "timeline": self.timeline(next_step),
             "cut_short": self.told_anew,
+            "planned": [_reason(one) for one in self.facts.get("planned") or ()],
             "slowest": None if slowest is None else int(slowest[0]),
             "parts": self.facts.get("parts") or {},
             "bytes": self.facts.get("bytes") or {},
             "gap": gap,
             "usual": usual,
         }
+
+
+def _reason(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What was decided of one axis, and why; times of a step in steps as they were."""
+    seconds = told.get("seconds") or {}
+    words = {name: str(told.get(name, "")) for name in ("axis", "decision", "why")}
+    return {**words, "before": seconds.get("before"), "after": seconds.get("after")}
 
 
 def _stages(view: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from resilin.dashboard.step_lines import COLUMNS, Columns
 
 Floats = npt.NDArray[np.float64]
-SHOWN = ("loss", "throughput", "seconds", "grad_norm", "lr")
-"""The curves there are: loss, units/s, s for a step, norm before clipping, learning rate."""
+SHOWN = ("loss", "throughput", "seconds", "grad_norm")
+"""The curves there are: loss, units/s, s for a step, norm before clipping."""
 _FIRST = 1 << 12
 
 

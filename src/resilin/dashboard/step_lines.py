@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-COLUMNS = ("time", "step", "loss", "lr", "grad_norm", "units", "seconds")
+COLUMNS = ("time", "step", "loss", "grad_norm", "units", "seconds")
+_WRITTEN = ("time", "step", "loss", "lr", "grad_norm", "units", "seconds")  # in the order of `StepDone`
 _STEP = re.compile(
-    rb'\{"event":"step",' + b",".join(rb'"%s":([^,\n]+)' % name.encode() for name in COLUMNS) + rb"[,}][^\n]*\n"
+    rb'\{"event":"step",'
+    + b",".join(rb'"%s":%s' % (name.encode(), rb"([^,\n]+)" if name in COLUMNS else rb"[^,\n]+") for name in _WRITTEN)
+    + rb"[,}][^\n]*\n"
 )
 _BEFORE_OTHER = re.compile(rb'\n(?!\{"event":"step",)[^\n]')
 
 Columns = npt.NDArray[np.float64]
-"""(7, steps) the numbers of `COLUMNS`."""
+"""(6, steps) the numbers of `COLUMNS`."""
 
 
 def parts_of(raw: bytes) -> Iterator[Columns | dict[str, Any] | None]:

@@ -4,7 +4,7 @@ import { el, keyed, put, say } from "./dom.js";
 import { bytes, clock, count, day, list, seconds, several } from "./words.js";
 
 export const KINDS = {
-  begin: "Begins", loss: "Worker lost", leave: "Worker left", join: "Worker joined", other: "New connections", resume: "Resume",
+  begin: "Begins", loss: "Worker lost", leave: "Worker left", join: "Worker joined", move: "Blocks moved", other: "New connections", resume: "Resume",
   failure: "Failure", interrupt: "Interrupt", save: "Save", end: "End",
 };
 
@@ -68,7 +68,14 @@ function fillChange(box, change) {
   put(details.lastElementChild,
     members("before", change.stages_before, change, change.went),
     members("after", change.stages_after, change, change.came),
+    change.planned.length ? el("dl", { class: "plan" }, ...change.planned.flatMap((one) => [
+      el("dt", {}, one.axis), el("dd", {}, el("strong", {}, one.decision), `: ${one.why}${quicker(one)}`)])) : null,
     rows.length ? el("div", { class: "table" }, table(change, rows)) : null);
+}
+
+function quicker({ before, after }) {
+  if (typeof before !== "number" || typeof after !== "number" || !(before > 0)) return "";
+  return ` (a step takes ${Math.round((100 * after) / before)}% of the time)`;
 }
 
 /** A view's members by stage; those that are in the one and not in the other stand out. */
