@@ -35,9 +35,9 @@ from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
 from resilin.cluster.protocol.messages import MessageError, Signal, Told, of_json, to_json
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.starter import Door, Starter
+from resilin.cluster.status import status_of
 from resilin.cluster.wire import Wire
 
-_NOBODY = {"host": "", "state": "awaited", "step": "", "seconds": 0.0, "holders": []}
 _TICK, _POLL, _MOMENT = 0.1, 0.01, 0.01
 _GRACE = 5.0  # seconds that workers have to end by themselves, once the job is over
 
@@ -380,33 +380,9 @@ class ElasticJob:
         return {"ok": True, "numbers": numbers}
 
     def status(self) -> dict[str, Any]:
-        """Phase, epoch, step, and of every member what it does."""
+        """What the job does; see `status_of`."""
         with self._lock:
-            view, members, running = self._coordinator.view, [], self._starter.running()
-            for number, member in sorted(self._coordinator.members.items()):
-                beat, inside = member.beat, view is not None and number in view.members
-                members.append(
-                    {
-                        "number": number,
-                        "host": member.host,
-                        "process": running.get(number, "").removeprefix("process ").split(" ")[0],
-                        "state": _state(member.leaving, inside, member.warm),
-                        "step": beat.step if beat is not None else None,
-                        "doing": beat.doing if beat is not None else "",
-                        "seconds": beat.seconds if beat is not None else 0.0,
-                        "holders": list(view.holders[number]) if view is not None and inside else [],
-                    }
-                )
-            for number, said in running.items():
-                if number not in self._coordinator.members:
-                    members.append({**_NOBODY, "number": number, "process": "", "doing": said})
-            phase, version = self._coordinator.phase, self._coordinator.version
-            return {
-                "phase": phase,
-                "epoch": view.epoch if view is not None else None,
-                "step": version,
-                "members": members,
-            }
+            return status_of(self._coordinator, self._starter.running())
 
     # -- what is done -------------------------------------------------------------------------------------------
 
@@ -441,10 +417,6 @@ def _store_on_loopback() -> TCPStore:
         "127.0.0.1", port, None, True, timedelta(seconds=300), wait_for_workers=False,
         master_listen_fd=listening.detach(),
     )  # fmt: skip
-
-
-def _state(leaving: bool, inside: bool, warm: bool) -> str:
-    return "leaving" if leaving else "in" if inside else "warm" if warm else "starting"
 
 
 def _now() -> float:
