@@ -264,6 +264,7 @@ def test_pipelines_of_two_whose_embedding_is_the_head():
             Case(2, {"pipeline": 2}, model="tied", micro=3, slots=7, exact=True),
             Case(2, {"pipeline": 2}, model="tied and recomputed", exact=True),
             Case(2, {"pipeline": 2}, model="tied and adapted", exact=True),
+            Case(2, {"pipeline": 2, "schedule": "zb-h1"}, model="tied", exact=True, bf16=True),
         ]
     )
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,13 @@ class Nodes:
         self._process = subprocess.Popen(
             [sys.executable, __file__, *scaling], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.address = self._answer()
+        self.address, self._session = self._answer()
 
-    def _answer(self) -> str:
+    def _answer(self) -> list[str]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("answer "):
-                return line.split()[1]
+                return line.split()[1:]
         raise RuntimeError("Ray's cluster has ended")
 
     def _ask(self, word: str) -> None:
@@ -51,10 +53,14 @@ class Nodes:
         self._ask("remove")
 
     def close(self) -> None:
-        """The end of all."""
+        """The end of all; nodes that the autoscaler has started would outlive it, or a part of them."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
+        for each in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if self._session.encode() in (each / "cmdline").read_bytes():
+                    os.kill(int(each.name), signal.SIGKILL)
 
 
 PORT = 6379
@@ -98,7 +104,7 @@ def main(scaling: str = "") -> None:
     size: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={**size, **first})
     others = [] if scaling else [cluster.add_node(**size)]
-    print("answer", cluster.address, flush=True)  # noqa: T201
+    print("answer", cluster.address, cluster.head_node.get_session_dir_path(), flush=True)  # noqa: T201
     for line in sys.stdin:
         if line.strip() == "add":
             others.append(cluster.add_node(**size))

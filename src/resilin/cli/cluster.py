@@ -132,7 +132,9 @@ def join(
         place = _place(where, secret_file)
         return Door(place.host, place.port, place.secret)
 
-    keeper = when_there(look, lambda at: Keeper(at, workers, worker_command(), name=name, address=address), wait)
+    keeper = when_there(
+        look, lambda at: Keeper(at, workers, worker_command(), name=name, address=address), wait, settled=":" in where
+    )
     typer.echo(f"{keeper.name} joins at {where}; output of its workers: {keeper.folder}")
     with keeper.noticing():
         code = keeper.run()

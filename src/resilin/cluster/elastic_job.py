@@ -35,6 +35,7 @@ from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
 from resilin.cluster.protocol.messages import MessageError, Signal, Told, of_json, to_json
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.starter import Door, Starter
+from resilin.cluster.status import status_of
 from resilin.cluster.wire import Wire
 
 _TICK, _POLL, _MOMENT = 0.1, 0.01, 0.01
@@ -182,6 +183,11 @@ class ElasticJob:
 
     def _pass_on(self) -> None:
         """What `_interrupt` was told, outside of the handler: the signal may have come in the middle of anything."""
+        if self._interrupts and self._coordinator.phase == "gathering":
+            with self._lock:
+                if not self._wires and not self._starter.running():  # nobody is there who could save
+                    self._finish = self._finish or Finish(False, "interrupted")
+                    self._over.set()
         if self._interrupts == self._passed_on:
             return
         self._passed_on = self._interrupts
@@ -194,9 +200,6 @@ class ElasticJob:
             if self._interrupts == 1:
                 for wire in self._wires.values():
                     wire.say(to_json(Signal(signal.SIGINT)))
-                if not self._wires and not self._starter.running():
-                    self._finish = Finish(False, "interrupted")
-                    self._over.set()
             else:
                 self._finish = self._finish or Finish(False, "interrupted twice")
                 self._over.set()
@@ -377,30 +380,9 @@ class ElasticJob:
         return {"ok": True, "numbers": numbers}
 
     def status(self) -> dict[str, Any]:
-        """Phase, epoch, step, and of every member what it does."""
+        """What the job does; see `status_of`."""
         with self._lock:
-            view, members, running = self._coordinator.view, [], self._starter.running()
-            for number, member in sorted(self._coordinator.members.items()):
-                beat, inside = member.beat, view is not None and number in view.members
-                members.append(
-                    {
-                        "number": number,
-                        "host": member.host,
-                        "process": running.get(number, "").removeprefix("process ").split(" ")[0],
-                        "state": _state(member.leaving, inside, member.warm),
-                        "step": beat.step if beat is not None else None,
-                        "doing": beat.doing if beat is not None else "",
-                        "seconds": beat.seconds if beat is not None else 0.0,
-                        "holders": list(view.holders[number]) if view is not None and inside else [],
-                    }
-                )
-            phase, version = self._coordinator.phase, self._coordinator.version
-            return {
-                "phase": phase,
-                "epoch": view.epoch if view is not None else None,
-                "step": version,
-                "members": members,
-            }
+            return status_of(self._coordinator, self._starter.running())
 
     # -- what is done -------------------------------------------------------------------------------------------
 
@@ -435,10 +417,6 @@ def _store_on_loopback() -> TCPStore:
         "127.0.0.1", port, None, True, timedelta(seconds=300), wait_for_workers=False,
         master_listen_fd=listening.detach(),
     )  # fmt: skip
-
-
-def _state(leaving: bool, inside: bool, warm: bool) -> str:
-    return "leaving" if leaving else "in" if inside else "warm" if warm else "starting"
 
 
 def _now() -> float:

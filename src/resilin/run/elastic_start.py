@@ -18,13 +18,13 @@ from torch._C._distributed_c10d import TCPStore
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.lock import lock_folder, unlock_folder
-from resilin.cluster.addresses import parse
+from resilin.cluster.addresses import LOOPBACK, parse
 from resilin.cluster.agent import Agent, EndedError
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault, await_faults, to_environment
 from resilin.cluster.handshake import SECRET, read_secret
 from resilin.cluster.hosts import Hosts
-from resilin.cluster.keeper import end_with_keeper
+from resilin.cluster.keeper import NOTICES, end_with_keeper
 from resilin.cluster.local_starter import LocalStarter
 from resilin.cluster.notice import await_notice, notice_of
 from resilin.cluster.place import Place
@@ -83,7 +83,7 @@ def launch(
     cluster = settings.cluster
     if starter is None and cluster.launcher == "ray":
         starter, place = _on_ray(settings, command)
-    starts = starter(workers) if starter is not None else LocalStarter(command, workers)
+    starts = starter(workers) if starter is not None else LocalStarter(command, workers, {ADDRESS: LOOPBACK})
     rules = Rules(
         members=settings.parallel.workers,
         least=cluster.least,
@@ -213,7 +213,8 @@ def work() -> Outcome:
             settings.cluster.silence,
             os.environ.get(ADDRESS, ""),
         )
-        signal.signal(signal.SIGUSR1, lambda *_: agent.leaving())  # Slurm's notice, if a user asks for it
+        for number in NOTICES:  # from now on, though the run has not begun here
+            signal.signal(number, lambda *_: agent.leaving())
         elastic = Elastic(agent)
         stack.callback(agent.close)
         stack.callback(elastic.close)
