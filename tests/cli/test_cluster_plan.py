@@ -64,6 +64,20 @@ def test_a_decoder_s_head_has_its_weight(tmp_path: Path) -> None:
     assert re.search(r"50 steps gain \S+ and moving takes [1-9]", seconds) or "no split has a quicker" in seconds
 
 
+def test_a_run_s_settings_say_what_it_has(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"{SETTINGS}sequence_length = 32\n[parallel]\npipeline = 2\ndata = 3\nlayers = [3, 1]\n"
+        "[train]\nbatch_size = 24\nmicro_batch_size = 4\n",
+        encoding="utf-8",
+    )
+    told = call(file, "--lose", 0)
+    assert told.startswith("2 stages of 3 replicas, layers 3 1, 6 micro-batches;")
+    assert re.search(r"nothing lost +1 +24 ", told)
+    assert call(file, "parallel.workers=8", "parallel.data=auto", "--lose", 0).startswith("2 stages of 4 replicas")
+    assert call(file, "--stages", 1, "--replicas", 2, "--lose", 0).startswith("1 stages of 2 replicas, layers 4,")
+
+
 def test_measured_times_give_layers_their_cost(tmp_path: Path) -> None:
     times = tmp_path / "schedule.csv"
     times.write_text("rank,action,start,end\n0,0F0,0,1\n1,1F0,1,2\n1,1B0,2,8\n0,0B0,8,10\n", encoding="utf-8")

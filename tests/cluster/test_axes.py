@@ -27,7 +27,19 @@ from resilin.cluster.axes import (
 from resilin.cluster.axes import step as step_module
 from resilin.cluster.axes.graph import moves
 from resilin.cluster.axes.policies import ALL, DROPPED, GRAPH, INTACT, KEPT, RESHAPE, WHOLE, lose, policies
-from resilin.parallel.pipeline import Action, Kind, Record, ScheduleError, Split, Timeline, even, slots_of
+from resilin.cluster.changes import changed, first_view
+from resilin.parallel.pipeline import (
+    Action,
+    Kind,
+    Record,
+    ScheduleError,
+    Split,
+    Timeline,
+    check_rendezvous,
+    even,
+    lower_members,
+    slots_of,
+)
 
 GPU = Clocks((Fraction(9, 10), Fraction(1), Fraction(11, 10), Fraction(6, 5)), Fraction(1), Fraction(1, 5))
 
@@ -280,6 +292,27 @@ def test_a_decision_says_what_it_cost_as_plain_values() -> None:
     assert told["seconds"]["after"] == frequency["seconds"]["after"] < frequency["seconds"]["before"]
 
 
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_no_axis_makes_a_step_longer_and_whatever_is_decided_can_be_run(data: st.DataObject) -> None:
+    stages, replicas = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 3))
+    count = data.draw(st.integers(stages, 8))
+    now = pipeline(count, stages, replicas, replicas * data.draw(st.integers(1, 3)), 2)
+    layers = Layers(tuple(data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))))
+    losses = {stage: list(range(data.draw(st.integers(0, replicas - 1)))) for stage in range(stages)}
+    left = lose(now.members, losses)
+    decision = decide(now, left, layers, Machine(clocks=GPU), Rules(ASSIGNMENTS))
+    assert decision.pipeline.members == left
+    assert {layer for stage in range(stages) for layer in decision.pipeline.split.layers_of(stage)} == set(range(count))
+    seconds = [reason["seconds"] for reason in decision.reasons if "seconds" in reason]
+    assert decision.after.seconds <= min(seconds[0]["after"], *(one["before"] for one in seconds[1:])) + 1e-9
+    schedule = decision.after.schedule
+    assert schedule is not None
+    assert schedule.tables == decision.pipeline.tables
+    check_rendezvous(lower_members(schedule))
+    json.dumps(decision.json())
+
+
 def test_nothing_changed_changes_nothing() -> None:
     now = pipeline()
     decision = decide(now, now.members, Layers((1,) * 16), Machine(clocks=GPU), Rules(ASSIGNMENTS))
@@ -310,6 +343,22 @@ def test_a_step_too_long_to_replay_is_estimated(monkeypatch: pytest.MonkeyPatch)
     assert estimated.seconds == replayed.seconds  # of an intact pipeline, exactly
     decision = decide(now, lose(now.members, {1: [0]}), layers, Machine(clocks=GPU))
     assert decision.after.how == "estimated"
+
+
+def test_a_change_of_a_run_s_view_is_planned() -> None:
+    view = first_view(range(8), dict.fromkeys(range(8), "here"), 2, (0, 8, 16))
+    now = Pipeline.of_view(view, 16, 16, 3)
+    assert now.members == ((0, 1, 2, 3), (4, 5, 6, 7))
+    after = changed(view, gone=[5])
+    decision = decide(now, [stage.members for stage in after.stages], Layers((1,) * 16), rules=Rules(("runs",)))
+    assert decision.pipeline.members == ((0, 1, 2, 3), (4, 6, 7))
+    assert decision.pipeline.split.counts() == (10, 6)  # 6 of 4 micro-batches each: 10 beside 1.5 * 6
+    alone = Pipeline.of_view(first_view([3, 4], {3: "a", 4: "b"}), 16, 4, 1)
+    assert alone.split.bounds == (0, 16)
+    assert (
+        decide(alone, [(4,)], Layers((1,) * 16)).after.seconds
+        == 2 * decide(alone, [(3, 4)], Layers((1,) * 16)).after.seconds
+    )
 
 
 def test_what_cannot_be_planned_is_said() -> None:

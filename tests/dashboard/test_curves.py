@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from itertools import pairwise
 
 import numpy as np
@@ -14,11 +13,11 @@ from resilin.dashboard.curves import SHOWN, Steps, curves, means, thinned
 from resilin.dashboard.step_lines import COLUMNS
 
 
-def columns(numbers: list[int], losses: list[float] | None = None) -> tuple:
+def columns(numbers: list[int], losses: list[float] | None = None) -> np.ndarray:
     table = dict.fromkeys(COLUMNS, [1.0] * len(numbers))
     table |= {"step": [float(n) for n in numbers], "time": [100.0 + n for n in numbers]}
     table["loss"] = losses or [float(n) for n in numbers]
-    return tuple(array("d", table[name]) for name in COLUMNS)
+    return np.array([table[name] for name in COLUMNS])
 
 
 def steps_of(losses: list[float]) -> Steps:
@@ -62,8 +61,9 @@ def test_a_part_reaches_one_step_beyond_what_is_seen():
 
 def test_what_is_not_finite_is_a_gap_in_json():
     told = curves(steps_of([1.0, float("nan"), float("inf"), 2.0]), "step", -np.inf, np.inf, 100)
-    assert told["loss"] == {"x": [1.0, 2.0, 3.0, 4.0], "y": [1.0, None, None, 2.0]}
-    assert set(told) == {*SHOWN, "loss_mean"}
+    nothing = {"x": [], "y": []}
+    assert told["loss"] == {"x": [1.0, 2.0, 3.0, 4.0], "y": [1.0, None, None, 2.0], "mean": nothing}
+    assert set(told) == set(SHOWN)
 
 
 def test_a_stretch_of_nothing_but_nan_hides_no_other():
@@ -74,10 +74,10 @@ def test_a_stretch_of_nothing_but_nan_hides_no_other():
 
 
 def test_means_are_of_whole_stretches_and_not_of_few_steps():
-    x, y = means(steps_of([1.0, 3.0] * 40), "step", -np.inf, np.inf, 10)
+    x, y = means(steps_of([1.0, 3.0] * 40), "loss", "step", -np.inf, np.inf, 10)
     assert list(y) == [2.0] * 10
     assert list(x) == [8 * place + 4.5 for place in range(10)]
-    assert means(steps_of([1.0] * 39), "step", -np.inf, np.inf, 10)[0].size == 0
+    assert means(steps_of([1.0] * 39), "loss", "step", -np.inf, np.inf, 10)[0].size == 0
 
 
 def test_a_step_that_is_told_again_takes_the_place_of_what_came_after_it():
@@ -104,5 +104,6 @@ def test_many_pieces_are_one_table():
 
 def test_without_steps_there_is_nothing():
     told = curves(Steps(), "step", -np.inf, np.inf, 100)
-    assert all(one == {"x": [], "y": []} for one in told.values())
+    nothing = {"x": [], "y": []}
+    assert all(one == {**nothing, "mean": nothing} for one in told.values())
     assert Steps().last() is None

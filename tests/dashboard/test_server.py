@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import posixpath
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,12 +216,10 @@ def test_a_run_that_goes_on_is_followed(serve: Serve, tmp_path: Path):
         assert client.json("/api/state")["steps"] == 3
         file.write(whole[30:])
     told = client.until("/api/state", lambda told: told["steps"] == 4)
-    assert (told["run"]["loss"], told["version"] > version, told["read"]["strange"]) == (7.0, True, 0)
+    assert (told["run"]["last"]["loss"], told["version"] > version, told["read"]["strange"]) == (7.0, True, 0)
 
 
 def test_all_runs_below_a_folder_are_listed_newest_first(serve: Serve, tmp_path: Path):
-    import os
-
     for age, name in enumerate(["new", "sweep/a", "sweep/b", "deep/er/c"]):
         log = a_run(tmp_path / name) / "events.jsonl"
         os.utime(log, (1e9 - age, 1e9 - age))
@@ -233,3 +236,29 @@ def test_a_folder_that_is_not_there_and_a_port_that_is_taken_are_told(serve: Ser
     port = serve(a_run(tmp_path / "run")).port
     with pytest.raises(UserError, match=f"127.0.0.1:{port}: cannot listen there .* another --port may do"):
         Server(Site(tmp_path), "127.0.0.1", port)
+
+
+def test_the_command_prints_its_address_and_ends_with_ctrl_c(tmp_path: Path):
+    folder = a_run(tmp_path / "run")
+    command = [sys.executable, "-m", "resilin", "watch", str(folder), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        told = process.stdout.readline()
+        found = re.fullmatch(
+            rf"{re.escape(str(folder))} is shown at (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", told
+        )
+        with urllib.request.urlopen(f"{found[1]}api/runs", timeout=30) as answer:
+            assert json.load(answer)["runs"] == ["run"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path):
+    command = [sys.executable, "-m", "resilin", "watch", str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path / 'nothing'}: there is no such folder")

@@ -78,6 +78,26 @@ def test_what_a_change_was_for(told: list[tuple[str, int]], members: list[int], 
     assert [mark["kind"] for mark in story.marks] == [kind]
 
 
+def test_blocks_that_move_between_stages_are_a_change_with_its_reasons():
+    before, after = view(1, (0,), (1,)), view(2, (0,), (1,)) | {"layers": [0, 1, 4]}
+    planned = [
+        {"axis": "random", "decision": "unchanged", "why": "keyed"},
+        {"axis": "graph", "decision": "moved", "why": "one block", "seconds": {"before": 1.0, "after": 0.75}},
+    ]
+    story = story_of([
+        cluster("change", time=1000.0, epoch=0, why="b", members=[0, 1], view=before), start(), step(1),
+        cluster("change", time=1001.5, epoch=1, why="w", members=[0, 1], version=1, planned=planned, view=after),
+    ])  # fmt: skip
+    change = story.shown_changes()[0]
+    assert (change["kind"], change["cut_short"]) == ("move", False)
+    assert [stage["layers"] for stage in change["stages_before"]] == [[0, 2], [2, 4]]
+    assert [stage["layers"] for stage in change["stages_after"]] == [[0, 1], [1, 4]]
+    assert change["planned"] == [
+        {"axis": "random", "decision": "unchanged", "why": "keyed", "before": None, "after": None},
+        {"axis": "graph", "decision": "moved", "why": "one block", "before": 1.0, "after": 0.75},
+    ]
+
+
 def test_what_was_said_before_one_change_is_not_told_of_the_next():
     again = cluster("change", time=1006.0, epoch=2, why="member 3 is ready", members=[0, 2, 3], version=4)
     newest, before, _ = story_of([*LOSS, step(4), again]).shown_changes()

@@ -264,6 +264,7 @@ def test_pipelines_of_two_whose_embedding_is_the_head():
             Case(2, {"pipeline": 2}, model="tied", micro=3, slots=7, exact=True),
             Case(2, {"pipeline": 2}, model="tied and recomputed", exact=True),
             Case(2, {"pipeline": 2}, model="tied and adapted", exact=True),
+            Case(2, {"pipeline": 2, "schedule": "zb-h1"}, model="tied", exact=True, bf16=True),
         ]
     )
 
@@ -450,5 +451,6 @@ def test_compiled_blocks_of_chosen_pairs():
             Case(4, {"tensor": 2, "context": 2}, packed=True, backend="aot_eager"),
             Case(4, {"tensor": 2, "data": 2, "expert": 2}, model="experts", backend="aot_eager"),
             Case(4, {"data": 2, "tensor": 2, "sharding": "fsdp"}, model="recomputed", backend="aot_eager"),
+            Case(4, {"pipeline": 2, "data": 2, "sharding": "fsdp"}, backend="aot_eager"),
         ]
     )

@@ -206,12 +206,14 @@ BAD_BASELINE = {"kept_rank": 0.016, "dropped_rank": 0.02}
 def test_claims_follow_from_the_runs() -> None:
     good = analyse(study({**BAD_BASELINE, "tolerance": 1e-6, "reshape": 1e-6}))
     assert all(claim.holds for claim in good.claims)
-    assert len(good.claims) == 1 + 3 * len(TASKS)
+    assert len(good.claims) == 1 + 4 * len(TASKS)
     assert any(row.name.startswith("digits: deviation removed, real kills, exact") for row in good.rows)
     loose = analyse(study({**BAD_BASELINE, "tolerance": 0.004, "reshape": 0.003}))
     assert sum(not claim.holds for claim in loose.claims) == len(TASKS)  # 25 % is too much, 19 % is not
     other = analyse(study(BAD_BASELINE, exact_weights="b"))
     assert {claim.name for claim in other.claims if not claim.holds} == {f"{t.title}: the same bits" for t in TASKS}
+    level = analyse(study({"kept_rank": 0.02, "dropped_rank": 0.016}))
+    assert {c.name for c in level.claims if not c.holds} == {f"{t.title}: dropping deviates more" for t in TASKS}
     late = analyse(study({**BAD_BASELINE, "exact": 1e-9}))
     assert {claim.name for claim in late.claims if not claim.holds} == {f"{t.title}: the same bits" for t in TASKS}
 

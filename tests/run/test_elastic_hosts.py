@@ -168,6 +168,7 @@ def test_a_machine_that_others_cannot_reach_or_that_does_not_know_the_secret_is_
 
     def watch(job: ElasticJob, event: Event) -> None:
         if isinstance(event, StepDone) and event.step == 2:
+            job.signal(0, signal.SIGSTOP)  # so that the run is not over before
             told = json.loads((tmp_path / "run" / "workers" / FILE).read_text())
             at = f"127.0.0.1:{told['port']}"
             wrong.append(joins(9, 1, "--address", "192.0.2.7"))
@@ -178,15 +179,16 @@ def test_a_machine_that_others_cannot_reach_or_that_does_not_know_the_secret_is_
                     at,
                     "--secret-file",
                     tmp_path / "secret",
-                    "--wait",
-                    1,
                     log=tmp_path / "stranger.log",
                 )
             )
             assert [process.wait(60) for process in wrong] == [2, 2]
+            job.signal(0, signal.SIGCONT)
 
     hosts = [joins(2, 1)]
-    assert serve(settings_of(text, parallel={"workers": 1}), tmp_path / "run", watch=watch) == JobEnded(0, "")
+    assert serve(
+        settings_of(text, parallel={"workers": 1}, cluster={"silence": 80}), tmp_path / "run", watch=watch
+    ) == JobEnded(0, "")
     assert hosts[0].wait(60) == 0
     assert "cannot reach each other" in (tmp_path / "host9.log").read_text()
     assert "is the secret the same at both ends?" in (tmp_path / "stranger.log").read_text()

@@ -132,7 +132,9 @@ def join(
         place = _place(where, secret_file)
         return Door(place.host, place.port, place.secret)
 
-    keeper = when_there(look, lambda at: Keeper(at, workers, worker_command(), name=name, address=address), wait)
+    keeper = when_there(
+        look, lambda at: Keeper(at, workers, worker_command(), name=name, address=address), wait, settled=":" in where
+    )
     typer.echo(f"{keeper.name} joins at {where}; output of its workers: {keeper.folder}")
     with keeper.noticing():
         code = keeper.run()
@@ -197,11 +199,14 @@ def plan(
     lose: Annotated[
         list[str] | None, typer.Option(help="STAGE or STAGE.REPLICA, counted from 0; may be repeated. Default: 1.0.")
     ] = None,
-    stages: Annotated[int, typer.Option(min=1, help="Stages of the pipeline.")] = 4,
-    replicas: Annotated[int, typer.Option(min=1, help="Of each stage.")] = 4,
-    micros: Annotated[int, typer.Option(min=1, help="Micro-batches of a step, of all replicas together.")] = 16,
-    micro: Annotated[int, typer.Option(min=0, help="Samples of each. Default: as many as can be shared out.")] = 0,
-    tokens: Annotated[int, typer.Option(min=1, help="Of a sample, for the cost of attention.")] = 1024,
+    stages: Annotated[int, typer.Option(min=0, help="Stages of the pipeline; 0: as the settings say, else 4.")] = 0,
+    replicas: Annotated[int, typer.Option(min=0, help="Of each stage; 0: as the settings say, else 4.")] = 0,
+    micros: Annotated[
+        int,
+        typer.Option(min=0, help="Micro-batches of a step, of all replicas together; 0: likewise, else 4 for each."),
+    ] = 0,
+    micro: Annotated[int, typer.Option(min=0, help="Samples of each; 0: likewise, else as many as can be cut.")] = 0,
+    tokens: Annotated[int, typer.Option(min=0, help="Of a sample; 0: likewise, else 1024.")] = 0,
     layers: Annotated[str, typer.Option(help="How many alike, or the cost of each: 32, or 1,1,2,1.")] = "",
     head: Annotated[str, typer.Option(help="Cost of what follows the last layer, in the same unit.")] = "",
     tflops: Annotated[float, typer.Option(min=0, help="10^12 operations a second of a member; 0: not known.")] = 0.0,
@@ -227,7 +232,7 @@ def plan(
 
     \b
     resilin cluster plan --stages 4 --replicas 4 --micros 16 --lose 1
-    resilin cluster plan run.toml --stages 2 --replicas 3 --lose 0.2 --lose 1
+    resilin cluster plan run.toml parallel.pipeline=2 parallel.data=3 --lose 0.2 --lose 1
     resilin cluster plan run.toml --counts 3,3 --stages 2 --measured runs/run/workers/schedule.csv
     resilin cluster plan --layers 8 --clocks 1.41,1.5,1.6 --fixed 0.2
     """

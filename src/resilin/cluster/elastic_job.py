@@ -35,6 +35,7 @@ from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
 from resilin.cluster.protocol.messages import MessageError, Signal, Told, of_json, to_json
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.starter import Door, Starter
+from resilin.cluster.status import status_of
 from resilin.cluster.wire import Wire
 
 _TICK, _POLL, _MOMENT = 0.1, 0.01, 0.01
@@ -182,6 +183,11 @@ class ElasticJob:
 
     def _pass_on(self) -> None:
         """What `_interrupt` was told, outside of the handler: the signal may have come in the middle of anything."""
+        if self._interrupts and self._coordinator.phase == "gathering":
+            with self._lock:
+                if not self._wires and not self._starter.running():  # nobody is there who could save
+                    self._finish = self._finish or Finish(False, "interrupted")
+                    self._over.set()
         if self._interrupts == self._passed_on:
             return
         self._passed_on = self._interrupts
@@ -194,9 +200,6 @@ class ElasticJob:
             if self._interrupts == 1:
                 for wire in self._wires.values():
                     wire.say(to_json(Signal(signal.SIGINT)))
-                if not self._wires and not self._starter.running():
-                    self._finish = Finish(False, "interrupted")
-                    self._over.set()
             else:
                 self._finish = self._finish or Finish(False, "interrupted twice")
                 self._over.set()
@@ -346,7 +349,7 @@ class ElasticJob:
         """What a user asks while the job runs."""
         with self._lock:
             if told["command"] == "status":
-                return {"ok": True, **self._status()}
+                return {"ok": True, **self.status()}
             if told["command"] == "add":
                 return self._add_more(int(told.get("count", 1)), told.get("host"))
             number = int(told.get("number", -1))
@@ -376,24 +379,10 @@ class ElasticJob:
             return {"ok": False, "why": f"no machine has a seat free; name one with --host ({', '.join(have)})"}
         return {"ok": True, "numbers": numbers}
 
-    def _status(self) -> dict[str, Any]:
-        view, members, running = self._coordinator.view, [], self._starter.running()
-        for number, member in sorted(self._coordinator.members.items()):
-            beat, inside = member.beat, view is not None and number in view.members
-            members.append(
-                {
-                    "number": number,
-                    "host": member.host,
-                    "process": running.get(number, "").removeprefix("process ").split(" ")[0],
-                    "state": "leaving" if member.leaving else "in" if inside else "warm" if member.warm else "starting",
-                    "step": beat.step if beat is not None else None,
-                    "doing": beat.doing if beat is not None else "",
-                    "seconds": beat.seconds if beat is not None else 0.0,
-                    "holders": list(view.holders[number]) if view is not None and inside else [],
-                }
-            )
-        phase, version = self._coordinator.phase, self._coordinator.version
-        return {"phase": phase, "epoch": view.epoch if view is not None else None, "step": version, "members": members}
+    def status(self) -> dict[str, Any]:
+        """What the job does; see `status_of`."""
+        with self._lock:
+            return status_of(self._coordinator, self._starter.running())
 
     # -- what is done -------------------------------------------------------------------------------------------
 

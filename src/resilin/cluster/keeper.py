@@ -51,13 +51,20 @@ class NobodyThereError(UserError):
     """No coordinator, or none of this job, answers."""
 
 
-def when_there(look: Callable[[], Door], make: Callable[[Door], Keeper], patience: float) -> Keeper:
+class StrangerError(NobodyThereError):
+    """Somebody else answers."""
+
+
+def when_there(
+    look: Callable[[], Door], make: Callable[[Door], Keeper], patience: float, *, settled: bool = False
+) -> Keeper:
     """A keeper, as soon as there is a coordinator.
 
     Args:
         look: where it is found now; what an earlier one has left behind may still say where that one was.
         make: the keeper.
         patience: seconds for which there may be none yet.
+        settled: what is found is what a user has said: if somebody else answers there, that is no matter of time.
 
     Raises:
         NobodyThereError: there was none.
@@ -67,8 +74,8 @@ def when_there(look: Callable[[], Door], make: Callable[[Door], Keeper], patienc
     while True:
         try:
             return make(look())
-        except NobodyThereError:
-            if time.monotonic() > until:
+        except NobodyThereError as error:
+            if (settled and isinstance(error, StrangerError)) or time.monotonic() > until:
                 raise
             time.sleep(_RETRY)
 
@@ -83,7 +90,7 @@ def _connect(door: Door) -> socket.socket:
         prove(connection, door.secret)
     except HandshakeError as error:
         connection.close()
-        raise NobodyThereError(f"{at}: {error}") from None
+        raise StrangerError(f"{at}: {error}") from None
     return connection
 
 

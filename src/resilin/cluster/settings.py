@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from resilin.config import Settings
 
@@ -18,6 +18,14 @@ class ClusterSettings(Settings):
     elastic: bool = False
     """Go on when workers are lost, leave or come: with `--workers N`, data parallelism and a `train.micro_batch_size`.
     Off: the first worker that fails ends the run."""
+    launcher: Literal["local", "ray"] = "local"
+    """Who starts workers: `local`, processes of this machine; `ray`, actors on the nodes of a Ray cluster."""
+    most: Annotated[int, Field(ge=0)] = 0
+    """With Ray: how many workers to have as soon as nodes have room; 0: as many as begin."""
+    placement: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
+    """With Ray: how the workers that begin are put on nodes."""
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    """With Ray: CPUs of a node for each worker."""
     least: Positive = 1
     """Below how many workers the run ends."""
     replace: bool = False
@@ -38,3 +46,13 @@ class ClusterSettings(Settings):
     addresses, where torchrun or Slurm have started some elsewhere."""
     port: Annotated[int, Field(ge=0, lt=65536)] = 0
     """Port at which it listens; 0: one that is free."""
+
+    @model_validator(mode="after")
+    def _ray_has_what_it_needs(self) -> ClusterSettings:
+        if self.launcher == "ray" and not self.elastic:
+            raise ValueError('launcher = "ray" starts workers that may come and go: set elastic = true')
+        if self.most and self.launcher != "ray":
+            raise ValueError('most is how many workers Ray may start as nodes come: it needs launcher = "ray"')
+        if self.most and self.most < self.least:
+            raise ValueError(f"most ({self.most}) is less than least ({self.least})")
+        return self

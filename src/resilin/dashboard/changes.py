@@ -29,6 +29,7 @@ class Change:
         told: what was said before it: (what, facts) of events.
         before: members of the epoch before, in order; empty: there was none.
         last_step: when the last step before it was done; None: there was none, or nobody knows.
+        view_before: of the epoch before, as JSON values; None: there was none, or it was not told.
     """
 
     time: float
@@ -36,6 +37,7 @@ class Change:
     told: Sequence[tuple[str, Mapping[str, Any]]] = ()
     before: Sequence[int] = ()
     last_step: float | None = None
+    view_before: Mapping[str, Any] | None = None
 
     def members(self, what: str) -> list[int]:
         """Whom something was said of."""
@@ -51,7 +53,10 @@ class Change:
             return "loss"
         if set(self.before) - after:
             return "leave"
-        return "join" if after - set(self.before) else "other"
+        if after - set(self.before):
+            return "join"
+        before, now = _stages(self.view_before), _stages(self.facts.get("view"))
+        return "move" if before and now and before != now else "other"
 
     @property
     def told_anew(self) -> bool:
@@ -93,7 +98,7 @@ class Change:
         """
         after = [int(number) for number in self.facts.get("members", ())]
         slowest = self.slowest()
-        gap = None if next_step is None or self.last_step is None else round(next_step - self.last_step, 4)
+        gap = None if next_step is None or self.last_step is None else round(max(0.0, next_step - self.last_step), 4)
         return {
             "epoch": self.facts.get("epoch"),
             "time": self.time,
@@ -104,18 +109,39 @@ class Change:
             "went": [number for number in self.before if number not in after],
             "before": list(self.before),
             "after": after,
+            "stages_before": _stages(self.view_before),
+            "stages_after": _stages(self.facts.get("view")),
             "step": self.facts.get("version"),
             "redone": self.facts.get("redone"),
             "kept": self.facts.get("kept"),
             "shards_moved": self.facts.get("shards_moved"),
             "timeline": self.timeline(next_step),
             "cut_short": self.told_anew,
+            "planned": [_reason(one) for one in self.facts.get("planned") or ()],
             "slowest": None if slowest is None else int(slowest[0]),
             "parts": self.facts.get("parts") or {},
             "bytes": self.facts.get("bytes") or {},
             "gap": gap,
             "usual": usual,
         }
+
+
+def _reason(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What was decided of one axis, and why; times of a step in steps as they were."""
+    seconds = told.get("seconds") or {}
+    words = {name: str(told.get(name, "")) for name in ("axis", "decision", "why")}
+    return {**words, "before": seconds.get("before"), "after": seconds.get("after")}
+
+
+def _stages(view: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """A view's members by stage, and which blocks they have."""
+    if view is None:
+        return []
+    layers = view.get("layers") or ()
+    return [
+        {"members": list(stage["members"]), "layers": [layers[place], layers[place + 1]] if layers else None}
+        for place, stage in enumerate(view["stages"])
+    ]
 
 
 @dataclass
@@ -138,11 +164,11 @@ class Changes:
             if what in ("lost", "leaving", "ready"):
                 self.told.append((what, facts))
             return None
-        if not facts.get("epoch"):  # another launch: numbers of members begin anew
-            before: Sequence[int] = ()
-        else:
-            before = self.found[-1].facts.get("members", ()) if self.found else ()
-        change = Change(time, facts, tuple(self.told), tuple(before), last_step)
+        # Another launch begins with epoch 0, and with new numbers of members.
+        last = self.found[-1] if self.found and facts.get("epoch") else None
+        before = tuple(last.facts.get("members", ())) if last is not None else ()
+        view = last.facts.get("view") if last is not None else None
+        change = Change(time, facts, tuple(self.told), before, last_step, view)
         self.told.clear()
         self.found.append(change)
         self.view = facts.get("view")

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from resilin.dashboard.step_lines import COLUMNS, Columns
 
 Floats = npt.NDArray[np.float64]
-SHOWN = ("loss", "throughput", "seconds", "grad_norm", "lr")
-"""The curves there are: loss, units/s, s for a step, norm before clipping, learning rate."""
+SHOWN = ("loss", "throughput", "seconds", "grad_norm")
+"""The curves there are: loss, units/s, s for a step, norm before clipping."""
 _FIRST = 1 << 12
 
 
@@ -28,7 +28,7 @@ class Steps:
 
     def add(self, columns: Columns) -> None:
         """More steps, each of which takes the place of an older one of its number."""
-        rows: Floats = np.stack([np.frombuffer(column) for column in columns])
+        rows = columns
         steps = rows[COLUMNS.index("step")]
         if steps.size > 1 and bool((np.diff(steps) <= 0).any()):
             rows = rows[:, _standing(steps)]
@@ -101,11 +101,12 @@ def _places(values: Floats, bounds: npt.NDArray[np.intp]) -> npt.NDArray[np.intp
     return same[np.unique(stretch, return_index=True)[1]]
 
 
-def means(steps: Steps, by: str, low: float, high: float, points: int) -> tuple[Floats, Floats]:
-    """The loss without its noise: means over stretches of neighbours, at their middles.
+def means(steps: Steps, name: str, by: str, low: float, high: float, points: int) -> tuple[Floats, Floats]:
+    """A curve without its noise: means over stretches of neighbours, at their middles.
 
     Args:
         steps: of the run.
+        name: one of `SHOWN`.
         by: see `thinned`.
         low: see `thinned`.
         high: see `thinned`.
@@ -113,16 +114,15 @@ def means(steps: Steps, by: str, low: float, high: float, points: int) -> tuple[
     """
     x = steps[by]
     first, last = int(np.searchsorted(x, low)), int(np.searchsorted(x, high, side="right"))
-    x, y = x[first:last], steps["loss"][first:last]
+    x, y = x[first:last], steps[name][first:last]
     if x.size < 4 * points:
         return x[:0], y[:0]
     bounds = np.linspace(0, x.size, points + 1).astype(np.intp)[:-1]
     finite = np.isfinite(y)
     counts = np.add.reduceat(finite.astype(np.float64), bounds)
+    sums = np.add.reduceat(np.where(finite, y, 0.0), bounds)
     with np.errstate(invalid="ignore"):
-        return np.add.reduceat(x, bounds) / np.diff(np.append(bounds, x.size)), np.add.reduceat(
-            np.where(finite, y, 0.0), bounds
-        ) / counts
+        return np.add.reduceat(x, bounds) / np.diff(np.append(bounds, x.size)), sums / counts
 
 
 def as_json(values: Floats, digits: int = 6) -> list[float | None]:
@@ -131,11 +131,14 @@ def as_json(values: Floats, digits: int = 6) -> list[float | None]:
 
 
 def curves(steps: Steps, by: str, low: float, high: float, points: int) -> dict[str, Any]:
-    """All of `SHOWN`, and `loss_mean`, as JSON values; see `thinned` and `means`."""
+    """All of `SHOWN`, each with its means, as JSON values; see `thinned` and `means`."""
     found = {}
     for name in SHOWN:
         x, y = thinned(steps, name, by, low, high, points)
-        found[name] = {"x": as_json(x, 15), "y": as_json(y)}
-    x, y = means(steps, by, low, high, max(8, points // 16))
-    found["loss_mean"] = {"x": as_json(x, 15), "y": as_json(y)}
+        middles, values = means(steps, name, by, low, high, max(8, points // 16))
+        found[name] = {
+            "x": as_json(x, 15),
+            "y": as_json(y),
+            "mean": {"x": as_json(middles, 15), "y": as_json(values)},
+        }
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from resilin.dashboard.cluster_map import map_of_settings, map_of_starting, map_
 from resilin.dashboard.curves import curves
 from resilin.dashboard.launcher import Ask, Launcher, ask_launcher
 from resilin.dashboard.log_tail import LogTail
+from resilin.dashboard.step_lines import parts_of
 from resilin.dashboard.story import Story
 
 _PAUSE = 0.2  # seconds between looks at a log that has nothing new
@@ -38,7 +38,7 @@ class Follower:
         self._asked = 0.0
         self._version = 0
         self._trouble = ""
-        self._moment = threading.Event()
+        self._caught_up = threading.Event()
 
     # -- following ----------------------------------------------------------------------------------------------
 
@@ -50,6 +50,10 @@ class Follower:
                 self._thread = threading.Thread(target=self._follow, name="resilin-follow", daemon=True)
                 self._thread.start()
 
+    def wait(self, seconds: float) -> None:
+        """Until all that the log has by now is read, but no longer than this."""
+        self._caught_up.wait(seconds)
+
     def _follow(self) -> None:
         while True:
             more = self.look()
@@ -58,7 +62,7 @@ class Follower:
                     self._thread = None
                     return
             if not more:
-                self._moment.wait(_PAUSE)
+                time.sleep(_PAUSE)
 
     def look(self) -> bool:
         """Take in what is new; tells whether there may be more."""
@@ -68,17 +72,20 @@ class Follower:
         except OSError as error:
             piece, trouble = None, f"the log cannot be read: {error.strerror}"
         if piece is not None and (piece.raw or piece.anew):
+            parts = list(parts_of(piece.raw))  # not while a page waits for the lock
             with self._lock:
                 self._version += 1
                 if piece.anew:
                     self._story = Story()
-                self._story.read(piece.raw)
+                self._story.take(parts)
         more = piece is not None and bool(piece.raw) and self._tail.offset < self._tail.size
         changed = not more and self._launcher.look()  # first all that is known, then what is live
         with self._lock:
             if changed or trouble != self._trouble:
                 self._trouble = trouble
                 self._version += 1
+        if not more:
+            self._caught_up.set()
         return more
 
     # -- answers ------------------------------------------------------------------------------------------------
@@ -102,13 +109,18 @@ class Follower:
                 "folder": str(self.folder),
                 "version": self._version,
                 "now": now,
-                "read": {"bytes": self._tail.offset, "of": self._tail.size, "strange": story.strange},
+                "read": {
+                    "bytes": self._tail.offset,
+                    "of": self._tail.size,
+                    "caught_up": self._caught_up.is_set(),
+                    "strange": story.strange,
+                },
                 "trouble": self._trouble or self._launcher.why,
                 "run": {
                     **self._phase(now),
                     **self._numbers(),
                     "step": int(last["step"]) if last is not None else self._begun(),
-                    "loss": last["loss"] if last is not None and math.isfinite(last["loss"]) else None,
+                    "last": story.last(),
                 },
                 "map": self._map(status),
                 "changes": story.shown_changes(),

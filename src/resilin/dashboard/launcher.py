@@ -29,13 +29,13 @@ class Launcher:
 
     Attributes:
         workers: the folder of its workers.
-        asking: gives its answer.
+        answer: asks it.
         status: the last answer; None: no elastic run is going on.
         why: it does not answer although it should, in words.
     """
 
     workers: Path
-    asking: Ask = ask_launcher
+    answer: Ask = ask_launcher
     status: Mapping[str, Any] | None = None
     why: str = ""
     _asked: float = float("-inf")
@@ -46,7 +46,7 @@ class Launcher:
             return False
         before = self.status, self.why
         try:
-            self.status, self.why = self.asking(self.workers), ""
+            self.status, self.why = self.answer(self.workers), ""
         except FileNotFoundError:
             self.status, self.why = None, ""
         except (OSError, ValueError, KeyError) as error:

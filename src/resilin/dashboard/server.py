@@ -40,6 +40,7 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+_FIRST = 0.3  # seconds that a page waits for a log to be read, before it is told that it is being read
 _POINTS = 4, 800, 5000  # of a curve: at least, unless asked for, at most
 
 
@@ -105,6 +106,7 @@ class Site:
         if follower is None:
             return Answer.json({"error": "there is no such run"}, HTTPStatus.NOT_FOUND)
         if path == "/api/state":
+            follower.wait(_FIRST)
             return Answer.json(follower.state())
         try:
             by = query.get("by", "step")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from resilin.dashboard.changes import Changes
-from resilin.dashboard.curves import Steps
-from resilin.dashboard.step_lines import parts_of
+from resilin.dashboard.curves import SHOWN, Steps
+from resilin.dashboard.step_lines import Columns, parts_of
 
 _MARKS = 400
 _CHANGES = 100
@@ -46,18 +46,22 @@ class Story:
 
     def read(self, raw: bytes) -> None:
         """More lines of the log."""
-        for part in parts_of(raw):
+        self.take(parts_of(raw))
+
+    def take(self, parts: Iterable[Columns | dict[str, Any] | None]) -> None:
+        """What more lines of the log say."""
+        for part in parts:
             if part is None:
                 self.strange += 1
-            elif isinstance(part, tuple):
-                self.steps.add(part)
-                self.events += len(part[0])
-                self._seen(part[0][0], part[0][-1])
-            else:
+            elif isinstance(part, dict):
                 try:
                     self._take(part)
                 except (KeyError, TypeError, ValueError):
                     self.strange += 1
+            else:
+                self.steps.add(part)
+                self.events += part.shape[1]
+                self._seen(float(part[0, 0]), float(part[0, -1]))
 
     def _seen(self, first: float, last: float) -> None:
         self.first_time = first if self.first_time is None else self.first_time
@@ -115,7 +119,7 @@ class Story:
             self._mark(time, facts.get("version"), change.kind, str(facts.get("why", "")))
 
     def _mark(self, time: float, step: int | None, kind: str, text: str) -> None:
-        self.marks.append({"time": time, "step": step, "kind": kind, "text": text})
+        self.marks.append({"time": time, "step": step, "kind": kind, "text": f"{text:.200}"})
 
     # -- what is shown ------------------------------------------------------------------------------------------
 
@@ -123,6 +127,11 @@ class Story:
     def settings(self) -> Mapping[str, Any]:
         """Of the run; empty: they were not told yet."""
         return self.start["settings"] if self.start is not None else {}
+
+    def last(self) -> dict[str, float | None]:
+        """The newest value of every curve; None where there is none, or it is not finite."""
+        values = {name: self.steps[name][-1:] for name in SHOWN}
+        return {name: float(one[0]) if one.size and np.isfinite(one[0]) else None for name, one in values.items()}
 
     def rate(self) -> tuple[float | None, float | None]:
         """(units/s, seconds for a step) over the last steps; None: nobody knows."""

@@ -9,41 +9,34 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from resilin.layout import LayoutError, ParamSpec, specs_of, staged
 from resilin.models.decoder import Decoder
-from resilin.models.flops import block_flops_per_token, head_flops_per_token
 from resilin.nouns import Batch, Objective
 from resilin.parallel.assemble import Facts
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.expert.parallelise import parallelise_experts
-from resilin.parallel.group import Group, make_groups
 from resilin.parallel.local_model import LocalModel, shapes_of
 from resilin.parallel.local_weights import materialise
-from resilin.parallel.pipeline.build import METHODS, build
-from resilin.parallel.pipeline.errors import ScheduleError
 from resilin.parallel.pipeline.line_orders import LineOrders
-from resilin.parallel.pipeline.messages import Op, lower
 from resilin.parallel.pipeline.passes import PipelinePasses
-from resilin.parallel.pipeline.schedule import I, Schedule, loop, vee
-from resilin.parallel.pipeline.split import Split, balanced
+from resilin.parallel.pipeline.schedule import Schedule
+from resilin.parallel.pipeline.split import Split
 from resilin.parallel.pipeline.stage import Stage, cut, decoder_in
-from resilin.parallel.pipeline.validate import validate
 from resilin.parallel.sequence.shard import refuse_whole_rows, shard_sequence
 from resilin.parallel.sequence.ulysses import ulysses
 from resilin.parallel.settings import ParallelSettings
 from resilin.parallel.sharded import Gathered, shard_module
+from resilin.parallel.stages import ops_of, schedule_named, stages_of
 from resilin.parallel.step import Autocast
 from resilin.parallel.tensor.parallelise import parallelise, plan_of
+from resilin.parallel.tied_ends import WEIGHT, TiedEnds
 from resilin.parallel.workers import Giver, Passes, WholeModel
 from resilin.parallel.world import World
-
-_EMBEDDING = "embed.weight"
 
 
 @dataclass(frozen=True)
@@ -59,104 +52,6 @@ class Part:
     passes: Passes
     blueprint: Blueprint
     facts: Mapping[str, Facts]
-
-
-def stages_of(settings: ParallelSettings, world: World, decoder: Decoder, tokens: int) -> tuple[Split, tuple[int, ...]]:
-    """The blocks of every stage of a pipeline, and the rank of each stage.
-
-    Args:
-        settings: of the run.
-        world: all workers.
-        decoder: whole.
-        tokens: of a row, for the costs of attention.
-
-    Raises:
-        ParallelError: the blocks cannot be divided so.
-    """
-    ranks, model = world.axis("pp"), decoder.settings
-    stages = ranks * settings.chunks
-    if settings.schedule.endswith(".csv"):
-        schedule = _schedule(settings.schedule, 0, ranks, 1)
-        stages, rank_of = schedule.stages, schedule.rank_of
-    elif settings.schedule == "zb-v":
-        stages, rank_of = 2 * ranks, vee(2 * ranks, ranks)
-    else:
-        rank_of = loop(stages, ranks)
-    if settings.sharding == "fsdp" and decoder.head is None and rank_of[0] == rank_of[-1]:
-        raise ParallelError(
-            f"parallel.schedule = {settings.schedule!r} has the first and the last stage at one worker, and with tied "
-            "embeddings sharding = 'fsdp' would divide their weight twice: use another schedule, or sharding = 'zero1'"
-        )
-    if stages > model.layers:
-        raise ParallelError(
-            f"{model.layers} block{'s' if model.layers > 1 else ''} cannot be divided over {stages} stages "
-            f"(parallel.pipeline {ranks} * chunks {stages // ranks}): every stage needs one"
-        )
-    try:
-        if settings.layers:
-            bounds = [0]
-            for count in settings.layers:
-                bounds.append(bounds[-1] + count)
-            split = Split(tuple(bounds))
-        else:
-            costs = [block_flops_per_token(model, layer, tokens) for layer in range(model.layers)]
-            split = balanced(costs, stages, 0.0, head_flops_per_token(model), allowed=lambda _, first, end: end > first)
-    except ScheduleError as error:
-        raise ParallelError(f"{model.layers} blocks cannot be divided over {stages} stages: {error}") from None
-    if split.stages != stages or split.layers != model.layers:
-        raise ParallelError(
-            f"parallel.layers names {split.stages} stages with {split.layers} blocks together; the pipeline has "
-            f"{stages} and the model {model.layers}"
-        )
-    return split, rank_of
-
-
-def _schedule(name: str, stages: int, ranks: int, micros: int) -> Schedule:
-    """By name, or out of a file; checked."""
-    if name.endswith(".csv"):
-        schedule = _read(name)
-        if schedule.ranks != ranks:
-            raise ParallelError(
-                f"parallel.schedule: {name} is for {schedule.ranks} ranks, and the pipeline has {ranks}"
-            )
-        return schedule
-    try:
-        return build(name, stages, ranks, micros)
-    except ScheduleError as error:
-        raise ParallelError(f"parallel.schedule: {error}") from None
-
-
-def _read(name: str) -> Schedule:
-    """Out of a file; checked."""
-    try:
-        schedule = Schedule.parse(Path(name).read_text(encoding="utf-8"), name)
-        validate(schedule)
-    except ScheduleError as error:
-        raise ParallelError(f"parallel.schedule: {error}") from None
-    except OSError as error:
-        raise ParallelError(f"parallel.schedule: {name}: {error.strerror}") from None
-    return schedule
-
-
-def splits_backward(schedule: str) -> bool:
-    """Whether a schedule, by name or out of a file, cuts backward passes in halves.
-
-    Raises:
-        ParallelError: it cannot be read.
-    """
-    if schedule.endswith(".csv"):
-        return any(action.kind is I for row in _read(schedule).actions for action in row)
-    return schedule in METHODS and METHODS[schedule].split
-
-
-def _ops(settings: ParallelSettings, stages: int, ranks: int, rank: int, tied: bool, micros: int) -> Sequence[Op]:
-    schedule = _schedule(settings.schedule, stages, ranks, micros)
-    if schedule.micros != micros:
-        raise ParallelError(
-            f"parallel.schedule: {settings.schedule} is for {schedule.micros} micro-batches, and a worker has "
-            f"{micros}: set train.micro_batch_size"
-        )
-    return lower(schedule, tied=tied)[rank]
 
 
 def specs_of_decoder(decoder: nn.Module, world: World) -> dict[str, ParamSpec]:
@@ -219,7 +114,7 @@ def schedule_of(settings: ParallelSettings, cutting: Cutting, world: World, micr
     Raises:
         ParallelError: there is no such schedule.
     """
-    return _schedule(settings.schedule, len(cutting.rank_of), world.axis("pp"), micros)
+    return schedule_named(settings.schedule, len(cutting.rank_of), world.axis("pp"), micros)
 
 
 def divide_decoder(
@@ -257,7 +152,7 @@ def divide_decoder(
     cutting = cutting_of(settings, world, model, tokens)
     specs, split, rank_of = cutting.specs, cutting.split, cutting.rank_of
     pipeline = world.group("pp")
-    tied = _Tied.of(settings, world, decoder, rank_of)
+    tied = TiedEnds.of(settings, world, decoder, rank_of)
     if split is not None:
         mine = [stage for stage, rank in enumerate(rank_of) if rank == pipeline.index]
         modules = cut(model, split, mine)
@@ -290,11 +185,13 @@ def divide_decoder(
     if world.axis("pp") > 1:
         sequence = world.axis("tp") if settings.sequence else 1
         in_order = tied is not None and tied.in_order
-        weights = [p for module in modules for name, p in module.named_parameters() if name.endswith(_EMBEDDING)]
+        weights = [p for module in modules for name, p in module.named_parameters() if name.endswith(WEIGHT)]
         passes = PipelinePasses(
             [Stage(number, module, sequence) for number, module in zip(mine, modules, strict=True)],
             LineOrders(
-                partial(_ops, settings, len(rank_of), pipeline.size, pipeline.index, in_order), rank_of, pipeline.index
+                partial(ops_of, settings, len(rank_of), pipeline.size, pipeline.index, in_order),
+                rank_of,
+                pipeline.index,
             ),
             objective,
             peers=pipeline.ranks,
@@ -364,50 +261,12 @@ def holders_of(decoder: Decoder, model: nn.Module, split: Split, rank_of: Sequen
     return found
 
 
-@dataclass(frozen=True)
-class _Tied:
-    """A weight that is both embedding and head, where a pipeline has these at its two ends.
-
-    Attributes:
-        ends: the ranks that have it, of this worker's pipeline: the first stage's, then the last one's.
-        in_order: whether the last stage adds up all of its gradient, in the order of one process. It has to keep some
-            of the head's part until the embedding's comes; otherwise each end has a sum of its own, and both are added.
-    """
-
-    ends: Group
-    in_order: bool
-
-    @classmethod
-    def of(cls, settings: ParallelSettings, world: World, decoder: Decoder, rank_of: Sequence[int]) -> _Tied | None:
-        """None where nothing is tied, or there is one stage."""
-        if decoder.head is not None or world.axis("pp") == 1:
-            return None
-        return cls(_ends(world, rank_of), adds_tied_in_order(settings, world, decoder))
-
-
-def adds_tied_in_order(settings: ParallelSettings, world: World, decoder: Decoder) -> bool:
-    """Whether the last stage of a pipeline adds up the whole gradient of a tied weight, in the order of one process."""
-    if decoder.head is not None or not decoder.embed.weight.requires_grad or world.axis("pp") == 1:
-        return False
-    rounds = any(world.axis(axis) > 1 for axis in ("tp", "cp", "ep")) or settings.sharding == "fsdp"
-    return settings.reduction == "exact" and not rounds
-
-
-def _ends(world: World, rank_of: Sequence[int]) -> Group:
-    """The ends of this worker's pipeline, who share a tied embedding; where it is at neither, or both, it by itself."""
-    lines = world.members("pp")
-    at = rank_of[0], rank_of[-1]  # a pipeline in a V has both ends at one rank
-    ends = [tuple(line[place] for place in dict.fromkeys(at)) for line in lines]
-    others = [(rank,) for line in lines for place, rank in enumerate(line) if place not in at]
-    return make_groups([*ends, *others], world.rank, "tied")
-
-
-def _facts(parts: Sequence[LocalModel], tied: _Tied | None) -> dict[str, Facts]:
+def _facts(parts: Sequence[LocalModel], tied: TiedEnds | None) -> dict[str, Facts]:
     found: dict[str, Facts] = {}
     for part in parts:
         for name, known in part.parameters.items():
             facts = Facts(known.sum_over, counted=known.first)
-            if tied is not None and tied.ends.size > 1 and name.endswith(_EMBEDDING):
+            if tied is not None and tied.ends.size > 1 and name.endswith(WEIGHT):
                 last = Giver(tied.ends, tied.ends.size - 1)
                 if tied.in_order:
                     facts = replace(facts, given_by=last, counted=facts.counted and last.is_here)

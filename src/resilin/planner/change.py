@@ -12,9 +12,11 @@ from typing import Any
 from resilin.cluster.axes import Clocks, Layers, Machine, Pipeline, PlanError, Rules, chosen_clocks, clocks_hook
 from resilin.cluster.axes.of_decoder import layers_of, measured
 from resilin.cluster.axes.policies import Policy, policies
-from resilin.config import UserError
+from resilin.config import UserError, load_settings
 from resilin.parallel.pipeline import ScheduleError, Split, Time, Timeline, balanced
+from resilin.run.folder import RunFolder
 from resilin.run.model_layout import outline_at
+from resilin.run.settings import RunSettings
 
 TOKENS = 1024
 """Of a row, where nothing says how many there are: only attention's part of the costs depends on it."""
@@ -27,7 +29,8 @@ class ChangeRequest:
     Attributes:
         file: a run's settings, its folder, or a Hugging Face folder, whose decoder gives layers their costs.
         overrides: of the settings.
-        stages: of the pipeline.
+        stages: of the pipeline; this and what follows 0: as a run's settings say, else 4 stages of 4 replicas, 4
+            micro-batches for each, and `TOKENS`.
         replicas: of each.
         micros: micro-batches of a step, of all replicas together.
         micro: slots of each.
@@ -48,11 +51,11 @@ class ChangeRequest:
 
     file: Path | None = None
     overrides: tuple[str, ...] = ()
-    stages: int = 4
-    replicas: int = 4
-    micros: int = 16
+    stages: int = 0
+    replicas: int = 0
+    micros: int = 0
     micro: int = 0
-    tokens: int = TOKENS
+    tokens: int = 0
     layers: str = ""
     head: str = ""
     tflops: float = 0.0
@@ -114,14 +117,48 @@ def forecast(request: ChangeRequest) -> Forecast:
         raise UserError(str(error)) from error
 
 
+def _settled(request: ChangeRequest) -> ChangeRequest:
+    """With what the run's settings say wherever nothing else was asked for."""
+    settings = _settings(request)
+    stages, replicas, micros, micro, tokens = 4, 4, 0, 0, TOKENS
+    if settings is not None:
+        parallel, train = settings.parallel, settings.train
+        stages = parallel.pipeline if isinstance(parallel.pipeline, int) else stages
+        if isinstance(parallel.data, int):
+            replicas = parallel.data
+        elif parallel.workers:
+            replicas = max(parallel.workers // stages, 1)
+        micro = train.micro_batch_size
+        micros = -(-train.batch_size // micro) if micro else 0
+        tokens = getattr(settings.source, "sequence_length", None) or tokens
+    replicas = request.replicas or replicas
+    return replace(
+        request,
+        stages=request.stages or stages,
+        replicas=replicas,
+        micros=request.micros or micros or 4 * replicas,
+        micro=request.micro or micro or max(replicas - 1, 1),  # can be cut for one replica less
+        tokens=request.tokens or tokens,
+        counts=request.counts or (settings.parallel.layers if settings is not None and not request.stages else ()),
+    )
+
+
+def _settings(request: ChangeRequest) -> RunSettings | None:
+    if request.file is None:
+        return None
+    if request.file.suffix == ".toml":
+        return load_settings(RunSettings, request.file, request.overrides)
+    return RunFolder(request.file).settings() if (request.file / "settings.toml").exists() else None
+
+
 def _forecast(request: ChangeRequest) -> Forecast:
+    request = _settled(request)
     layers, unit = _layers(request)
     split = _split(request, layers)
     if request.measured is not None:
         layers, unit = measured(layers, _timeline(request.measured), split), "seconds"
     members = [range(stage * request.replicas, (stage + 1) * request.replicas) for stage in range(request.stages)]
-    # Micro-batches that can be cut for one replica less.
-    pipeline = Pipeline.of(split, members, request.micros, request.micro or max(request.replicas - 1, 1))
+    pipeline = Pipeline.of(split, members, request.micros, request.micro)
     if unit == _RELATIVE:
         layers = _scaled(layers, 1 / float(policies(pipeline, {}, layers)[0].seconds))
         if request.bandwidth:
@@ -151,7 +188,7 @@ def _layers(request: ChangeRequest) -> tuple[Layers, str]:
     found, unit = Layers((1,) * (8 * request.stages)), _RELATIVE
     if request.file is not None:
         decoder = outline_at(request.file, list(request.overrides))
-        found = layers_of(decoder, request.micro or 1, request.tokens, request.tflops * 1e12 or 1.0)
+        found = layers_of(decoder, request.micro, request.tokens, request.tflops * 1e12 or 1.0)
         unit = "seconds" if request.tflops else unit
     if request.layers:
         costs = numbers_of("--layers", request.layers)

@@ -22,10 +22,11 @@ from resilin.nouns import Objective, Optimizer, Source, State
 from resilin.parallel.assemble import Assembled, Facts, assemble
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.errors import ParallelError
-from resilin.parallel.part import Part, divide_decoder, splits_backward
+from resilin.parallel.part import Part, divide_decoder
 from resilin.parallel.pipeline.passes import PipelinePasses
 from resilin.parallel.pipeline.trace import Trace
 from resilin.parallel.sharded import Gathered, local, shard_module
+from resilin.parallel.stages import splits_backward
 from resilin.parallel.state import StateLayout, like
 from resilin.parallel.workers import Passes, WholeModel, Workers
 from resilin.parallel.world import World

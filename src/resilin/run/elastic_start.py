@@ -18,13 +18,13 @@ from torch._C._distributed_c10d import TCPStore
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.lock import lock_folder, unlock_folder
-from resilin.cluster.addresses import parse
+from resilin.cluster.addresses import LOOPBACK, parse
 from resilin.cluster.agent import Agent, EndedError
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault, await_faults, to_environment
-from resilin.cluster.handshake import SECRET
+from resilin.cluster.handshake import SECRET, read_secret
 from resilin.cluster.hosts import Hosts
-from resilin.cluster.keeper import end_with_keeper
+from resilin.cluster.keeper import NOTICES, end_with_keeper
 from resilin.cluster.local_starter import LocalStarter
 from resilin.cluster.notice import await_notice, notice_of
 from resilin.cluster.place import Place
@@ -84,7 +84,9 @@ def launch(
     workers = folder.path / "workers"
     workers.mkdir(parents=True, exist_ok=True)
     cluster = settings.cluster
-    starts = starter(workers) if starter is not None else LocalStarter(command, workers)
+    if starter is None and cluster.launcher == "ray":
+        starter, place = _on_ray(settings, command)
+    starts = starter(workers) if starter is not None else LocalStarter(command, workers, {ADDRESS: LOOPBACK})
     rules = Rules(
         members=settings.parallel.workers,
         stages=degrees.pipeline,
@@ -114,12 +116,22 @@ def launch(
             hear=log.hear,
             note=log.note,
             begin=0 if isinstance(starts, Hosts) else settings.parallel.workers,
+            most=cluster.most,
             replace=cluster.replace,
             environment=to_environment(faults),
             place=place,
         )
         log.also(partial(watch, job))
         return job.run()
+
+
+def _on_ray(settings: RunSettings, command: Sequence[str]) -> tuple[Callable[[Path], Starter], Place]:
+    """Who starts workers on Ray's nodes, and where the coordinator listens: where those nodes reach this machine."""
+    from resilin.cluster.ray_starter import RayStarter, own_ray_address
+
+    cluster, workers = settings.cluster, settings.parallel.workers
+    place = Place(cluster.host or own_ray_address(), cluster.port, read_secret() or "")
+    return lambda folder: RayStarter(command, folder.resolve(), workers, cluster.placement, cluster.cpus), place
 
 
 class EventLog:
@@ -207,7 +219,8 @@ def work() -> Outcome:
             settings.cluster.silence,
             os.environ.get(ADDRESS, ""),
         )
-        signal.signal(signal.SIGUSR1, lambda *_: agent.leaving())  # Slurm's notice, if a user asks for it
+        for number in NOTICES:  # from now on, though the run has not begun here
+            signal.signal(number, lambda *_: agent.leaving())
         elastic = Elastic(agent)
         stack.callback(agent.close)
         stack.callback(elastic.close)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from resilin.cluster.axes.layers import PlanError
+from resilin.cluster.view import View
 from resilin.parallel.pipeline import SlotTable, Split, in_blocks
 
 
@@ -52,6 +53,22 @@ class Pipeline:
             raise PlanError(f"stages need a member each, and no more than the {micros} micro-batches: {counts}")
         tables = tuple(in_blocks(micros * micro, len(stage), micro).named(stage) for stage in members)
         return cls(split, tables, micro, -(-micros // max(counts)))
+
+    @classmethod
+    def of_view(cls, view: View, layers: int, micros: int, micro: int) -> Pipeline:
+        """The pipeline of a view in which nobody is missing.
+
+        Args:
+            view: of the run.
+            layers: of the model; a view that divides nothing does not say.
+            micros: of a step.
+            micro: slots of each.
+
+        Raises:
+            PlanError: as `of` does.
+        """
+        bounds = view.layers or (0, layers)
+        return cls.of(Split(tuple(bounds)), [stage.members for stage in view.stages], micros, micro)
 
     @property
     def members(self) -> tuple[tuple[int, ...], ...]:

@@ -1,10 +1,10 @@
 // Changes, newest first: why, what was decided, and a bar of where the seconds went.
 
-import { el, keyed, say } from "./dom.js";
-import { bytes, clock, count, day, list, seconds, several } from "./words.js";
+import { el, keyed, put, say } from "./dom.js";
+import { bytes, clock, count, day, intervals, list, seconds, several } from "./words.js";
 
 export const KINDS = {
-  begin: "Begins", loss: "Loss", leave: "Leave", join: "Join", other: "New connections", resume: "Resume",
+  begin: "Begins", loss: "Worker lost", leave: "Worker left", join: "Worker joined", move: "Blocks moved", other: "New connections", resume: "Resume",
   failure: "Failure", interrupt: "Interrupt", save: "Save", end: "End",
 };
 
@@ -32,8 +32,8 @@ export function showChanges(state) {
   const shown = found.filter((change) => change.kind !== "begin");
   const nothing = document.getElementById("no-changes");
   nothing.hidden = shown.length > 0;
-  say(nothing, state.run.elastic
-    ? "Nobody was lost, came or went so far."
+  say(nothing, state.run.elastic ? "Nobody was lost, came or went so far."
+    : state.run.state === "empty" ? "Nothing has happened yet."
     : "This run is not elastic: its workers stay the same from beginning to end. With cluster.elastic = true they may come and go.");
   document.getElementById("legend").hidden = !shown.length;
   const note = document.getElementById("changes-note");
@@ -46,7 +46,7 @@ export function showChanges(state) {
 function makeChange() {
   return el("li", { class: "change" },
     el("div", { class: "change-head" }), el("p", { class: "why" }), el("div", { class: "bar", role: "img" }),
-    el("p", { class: "outcome" }), el("details", {}, el("summary", {}, "By member"), el("div", { class: "table" })));
+    el("p", { class: "outcome" }), el("details", {}, el("summary", {}, "Before, after, and by member"), el("div", { class: "more" })));
 }
 
 function fillChange(box, change) {
@@ -65,8 +65,30 @@ function fillChange(box, change) {
   bar.replaceChildren(...change.timeline.map((one) => segment(one, total, change)));
   outcome.replaceChildren(...outcomes(change, total).map((text) => el("span", {}, text)));
   const rows = Object.entries(change.parts);
-  details.hidden = !rows.length;
-  if (rows.length) details.lastElementChild.replaceChildren(table(change, rows));
+  put(details.lastElementChild,
+    members("before", change.stages_before, change, change.went),
+    members("after", change.stages_after, change, change.came),
+    change.planned.length ? el("dl", { class: "plan" }, ...change.planned.flatMap((one) => [
+      el("dt", {}, one.axis), el("dd", {}, el("strong", {}, one.decision), `: ${one.why}${quicker(one)}`)])) : null,
+    rows.length ? el("div", { class: "table" }, table(change, rows)) : null);
+}
+
+function quicker({ before, after }) {
+  if (typeof before !== "number" || typeof after !== "number" || !(before > 0)) return "";
+  return ` (a step takes ${Math.round((100 * after) / before)}% of the time)`;
+}
+
+/** A view's members by stage; those that are in the one and not in the other stand out. */
+function members(name, stages, change, marked) {
+  if (!stages?.length) return null;
+  const lost = change.lost.map((one) => one.member);
+  return el("div", { class: "view", data: { name } },
+    el("span", { class: "view-name" }, name),
+    ...stages.map((stage) => el("span", { class: "view-stage" },
+      stage.layers ? el("small", {}, `blocks ${intervals([[stage.layers[0], stage.layers[1] - 1]])}: `) : null,
+      ...stage.members.map((number) => el("span", {
+        class: "member", data: { mark: marked.includes(number) ? (lost.includes(number) ? "lost" : name === "after" ? "came" : "left") : "" },
+      }, String(number))))));
 }
 
 function title(change) {
@@ -76,7 +98,7 @@ function title(change) {
   if (lost.length) parts.push(`lost ${list(lost)}`);
   if (left.length) parts.push(`${list(left)} left`);
   if (change.came.length) parts.push(`${list(change.came)} joined`);
-  const members = change.before.length ? `${change.before.length} → ${change.after.length} workers` : several(change.after.length, "worker");
+  const members = change.before.length && change.before.length !== change.after.length ? `${change.before.length} → ${change.after.length} workers` : several(change.after.length, "worker");
   return `${parts.length ? `${parts.join("; ")}: ` : ""}${members}`;
 }
 
@@ -97,8 +119,9 @@ function segment(one, total, change) {
   const name = nameOf(one.part, change);
   const took = `${one.part === "detect" ? "≤ " : ""}${seconds(one.seconds)}`;
   const text = share > 0.16 ? `${name} ${took}` : share > 0.075 ? name : "";
+  const usual = !change.cut_short && ["halt", "redo"].includes(one.part); // the run goes on as ever meanwhile
   return el("span", {
-    class: "segment", data: { part: one.part }, style: { "flex-grow": String(Math.max(share, 0.004)) },
+    class: usual ? "segment usual" : "segment", data: { part: one.part }, style: { "flex-grow": String(Math.max(share, 0.004)) },
     title: `${name} ${took}: ${PARTS[one.part]?.[1] ?? ""}`,
   }, text);
 }

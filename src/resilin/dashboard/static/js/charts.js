@@ -3,13 +3,13 @@
 import uPlot from "../vendor/uplot/uPlot.esm.js";
 import { el, say } from "./dom.js";
 import { KINDS } from "./changes.js";
-import { clock, count, day, precise, seconds, short } from "./words.js";
+import { clock, count, day, precise, seconds, short, ticks } from "./words.js";
 
 const HEIGHT = 210;
 const NEAR = 7; // pixels from a mark at which it is told
 const CURVES = [
-  { name: "loss", title: "Loss", value: precise, mean: "loss_mean", evaluated: true },
-  { name: "throughput", title: "Throughput", value: (v, unit) => `${short(v)} ${unit}/s`, zero: true, axis: short },
+  { name: "loss", title: "Loss", value: precise, evaluated: true },
+  { name: "throughput", title: "Throughput", value: (v, unit) => `${short(v)} ${unit}/s`, zero: true },
   { name: "seconds", title: "Time for a step", value: seconds, zero: true, axis: seconds },
   { name: "grad_norm", title: "Norm of the gradient", value: precise, zero: true },
 ];
@@ -36,9 +36,9 @@ export class Charts {
     return this.plots[0]?.box.querySelector(".plot").clientWidth || 600;
   }
 
-  /** Show curves: what `/api/curves` gives, the run's evaluations, its marks. */
-  show(curves, evaluations, marks, by, unit, range) {
-    this.last = [curves, evaluations, marks, by, unit, range];
+  /** Show curves: what `/api/curves` gives, the run's evaluations, its marks, the newest value of each curve. */
+  show(curves, evaluations, marks, by, unit, range, last) {
+    this.shown = [curves, evaluations, marks, by, unit, range, last];
     const names = Object.keys(evaluations);
     const shape = JSON.stringify([by, names, unit]);
     this.by = by;
@@ -50,21 +50,20 @@ export class Charts {
       this.build(names);
     }
     for (const plot of this.plots) {
-      const series = [curves[plot.curve.name]];
-      if (plot.curve.mean) series.push(curves[plot.curve.mean]);
+      const own = curves[plot.curve.name];
+      const series = [own, own.mean];
       if (plot.curve.evaluated) for (const name of names) series.push({ x: evaluations[name][by], y: evaluations[name].loss });
-      plot.dense = curves.loss_mean.x.length > 0;
+      plot.dense = own.mean.x.length > 0;
       plot.chart.setData(joined(series), false);
       this.scale(plot, curves);
-      const { y } = curves[plot.curve.name];
-      say(plot.value, y.length ? plot.curve.value(lastOf(y), unit) : "–");
+      say(plot.value, last[plot.curve.name] === null ? "–" : plot.curve.value(last[plot.curve.name], unit));
     }
   }
 
   again() {
-    if (!this.last) return;
+    if (!this.shown) return;
     this.shape = "";
-    this.show(...this.last);
+    this.show(...this.shown);
   }
 
   /** All charts have one horizontal range. */
@@ -109,14 +108,14 @@ export class Charts {
       font: "11px system-ui, sans-serif",
     };
     const series = [{}, {
-      stroke: () => (curve.mean && plot.dense ? colour("--curve-faint") : main), width: 1.25, points: { show: sparse }, spanGaps: false,
+      stroke: () => (plot.dense ? colour("--curve-faint") : main), width: 1.25, points: { show: sparse }, spanGaps: false,
       label: curve.title,
     }];
-    if (curve.mean) series.push({ stroke: main, width: 2, points: { show: false }, spanGaps: true, label: "mean" });
+    series.push({ stroke: main, width: 2, points: { show: false }, spanGaps: true, label: "mean" });
     if (curve.evaluated) {
       names.forEach((name, place) => series.push({
         stroke: colour(`--eval-${place % 3}`), width: 1.5, spanGaps: true, label: name,
-        points: { show: true, size: 5, fill: colour(`--eval-${place % 3}`) },
+        points: { show: (u, at) => u.data[at].filter((v) => v !== null && v !== undefined).length < 60, size: 5, fill: colour(`--eval-${place % 3}`) },
       }));
     }
     return {
@@ -127,7 +126,7 @@ export class Charts {
       axes: [
         { ...axis, size: 28, space: 70, incrs: this.by === "time" ? TIMES : undefined,
           values: (u, splits, at, space, step) => splits.map((v) => (this.by === "time" ? moment(v, step) : count(v))) },
-        { ...axis, size: 58, values: (u, splits) => splits.map((v) => (curve.axis ?? ((one) => short(one)))(v)) },
+        { ...axis, size: 58, values: (u, splits, at, space, step) => splits.map((v) => (curve.axis ?? ticks)(v, step)) },
       ],
       hooks: {
         drawAxes: [(u) => this.drawMarks(u)],
@@ -230,11 +229,6 @@ function yRange(low, high, zero) {
   if (zero) return [0, high > 0 ? high * 1.08 : 1];
   const room = (high - low || Math.abs(high) || 1) * 0.06;
   return [low - room, high + room];
-}
-
-function lastOf(values) {
-  for (let place = values.length - 1; place >= 0; place -= 1) if (values[place] !== null) return values[place];
-  return null;
 }
 
 /** The value at a place, or the nearest one to its left. */

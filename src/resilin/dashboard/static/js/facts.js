@@ -10,9 +10,8 @@ export function showHead(state) {
   place.dataset.state = run.state;
   place.dataset.phase = run.phase;
   say(place, run.words);
-  const reading = read.of > 0 && read.bytes < read.of;
-  const part = reading ? Math.floor((100 * read.bytes) / read.of) : 100;
-  const trouble = state.trouble || (reading && part < 99 ? `Reading the log: ${part}%` : "");
+  const part = read.of > 0 ? `: ${Math.floor((100 * read.bytes) / read.of)}%` : "";
+  const trouble = state.trouble || (read.caught_up ? "" : `Reading the log${part}`);
   const box = document.getElementById("trouble");
   box.hidden = !trouble;
   box.dataset.kind = state.trouble ? "trouble" : "reading";
@@ -32,7 +31,7 @@ export function showFacts(state) {
   const evaluated = Object.entries(state.evaluations)[0];
   const last = evaluated ? evaluated[1].loss.at(-1) : null;
   facts.push({
-    key: "loss", name: "Loss", value: precise(run.loss), more: last === null || last === undefined ? "" : `${evaluated[0]} ${precise(last)}`,
+    key: "loss", name: "Loss", value: precise(run.last.loss), more: last === null || last === undefined ? "" : `${evaluated[0]} ${precise(last)}`,
   });
   facts.push({
     key: "rate", name: "Throughput", value: short(run.rate), unit: `${run.unit}/s`,

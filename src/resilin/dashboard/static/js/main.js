@@ -42,7 +42,7 @@ async function draw() {
   const [low, high] = range ?? [null, null];
   const asked = by();
   curves = await get("/api/curves", { run, by: asked, low, high, points: Math.round(Math.max(200, charts.width * 1.5)) });
-  charts.show(curves, state.evaluations, state.marks, asked, state.run.unit, range);
+  charts.show(curves, state.evaluations, state.marks, asked, state.run.unit, range, state.run.last);
   charts.showKinds(document.getElementById("kinds"), state.marks);
 }
 
@@ -59,7 +59,7 @@ async function look() {
       await draw();
       version = state.version;
     }
-    const reading = state.read.bytes < state.read.of;
+    const reading = !state.read.caught_up;
     pause = reading ? PERIOD / 4 : document.hidden || !["running", "empty"].includes(state.run.state) ? SLOW : PERIOD;
     document.body.dataset.ready = reading ? "" : "yes";
   } catch (error) {

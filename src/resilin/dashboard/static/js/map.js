@@ -15,7 +15,7 @@ export function showMap(state) {
   if (map.kind === "elastic" && (map.stages.length || map.others.length)) {
     const shards = map.stages[0]?.shards;
     say(note, map.stages.length
-      ? `epoch ${map.epoch}, ${several(map.stages.length, "stage")}, ${several(map.micros, "micro-batch", "micro-batches")} a step, ${shards} virtual shards of the optimizer's states`
+      ? `epoch ${map.epoch}, ${several(map.stages.length, "stage")}, ${machines(map)}${several(map.micros, "micro-batch", "micro-batches")} a step, ${shards} virtual shards of the optimizer's states`
       : "no view yet: workers are starting");
     if (run.state !== "running" && map.stages.length) say(note, `as it was last: ${note.textContent}`);
     grid(parent, map, state);
@@ -29,11 +29,18 @@ export function showMap(state) {
   }
 }
 
+function machines(map) {
+  const hosts = new Set(map.stages.flatMap((stage) => stage.members.map((one) => one.host)));
+  return hosts.size > 1 ? `${several(hosts.size, "machine")}, ` : "";
+}
+
+const DENSE = 24; // cells of a stage beyond which they are small
+
 function grid(parent, map, state) {
   const several_stages = map.stages.length > 1;
   const rows = map.stages.map((stage, place) => ({
     key: `stage-${place}`, title: several_stages ? `Stage ${place}` : "", layers: stage.layers, cells: stage.members,
-    shards: stage.shards, kind: map.kind, inner: [map.context, map.tensor], device: state.run.device,
+    only: !several_stages, shards: stage.shards, kind: map.kind, inner: [map.context, map.tensor], device: state.run.device,
   }));
   if (map.others?.length) rows.push({ key: "others", title: "Not in the view", cells: map.others, kind: "elastic" });
   keyed(parent, rows, (row) => row.key, makeRow, fillRow);
@@ -46,12 +53,14 @@ function makeRow() {
 function fillRow(box, row) {
   const [name, cells] = box.children;
   box.classList.toggle("bare", !row.title);
+  box.classList.toggle("only", row.only);
+  box.classList.toggle("dense", row.cells.length > DENSE);
   name.replaceChildren(
     el("strong", {}, row.title),
     row.layers ? el("span", {}, `blocks ${intervals([[row.layers[0], row.layers[1] - 1]])}`) : "",
   );
   if (row.kind === "fixed") keyed(cells, row.cells, (one) => one.ranks[0], () => el("div", { class: "cell", role: "listitem" }), (cell, one) => fillFixed(cell, one, row));
-  else keyed(cells, row.cells, (one) => one.number, makeCell, (cell, one) => fillCell(cell, one, row.shards));
+  else keyed(cells, row.cells, (one) => one.number, makeCell, (cell, one) => fillCell(cell, one, row));
 }
 
 function makeCell(one) {
@@ -71,7 +80,8 @@ function lightUp(number, on) {
   for (const cell of cells) cell.classList.toggle("holds", on && holders.includes(Number(cell.dataset.key)));
 }
 
-function fillCell(cell, one, shards) {
+function fillCell(cell, one, row) {
+  const { shards } = row;
   cell.dataset.state = one.state;
   cell.holders = one.copies_at ?? [];
   const inside = one.shards !== undefined;
@@ -84,10 +94,9 @@ function fillCell(cell, one, shards) {
         ["keeps copies of", list(one.keeps)],
       ]
     : [];
-  cell.setAttribute(
-    "aria-label",
-    [`member ${one.number}`, WORDS[one.state] ?? one.state, one.host, doing, ...facts.map((fact) => fact.join(" "))].filter(Boolean).join(", "),
-  );
+  const told = [`member ${one.number}`, WORDS[one.state] ?? one.state, one.host, doing, ...facts.map((fact) => fact.join(" "))].filter(Boolean).join(", ");
+  cell.setAttribute("aria-label", told);
+  cell.title = row.cells.length > DENSE ? told : "";
   put(
     cell,
     el("div", { class: "cell-head" },

@@ -24,6 +24,24 @@ function digits(value) {
   return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3);
 }
 
+/** A value on an axis whose marks are so far apart. */
+export function ticks(value, step) {
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  for (const [letter, unit] of [["G", 1e9], ["M", 1e6], ["k", 1e3]]) {
+    if (size >= unit) return `${(value / unit).toFixed(decimals(step / unit))}${letter}`;
+  }
+  return size < 1e-3 ? value.toExponential(1) : value.toFixed(decimals(step));
+}
+
+function decimals(step) {
+  for (let found = 0; found < 6; found += 1) {
+    const whole_steps = step * 10 ** found;
+    if (Math.abs(whole_steps - Math.round(whole_steps)) < 1e-6 * whole_steps) return found;
+  }
+  return 6;
+}
+
 /** A loss, a norm: four decimals, fewer where it is large. */
 export function precise(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
