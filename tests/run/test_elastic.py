@@ -38,7 +38,7 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "faults",
     [
-        [Fault(1, 3, "forward and backward of micro-batch 4"), Fault(0, 8, "adding gradients up")],
+        [Fault(1, 3, "forward and backward of micro-batch 2"), Fault(0, 8, "adding gradients up")],
         [Fault(2, 2, "updating weights"), Fault(1, 9, "copying its states")],
         [Fault(0, 4, "evaluating"), Fault(2, 7, "saving")],
         [Fault(1, 4, "updating weights"), Fault(2, 4, "reading its states from copies")],  # while it recovers
