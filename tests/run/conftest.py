@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from elastic_runs import alone, text_at
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.keys import Keys
@@ -114,3 +115,15 @@ def digest_of(state: Any) -> str:
 @pytest.fixture
 def digest() -> Callable[[Any], str]:
     return digest_of
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What elastic runs learn from."""
+    return text_at(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An elastic run's counterpart: one process, to which nothing happens."""
+    return alone(text, tmp_path_factory.mktemp("elastic") / "one")

@@ -11,28 +11,13 @@ from typing import Any
 
 import pytest
 from elastic_checks import changes, check_same, equal, events, states
-from elastic_runs import STEPS, go, settings_of, text_at
+from elastic_runs import STEPS, go, settings_of
 
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
 from resilin.parallel.errors import ParallelError
 from resilin.run.events import Cluster, Event, StepDone
 from resilin.run.run import Run
-from resilin.run.start import start_run
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_at(tmp_path_factory.mktemp("elastic"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, to which nothing happens."""
-    folder = tmp_path_factory.mktemp("elastic") / "one"
-    settings = settings_of(text, parallel={"workers": 0}, cluster={"elastic": False})
-    assert start_run(settings, folder)[1].reason == "completed"
-    return folder
 
 
 @pytest.mark.parametrize(

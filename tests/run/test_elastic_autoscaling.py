@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from elastic_checks import changes, check_same
-from elastic_runs import settings_of, text_at
+from elastic_runs import alone, settings_of, text_at
 from ray_nodes import PORT, Nodes
 
 from resilin.cluster.addresses import listen
@@ -17,7 +17,6 @@ from resilin.cluster.local import worker_command
 from resilin.config import UserError
 from resilin.run.elastic_start import launch
 from resilin.run.events import Cluster, Event, StepDone
-from resilin.run.start import start_run
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install resilin[ray]")
 
@@ -38,8 +37,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 @pytest.mark.slow
 def test_a_node_is_started_for_a_worker_that_waits(nodes: Nodes, tmp_path: Path):
     text = text_at(tmp_path)
-    alone = settings_of(text, parallel={"workers": 0}, cluster={"elastic": False})
-    assert start_run(alone, tmp_path / "one")[1].reason == "completed"
+    alone(text, tmp_path / "one")
     still: list[int] = []
 
     def watch(job: ElasticJob, event: Event) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from elastic_checks import changes, check_same, equal, events, states
-from elastic_runs import STEPS, settings_of, text_at
+from elastic_runs import STEPS, settings_of
 from keepers import resilin, until
 
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
@@ -22,23 +22,8 @@ from resilin.config import settings_to_toml
 from resilin.run.elastic_start import launch
 from resilin.run.events import Cluster, Event, StepDone
 from resilin.run.settings import RunSettings
-from resilin.run.start import start_run
 
 Joins = Callable[..., "subprocess.Popen[bytes]"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_at(tmp_path_factory.mktemp("hosts"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, to which nothing happens."""
-    folder = tmp_path_factory.mktemp("hosts") / "one"
-    settings = settings_of(text, parallel={"workers": 0}, cluster={"elastic": False})
-    assert start_run(settings, folder)[1].reason == "completed"
-    return folder
 
 
 @pytest.fixture

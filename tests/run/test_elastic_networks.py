@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 from elastic_checks import changes, equal, events, states
-from elastic_runs import settings_of, text_at
+from elastic_runs import alone, settings_of, text_at
 from keepers import resilin, until
 from networks import Networks, permitted
 
 from resilin.cluster.handshake import new_secret
 from resilin.config import settings_to_toml
-from resilin.run.start import start_run
 
 STEPS = 60
 
@@ -66,8 +65,7 @@ def prepared(tmp_path: Path, steps: int) -> Path:
     train = {"steps": steps}
     settings = settings_of(text, parallel={"workers": 4}, cluster={"silence": 4}, train=train)
     (tmp_path / "run.toml").write_text(settings_to_toml(settings))
-    alone = settings_of(text, parallel={"workers": 0}, cluster={"elastic": False}, train=train)
-    assert start_run(alone, tmp_path / "one")[1].reason == "completed"
+    alone(text, tmp_path / "one", train=train)
     return tmp_path / "run"
 
 

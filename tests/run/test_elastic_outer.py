@@ -13,27 +13,12 @@ from typing import Any
 
 import pytest
 from elastic_checks import changes, check_same, equal, events, states
-from elastic_runs import STEPS, settings_of, text_at
+from elastic_runs import STEPS, settings_of
 from keepers import environment_of, resilin, until
 
 from resilin.cluster.faults import Fault, to_environment
 from resilin.cluster.place import FILE, ask, found
 from resilin.config import settings_to_toml
-from resilin.run.start import start_run
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_at(tmp_path_factory.mktemp("outer"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, to which nothing happens."""
-    folder = tmp_path_factory.mktemp("outer") / "one"
-    settings = settings_of(text, parallel={"workers": 0}, cluster={"elastic": False})
-    assert start_run(settings, folder)[1].reason == "completed"
-    return folder
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from elastic_checks import changes, check_same, events
-from elastic_runs import settings_of, text_at
+from elastic_runs import settings_of
 from ray_nodes import Nodes
 
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
@@ -17,23 +17,8 @@ from resilin.cluster.faults import Fault
 from resilin.cluster.local import worker_command
 from resilin.run.elastic_start import launch
 from resilin.run.events import Cluster, Event, StepDone
-from resilin.run.start import start_run
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install resilin[ray]")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_at(tmp_path_factory.mktemp("ray"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, to which nothing happens."""
-    folder = tmp_path_factory.mktemp("ray") / "one"
-    settings = settings_of(text, parallel={"workers": 0}, cluster={"elastic": False})
-    assert start_run(settings, folder)[1].reason == "completed"
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -8,29 +8,20 @@ from typing import Any
 
 import pytest
 from elastic_checks import changes, check_same, equal, states
-from elastic_runs import STEPS, go, settings_of, text_at
+from elastic_runs import STEPS, alone, go, settings_of
 
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
 from resilin.parallel.errors import ParallelError
 from resilin.run.events import Cluster, Event, StepDone
-from resilin.run.start import start_run
 
 MODEL = {"layers": 4}
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_at(tmp_path_factory.mktemp("elastic"))
-
-
-@pytest.fixture(scope="module")
 def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, to which nothing happens."""
-    folder = tmp_path_factory.mktemp("elastic") / "one"
-    settings = settings_of(text, model=MODEL, parallel={"workers": 0}, cluster={"elastic": False})
-    assert start_run(settings, folder)[1].reason == "completed"
-    return folder
+    """One process with as many blocks, to which nothing happens."""
+    return alone(text, tmp_path_factory.mktemp("elastic") / "one", model=MODEL)
 
 
 def staged(text: Path, workers: int = 4, stages: int = 2, **over: Any):
@@ -79,9 +70,7 @@ def test_members_come_and_leave_and_blocks_follow_them(text: Path, tmp_path: Pat
             job.signal(0, signal.SIGTERM)
 
     settings = staged(text, workers=2, train={"steps": 60})
-    one = tmp_path / "one"
-    alone = settings_of(text, model=MODEL, parallel={"workers": 0}, cluster={"elastic": False}, train={"steps": 60})
-    assert start_run(alone, one)[1].reason == "completed"
+    one = alone(text, tmp_path / "one", model=MODEL, train={"steps": 60})
     assert go(settings, tmp_path / "run", watch=watch) == JobEnded(0, "")
     check_same(tmp_path / "run", one, 60)
     happened = changes(tmp_path / "run")
@@ -92,13 +81,12 @@ def test_members_come_and_leave_and_blocks_follow_them(text: Path, tmp_path: Pat
 
 def test_a_checkpoint_of_stages_is_resumed_with_others(text: Path, tmp_path: Path):
     constant = {"schedule": {"use": "resilin.optim.schedule:Constant"}}
-    alone = settings_of(text, model=MODEL, optimizer=constant, parallel={"workers": 0}, cluster={"elastic": False})
-    assert start_run(alone, tmp_path / "one")[1].reason == "completed"
+    one = alone(text, tmp_path / "one", model=MODEL, optimizer=constant)
     half = staged(text, optimizer=constant, train={"steps": 8})
     assert go(half, tmp_path / "run", [Fault(1, 6, "adding gradients up")]) == JobEnded(0, "")
     whole = staged(text, workers=3, stages=3, optimizer=constant)
     assert go(whole, tmp_path / "run", resume=True, accept_changes=True) == JobEnded(0, "")
-    assert equal(states(tmp_path / "run", STEPS)["model"], states(tmp_path / "one", STEPS)["model"])
+    assert equal(states(tmp_path / "run", STEPS)["model"], states(one, STEPS)["model"])
 
 
 @pytest.mark.parametrize(

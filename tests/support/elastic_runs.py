@@ -14,6 +14,7 @@ from resilin.cluster.local import worker_command
 from resilin.config import parse_settings
 from resilin.run.elastic_start import launch
 from resilin.run.settings import RunSettings
+from resilin.run.start import start_run
 
 STEPS = 14
 
@@ -45,3 +46,10 @@ def settings_of(text: Path, **over: Any) -> RunSettings:
 
 def go(settings: RunSettings, folder: Path, faults: Sequence[Fault] = (), **more: Any) -> JobEnded:
     return launch(settings, folder, worker_command(), faults=faults, **more)
+
+
+def alone(text: Path, folder: Path, **over: Any) -> Path:
+    """The folder of a run by one process, to which nothing happens."""
+    settings = settings_of(text, **{"parallel": {"workers": 0}, "cluster": {"elastic": False}, **over})
+    assert start_run(settings, folder)[1].reason == "completed"
+    return folder

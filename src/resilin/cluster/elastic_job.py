@@ -26,8 +26,9 @@ from typing import Any
 from torch._C._distributed_c10d import TCPStore
 
 from resilin.cluster import tunnel
+from resilin.cluster.accepting import accept_each, admitted
 from resilin.cluster.addresses import LOOPBACK, guard, listen
-from resilin.cluster.handshake import HandshakeError, admit, new_secret
+from resilin.cluster.handshake import new_secret
 from resilin.cluster.hosts import Hosts, JoinError
 from resilin.cluster.place import FILE, Place
 from resilin.cluster.protocol.coordinator import Coordinator
@@ -120,7 +121,7 @@ class ElasticJob:
         }
         try:
             self._write_file(file)
-            threading.Thread(target=self._accept, name="resilin-accept", daemon=True).start()
+            accept_each(self._listening, self._serve, "resilin-accept")
             for _ in range(self._begin):
                 self.add()
             ticked = time.monotonic()
@@ -267,19 +268,8 @@ class ElasticJob:
 
     # -- what is heard ------------------------------------------------------------------------------------------
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
     def _serve(self, connection: socket.socket) -> None:
-        try:
-            admit(connection, self._secret)
-        except HandshakeError:
-            connection.close()
+        if not admitted(connection, self._secret):
             return
         guard(connection, max(self._rules.silence, 1.0))
         wire = Wire(connection)

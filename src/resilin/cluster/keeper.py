@@ -19,6 +19,7 @@ from pathlib import Path
 
 from resilin.cluster.addresses import guard, joined, own_address
 from resilin.cluster.handshake import HandshakeError, prove
+from resilin.cluster.lifeline import when_gone
 from resilin.cluster.local_starter import LocalStarter
 from resilin.cluster.starter import ADDRESS, HOST, Door
 from resilin.cluster.wire import Wire
@@ -35,16 +36,12 @@ _LOST = 3
 
 def end_with_keeper() -> None:
     """Called in a worker: it ends at once when its keeper has, as it would with its machine."""
-    if KEEPER not in os.environ:
-        return
-    pipe = int(os.environ.pop(KEEPER))
 
-    def watch() -> None:
-        os.read(pipe, 1)  # nothing is ever written: this returns when the other end is closed
+    def end() -> None:
         os.write(2, b"the process that started this worker is gone, and so it ends\n")
         os._exit(_LOST)
 
-    threading.Thread(target=watch, name="resilin-keeper", daemon=True).start()
+    when_gone(KEEPER, end, "resilin-keeper")
 
 
 class NobodyThereError(UserError):

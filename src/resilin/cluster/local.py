@@ -8,13 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from resilin.cluster.endings import End, Ended, Failed, how_it_ended
 from resilin.cluster.failure import REPORT
+from resilin.cluster.lifeline import when_gone
 from resilin.cluster.position import LISTENING
 
 LAUNCHER = "RESILIN_LAUNCHER"
@@ -26,18 +26,14 @@ _POLL = 0.05
 
 def end_with_launcher() -> None:
     """Called in a worker: once the launcher is gone, killed perhaps, the worker finishes its step, saves and ends."""
-    if LAUNCHER not in os.environ:
-        return
-    pipe = int(os.environ.pop(LAUNCHER))
 
-    def watch() -> None:
-        os.read(pipe, 1)  # nothing is ever written: this returns when the other end is closed
+    def end() -> None:
         os.write(2, b"the launcher is gone: finishing this step, then saving\n")
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_ORPHANED)
         os._exit(1)
 
-    threading.Thread(target=watch, name="resilin-launcher", daemon=True).start()
+    when_gone(LAUNCHER, end, "resilin-launcher")
 
 
 def run_workers(command: Sequence[str], places: Sequence[str], logs: Path) -> Ended:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resilin.cluster.accepting import accept_each, admitted
 from resilin.cluster.addresses import listen
-from resilin.cluster.handshake import HandshakeError, admit, prove
+from resilin.cluster.handshake import HandshakeError, prove
 from resilin.cluster.pool import Copy, CopyError, Pool
 
 _LINE = 1 << 26  # bytes; the head of a copy names every tensor
@@ -103,21 +104,10 @@ class PeerServer:
         self._open: set[_Channel] = set()
         self._lock = threading.Lock()
         self._closed = False
-        threading.Thread(target=self._accept, name="resilin-peers", daemon=True).start()
-
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                connection, _ = self._listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(connection,), name="resilin-peer", daemon=True).start()
+        accept_each(self._listening, self._serve, "resilin-peer")
 
     def _serve(self, connection: socket.socket) -> None:
-        try:
-            admit(connection, self._secret)
-        except HandshakeError:
-            connection.close()
+        if not admitted(connection, self._secret):
             return
         channel = _Channel(connection)
         with self._lock:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import selectors
 import socket
-import threading
 from contextlib import suppress
 from typing import Any
 
+from resilin.cluster.accepting import accept_each
 from resilin.cluster.addresses import LOOPBACK
 from resilin.cluster.handshake import HandshakeError, prove
 from resilin.cluster.starter import Door
@@ -64,15 +64,7 @@ class Relay:
         self._door, self._timeout = door, timeout
         self._listening = socket.create_server((LOOPBACK, 0))
         self.port = int(self._listening.getsockname()[1])
-        threading.Thread(target=self._accept, name="resilin-relay", daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._relay, args=(connection,), name="resilin-tunnel", daemon=True).start()
+        accept_each(self._listening, self._relay, "resilin-tunnel")
 
     def _relay(self, inside: socket.socket) -> None:
         with inside, suppress(OSError, HandshakeError):
