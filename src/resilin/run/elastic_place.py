@@ -22,6 +22,7 @@ from resilin.parallel.errors import ParallelError
 from resilin.parallel.part import holders_of
 from resilin.parallel.pipeline.member_orders import MemberOrders
 from resilin.parallel.pipeline.passes import PipelinePasses
+from resilin.parallel.pipeline.simulate import Costs
 from resilin.parallel.pipeline.split import Split
 from resilin.parallel.pipeline.stage import Stage, cut, decoder_in
 from resilin.parallel.settings import ParallelSettings
@@ -198,8 +199,13 @@ class StagePlacing:
                         parameter.copy_(self._initial(name, tuple(parameter.shape)))
             fresh = set()
         self._module = module
+        costs = Split(world.view.layers).costs(self.costs[:-1], 0.0, self.costs[-1])
         orders = MemberOrders(
-            [len(stage.members) for stage in world.view.stages], world.rank, dealing.todo, dealing.evaluated
+            [len(stage.members) for stage in world.view.stages],
+            world.rank,
+            dealing.todo,
+            dealing.evaluated,
+            Costs(forward=costs, input=costs, weight=costs),
         )
         passes = PipelinePasses(
             [Stage(world.stage, module)],

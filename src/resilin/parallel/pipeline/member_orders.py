@@ -33,7 +33,7 @@ class MemberOrders:
         rank: int,
         todo: Callable[[int], Owners],
         evaluated: Callable[[int], Owners],
-        costs: Costs | None = None,
+        costs: Costs,
     ) -> None:
         self.stages = len(sizes)
         self._sizes, self._rank, self._todo, self._evaluated, self._costs = sizes, rank, todo, evaluated, costs
@@ -74,7 +74,7 @@ class MemberOrders:
         raise ValueError(f"there is no member {self._rank} among stages of {list(self._sizes)}")
 
 
-def orders_of(owners: Owners, costs: Costs | None = None) -> list[list[Op]]:
+def orders_of(owners: Owners, costs: Costs) -> list[list[Op]]:
     """Every member's operations, stage by stage.
 
     Args:
