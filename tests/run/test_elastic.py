@@ -18,6 +18,7 @@ from resilin.cluster.faults import Fault
 from resilin.parallel.errors import ParallelError
 from resilin.run.events import Cluster, Event, StepDone
 from resilin.run.run import Run
+from resilin.run.saving import Saving
 
 
 @pytest.mark.parametrize(
@@ -163,10 +164,10 @@ def test_a_save_that_one_worker_has_to_begin_anew_is_begun_by_all():
         def agreed(self, number: int) -> int:
             return number
 
-    run.engine, run.elastic, run._save_again = Others(), Quiet(), False
-    run._begin_save = lambda: saved.append(True)
+    run.engine, run.elastic, run.saving = Others(), Quiet(), Saving(run)
+    run.saving.begin = lambda: saved.append(True)
     assert run._agreed(2) == 2
     assert (saved, asked) == ([True], [2, 2])
-    run._save_again = True
+    run.saving.again = True
     assert run._agreed(0) == 0
     assert (len(saved), asked[2:]) == (2, [500, 0])

@@ -184,7 +184,7 @@ def test_a_save_that_is_asked_for_by_hand_is_copied_when_it_returns(
     assert [event.step for event in told if isinstance(event, Staged)] == [0]
     for parameter in run.model.parameters():
         parameter.data.zero_()
-    run.wait_for_saves()
+    run.saving.wait()
     assert digest(run.checkpoints.load(0)) == before
 
 
@@ -193,14 +193,14 @@ def test_an_older_state_may_be_loaded_while_a_newer_one_is_saved(
 ) -> None:
     run = build(tiny_run, counting, tmp_path, background=True)
     run.save()
-    run.wait_for_saves()
+    run.saving.wait()
     for parameter in run.model.parameters():
         parameter.data.add_(1)
     newer = digest(run.state_dict() | {"run": None})
     run.step = 1
-    run._begin_save()
+    run.saving.begin()
     run.load_state_dict(run.checkpoints.load(0))
-    run.wait_for_saves()
+    run.saving.wait()
     assert digest(run.checkpoints.load(1) | {"run": None}) == newer
 
 

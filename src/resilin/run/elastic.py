@@ -288,7 +288,7 @@ class Elastic:
         """Say where this worker stands, and hear what becomes of it."""
         self._sever(str(error))
         if run is not None and self._agent.leaves:
-            run.leave_saves()  # others may want to save where this one does, before it has ended
+            run.saving.leave()  # others may want to save where this one does, before it has ended
         kept = self._kept = self.made.engine.kept if run is not None else None
         step = None if run is None else run.step if kept is None else kept.step
         version = None if self._fresh else -1 if self._weights.version is None else self._weights.version
@@ -358,7 +358,7 @@ class Elastic:
     def _new_store(self, run: Run) -> None:
         if self._store is None:
             return
-        run.leave_saves()
+        run.saving.leave()
         run.checkpoints = self._store(self.world)
         if run.pace.asynchronous:
             run.saves = BackgroundSaves(run.checkpoints)

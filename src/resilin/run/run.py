@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from signal import Signals
 from typing import Any, Literal, Protocol
@@ -12,12 +12,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from resilin.checkpoint.background import BackgroundSaves, Pending
+from resilin.checkpoint.background import BackgroundSaves
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.fits import check_fits
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.storage import Location
-from resilin.checkpoint.store import SavedCheckpoint
 from resilin.keys import Keys
 from resilin.layout import Layout
 from resilin.nouns import Batch, Objective, Optimizer, Source, State, StepView
@@ -31,13 +30,11 @@ from resilin.run.events import (
     Listener,
     RunEnded,
     RunStarted,
-    Saved,
-    Staged,
     StepDone,
 )
 from resilin.run.frozen import joined, split_frozen
 from resilin.run.interrupts import Interrupts
-from resilin.run.steady import steady_tensors
+from resilin.run.saving import Saving
 from resilin.transforms import may_change_weights
 
 Reason = Literal["completed", "interrupted", "failed"]
@@ -133,13 +130,10 @@ class Run:
     skipped: int = 0
     samples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    _saved: Location | None = None
-    _told: CheckpointError | None = None
-    _save_again: bool = False
-    _pending: Pending | None = None
-    """The save whose state is perhaps not all copied yet."""
+    saving: Saving = field(init=False)
 
     def __post_init__(self) -> None:
+        self.saving = Saving(self)
         self.engine = self.workers or OneProcess(
             self.computed_model or self.model,
             self.objective,
@@ -155,7 +149,7 @@ class Run:
         """Take the remaining steps; returns how it ended. Nothing that was committed is lost on any way out."""
         with Interrupts(self.elastic.leave if self.elastic is not None else None) as interrupts:
             if self.started is not None:
-                self._tell(replace(self.started, start_step=self.step))
+                self.tell(replace(self.started, start_step=self.step))
             began, outcome = time.perf_counter(), None
             evaluates = self.step == 0 and self.pace.evaluate_at_start
             try:
@@ -172,9 +166,9 @@ class Run:
                         evaluates = self.step == 0 and self.pace.evaluate_at_start
             except Exception:
                 with suppress(CheckpointError):  # what ended the run is told, and a save under way is not cut short
-                    self.wait_for_saves()
+                    self.saving.wait()
                 raise
-            self._tell(RunEnded(step=self.step, reason=outcome.reason, seconds=time.perf_counter() - began))
+            self.tell(RunEnded(step=self.step, reason=outcome.reason, seconds=time.perf_counter() - began))
         return outcome
 
     def _go_on(self, interrupts: Interrupts) -> Outcome | None:
@@ -196,12 +190,12 @@ class Run:
         if self.elastic is None:
             return self.engine.agreed(signal_number)
         while True:
-            asked = self.elastic.asks(max(signal_number, _SAVE if self._save_again else 0))
+            asked = self.elastic.asks(max(signal_number, _SAVE if self.saving.again else 0))
             number = self.elastic.agreed(self.engine.agreed(asked))
             if number != _SAVE:
                 return number
-            self._save_again = False
-            self._begin_save()
+            self.saving.again = False
+            self.saving.begin()
 
     def _take_step(self) -> Outcome | None:
         began = time.perf_counter()
@@ -221,7 +215,7 @@ class Run:
         if not gradient.finite:
             self.optimizer.zero_grad()
             return self._not_committed(gradient, self.engine.non_finite(batch, keys))
-        self._finish_staging()
+        self.saving.finish_staging()
         activity.doing("updating weights")
         applied = self.optimizer.step(self.step)
         self.step, self.samples = self.step + 1, self.samples + count
@@ -233,8 +227,8 @@ class Run:
         view = self._view()
         for part in self._parts():
             if hasattr(part, "before_step"):  # an isinstance check of a protocol costs ten times as much
-                if self._pending is not None and may_change_weights(part):
-                    self._finish_staging()
+                if self.saving.staging and may_change_weights(part):
+                    self.saving.finish_staging()
                 part.before_step(view)
         count = self.source.slots(self.step)
         mine = self.engine.slots(count, self.step)
@@ -249,7 +243,7 @@ class Run:
         logs |= view.notes
         self.metrics["loss"] = gradient.loss
         if self.step % self.pace.log_every == 0 or self.step == self.pace.steps:
-            self._tell(self._step_event(gradient, logs, float(applied["lr"]), time.perf_counter() - began))
+            self.tell(self._step_event(gradient, logs, float(applied["lr"]), time.perf_counter() - began))
         last, milestone = self.step == self.pace.steps, self._milestone()
         if self._due(self.pace.evaluate_every) or ((last or milestone) and self.pace.evaluate_every):
             # Only here: what this changes (batch norm's averages) is then a function of the step, resumed or not.
@@ -261,9 +255,9 @@ class Run:
             except Exception as error:
                 self._kept(error, "evaluation")
                 raise
-        self._note_saved()
+        self.saving.note()
         if (self._due(self.pace.save_every) or (milestone and self.pace.save_every)) and not last:
-            self._begin_save()
+            self.saving.begin()
 
     def _step_event(self, gradient: StepGradient, logs: dict[str, float], lr: float, seconds: float) -> StepDone:
         started, mfu = self.started, None
@@ -291,12 +285,12 @@ class Run:
     # -- ways out -----------------------------------------------------------------------------------------------
 
     def _completed(self, message: str = "") -> Outcome:
-        self._save_if_new()
-        return Outcome("completed", self.step, dict(self.metrics), self._saved, message)
+        self.saving.if_new()
+        return Outcome("completed", self.step, dict(self.metrics), self.saving.place, message)
 
     def _interrupted(self, signal_name: str) -> Outcome:
-        path = self._save_now()
-        self._tell(Interrupted(step=self.step, signal=signal_name))
+        path = self.saving.now()
+        self.tell(Interrupted(step=self.step, signal=signal_name))
         return Outcome("interrupted", self.step, dict(self.metrics), path, f"{signal_name} after step {self.step}")
 
     def _not_committed(self, gradient: StepGradient, slots: list[int] | None) -> Outcome | None:
@@ -315,28 +309,28 @@ class Run:
         if self.pace.non_finite == "skip" and not skip:
             message += f"; {self.skipped} steps were left out already, the cap (train.non_finite_cap) is reached"
         action: Literal["skip", "stop"] = "skip" if skip else "stop"
-        self._tell(Failure(step=self.step, kind="non_finite", message=message, slots=tuple(slots or ()), action=action))
+        self.tell(Failure(step=self.step, kind="non_finite", message=message, slots=tuple(slots or ()), action=action))
         if skip:
             self.samples += self.source.slots(self.step)
             self.step, self.skipped = self.step + 1, self.skipped + 1
             return None
-        path = self._save_now() if self.step else None
+        path = self.saving.now() if self.step else None
         return Outcome("failed", self.step, dict(self.metrics), path, message)
 
     def _kept(self, error: Exception, kind: str) -> None:
         """A part (a selector, a file of data, a judge's endpoint) failed between steps: keep what was committed."""
         if self.elastic is not None:
             return  # it may be a change of workers only, and the run goes on
-        self._tell(Failure(step=self.step, kind=kind, message=str(error)))
+        self.tell(Failure(step=self.step, kind=kind, message=str(error)))
         if self.step and self.workers is None:  # one worker alone cannot save: the others do not know of it
-            self._save_if_new()
+            self.saving.if_new()
 
     # -- evaluating and saving ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
         """The objective and its logs on the held-out batches, without any randomness."""
-        self._finish_staging()
+        self.saving.finish_staging()
         activity.doing("evaluating")
         results = {}
         self.model.eval()
@@ -346,7 +340,7 @@ class Run:
             metrics = {"loss": told.loss / told.units if told.units else float("nan"), **told.logs}
             results[name] = metrics
             self.metrics.update({f"{name}/{key}": value for key, value in metrics.items()})
-            self._tell(Evaluated(step=self.step, name=name, metrics=metrics, seconds=time.perf_counter() - began))
+            self.tell(Evaluated(step=self.step, name=name, metrics=metrics, seconds=time.perf_counter() - began))
         self.model.train()
         return results
 
@@ -373,7 +367,7 @@ class Run:
         Raises:
             CheckpointError: the state is that of another model, by the name of a tensor; nothing is changed then.
         """
-        self._finish_staging()
+        self.saving.finish_staging()
         weights = joined(state)
         check_fits(self.model, weights)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -392,95 +386,8 @@ class Run:
         Raises:
             CheckpointError: when it, or the one before it, cannot be written; earlier ones are untouched.
         """
-        self._begin_save()
-        self._finish_staging()
-
-    def _begin_save(self) -> None:
-        """Save, but what the next step does not change before its update may be copied until then."""
-        if self.checkpoints is None:
-            raise ValueError("this run has no checkpoint folder: give it one, or do not ask it to save")
-        self._finish_staging()
-        activity.doing("saving")
-        with self._telling_failures():
-            state = self.state_dict()
-            layout = self.layout(state) if self.layout is not None else None
-            if self.saves is None:
-                self._tell_saved(self.checkpoints.save(self.step, state, layout))
-            else:
-                steady = steady_tensors(self.model, state["optimizer"])
-                self._pending = self.saves.save(self.step, state, layout, steady=steady)
-                self._note_saved()
-
-    def _finish_staging(self) -> None:
-        """Before anything that may change what is trained: all of a state that is being saved is copied."""
-        if self._pending is not None and self.saves is not None:
-            pending, waited = self._pending, self.saves.staged()
-            self._pending = None
-            self._tell(Staged(step=pending.step, seconds=pending.seconds + waited))
-
-    def wait_for_saves(self) -> None:
-        """Return when everything that was saved is safe on disk.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
-        if self.saves is not None:
-            self._finish_staging()
-            with self._telling_failures():
-                self.saves.wait()
-                self._note_saved()
-
-    def leave_saves(self) -> None:
-        """Give up a save under way, whose workers are not all there any more; it is begun anew before the next step."""
-        self._pending = None
-        if self.saves is not None:
-            self.saves.staged()
-            try:
-                self.saves.close()
-            except CheckpointError:
-                self._save_again = True
-            self._note_what_is_safe()
-        if self.checkpoints is not None:
-            self.checkpoints.close()
-
-    def _note_saved(self) -> None:
-        """Tell of what became safe meanwhile."""
-        if self.saves is not None:
-            with self._telling_failures():
-                self._note_what_is_safe()
-
-    def _note_what_is_safe(self) -> None:
-        while self.saves is not None and (saved := self.saves.poll()) is not None:
-            self._tell_saved(saved)
-
-    def _save_if_new(self) -> None:
-        """See to it that the present state is safe."""
-        self.wait_for_saves()
-        if self.checkpoints is not None and self.checkpoints.latest() != self.step:
-            self._save_now()
-
-    def _save_now(self) -> Location | None:
-        """Save, and wait until that is safe; gives the place, or None where there is none to save to."""
-        if self.checkpoints is None:
-            return None
-        self.save()
-        self.wait_for_saves()
-        return self._saved
-
-    @contextmanager
-    def _telling_failures(self) -> Iterator[None]:
-        try:
-            yield
-        except CheckpointError as error:
-            if error is not self._told:
-                self._told = error
-                self._tell(Failure(step=self.step, kind="save", message=str(error)))
-            raise
-
-    def _tell_saved(self, saved: SavedCheckpoint) -> None:
-        self._saved = saved.path
-        path, pruned = str(saved.path), tuple(saved.pruned)
-        self._tell(Saved(step=saved.step, path=path, bytes=saved.bytes, seconds=saved.seconds, pruned=pruned))
+        self.saving.begin()
+        self.saving.finish_staging()
 
     # -- small things -------------------------------------------------------------------------------------------
 
@@ -502,6 +409,7 @@ class Run:
             steps=self.pace.steps,
         )
 
-    def _tell(self, event: Event) -> None:
+    def tell(self, event: Event) -> None:
+        """An event, to all listeners."""
         for listener in self.listeners:
             listener(event)
