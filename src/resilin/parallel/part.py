@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from resilin.parallel.assemble import Facts
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.expert.parallelise import parallelise_experts
+from resilin.parallel.group import Group
 from resilin.parallel.local_model import LocalModel, shapes_of
 from resilin.parallel.local_weights import materialise
 from resilin.parallel.pipeline.line_orders import LineOrders
@@ -175,47 +177,58 @@ def divide_decoder(
         for module in modules:
             shard_module(module, world, blueprint, device.type, by_step=by_step)
         gathered = Gathered(modules) if by_step else None
+    prepare: Callable[[Batch], Batch] = _same
     if world.axis("cp") > 1:
         refuse_whole_rows(objective)
         prepare = partial(shard_sequence, group=world.group("cp"), kind=settings.context_kind)
+    how = _How(
+        device=device,
+        autocast=autocast,
+        speaks=world.coordinate("tp") == 0,
+        prepare=prepare,
+        gathered=gathered,
+    )
+    if world.axis("pp") == 1:
+        passes: Passes = WholeModel(model, objective, model, **how)
     else:
-        prepare = _same  # type: ignore[assignment]
-    speaks = world.coordinate("tp") == 0
-    passes: Passes
-    if world.axis("pp") > 1:
         sequence = world.axis("tp") if settings.sequence else 1
-        in_order = tied is not None and tied.in_order
-        weights = [p for module in modules for name, p in module.named_parameters() if name.endswith(WEIGHT)]
-        passes = PipelinePasses(
-            [Stage(number, module, sequence) for number, module in zip(mine, modules, strict=True)],
-            LineOrders(
-                partial(ops_of, settings, len(rank_of), pipeline.size, pipeline.index, in_order),
-                rank_of,
-                pipeline.index,
-            ),
-            objective,
-            peers=pipeline.ranks,
-            number=pipeline.index,
-            group=pipeline,
-            device=device,
-            autocast=autocast,
-            speaks=speaks,
-            prepare=prepare,
-            tied=weights[0] if in_order and weights else None,
-            gathered=gathered,
-        )
-    else:
-        passes = WholeModel(
-            model,
-            objective,
-            model,
-            device=device,
-            autocast=autocast,
-            speaks=speaks,
-            prepare=prepare,
-            gathered=gathered,
-        )
+        stages = [Stage(number, module, sequence) for number, module in zip(mine, modules, strict=True)]
+        passes = _in_a_line(settings, pipeline, stages, rank_of, objective, tied, how)
     return Part(passes, blueprint, facts)
+
+
+class _How(TypedDict):
+    """What passes of any kind are given."""
+
+    device: torch.device
+    autocast: Autocast
+    speaks: bool
+    prepare: Callable[[Batch], Batch]
+    gathered: Gathered | None
+
+
+def _in_a_line(
+    settings: ParallelSettings,
+    pipeline: Group,
+    stages: Sequence[Stage],
+    rank_of: Sequence[int],
+    objective: Objective,
+    tied: TiedEnds | None,
+    how: _How,
+) -> PipelinePasses:
+    in_order = tied is not None and tied.in_order
+    weights = [p for stage in stages for name, p in stage.module.named_parameters() if name.endswith(WEIGHT)]
+    ops = partial(ops_of, settings, len(rank_of), pipeline.size, pipeline.index, in_order)
+    return PipelinePasses(
+        stages,
+        LineOrders(ops, rank_of, pipeline.index),
+        objective,
+        peers=pipeline.ranks,
+        number=pipeline.index,
+        group=pipeline,
+        tied=weights[0] if in_order and weights else None,
+        **how,
+    )
 
 
 def _same(batch: Batch) -> Batch:

@@ -20,10 +20,12 @@ from resilin.data.settings import SourceContext
 from resilin.models.decoder import Decoder
 from resilin.models.settings import ModelContext
 from resilin.models.step_flops import step_flops_per_token
-from resilin.nouns import Source
+from resilin.nouns import Objective, Optimizer, Source
 from resilin.objective.settings import ObjectiveContext
+from resilin.parallel.state import StateLayout
+from resilin.parallel.workers import Workers
 from resilin.parallel.world import World
-from resilin.precision.autocast import choose_precision
+from resilin.precision.autocast import Precision, choose_precision
 from resilin.precision.compiled import compile_model
 from resilin.run.allocator import keep_freed_memory
 from resilin.run.device import choose_device, device_in_words, set_threads
@@ -205,42 +207,8 @@ def build_run(
     precision = choose_precision(settings.precision, device)
     context = objective_context(settings, sources.source, device, folder)
     objective = settings.objective.build(context)
-
-    precise = settings.precision
-
-    def compiled(module: nn.Module) -> nn.Module | None:
-        return compile_model(module, precise.compile, precise.compile_mode)
-
-    divided: Divided | None = None
-    if elastic is not None:
-        divided = first_place(
-            elastic,
-            settings,
-            model,
-            objective,
-            sources.source,
-            compiled,
-            partial(compile_model, what=bool(precise.compile) and "blocks", mode=precise.compile_mode),
-            store=None if folder is None else partial(store_of, settings, folder),
-            device=device,
-            precision=precision,
-        )
-        model, optimizer, computed, world = divided.model, divided.optimizer, None, elastic.world
-    elif world is None:
-        optimizer, computed = settings.optimizer.build(model, settings.train.steps), compiled(model)
-    else:
-        divided = divide(
-            settings,
-            world,
-            model,
-            objective,
-            sources.source,
-            compiled,
-            device=device,
-            precision=precision,
-            folder=folder.path if folder is not None else None,
-        )
-        model, optimizer, computed = divided.model, divided.optimizer, None
+    share = _share_of(settings, model, objective, sources.source, folder, world, elastic, device, precision)
+    world = elastic.world if elastic is not None else world
     unit = getattr(objective, "unit", "tokens")
     store, saves, pace = None, None, pace_of(settings)
     if folder is None:
@@ -249,8 +217,8 @@ def build_run(
         store = store_of(settings, folder, world) if elastic is None else None  # made with the others, once they are
         saves = BackgroundSaves(store) if store is not None and settings.checkpoint.asynchronous else None
     where = f"{device_in_words(device)}, {precision.compute}"
-    if world is not None and divided is not None:
-        where += f", {world}, {'exact' if divided.engine.exact else 'fast'} sums"
+    if world is not None and share.engine is not None:
+        where += f", {world}, {'exact' if share.engine.exact else 'fast'} sums"
     started = RunStarted(
         folder=str(folder.path) if folder is not None else "",
         settings=tree,
@@ -264,9 +232,9 @@ def build_run(
     )
     return Run(
         source=sources.source,
-        model=model,
+        model=share.model,
         objective=objective,
-        optimizer=optimizer,
+        optimizer=share.optimizer,
         pace=pace,
         seed=settings.seed,
         device=device,
@@ -276,8 +244,76 @@ def build_run(
         validation=sources.validation,
         listeners=listeners,
         started=started,
-        computed_model=computed,
-        workers=divided.engine if divided is not None else None,
-        layout=divided.layout if divided is not None else None,
+        computed_model=share.computed,
+        workers=share.engine,
+        layout=share.layout,
         elastic=elastic,
     )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What of a run this process has.
+
+    Attributes:
+        model: or its part of it.
+        optimizer: of what it updates.
+        computed: what the objective calls, if that is not the model and no engine knows it.
+        engine: computes steps with others.
+        layout: of the state of all workers.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    computed: nn.Module | None = None
+    engine: Workers | None = None
+    layout: StateLayout | None = None
+
+    @classmethod
+    def of(cls, divided: Divided) -> _Share:
+        """One of many workers'."""
+        return cls(divided.model, divided.optimizer, None, divided.engine, divided.layout)
+
+
+def _share_of(
+    settings: RunSettings,
+    model: nn.Module,
+    objective: Objective,
+    source: Source,
+    folder: RunFolder | None,
+    world: World | None,
+    elastic: Elastic | None,
+    device: torch.device,
+    precision: Precision,
+) -> _Share:
+    """This process's share of the work; see `build_run`."""
+    what, mode = settings.precision.compile, settings.precision.compile_mode
+    compiled = partial(compile_model, what=what, mode=mode)
+    if elastic is not None:
+        placed = first_place(
+            elastic,
+            settings,
+            model,
+            objective,
+            source,
+            compiled,
+            partial(compile_model, what=bool(what) and "blocks", mode=mode),
+            store=None if folder is None else partial(store_of, settings, folder),
+            device=device,
+            precision=precision,
+        )
+        return _Share.of(placed)
+    if world is None:
+        return _Share(model, settings.optimizer.build(model, settings.train.steps), compiled(model))
+    divided = divide(
+        settings,
+        world,
+        model,
+        objective,
+        source,
+        compiled,
+        device=device,
+        precision=precision,
+        folder=folder.path if folder is not None else None,
+    )
+    return _Share.of(divided)
