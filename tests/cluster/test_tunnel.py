@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from resilin.cluster import tunnel
-from resilin.cluster.handshake import HandshakeError, admit
+from resilin.cluster.accepting import accept_each, admitted
 from resilin.cluster.starter import Door
 from resilin.cluster.tunnel import Relay
 from resilin.cluster.wire import Wire
@@ -25,24 +25,12 @@ def door() -> Iterator[Door]:
     listening = socket.create_server(("127.0.0.1", 0))
 
     def serve(connection: socket.socket) -> None:
-        try:
-            admit(connection, "the secret")
-        except HandshakeError:
-            connection.close()
-            return
-        wire = Wire(connection)
-        if wire.hear() == {"store": True}:
-            tunnel.serve(connection, wire, store.port)
+        if admitted(connection, "the secret"):
+            wire = Wire(connection)
+            if wire.hear() == {"store": True}:
+                tunnel.serve(connection, wire, store.port)
 
-    def accept() -> None:
-        while True:
-            try:
-                connection, _ = listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=serve, args=(connection,), daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
+    accept_each(listening, serve, "test")
     yield Door("127.0.0.1", listening.getsockname()[1], "the secret")
     listening.shutdown(socket.SHUT_RDWR)
     listening.close()

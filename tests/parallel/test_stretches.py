@@ -101,3 +101,14 @@ def test_what_all_stages_have_is_kept():
     assert in_all([[[0, 1], [2, 3]], [[0, 1, 2, 3]]]) == [[[0, 1], [2, 3]], [[0, 1, 2, 3]]]
     assert in_all([[[0, 1], [2]], [[0, 1, 2, 3]]]) == [[[], []], [[]]]  # the block of four is not to be taken apart
     assert in_all([[[0, 1, 4]], [[4, 5], [0, 1]]]) == [[[0, 1]], [[], [0, 1]]]
+
+
+@given(st.sets(st.integers(0, 15)), st.sets(st.integers(0, 15)))
+def test_what_was_kept_and_what_was_computed_since_make_the_blocks_of_both(before: set[int], more: set[int]):
+    more -= before
+    found = kept(sorted(before), 16).after(kept(sorted(more), 16))
+    assert found.micros == tuple(sorted(before | more))
+    together = summed(sorted(before | more), gradients(16)).blocks()
+    assert [block[:2] for block in found.chunks[0]] == [block[:2] for block in together] == blocks_in(found.micros)
+    for block, expected in zip(found.chunks[0], together, strict=True):
+        assert torch.equal(block.sum[0], expected.sum[0])  # type: ignore[arg-type]

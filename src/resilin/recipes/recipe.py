@@ -34,6 +34,8 @@ class Paper(Settings):
     arxiv: str = Field(pattern=r"^\d{4}\.\d{4,5}$")
     """arXiv identifier, such as "2309.14322"."""
     figures: tuple[PaperFigure, ...] = ()
+    unpublished: str = ""
+    """What of its models and settings is not published; then there may be no preset `paper`."""
 
 
 class Axis(Settings):
