@@ -122,6 +122,13 @@ def test_a_failure_of_the_program_is_told_with_its_trace(text: Path, tmp_path: P
     assert "Traceback" in ended.message
 
 
+def test_what_a_user_can_mend_is_told_without_a_trace(text: Path, tmp_path: Path):
+    ended = go(settings_of(text, source={"held_out": {"by": "documents"}}), tmp_path / "run")
+    assert ended.code == 1
+    assert "no document can be held out; set held_out.by=tail" in ended.message
+    assert "Traceback" not in ended.message
+
+
 def test_a_listener_that_fails_ends_the_run_with_its_trace(text: Path, tmp_path: Path):
     def watch(job: ElasticJob, event: Event) -> None:
         if isinstance(event, StepDone) and event.step == 2:

@@ -39,6 +39,7 @@ from resilin.cluster.protocol.messages import (
 from resilin.cluster.starter import Door
 from resilin.cluster.watch import line_of
 from resilin.cluster.wire import Wire
+from resilin.config import UserError
 from resilin.parallel.activity import now
 
 _BEAT = 0.5
@@ -210,7 +211,10 @@ class Agent:
         self._leave.set()  # the beating thread says it: this one may be in the middle of saying something
 
     def failed(self, error: BaseException) -> None:
-        """This member's own program has failed."""
+        """This member's own program has failed. What a user can mend is told without a traceback, as in one process."""
+        if isinstance(error, UserError) and not os.environ.get("RESILIN_TRACEBACK"):
+            self._say(Failed(now.step, str(error), ""))
+            return
         why = (str(error).strip().splitlines() or [""])[0]
         trace = "".join(traceback.format_exception(error))
         self._say(Failed(now.step, f"{type(error).__name__}: {why:.200}", trace[-20_000:]))

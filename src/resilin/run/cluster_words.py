@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
 from resilin.run.events import Cluster
 
 
@@ -21,7 +25,16 @@ def in_words(event: Cluster) -> str:
         who = f"{len(members)} worker{'s' if len(members) != 1 else ''} ({', '.join(map(str, members[:16]))})"
         redone = f", {facts['redone']} of them anew" if facts["redone"] else ""
         kept = f"; {facts['kept']} micro-batches were kept" if facts["kept"] else ""
-        return f"{who} go on after {facts['version']} steps{redone}, {seconds:.2f} s later{kept}"
+        return f"{who}{_stages(facts)} go on after {facts['version']} steps{redone}, {seconds:.2f} s later{kept}"
     if event.what == "digest":
         return f"digest of the weights: {facts['weights']}"
     return ""
+
+
+def _stages(facts: Mapping[str, Any]) -> str:
+    """Of a pipeline, how members and blocks are divided."""
+    stages, layers = facts["stages"], facts["layers"]
+    if len(stages) < 2:
+        return ""
+    blocks = ", ".join(f"{first}:{end}" for first, end in pairwise(layers))
+    return f" in stages of {' + '.join(str(len(stage)) for stage in stages)} with blocks {blocks}"
