@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from end_of_ranks import leave
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -76,7 +77,7 @@ def main(mode: str, first: Path, second: Path | None = None) -> None:
     found = values(model, optimizer)
     if dist.get_rank() == 0:
         save_file(found, out)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

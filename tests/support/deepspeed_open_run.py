@@ -12,6 +12,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from end_of_ranks import leave
 from torch import Tensor, nn
 
 from resilin.checkpoint.foreign.convert import open_stored
@@ -41,7 +42,6 @@ def main(run: str, *converted: str) -> None:
         told, _, folder = one.partition("=")
         kind, _, stage = told.partition(":")
         check(run, folder, int(stage), kind)
-    torch.distributed.barrier()
 
 
 def check(run: str, converted: str, stage: int, kind: str) -> None:
@@ -100,3 +100,4 @@ def check(run: str, converted: str, stage: int, kind: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

@@ -19,6 +19,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from end_of_ranks import leave
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -233,8 +234,8 @@ def main(mode: str, out: Path, *rest: str) -> None:
         _tell(engine, out / f"{name}.safetensors", link=mode != "load")
         train(engine, 2)
         _tell(engine, out / f"{name}-later.safetensors", link=mode != "load")
-    torch.distributed.barrier()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    leave()
