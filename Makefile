@@ -43,10 +43,10 @@ $(PACKAGED): | $(READY)
 	@touch $@
 
 test: $(READY) $(PACKAGED) $(TEXT)/.complete ## Run the test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(READY) $(PACKAGED) $(TEXT)/.complete ## Run the tests with the long sweeps
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(READY) ## Lint, types, layering
 	@$(BIN)/ruff check .

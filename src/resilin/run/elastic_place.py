@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cluster.view import View
 from resilin.cluster.view_world import ViewWorld
+from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.flops import block_flops_per_token, head_flops_per_token
 from resilin.models.initial import initial_value
 from resilin.models.stage_span import Elsewhere
@@ -76,9 +77,15 @@ def check_elastic(settings: RunSettings, degrees: Degrees, device: torch.device)
             f"stages whose numbers of workers change need parallel.schedule = '1f1b' and chunks = 1, not "
             f"{parallel.schedule!r} and {parallel.chunks}"
         )
-    if parallel.layers and len(parallel.layers) != degrees.pipeline:
+    layers = settings.model.layers if isinstance(settings.model, DecoderSettings) else degrees.pipeline
+    if layers < degrees.pipeline:
         raise ParallelError(
-            f"parallel.layers names {len(parallel.layers)} stages, and parallel.pipeline is {degrees.pipeline}"
+            f"{layers} blocks cannot be divided over {degrees.pipeline} pipeline stages: every stage needs one"
+        )
+    if parallel.layers and (len(parallel.layers) != degrees.pipeline or min(parallel.layers) < 1):
+        raise ParallelError(
+            f"parallel.layers names stages of {', '.join(map(str, parallel.layers))} blocks; wanted are "
+            f"{degrees.pipeline} stages (parallel.pipeline), of one block at least"
         )
 
 
@@ -298,6 +305,4 @@ def first_place(
 
 def starts_as_stage(settings: RunSettings) -> bool:
     """Whether an elastic worker draws the initial weights of its stage, and never has the whole model."""
-    from resilin.models.decoder_settings import DecoderSettings
-
     return type(settings.model) is DecoderSettings and settings.parallel.pipeline != 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise
+from types import MappingProxyType
 
 from resilin.cluster.axes import Clocks, Layers, Machine, Pipeline
 from resilin.cluster.axes.policies import ALL, DROPPED, GRAPH, INTACT, RESHAPE, WHOLE, Policy, policies
@@ -181,12 +183,14 @@ LAYERS = (8, 16, 32)
 ORDER = (ALL, RESHAPE, WHOLE, DROPPED)
 
 
-def throughput(layers: int, stage: int) -> dict[str, Policy]:
+@cache
+def throughput(layers: int, stage: int) -> Mapping[str, Policy]:
     """One replica of one stage lost, by policy: a simulation that replays the pipeline's own orders."""
     members = [range(number * REPLICAS, (number + 1) * REPLICAS) for number in range(STAGES)]
     pipeline = Pipeline.of(even(layers, STAGES, 0, 0), members, MICROS, CUT)
     costs = Layers((Fraction(3 * STAGES, layers),) * layers)
-    return {one.name: one for one in policies(pipeline, {stage: [0]}, costs, Machine(clocks=CLOCKS))}
+    found = policies(pipeline, {stage: [0]}, costs, Machine(clocks=CLOCKS))
+    return MappingProxyType({one.name: one for one in found})
 
 
 def _throughputs() -> tuple[list[Claim], list[Row], Table, Plot]:
