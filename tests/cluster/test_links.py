@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from forked import run_ranks
 
-from resilin.cluster.links import Links, LinksCutError
+from resilin.cluster.links import Links, LinksCutError, _Waiter
 from resilin.parallel.exchange import add_up, share, swap
 from resilin.parallel.messages import tell_all
 
@@ -84,3 +84,45 @@ def patterns(rank: int, port: int) -> bool:
 
 def test_the_exchanges_of_an_engine_work_in_such_groups(port: int):
     assert run_ranks(3, patterns, port, connect=False) == [True] * 3
+
+
+class Lost:
+    """A message that gloo has lost sight of: nobody says that it is over."""
+
+    def __init__(self) -> None:
+        self.ends = threading.Event()
+
+    def wait(self) -> None:
+        self.ends.wait()
+
+
+def test_whoever_waits_for_a_message_that_gloo_has_lost_comes_out_when_the_links_are_cut():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    links, lost, said = Links(store, 0, 0, 60.0), Lost(), []
+    waiter = _Waiter(links)
+
+    def wait() -> None:
+        try:
+            waiter.wait(lost)
+        except LinksCutError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    links.cut()
+    thread.join(20)
+    assert said == ["the links of epoch 0 were cut"]
+    lost.ends.set()
+    with pytest.raises(LinksCutError):
+        waiter.wait(lost)
+
+
+def test_what_a_work_raises_is_raised_to_whoever_waits():
+    class Fails:
+        def wait(self) -> None:
+            raise RuntimeError("connection closed")
+
+    links = Links(dist.TCPStore("127.0.0.1", 0, is_master=True), 0, 0, 60.0)
+    with pytest.raises(RuntimeError, match="connection closed"):
+        _Waiter(links).wait(Fails())
+    links.cut()

@@ -3,15 +3,19 @@
 Torch's groups cannot be changed, and a member that waits in one for another *survivor* is not woken by the death of a
 third. So every epoch has groups of its own, made in about ten milliseconds over a store that the launcher keeps, and
 `cut` ends the sockets beneath the old ones: whoever waits in them comes out with an error at once.
+
+Almost at once: a message that is handed to gloo while it notices that a connection has ended is lost sight of, and who
+waits for it waits until the timeout. So it is a thread for each group that waits, and whom it waits for looks at both.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +34,43 @@ class LinksCutError(RuntimeError):
     """The groups of this epoch are of no use any more."""
 
 
+class _Waiter:
+    """Waits for what is under way in one group, one after the other, in a thread that is left behind if need be."""
+
+    def __init__(self, links: Links) -> None:
+        self._links = links
+        self._todo: queue.SimpleQueue[tuple[Any, list[BaseException | None]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def wait(self, work: Any) -> None:
+        """Return when it is done.
+
+        Raises:
+            LinksCutError: the links were cut before.
+            RuntimeError: it has failed.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._go, name="resilin-links", daemon=True)
+            self._thread.start()
+            self._links.on_cut(lambda: self._todo.put(None))
+        done: list[BaseException | None] = []
+        self._todo.put((work, done))
+        if not self._links.until(lambda: bool(done)):
+            raise LinksCutError(f"the links of epoch {self._links.epoch} were cut")
+        if done[0] is not None:
+            raise done[0]
+
+    def _go(self) -> None:
+        while (one := self._todo.get()) is not None:
+            work, done = one
+            try:
+                work.wait()
+                done.append(None)
+            except RuntimeError as error:
+                done.append(error)
+            self._links.something_is_done()
+
+
 class Links:
     """The groups of one epoch.
 
@@ -46,7 +87,9 @@ class Links:
         self._timeout, self._address = timedelta(seconds=timeout), address
         self._groups: list[Any] = []
         self._cut = False
+        self._after: list[Callable[[], object]] = []
         self._lock = threading.Lock()
+        self._changed = threading.Condition()
         with _making:
             before = _sockets()
             self._store = store.clone()  # a connection of its own, which can be cut as well
@@ -82,7 +125,7 @@ class Links:
         with self._lock:
             self._refuse_if_cut()
             self._groups.append(group)
-        return Group(ranks, index, group)
+        return Group(ranks, index, group, _Waiter(self).wait)
 
     def _options(self) -> Any:
         gloo: Any = dist.ProcessGroupGloo
@@ -108,6 +151,25 @@ class Links:
         if self._cut:
             raise LinksCutError(f"the links of epoch {self.epoch} were cut")
 
+    def until(self, done: Callable[[], bool]) -> bool:
+        """Wait until something is done, or the links are cut; whether it is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: done() or self._cut)
+        return done()
+
+    def something_is_done(self) -> None:
+        """Who waits for it may look."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def on_cut(self, then: Callable[[], object]) -> None:
+        """Call something once the links are cut, or at once if they are."""
+        with self._lock:
+            if not self._cut:
+                self._after.append(then)
+                return
+        then()
+
     def cut(self) -> None:
         """End all connections: calls that wait in a group, or for one, fail, in this process and in all others."""
         with self._lock:
@@ -116,6 +178,10 @@ class Links:
                 self._sockets |= _new(self._before)
             self._end_sockets()
             self._groups.clear()
+            after, self._after = self._after, []
+        for then in after:
+            then()
+        self.something_is_done()
 
     def _end_sockets(self) -> None:
         for number, inode in self._sockets.items():

@@ -84,8 +84,8 @@ class ViewWorld(World):
 
     def saving(self) -> ProcessGroup | None:
         """Of saves, which go on beside the training; None where one worker saves. All members call together."""
-        group = self.links.group("checkpoint", range(self.size)).process_group
-        return None if group is None else ProcessGroup(group)
+        group = self.links.group("checkpoint", range(self.size))
+        return None if group.process_group is None else ProcessGroup(group.process_group, group.wait)
 
     def members(self, *axes: str) -> list[tuple[int, ...]]:
         """The ranks of this worker's stage, or this one by itself."""

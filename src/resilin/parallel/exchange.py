@@ -37,12 +37,10 @@ def swap(
     work = dist.all_to_all_single(
         received, sent, list(received_sizes), list(sent_sizes), group=group.process_group, async_op=True
     )
-    assert work is not None
-    travelling = work
 
     def wait() -> None:
         with waiting(group.ranks, "exchanging gradients"):
-            travelling.wait()
+            group.wait(work)
 
     return wait
 
@@ -69,8 +67,7 @@ def share(parts: Sequence[Tensor], group: Group) -> Wait:
     def wait() -> None:
         with waiting(group.ranks, "exchanging weights"):
             for work in works:
-                assert work is not None
-                work.wait()
+                group.wait(work)
 
     return wait
 
@@ -79,7 +76,14 @@ def add_up(tensor: Tensor, group: Group) -> Tensor:
     """The sum over a group, in place."""
     if group.size > 1:
         with waiting(group.ranks):
-            dist.all_reduce(tensor, group=group.process_group)
+            group.wait(dist.all_reduce(tensor, group=group.process_group, async_op=True))
+    return tensor
+
+
+def largest(tensor: Tensor, group: Group) -> Tensor:
+    """The largest of a group's, in place."""
+    if group.size > 1:
+        group.wait(dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group.process_group, async_op=True))
     return tensor
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
+
+
+def _until_done(work: Any) -> None:
+    work.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +21,13 @@ class Group:
         ranks: their numbers in the whole job.
         index: which of them this process is.
         process_group: what torch's collectives take; None where there is one rank only, who needs none.
+        wait: for a collective, or a message, of this group that is under way.
     """
 
     ranks: tuple[int, ...]
     index: int
     process_group: dist.ProcessGroup | None = None
+    wait: Callable[[Any], object] = field(default=_until_done, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < len(self.ranks):

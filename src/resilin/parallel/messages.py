@@ -20,13 +20,14 @@ def tell_all(value: Any, group: Group) -> list[Any]:
     device = _device_of(group)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size)]
     with waiting(group.ranks):
-        dist.all_gather(lengths, torch.tensor([len(raw)], device=device), group=group.process_group)
+        mine = torch.tensor([len(raw)], device=device)
+        group.wait(dist.all_gather(lengths, mine, group=group.process_group, async_op=True))
     counts = [int(length) for length in lengths]
     mine = torch.zeros(max(counts), dtype=torch.uint8, device=device)
     mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     texts = [torch.empty_like(mine) for _ in counts]
     with waiting(group.ranks):
-        dist.all_gather(texts, mine, group=group.process_group)
+        group.wait(dist.all_gather(texts, mine, group=group.process_group, async_op=True))
     return [json.loads(text[:count].cpu().numpy().tobytes()) for text, count in zip(texts, counts, strict=True)]
 
 

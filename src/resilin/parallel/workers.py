@@ -18,7 +18,7 @@ from resilin.optim.clip import clip_factor, total_norm
 from resilin.parallel.activity import doing, waiting
 from resilin.parallel.canonical import GradientSum, Node
 from resilin.parallel.errors import ParallelError
-from resilin.parallel.exchange import add_up_all, share
+from resilin.parallel.exchange import add_up_all, largest, share
 from resilin.parallel.group import Group
 from resilin.parallel.messages import tell_all
 from resilin.parallel.reduction import Reduced
@@ -488,5 +488,4 @@ class Workers:
         told = torch.tensor([value], dtype=torch.int64, device=self._device)
         everyone = self.world.everyone
         with waiting(everyone.ranks, "hearing whether all go on"):
-            torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX, group=everyone.process_group)
-        return int(told)
+            return int(largest(told, everyone))

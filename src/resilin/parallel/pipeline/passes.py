@@ -250,7 +250,7 @@ class PipelinePasses:
         doing("sending to other stages")
         for work, _, rank in walk.sends:
             with waiting((rank,)):
-                work.wait()
+                self._group.wait(work)
 
     def _call(self, stage: Stage, micro: Micro) -> Any:
         batch, keys = micro
@@ -389,7 +389,7 @@ class PipelinePasses:
         post = walk.posts.pop(way)
         for work, rank in post.works:
             with waiting((rank,)):
-                work.wait()
+                self._group.wait(work)
         self._began = time.time()  # waiting for it was no computing
         return post.buffer
 
