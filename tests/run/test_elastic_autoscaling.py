@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
     except UserError as error:
         pytest.skip(str(error))
     made = Nodes(True, tmp_path)
-    ray.init(address=made.address, log_to_driver=False, logging_level="warning")
+    ray.init(address=made.address, log_to_driver=False, logging_level=logging.WARNING)
     yield made
     ray.shutdown()
     made.close()

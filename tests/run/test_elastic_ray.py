@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install resil
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     made = Nodes()
-    ray.init(address=made.address, log_to_driver=False, logging_level="warning")
+    ray.init(address=made.address, log_to_driver=False, logging_level=logging.WARNING)
     yield made
     ray.shutdown()
     made.close()

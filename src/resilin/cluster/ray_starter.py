@@ -7,6 +7,7 @@ another node if its own is gone, and a worker that replaces it starts there.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -175,7 +176,7 @@ def connected() -> Any:
         raise UserError('cluster.launcher = "ray" needs Ray: pip install "resilin[ray]"') from None
     if not ray.is_initialized():
         try:
-            ray.init(log_to_driver=False, logging_level="warning")
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError) as error:
             raise UserError(
                 f"Ray's cluster cannot be reached ({os.environ.get('RAY_ADDRESS', 'here')}): {error}"
