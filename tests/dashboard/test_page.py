@@ -301,6 +301,7 @@ def test_many_workers_are_small_cells(window: Browser, serve, tmp_path: Path):
     assert window.run("return document.querySelector('#map .cell').title").startswith("member 0, ended, host-0")
 
 
+@pytest.mark.slow
 def test_a_real_elastic_run_is_watched_from_its_first_worker_to_its_digest(open_one: Open, serve, tmp_path: Path):
     (tmp_path / "run").mkdir()
     window = show(open_one(), serve(tmp_path / "run"))

@@ -295,6 +295,14 @@ def test_each_other_kind_with_two():
             Case(2, {"context": 2}, packed=True, model="tied"),
             Case(2, {"context": 2}, model="experts"),
             Case(2, {"expert": 2}, model="experts"),
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_each_other_kind_with_two_and_another_model():
+    check(
+        [
             Case(2, {"tensor": 2}, model="recomputed"),
             Case(2, {"context": 2}, model="recomputed"),
             Case(2, {"tensor": 2}, model="adapted", packed=True),
@@ -307,6 +315,14 @@ def test_fsdp():
         [
             Case(4, {"data": 4, "sharding": "fsdp"}, packed=True),
             Case(4, {"data": 2, "replicate": 2, "sharding": "fsdp"}, model="tied"),
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_fsdp_with_everything_else():
+    check(
+        [
             Case(4, {"data": 2, "tensor": 2, "sharding": "fsdp"}, model="tied"),
             Case(4, {"data": 2, "context": 2, "sharding": "fsdp"}, packed=True),
             Case(4, {"data": 4, "sharding": "fsdp"}, model="experts"),
@@ -322,6 +338,15 @@ def test_fsdp_in_a_pipeline():
         [
             Case(4, sharded, packed=True),
             Case(4, {**sharded, "schedule": "gpipe"}, model="tied"),
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_fsdp_in_a_pipeline_of_any_kind():
+    sharded = {"pipeline": 2, "data": 2, "sharding": "fsdp"}
+    check(
+        [
             Case(4, {**sharded, "schedule": "interleaved", "chunks": 2}, model="tied", packed=True),
             Case(4, {**sharded, "gather": "block"}, model="tied"),
             Case(4, {**sharded, "gather": "block", "schedule": "interleaved", "chunks": 2}, model="recomputed"),
@@ -350,6 +375,7 @@ def test_fsdp_in_a_pipeline_with_copies_and_with_tensors_in_parts():
     )
 
 
+@pytest.mark.slow
 def test_fsdp_with_divided_experts():
     sharded = {"data": 4, "sharding": "fsdp"}
     check(
@@ -413,6 +439,7 @@ def test_chosen_triples_with_eight():
     )
 
 
+@pytest.mark.slow
 def test_compiled_blocks_of_each_kind():
     check(
         [

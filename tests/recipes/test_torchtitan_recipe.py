@@ -40,6 +40,7 @@ def settings(text: Path, stretches: list[dict[str, Any]]) -> RunSettings:
     return parse_settings(RunSettings, tree, "test")
 
 
+@pytest.mark.slow
 def test_workers_go_on_to_the_bit_unless_the_state_is_lost(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 200)

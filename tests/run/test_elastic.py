@@ -25,10 +25,12 @@ from resilin.run.saving import Saving
     "faults",
     [
         [Fault(1, 3, "forward and backward of micro-batch 2"), Fault(0, 8, "adding gradients up")],
-        [Fault(2, 2, "updating weights"), Fault(1, 9, "copying its states")],
+        pytest.param([Fault(2, 2, "updating weights"), Fault(1, 9, "copying its states")], marks=pytest.mark.slow),
         [Fault(0, 4, "evaluating"), Fault(2, 7, "saving")],
         [Fault(1, 4, "updating weights"), Fault(2, 4, "reading its states from copies")],  # while it recovers
-        [Fault(0, 0, "forward and backward"), Fault(2, 13, "adding gradients up", "leave")],
+        pytest.param(
+            [Fault(0, 0, "forward and backward"), Fault(2, 13, "adding gradients up", "leave")], marks=pytest.mark.slow
+        ),
     ],
     ids=["work", "update", "boundary", "recovery", "ends"],
 )
@@ -65,6 +67,7 @@ def test_workers_come_and_go_in_a_run_and_others_take_the_place_of_those_that_ar
     assert grown[:3] == [2, 3, 2]
 
 
+@pytest.mark.slow
 def test_a_loss_in_the_evaluation_before_the_first_step_begins_the_run_again(
     text: Path, undisturbed: Path, tmp_path: Path
 ):
@@ -76,6 +79,7 @@ def test_a_loss_in_the_evaluation_before_the_first_step_begins_the_run_again(
     assert [change["members"] for change in changes(tmp_path / "run")] == [[0, 1, 2], [0, 2]]
 
 
+@pytest.mark.slow
 def test_all_states_lost_is_said_and_the_last_checkpoint_goes_on(text: Path, undisturbed: Path, tmp_path: Path):
     at_once = [Fault(number, 6, "forward and backward") for number in (1, 2)]
     ended = go(settings_of(text), tmp_path / "run", at_once)

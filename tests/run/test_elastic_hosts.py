@@ -98,6 +98,7 @@ def test_a_machine_is_lost_another_joins_and_one_is_let_go(text: Path, undisturb
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_is_lost_ends_everybody_and_resume_goes_on(
     text: Path, undisturbed: Path, tmp_path: Path, joins: Joins
 ):

@@ -85,6 +85,7 @@ def test_under_torchrun_a_worker_is_killed_and_another_takes_its_place(
     assert (tmp_path / "log").read_text().count("digest of the weights") <= 1  # the first alone speaks
 
 
+@pytest.mark.slow
 def test_torchrun_starts_all_anew_when_the_coordinator_is_lost_and_they_go_on(
     text: Path, undisturbed: Path, tmp_path: Path, started: list[subprocess.Popen[bytes]]
 ):
@@ -106,6 +107,7 @@ def test_torchrun_starts_all_anew_when_the_coordinator_is_lost_and_they_go_on(
     assert len(events(folder, "start")) == 2
 
 
+@pytest.mark.slow
 def test_a_task_of_slurms_leaves_at_its_notice_and_the_others_go_on(
     text: Path, undisturbed: Path, tmp_path: Path, started: list[subprocess.Popen[bytes]]
 ):

@@ -79,6 +79,7 @@ def test_members_come_and_leave_and_blocks_follow_them(text: Path, tmp_path: Pat
     assert all(change["redone"] == 0 for change in happened)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_stages_is_resumed_with_others(text: Path, tmp_path: Path):
     constant = {"schedule": {"use": "resilin.optim.schedule:Constant"}}
     one = alone(text, tmp_path / "one", model=MODEL, optimizer=constant)

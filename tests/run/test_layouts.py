@@ -103,6 +103,7 @@ def test_a_dense_model_goes_from_layout_to_layout(tmp_path):
     check_chain(tmp_path, DENSE, chain, exact_until=4)
 
 
+@pytest.mark.slow
 def test_a_model_with_tied_embeddings_goes_from_layout_to_layout(tmp_path):
     chain: list[Layout] = [
         (2, {"pipeline": 2}),
@@ -115,6 +116,7 @@ def test_a_model_with_tied_embeddings_goes_from_layout_to_layout(tmp_path):
     check_chain(tmp_path, {**DENSE, "tie_embeddings": True}, chain, exact_until=4)
 
 
+@pytest.mark.slow
 def test_experts_go_from_layout_to_layout(tmp_path):
     chain: list[Layout] = [
         (2, {"data": 2}),
