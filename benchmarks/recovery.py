@@ -30,7 +30,9 @@ from pathlib import Path
 from resilin.bench.results import Report, Row, results_name
 from resilin.cluster.local import worker_command
 from resilin.config import parse_settings, settings_to_toml
-from resilin.run.chaos import Blow, compare, run_told
+from resilin.run.blows import Blow
+from resilin.run.chaos import run_told
+from resilin.run.chaos_report import compare
 from resilin.run.settings import RunSettings
 
 MODEL = {"vocab_size": 4096, "hidden_size": 384, "layers": 5, "heads": 6, "kv_heads": 3, "mlp_size": 1024}
@@ -102,7 +104,7 @@ def of_resilin(args: argparse.Namespace, folder: Path, text: Path) -> tuple[Seen
     report = compare(quiet, struck)
     if struck.ended:
         raise SystemExit(f"the elastic run ended: {struck.ended}")
-    kills = [at for at, _, _ in struck.blows]
+    kills = [fell.time for fell in struck.blows]
     steps = [b - a for a, b in pairwise(quiet.times)]
     return seen(struck.times, kills, report.steps_lost * BATCH), report.bits_changed, statistics.median(steps)
 

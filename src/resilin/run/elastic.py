@@ -136,6 +136,7 @@ class Elastic:
         self.load: Callable[[Run], object] = lambda run: None
         """Fills a run that begins: from a checkpoint, where there is one."""
         agent.on_halt(self._sever)
+        agent.on_probe(self._at)
 
     # -- the beginning ------------------------------------------------------------------------------------------
 
@@ -417,9 +418,11 @@ class Elastic:
                 total += mark * sum64(parameter.detach().cpu())
         return f"{total % 2**64:016x}"
 
+    def _at(self, member: int) -> tuple[str, int]:
+        return parse(self._agent.store.get(f"peer/{member}").decode())
+
     def _connect(self, member: int) -> Peer:
-        host, port = parse(self._agent.store.get(f"peer/{member}").decode())
-        return Peer(Address(host, port), self._agent.secret, self._agent.timeout)
+        return Peer(Address(*self._at(member)), self._agent.secret, self._agent.timeout)
 
     def close(self) -> None:
         """End the threads and connections of this worker."""

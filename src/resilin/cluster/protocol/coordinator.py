@@ -37,15 +37,22 @@ from resilin.cluster.protocol.messages import (
     Leaving,
     Message,
     Pause,
+    Probe,
+    Probed,
     Ready,
     Signal,
     Warm,
 )
 from resilin.cluster.protocol.newest import Copies, holding, newest_whole
+from resilin.cluster.protocol.reach import Round, cut_off
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.view import View
 from resilin.parallel.pipeline.errors import ScheduleError
 from resilin.parallel.stretches import in_all
+
+_PUNCTUAL = 0.25  # of `Rules.silence`: a clock that is later than that did not run
+_ANSWER = 3  # times `Rules.silence`, within which a probe is answered
+_LONGEST = 64  # times `Rules.silence`, between two probes of members that only take their time
 
 Phase = Literal["gathering", "running", "pausing", "halting", "adopting", "ended"]
 
@@ -100,6 +107,12 @@ class Coordinator:
         self._start: int | None = None  # the version that the run began with
         self._known: set[int] = set()  # all numbers that ever were
         self._wished = False  # whether the change under way is a join or a leave
+        self._explained = False  # whether somebody was lost in it, or else all are known to reach each other
+        self._round: Round | None = None  # who reaches whom is being asked
+        self._rounds = 0
+        self._quiet_until = 0.0  # before that it need not be asked again
+        self._wait = rules.silence  # seconds between two such questions while nothing new is begun
+        self._ticked: float | None = None
         self._epoch = -1
         self._aborted = 0
         self._failures: dict[int, list[Failed]] = {}
@@ -129,6 +142,11 @@ class Coordinator:
 
     def tick(self, now: float) -> list[Effect]:
         """Time has passed."""
+        late = 0.0 if self._ticked is None else now - self._ticked
+        self._ticked = now
+        if late > _PUNCTUAL * self.rules.silence:  # this process did not run: what others said meanwhile is to be heard
+            for member in self.members.values():
+                member.heard = min(member.heard + late, now)
         if self.phase != "ended":
             for number, member in list(self.members.items()):
                 beat = member.beat
@@ -142,6 +160,7 @@ class Coordinator:
                 self._lose(number, why, now)
                 if self._over:
                     break
+            self._suspect(now)
         return self._effects()
 
     def stop(self, why: str, failure: str = "") -> list[Effect]:
@@ -193,6 +212,10 @@ class Coordinator:
                 self._all_ready(now)
         elif isinstance(message, Committed):
             self._took(message, now)
+        elif isinstance(message, Probed):
+            if self._round is not None and message.number == self._round.number:
+                self._round.answers[number] = message.lacking
+                self._judge(now)
         elif isinstance(message, Done):
             if self.view is not None and message.epoch == self.view.epoch:
                 member.done = message
@@ -210,7 +233,7 @@ class Coordinator:
     def _took(self, message: Committed, now: float) -> None:
         if self.view is None or message.epoch != self.view.epoch:
             return
-        self.version = max(self.version, message.version)
+        self.version, self._wait = max(self.version, message.version), self.rules.silence
         if self._start is None:
             self._start = message.version
         if self._resumed is None:
@@ -285,7 +308,7 @@ class Coordinator:
     def _halt(self, why: str, now: float) -> None:
         """Everyone comes out."""
         if self.phase not in ("halting", "pausing"):
-            self._times, self._wished = _Times(now, now), False
+            self._times, self._wished, self._explained = _Times(now, now), False, False
         self._times.why += [why] if why else []
         self.phase = "halting"
         for number in self._in():
@@ -293,7 +316,10 @@ class Coordinator:
             if member.halted is None:
                 self._out.append(Tell(number, Halt(member.epoch, why or "a change was announced")))
 
-    def _lose(self, number: int, why: str, now: float) -> None:
+    def _lose(self, number: int, why: str, now: float, more: bool = False) -> None:
+        """A member is lost; `more` are, at the same time, of which the last decides what comes next."""
+        if self._over:
+            return
         member = self.members.pop(number)
         self._note("lost", member=number, why=why, silent=round(now - member.heard, 4))
         if self.phase == "gathering" or member.epoch < 0:
@@ -307,7 +333,10 @@ class Coordinator:
             self._all_done()
             return
         self._halt(f"member {number} {why}", now)
-        self._decide(now)
+        self._explained = True
+        if not more:
+            self._judge(now)
+            self._decide(now)
 
     def _everyone_done(self) -> bool:
         """Whether all steps were taken: who is lost then is not missed."""
@@ -322,6 +351,9 @@ class Coordinator:
             return
         left = self._in()
         if any(self.members[number].halted is None for number in left):
+            return
+        if not self._wished and not self._explained and len(left) > 1:
+            self._ask(left, now)  # a connection has ended between two that live: do they still reach each other?
             return
         self._times.halted = now
         self._aborted += not self._wished
@@ -455,6 +487,60 @@ class Coordinator:
         if adopt.before is None:  # everybody began with the same: nobody's copies are needed
             self._part()
         self._consider(now)
+
+    # -- who reaches whom ---------------------------------------------------------------------------------------
+
+    def _ask(self, members: Iterable[int], now: float) -> None:
+        if self._round is None:
+            self._rounds += 1
+            self._round = Round(self._rounds, tuple(members), now)
+            for number in self._round.asked:
+                self._out.append(Tell(number, Probe(self._rounds, self._round.asked)))
+
+    def _suspect(self, now: float) -> None:
+        """Where nobody has begun anything new for long, messages between members may not get through."""
+        view = {"running": self.view, "pausing": self.view, "adopting": self._next}.get(self.phase)
+        if self._round is not None:
+            if now - self._round.begun > _ANSWER * self.rules.silence:
+                self._judge(now, late=True)
+        elif view is not None and now >= self._quiet_until:
+            there = [number for number in view.members if number in self.members]
+            if len(there) > 1 and all(self._stands(self.members[number], now) for number in there):
+                self._note("probe", why=f"nobody has begun anything new for {self.rules.silence:g} s", members=there)
+                self._ask(there, now)
+
+    def _stands(self, member: _Member, now: float) -> bool:
+        return member.beat is not None and member.beat.seconds + now - member.heard > self.rules.silence
+
+    def _judge(self, now: float, late: bool = False) -> None:
+        """Go on without those who are cut off from others, once all who were asked have told.
+
+        Args:
+            now: seconds.
+            late: who has not told by now is not waited for, and goes.
+        """
+        asked = self._round
+        if asked is None or self._over:
+            return
+        there = [number for number in asked.asked if number in self.members]
+        missing = [number for number in there if number not in asked.answers]
+        if missing and not late:
+            return
+        self._round = None
+        gone = [(number, "did not tell whom it reaches") for number in missing]
+        for number, others in cut_off([n for n in there if n not in missing], asked.answers):
+            gone.append((number, f"is cut off from member {', '.join(map(str, others))}"))
+        for left, (number, why) in enumerate(reversed(gone)):
+            self._out.append(Fence(number, why))
+            self._lose(number, why, now, more=left < len(gone) - 1)
+        if gone:
+            return
+        if self.phase == "halting":
+            self._explained = True
+            self._decide(now)
+        else:
+            self._wait = min(2 * self._wait, _LONGEST * self.rules.silence)
+            self._quiet_until = now + self._wait
 
     # -- the end ------------------------------------------------------------------------------------------------
 
