@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resilin.checkpoint.tensor_record import DTYPE_NAMES, DTYPES
+from resilin.cluster.pages import Pages
 from resilin.cluster.sum64 import sum64
 
 KEPT = 2
@@ -57,8 +58,8 @@ class Copy:
         version: steps committed.
         slots: what is where in `data`.
         rest: JSON values that belong to it.
-        data: (bytes,) uint8 in host memory.
-        sum: `sum64` of the data.
+        pages: (bytes,) uint8 in host memory.
+        sum: `sum64` of these.
     """
 
     owner: int
@@ -66,8 +67,13 @@ class Copy:
     version: int
     slots: tuple[Slot, ...]
     rest: Any
-    data: Tensor
+    pages: Pages
     sum: int
+
+    @property
+    def data(self) -> Tensor:
+        """(bytes,) uint8."""
+        return self.pages.data
 
     def tensor(self, slot: Slot) -> Tensor:
         """A view of one tensor."""
@@ -87,22 +93,22 @@ class Copy:
         }
 
     @classmethod
-    def of_head(cls, head: dict[str, Any], data: Tensor) -> Copy:
-        """From a head and the data that came with it.
+    def of_head(cls, head: dict[str, Any], pages: Pages) -> Copy:
+        """From a head and the data that came with it. The sum is not compared yet: see `check`.
 
         Raises:
-            CopyError: the data is not what the head says, or the head none.
+            CopyError: the data is not as long as the head says, or the head none.
         """
         try:
             slots = slots_of(head)
             owner, epoch, version = int(head["owner"]), int(head["epoch"]), int(head["version"])
-            made = cls(owner, epoch, version, slots, head["rest"], data, int(head["sum"]))
+            made = cls(owner, epoch, version, slots, head["rest"], pages, int(head["sum"]))
             length = int(head["bytes"])
         except (KeyError, TypeError, ValueError) as error:
             raise CopyError(f"this is no head of a copy: {head!r:.200} ({type(error).__name__}: {error})") from None
-        if data.numel() != length or any(s.start + s.bytes > length for s in slots):
-            raise CopyError(f"member {made.owner}'s states of version {made.version}: {data.numel()} of {length} bytes")
-        made.check()
+        size = pages.data.numel()
+        if size != length or any(s.start < 0 or s.start + s.bytes > length for s in slots):
+            raise CopyError(f"member {made.owner}'s states of version {made.version}: {size} of {length} bytes")
         return made
 
     def check(self) -> None:
@@ -138,16 +144,16 @@ class Pool:
         self.member = member
         self._lock = threading.Lock()
         self._copies: dict[tuple[int, int], dict[int, Copy]] = {}  # by owner and epoch
-        self._free: list[Tensor] = []
+        self._free: list[Pages] = []
 
-    def memory(self, size: int) -> Tensor:
+    def memory(self, size: int) -> Pages:
         """Memory for a copy's data: that of a version which is no longer kept, where one has this size."""
         with self._lock:
             for place, old in enumerate(self._free):
-                if old.numel() == size:
+                if old.data.numel() == size:
                     return self._free.pop(place)
             del self._free[_SPARE:]  # sizes change when ownership does
-        return torch.empty(size, dtype=torch.uint8)
+        return Pages.of(size)
 
     def put(self, copy: Copy) -> None:
         """Keep a complete copy; of this owner's others of the epoch the newest `KEPT - 1` stay."""
@@ -155,7 +161,8 @@ class Pool:
             mine = self._copies.setdefault((copy.owner, copy.epoch), {})
             mine[copy.version] = copy
             for version in sorted(mine)[:-KEPT]:
-                self._free.insert(0, mine.pop(version).data)
+                if (pages := mine.pop(version).pages).own:
+                    self._free.insert(0, pages)
 
     def get(self, owner: int, epoch: int, version: int) -> Copy:
         """A copy.
@@ -180,9 +187,11 @@ class Pool:
     def forget(self, epoch: int) -> None:
         """Drop copies of epochs before this one."""
         with self._lock:
-            for key in [key for key in self._copies if key[1] < epoch]:
+            old = [key for key in self._copies if key[1] < epoch]
+            for key in old:
                 del self._copies[key]
-            self._free.clear()
+            if old:
+                self._free.clear()
 
 
 def copy_of(
@@ -202,7 +211,8 @@ def copy_of(
     for parameter, path, tensor in tensors:
         slots.append(Slot(parameter, path, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), size, tensor.nbytes))
         size += -(-tensor.nbytes // _ALIGN) * _ALIGN
-    data = torch.empty(size, dtype=torch.uint8) if pool is None else pool.memory(size)
+    pages = Pages.of(size) if pool is None else pool.memory(size)
+    data = pages.data
     views, given = [], []
     end = 0
     for slot, (_, _, tensor) in zip(slots, tensors, strict=True):
@@ -213,4 +223,4 @@ def copy_of(
     data[end:].zero_()
     if views:
         torch._foreach_copy_(views, given)
-    return Copy(owner, epoch, version, tuple(slots), rest, data, sum64(data))
+    return Copy(owner, epoch, version, tuple(slots), rest, pages, sum64(data))
