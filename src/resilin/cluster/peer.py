@@ -128,8 +128,9 @@ class PeerServer:
     def _answer(self, channel: _Channel, told: dict[str, Any]) -> None:
         try:
             if told["do"] == "put":
-                pages = self._pool.memory(int(told["head"]["bytes"]))
-                channel.fill(pages.data)
+                size = int(told["head"]["bytes"])
+                pages = self._pool.memory(size)
+                channel.fill(pages.data[:size])
                 copy = Copy.of_head(told["head"], pages)
                 copy.check()
                 self._pool.put(copy)
@@ -144,8 +145,8 @@ class PeerServer:
             elif told["do"] == "get":
                 copy = self._pool.get(*_key(told))
                 pieces = [(int(start), int(size)) for start, size in told["pieces"]]
-                if any(start < 0 or size < 0 or start + size > copy.data.numel() for start, size in pieces):
-                    raise CopyError(f"the copy of member {copy.owner} has {copy.data.numel()} bytes")
+                if any(start < 0 or size < 0 or start + size > copy.bytes for start, size in pieces):
+                    raise CopyError(f"the copy of member {copy.owner} has {copy.bytes} bytes")
                 view = _bytes(copy.data)
                 channel.say({"ok": True}, *(view[start : start + size] for start, size in pieces))
             else:

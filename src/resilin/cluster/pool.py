@@ -58,8 +58,9 @@ class Copy:
         version: steps committed.
         slots: what is where in `data`.
         rest: JSON values that belong to it.
-        pages: (bytes,) uint8 in host memory.
-        sum: `sum64` of these.
+        bytes: of its data.
+        pages: host memory, of so many bytes at least, which begins with the data.
+        sum: `sum64` of the data.
     """
 
     owner: int
@@ -67,13 +68,14 @@ class Copy:
     version: int
     slots: tuple[Slot, ...]
     rest: Any
+    bytes: int
     pages: Pages
     sum: int
 
     @property
     def data(self) -> Tensor:
         """(bytes,) uint8."""
-        return self.pages.data
+        return self.pages.data[: self.bytes]
 
     def tensor(self, slot: Slot) -> Tensor:
         """A view of one tensor."""
@@ -88,7 +90,7 @@ class Copy:
             "version": self.version,
             "slots": slots,
             "rest": self.rest,
-            "bytes": self.data.numel(),
+            "bytes": self.bytes,
             "sum": self.sum,
         }
 
@@ -97,18 +99,17 @@ class Copy:
         """From a head and the data that came with it. The sum is not compared yet: see `check`.
 
         Raises:
-            CopyError: the data is not as long as the head says, or the head none.
+            CopyError: there are fewer bytes than the head says, or it is none.
         """
         try:
             slots = slots_of(head)
             owner, epoch, version = int(head["owner"]), int(head["epoch"]), int(head["version"])
-            made = cls(owner, epoch, version, slots, head["rest"], pages, int(head["sum"]))
-            length = int(head["bytes"])
+            made = cls(owner, epoch, version, slots, head["rest"], int(head["bytes"]), pages, int(head["sum"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CopyError(f"this is no head of a copy: {head!r:.200} ({type(error).__name__}: {error})") from None
-        size = pages.data.numel()
-        if size != length or any(s.start < 0 or s.start + s.bytes > length for s in slots):
-            raise CopyError(f"member {made.owner}'s states of version {made.version}: {size} of {length} bytes")
+        there = pages.data.numel()
+        if there < made.bytes or any(s.start < 0 or s.start + s.bytes > made.bytes for s in slots):
+            raise CopyError(f"member {made.owner}'s states of version {made.version}: {there} of {made.bytes} bytes")
         return made
 
     def check(self) -> None:
@@ -147,13 +148,14 @@ class Pool:
         self._free: list[Pages] = []
 
     def memory(self, size: int) -> Pages:
-        """Memory for a copy's data: that of a version which is no longer kept, where one has this size."""
+        """Memory for so many bytes at least: that of a version which is no longer kept, where one fits."""
         with self._lock:
             for place, old in enumerate(self._free):
-                if old.data.numel() == size:
+                if size <= old.data.numel() <= 4 * size:
                     return self._free.pop(place)
             del self._free[_SPARE:]  # sizes change when ownership does
-        return Pages.of(size)
+        # Memory that was never written to costs nothing, and whoever is left after a loss owns more than before.
+        return Pages.of(size + size // 2)
 
     def put(self, copy: Copy) -> None:
         """Keep a complete copy; of this owner's others of the epoch the newest `KEPT - 1` stay."""
@@ -187,11 +189,9 @@ class Pool:
     def forget(self, epoch: int) -> None:
         """Drop copies of epochs before this one."""
         with self._lock:
-            old = [key for key in self._copies if key[1] < epoch]
-            for key in old:
-                del self._copies[key]
-            if old:
-                self._free.clear()
+            for key in [key for key in self._copies if key[1] < epoch]:
+                self._free += [copy.pages for copy in self._copies.pop(key).values() if copy.pages.own]
+            del self._free[_SPARE:]
 
 
 def copy_of(
@@ -212,7 +212,7 @@ def copy_of(
         slots.append(Slot(parameter, path, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), size, tensor.nbytes))
         size += -(-tensor.nbytes // _ALIGN) * _ALIGN
     pages = Pages.of(size) if pool is None else pool.memory(size)
-    data = pages.data
+    data = pages.data[:size]
     views, given = [], []
     end = 0
     for slot, (_, _, tensor) in zip(slots, tensors, strict=True):
@@ -223,4 +223,4 @@ def copy_of(
     data[end:].zero_()
     if views:
         torch._foreach_copy_(views, given)
-    return Copy(owner, epoch, version, tuple(slots), rest, pages, sum64(data))
+    return Copy(owner, epoch, version, tuple(slots), rest, size, pages, sum64(data))
