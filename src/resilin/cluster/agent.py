@@ -41,7 +41,7 @@ from resilin.cluster.protocol.messages import (
     to_json,
 )
 from resilin.cluster.reach import lacking
-from resilin.cluster.sockets import At
+from resilin.cluster.sockets import At, at_of
 from resilin.cluster.starter import Door
 from resilin.cluster.watch import line_of
 from resilin.cluster.wire import Wire
@@ -92,8 +92,7 @@ class Agent:
         guard(connection, max(silence, 1.0))
         self.address = address or own_address(connection)
         self._silence = silence
-        host, port = connection.getpeername()[:2]
-        self._isolation = Isolation([(str(host).removeprefix("::ffff:"), port), ("127.0.0.1", store.port)])
+        self._isolation = Isolation([at_of(connection.getpeername()), ("127.0.0.1", store.port)])
         self._wire = Wire(connection)
         self._wire.say({"number": number})
         self._main = threading.get_ident()

@@ -43,7 +43,7 @@ def internet_sockets() -> list[Socket]:
                 with opened(number) as same:
                     if same.family in (socket.AF_INET, socket.AF_INET6) and same.type == socket.SOCK_STREAM:
                         listens = bool(same.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-                        found.append(Socket(number, status.st_ino, listens, _at(same.getsockname()), _other(same)))
+                        found.append(Socket(number, status.st_ino, listens, at_of(same.getsockname()), _other(same)))
     return found
 
 
@@ -69,10 +69,11 @@ def opened(number: int, inode: int | None = None) -> socket.socket:
 
 def _other(connection: socket.socket) -> At | None:
     try:
-        return _at(connection.getpeername())
+        return at_of(connection.getpeername())
     except OSError:
         return None
 
 
-def _at(address: tuple[object, ...]) -> At:
+def at_of(address: tuple[object, ...]) -> At:
+    """An address as `socket` gives it."""
     return str(address[0]).removeprefix("::ffff:"), int(str(address[1]))
