@@ -17,6 +17,7 @@ from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.models.flops import forward_flops_per_token, parameter_counts
 from resilin.nested import Budget, budget, cost, extract, full, is_cut, regions, sub_settings
 from resilin.nested.regions import shapes_of
+from resilin.precision.compiled import compile_model
 
 PLAIN = DecoderSettings(vocab_size=37, hidden_size=16, layers=3, heads=4, kv_heads=2, mlp_size=24, init_std=0.4)
 
@@ -138,7 +139,7 @@ def test_a_block_that_is_computed_again_is_cut_as_it_was(recompute, tiles):
         loss.backward()
     for (name, mine), (_, theirs) in zip(again.named_parameters(), usual.named_parameters(), strict=True):
         if mine.grad is None or theirs.grad is None:
-            assert (mine.grad is None or not mine.grad.any()) and (theirs.grad is None or not theirs.grad.any()), name
+            assert all(grad is None or not grad.any() for grad in (mine.grad, theirs.grad)), name
         else:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-9)
 
@@ -211,3 +212,31 @@ def test_smaller_budgets_lie_inside_larger_ones(one, two):
     inner, outer = regions(PLAIN, Budget(ffn=small)), regions(PLAIN, Budget(ffn=large))
     assert all(all(any(box in other for other in outer[name]) for box in boxes) for name, boxes in inner.items())
     assert set(shapes_of(PLAIN)) == set(inner)
+
+
+@pytest.mark.parametrize("what", ["blocks", "whole"])
+def test_compiled_models_run_budgets_too(what):
+    torch.compiler.reset()
+    model = decoder(PLAIN, torch.float32)
+    expected = []
+    for wanted in (Budget(), Budget(ffn=8, skip=(1,)), Budget(ffn=(4, 8, 24), heads=2)):
+        with budget(model, wanted):
+            expected.append((wanted, logits(model), torch.autograd.grad(logits(model).square().sum(), model.norm.weight)))
+    whole = compile_model(model, "blocks" if what == "blocks" else True, "default", backend="aot_eager")
+    compiled = model if whole is None else whole
+    for wanted, told, grads in expected:
+        with budget(compiled, wanted):
+            again = model.logits(compiled(TOKENS).hidden_BTD)
+            pulled = torch.autograd.grad(again.square().sum(), model.norm.weight)
+        torch.testing.assert_close(again, told, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pulled, grads, rtol=1e-3, atol=1e-3)
+
+
+def test_after_a_budget_the_whole_model_compiles_into_one_graph():
+    torch.compiler.reset()
+    model = decoder(PLAIN, torch.float32)
+    with budget(model, Budget(ffn=8)):
+        logits(model)
+    torch.testing.assert_close(
+        torch.compile(model, fullgraph=True, backend="aot_eager")(TOKENS).hidden_BTD, model(TOKENS).hidden_BTD
+    )

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,8 @@ class Cut:
 
 
 _cuts: ContextVar[tuple[tuple[nn.Module, Cut | None], ...]] = ContextVar("cuts", default=())
-_any_entered = False  # until then nobody looks, and compiled models have no break in their code for it
+_count, _counting = 0, Lock()
+_any = False  # whether any thread runs a model cut: else nobody looks, and compiled code has no break for it
 
 
 def _found(model: nn.Module) -> Cut | None:
@@ -137,7 +139,7 @@ def _found(model: nn.Module) -> Cut | None:
 
 def cut_of(model: nn.Module) -> Cut | None:
     """The cut that this thread runs a model with; None: all of the model."""
-    if not _any_entered:
+    if not _any:
         return None
     cut: Cut | None = uncompiled.outside(_found, model)
     return cut
@@ -151,10 +153,17 @@ def running(model: nn.Module, cut: Cut | None) -> Iterator[None]:
         model: the module that is asked for its cut, a decoder; not a wrapper around it.
         cut: None: all of it.
     """
-    global _any_entered
-    _any_entered = True
+    _entered(1)
     token = _cuts.set(((model, cut), *_cuts.get()))
     try:
         yield
     finally:
         _cuts.reset(token)
+        _entered(-1)
+
+
+def _entered(more: int) -> None:
+    global _count, _any
+    with _counting:
+        _count += more
+        _any = _count > 0

@@ -62,6 +62,8 @@ def _family_blockers(settings: DecoderSettings, family: str) -> list[str]:
     else:
         need(not s.out_bias, "out_bias = true")
     need(family == "llama" or not s.mlp_bias, "mlp_bias = true")
+    if family == "llama":  # its config is refused by `transformers` otherwise
+        need(s.hidden_size % s.heads == 0, f"hidden_size = {s.hidden_size}, no multiple of heads = {s.heads}")
     need(family != "llama" or s.sliding_window is None, "sliding_window")
     if family in ("mistral", "mixtral", "qwen3_moe"):
         need(s.window_layers is None, "window_layers")

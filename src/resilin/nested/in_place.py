@@ -23,7 +23,9 @@ def decoder_in(model: nn.Module) -> Decoder:
         return model
     found = [module for module in model.modules() if isinstance(module, Decoder)]
     if len(found) != 1:
-        raise BudgetError(f"budgets are for decoders, and this {type(model).__name__} has {len(found) or 'none'} inside")
+        raise BudgetError(
+            f"budgets are for decoders, and this {type(model).__name__} has {len(found) or 'none'} inside"
+        )
     return found[0]
 
 
@@ -81,4 +83,6 @@ def _check_here(decoder: Decoder, cut: Cut) -> None:
         raise BudgetError("rows are divided over ranks by heads or pieces: budgets of heads cannot be run there")
     wide = cut.hidden != decoder.settings.hidden_size
     if decoder.span is not None and (wide or any(one.experts is not None for one in cuts)):
-        raise BudgetError("stages of a pipeline exchange whole streams: budgets of hidden or experts cannot be run there")
+        raise BudgetError(
+            "stages of a pipeline exchange whole streams: budgets of hidden or experts cannot be run there"
+        )
