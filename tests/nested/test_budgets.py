@@ -130,7 +130,7 @@ def test_a_layer_with_adapters_is_not_cut_silently():
     model = Decoder(PLAIN)
     tokens = model.embed.weight.new_zeros(1, 4).long()
     attach(model, {"a": AdapterSettings(method="lora", rank=2, targets=("up",))})
-    with budget(model, Budget(ffn=8)), pytest.raises(CutError, match="mlp.up is a AdaptedLinear"):
+    with budget(model, Budget(ffn=8)), pytest.raises(CutError, match=r"mlp\.up is a AdaptedLinear"):
         model(tokens)
     with budget(model, Budget(skip=(1,))):
         model(tokens)

@@ -136,7 +136,9 @@ def test_ordering_puts_what_matters_first(moe):
         importance(model, [])
 
 
-@pytest.mark.parametrize("draft", [Budget(ffn=8), Budget(ffn=64), Budget(ffn=16, heads=2, skip=(1, 4)), Budget(hidden=8)])
+@pytest.mark.parametrize(
+    "draft", [Budget(ffn=8), Budget(ffn=64), Budget(ffn=16, heads=2, skip=(1, 4)), Budget(hidden=8)]
+)
 @pytest.mark.parametrize("ahead", [1, 3, 6])
 def test_greedy_speculation_writes_the_verifiers_text(draft, ahead):
     model = decoder(PLAIN)
@@ -170,14 +172,13 @@ def test_sampled_speculation_has_the_verifiers_distribution():
     temperature, count = 0.9, 3000
     first = (logits(model, torch.tensor([prompt]))[0, -1] / temperature).softmax(-1)
     expected = torch.stack(
-        [
-            first[a] * (logits(model, torch.tensor([[*prompt, a]]))[0, -1] / temperature).softmax(-1)
-            for a in range(5)
-        ]
+        [first[a] * (logits(model, torch.tensor([[*prompt, a]]))[0, -1] / temperature).softmax(-1) for a in range(5)]
     ).flatten()
     counts, kept = torch.zeros(25), 0
     for seed in range(count):
-        one = Speculation(model, prompt, Budget(ffn=2), 2, ahead=1, sampling=Sampling(temperature=temperature, seed=seed))
+        one = Speculation(
+            model, prompt, Budget(ffn=2), 2, ahead=1, sampling=Sampling(temperature=temperature, seed=seed)
+        )
         a, b = one
         counts[5 * a + b] += 1
         kept += one.drafts.accepted

@@ -105,23 +105,22 @@ def test_fewer_neurons_are_a_mask_before_or_after_the_activation(activation):
     """All activations are 0 at 0, and either factor of a gated feed-forward may be masked."""
     for gated in (True, False):
         chosen = PLAIN.model_copy(update={"activation": activation, "gated": gated, "mlp_bias": True})
-        model, m = decoder(chosen), 7
-        with budget(model, Budget(ffn=m)):
+        model = decoder(chosen)
+        with budget(model, Budget(ffn=7)):
             cut = logits(model)
         for where in ("after", "up", "gate"):
             masked = decoder(chosen)
             for block in masked.blocks:
                 if where == "after":
-                    block.mlp.down.register_forward_pre_hook(lambda _, args: (_first(args[0], m),))
-                elif where == "up" or not gated:
-                    block.mlp.up.register_forward_hook(lambda _, __, out: _first(out, m))
+                    block.mlp.down.register_forward_pre_hook(lambda _, args: (_first_seven(args[0]),))
                 else:
-                    block.mlp.gate.register_forward_hook(lambda _, __, out: _first(out, m))
+                    factor = block.mlp.up if where == "up" or not gated else block.mlp.gate
+                    factor.register_forward_hook(lambda _, __, out: _first_seven(out))
             torch.testing.assert_close(cut, logits(masked), rtol=1e-9, atol=1e-9)
 
 
-def _first(x, m):
-    return torch.where(torch.arange(x.shape[-1]) < m, x, 0.0)
+def _first_seven(x):
+    return torch.where(torch.arange(x.shape[-1]) < 7, x, 0.0)
 
 
 @pytest.mark.parametrize("recompute", ["none", "block", "selective"])
@@ -221,7 +220,9 @@ def test_compiled_models_run_budgets_too(what):
     expected = []
     for wanted in (Budget(), Budget(ffn=8, skip=(1,)), Budget(ffn=(4, 8, 24), heads=2)):
         with budget(model, wanted):
-            expected.append((wanted, logits(model), torch.autograd.grad(logits(model).square().sum(), model.norm.weight)))
+            expected.append(
+                (wanted, logits(model), torch.autograd.grad(logits(model).square().sum(), model.norm.weight))
+            )
     whole = compile_model(model, "blocks" if what == "blocks" else True, "default", backend="aot_eager")
     compiled = model if whole is None else whole
     for wanted, told, grads in expected:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import Literal
 
 from resilin.models.decoder_settings import DecoderSettings
@@ -36,7 +37,7 @@ def check_granularities(granularities: Sequence[Granularity]) -> None:
     shares = [one <= 1 for one in granularities]
     if any(shares) and not all(shares):
         raise ValueError("granularities mixes shares (at most 1) and numbers (above 1): use one of the two")
-    if any(right <= left for left, right in zip(granularities, granularities[1:], strict=False)):
+    if any(right <= left for left, right in pairwise(granularities)):
         raise ValueError(f"granularities {list(granularities)} should ascend, each a part of the next")
     if all(shares) and granularities[-1] != 1:
         raise ValueError(f"granularities end with {granularities[-1]}: the last one should be 1, the whole model")
@@ -93,8 +94,9 @@ def layer_sizes(
         key_heads = heads // group if heads % group == 0 else own.key_heads
         if heads % key_heads:
             raise BudgetError(
-                f"{float(share):g} of the {own.heads} query heads of layer {layer} is {heads}, which its {own.key_heads} "
-                f"key heads cannot share equally: use multiples of 1/{own.key_heads}, or leave 'heads' out of targets"
+                f"{float(share):g} of the {own.heads} query heads of layer {layer} is {heads}, which its "
+                f"{own.key_heads} key heads cannot share equally: use multiples of 1/{own.key_heads}, or leave "
+                "'heads' out of targets"
             )
     return ffn, heads, key_heads
 

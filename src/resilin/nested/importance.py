@@ -47,7 +47,8 @@ class _MeanInput:
 
     @property
     def mean(self) -> Tensor:
-        return self.sum / max(self.rows, 1)
+        found: Tensor = self.sum / max(self.rows, 1)
+        return found
 
 
 def _plain(map_: nn.Module, name: str) -> Linear:

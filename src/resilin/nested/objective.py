@@ -1,4 +1,6 @@
-"""Training a nested model: which sizes a step computes, and what their losses come to (MatFormer, Devvrit et al., 2023).
+"""Training a nested model: which sizes a step computes, and what their losses come to.
+
+MatFormer (Devvrit et al., 2023), and what it is compared with: joint training, and a size for each layer.
 
 [objective]
 use = "resilin.nested.objective:Nested"
@@ -45,8 +47,8 @@ class Nested(ObjectiveSettings):
     sizes on the same batch, and their gradients are added up, without a mean (the published code); joint-mean: their
     mean. per-layer: each step draws a size for each layer by itself (Once-for-All)."""
     probabilities: tuple[Annotated[float, Field(ge=0)], ...] = ()
-    """Of the sizes in `sample` and `per-layer`, in any proportion; empty: all alike. More weight on the largest buys its
-    quality cheaply."""
+    """Of the sizes in `sample` and `per-layer`, in any proportion; empty: all alike. More weight on the largest buys
+    its quality cheaply."""
     evaluate_all: bool = True
     """Whether held-out data is read at all sizes (`loss_at_0.25`, ...) and not by the whole model alone."""
 
@@ -86,8 +88,8 @@ def whole_is_last(settings: DecoderSettings, granularities: Sequence[Granularity
             size = ffn_size(settings, layer)
             if granularities[-1] != size:
                 raise BudgetError(
-                    f"granularities end with {granularities[-1]}, and layer {layer} has {size} neurons: the last one is "
-                    f"the whole model, {size}"
+                    f"granularities end with {granularities[-1]}, and layer {layer} has {size} neurons: the last one "
+                    f"is the whole model, {size}"
                 )
 
 

@@ -1,4 +1,4 @@
-"""What a budget comes to in a decoder: the exact sizes of what is left, and the settings of an ordinary decoder of it."""
+"""What a budget comes to in a decoder: the sizes of what is left, and the settings of an ordinary decoder of them."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def _heads(layer: int, own: DecoderSettings, heads: int | None, key_heads: int |
     if heads % key_heads or heads // key_heads > group:
         options = [n * key_heads for n in range(1, group + 1)]
         raise BudgetError(
-            f"heads of layer {layer} is {heads}, which {key_heads} key heads of at most {group} query heads each cannot "
-            f"share equally: use one of {', '.join(map(str, options))}, or whole groups (a multiple of {group})"
+            f"heads of layer {layer} is {heads}, which {key_heads} key heads of at most {group} query heads each "
+            f"cannot share equally: use one of {', '.join(map(str, options))}, or whole groups (a multiple of {group})"
         )
     return heads, key_heads
 
