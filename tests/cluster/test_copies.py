@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resilin.cluster.pages import Pages
 from resilin.cluster.peer import Peer, PeerError, PeerServer
 from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
 from resilin.cluster.restore import Need, Owners, Restorer, pieces_owned, pieces_whole
@@ -47,6 +49,11 @@ def copy(owner: int = 1, version: int = 3, epoch: int = 0, scale: float = 1.0) -
     return copy_of(owner, epoch, version, tensors, {"run": {"step": version}})
 
 
+def far(near: Copy) -> Copy:
+    """The same copy in memory that no other process can map."""
+    return replace(near, pages=Pages(near.data.clone()))
+
+
 def test_the_last_two_versions_of_every_owner_and_epoch_are_kept():
     pool = Pool(0)
     for version in range(5):
@@ -57,6 +64,20 @@ def test_the_last_two_versions_of_every_owner_and_epoch_are_kept():
     assert pool.versions() == {(2, 1): [3, 4]}
     with pytest.raises(CopyError, match="member 0 has no copy of member 1's states of epoch 0, version 4"):
         pool.get(1, 0, 4)
+
+
+def test_memory_is_used_again():
+    pool, seen = Pool(1), set()
+    for version in range(12):
+        made = copy_of(
+            1, version // 6, version, [("w", "weights", torch.full((64 + version,), float(version)))], None, pool
+        )
+        seen.add(made.data.data_ptr())
+        pool.put(made)
+        pool.forget(version // 6)
+        for kept in pool.versions()[1, version // 6]:
+            pool.get(1, version // 6, kept).check()
+    assert len(seen) == 3, "two that are kept, and one that is filled"
 
 
 def test_a_flipped_bit_is_found():
@@ -104,8 +125,8 @@ def test_a_copy_that_is_damaged_on_the_way_is_refused_and_the_one_before_stays()
     server = PeerServer(theirs, "secret")
     try:
         peer = Peer(server.address, "secret", 10)
-        peer.put(copy(version=3))
-        bad = copy(version=4)
+        peer.put(far(copy(version=3)))
+        bad = far(copy(version=4))
         bad.data[0] ^= 1
         with pytest.raises(CopyError, match="damaged"):
             peer.put(bad)

@@ -20,6 +20,7 @@ from torch import Tensor
 from resilin.cluster.accepting import accept_each, admitted
 from resilin.cluster.addresses import listen
 from resilin.cluster.handshake import HandshakeError, prove
+from resilin.cluster.pages import Handle, Pages, PagesError
 from resilin.cluster.pool import Copy, CopyError, Pool
 
 _LINE = 1 << 26  # bytes; the head of a copy names every tensor
@@ -127,21 +128,31 @@ class PeerServer:
     def _answer(self, channel: _Channel, told: dict[str, Any]) -> None:
         try:
             if told["do"] == "put":
-                memory = self._pool.memory(int(told["head"]["bytes"]))
-                channel.fill(memory)
-                self._pool.put(Copy.of_head(told["head"], memory))
+                size = int(told["head"]["bytes"])
+                pages = self._pool.memory(size)
+                channel.fill(pages.data[:size])
+                copy = Copy.of_head(told["head"], pages)
+                copy.check()
+                self._pool.put(copy)
+                channel.say({"ok": True})
+            elif told["do"] == "share":
+                self._pool.put(Copy.of_head(told["head"], Pages.mapped(Handle.of_json(told["pages"]))))
                 channel.say({"ok": True})
             elif told["do"] == "head":
-                channel.say({"ok": True, "head": self._pool.get(*_key(told)).head()})
+                copy = self._pool.get(*_key(told))
+                copy.check()  # pages that were shared are read for the first time
+                channel.say({"ok": True, "head": copy.head()})
             elif told["do"] == "get":
                 copy = self._pool.get(*_key(told))
                 pieces = [(int(start), int(size)) for start, size in told["pieces"]]
-                if any(start < 0 or size < 0 or start + size > copy.data.numel() for start, size in pieces):
-                    raise CopyError(f"the copy of member {copy.owner} has {copy.data.numel()} bytes")
+                if any(start < 0 or size < 0 or start + size > copy.bytes for start, size in pieces):
+                    raise CopyError(f"the copy of member {copy.owner} has {copy.bytes} bytes")
                 view = _bytes(copy.data)
                 channel.say({"ok": True}, *(view[start : start + size] for start, size in pieces))
             else:
                 raise CopyError(f"nothing is known of {told['do']!r:.40}")
+        except PagesError as error:
+            channel.say({"ok": False, "far": True, "why": f"{error}"})
         except (CopyError, KeyError) as error:
             channel.say({"ok": False, "why": f"{error}"})
 
@@ -170,7 +181,7 @@ class Peer:
     """
 
     def __init__(self, address: Address, secret: str, timeout: float) -> None:
-        self._address = address
+        self._address, self._near = address, True
         try:
             connection = socket.create_connection((address.host, address.port), timeout)
             prove(connection, secret)
@@ -188,15 +199,22 @@ class Peer:
         if told is None:
             raise PeerError(f"the member at {self._address.host}:{self._address.port} ended the connection")
         if not told.get("ok"):
-            raise CopyError(str(told.get("why", "no reason was given")))
+            raise (PagesError if told.get("far") else CopyError)(str(told.get("why", "no reason was given")))
         return told
 
     def put(self, copy: Copy) -> None:
-        """Give a copy; returns once it is there, whole and compared.
+        """Give a copy; returns once it is there: mapped, where both are on one machine, else sent and compared.
 
         Raises:
             PeerError, CopyError: it is not.
         """
+        if self._near and copy.pages.handle is not None:
+            try:
+                self._ask({"do": "share", "head": copy.head(), "pages": copy.pages.handle.json()})
+            except PagesError:
+                self._near = False  # another machine, or as good as
+            else:
+                return
         self._ask({"do": "put", "head": copy.head()}, _bytes(copy.data))
 
     def head(self, owner: int, epoch: int, version: int) -> dict[str, Any]:

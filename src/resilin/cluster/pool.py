@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resilin.checkpoint.tensor_record import DTYPE_NAMES, DTYPES
+from resilin.cluster.pages import Pages
 from resilin.cluster.sum64 import sum64
 
 KEPT = 2
@@ -57,7 +58,8 @@ class Copy:
         version: steps committed.
         slots: what is where in `data`.
         rest: JSON values that belong to it.
-        data: (bytes,) uint8 in host memory.
+        bytes: of its data.
+        pages: host memory, of so many bytes at least, which begins with the data.
         sum: `sum64` of the data.
     """
 
@@ -66,8 +68,14 @@ class Copy:
     version: int
     slots: tuple[Slot, ...]
     rest: Any
-    data: Tensor
+    bytes: int
+    pages: Pages
     sum: int
+
+    @property
+    def data(self) -> Tensor:
+        """(bytes,) uint8."""
+        return self.pages.data[: self.bytes]
 
     def tensor(self, slot: Slot) -> Tensor:
         """A view of one tensor."""
@@ -82,27 +90,26 @@ class Copy:
             "version": self.version,
             "slots": slots,
             "rest": self.rest,
-            "bytes": self.data.numel(),
+            "bytes": self.bytes,
             "sum": self.sum,
         }
 
     @classmethod
-    def of_head(cls, head: dict[str, Any], data: Tensor) -> Copy:
-        """From a head and the data that came with it.
+    def of_head(cls, head: dict[str, Any], pages: Pages) -> Copy:
+        """From a head and the data that came with it. The sum is not compared yet: see `check`.
 
         Raises:
-            CopyError: the data is not what the head says, or the head none.
+            CopyError: there are fewer bytes than the head says, or it is none.
         """
         try:
             slots = slots_of(head)
             owner, epoch, version = int(head["owner"]), int(head["epoch"]), int(head["version"])
-            made = cls(owner, epoch, version, slots, head["rest"], data, int(head["sum"]))
-            length = int(head["bytes"])
+            made = cls(owner, epoch, version, slots, head["rest"], int(head["bytes"]), pages, int(head["sum"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CopyError(f"this is no head of a copy: {head!r:.200} ({type(error).__name__}: {error})") from None
-        if data.numel() != length or any(s.start + s.bytes > length for s in slots):
-            raise CopyError(f"member {made.owner}'s states of version {made.version}: {data.numel()} of {length} bytes")
-        made.check()
+        there = pages.data.numel()
+        if there < made.bytes or any(s.start < 0 or s.start + s.bytes > made.bytes for s in slots):
+            raise CopyError(f"member {made.owner}'s states of version {made.version}: {there} of {made.bytes} bytes")
         return made
 
     def check(self) -> None:
@@ -138,16 +145,17 @@ class Pool:
         self.member = member
         self._lock = threading.Lock()
         self._copies: dict[tuple[int, int], dict[int, Copy]] = {}  # by owner and epoch
-        self._free: list[Tensor] = []
+        self._free: list[Pages] = []
 
-    def memory(self, size: int) -> Tensor:
-        """Memory for a copy's data: that of a version which is no longer kept, where one has this size."""
+    def memory(self, size: int) -> Pages:
+        """Memory for so many bytes at least: that of a version which is no longer kept, where one fits."""
         with self._lock:
             for place, old in enumerate(self._free):
-                if old.numel() == size:
+                if size <= old.data.numel() <= 4 * size:
                     return self._free.pop(place)
             del self._free[_SPARE:]  # sizes change when ownership does
-        return torch.empty(size, dtype=torch.uint8)
+        # Memory that was never written to costs nothing, and whoever is left after a loss owns more than before.
+        return Pages.of(size + size // 2)
 
     def put(self, copy: Copy) -> None:
         """Keep a complete copy; of this owner's others of the epoch the newest `KEPT - 1` stay."""
@@ -155,7 +163,8 @@ class Pool:
             mine = self._copies.setdefault((copy.owner, copy.epoch), {})
             mine[copy.version] = copy
             for version in sorted(mine)[:-KEPT]:
-                self._free.insert(0, mine.pop(version).data)
+                if (pages := mine.pop(version).pages).own:
+                    self._free.insert(0, pages)
 
     def get(self, owner: int, epoch: int, version: int) -> Copy:
         """A copy.
@@ -181,8 +190,8 @@ class Pool:
         """Drop copies of epochs before this one."""
         with self._lock:
             for key in [key for key in self._copies if key[1] < epoch]:
-                del self._copies[key]
-            self._free.clear()
+                self._free += [copy.pages for copy in self._copies.pop(key).values() if copy.pages.own]
+            del self._free[_SPARE:]
 
 
 def copy_of(
@@ -202,7 +211,8 @@ def copy_of(
     for parameter, path, tensor in tensors:
         slots.append(Slot(parameter, path, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), size, tensor.nbytes))
         size += -(-tensor.nbytes // _ALIGN) * _ALIGN
-    data = torch.empty(size, dtype=torch.uint8) if pool is None else pool.memory(size)
+    pages = Pages.of(size) if pool is None else pool.memory(size)
+    data = pages.data[:size]
     views, given = [], []
     end = 0
     for slot, (_, _, tensor) in zip(slots, tensors, strict=True):
@@ -213,4 +223,4 @@ def copy_of(
     data[end:].zero_()
     if views:
         torch._foreach_copy_(views, given)
-    return Copy(owner, epoch, version, tuple(slots), rest, data, sum64(data))
+    return Copy(owner, epoch, version, tuple(slots), rest, size, pages, sum64(data))

@@ -1,0 +1,122 @@
+"""Memory that outlasts the process that filled it: copies of states which another process of the same machine keeps.
+
+Between machines a copy is sent. On one machine nothing has to be: whoever holds it maps the same pages, and they stay
+as long as anyone maps them, however the process that made them ended (SIGKILL too). So the moment in which a member's
+newest states exist only once is as long as it takes to write them down, and no processor time goes into moving them.
+What is lost with a machine is lost either way; holders are on other machines where there are any.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import weakref
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAME = "resilin-copy"
+_SEALS = getattr(fcntl, "F_SEAL_SHRINK", 0) | getattr(fcntl, "F_SEAL_GROW", 0)
+
+
+class PagesError(RuntimeError):
+    """Another process's pages cannot be mapped here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """How a process of the same user on the same machine finds pages.
+
+    Attributes:
+        process: whose they are.
+        descriptor: its number for them.
+        device: of the file that they are.
+        inode: of the file; with the device it tells whether what is found is what was meant.
+        bytes: how many.
+    """
+
+    process: int
+    descriptor: int
+    device: int
+    inode: int
+    bytes: int
+
+    def json(self) -> list[int]:
+        """As JSON values."""
+        return list(astuple(self))
+
+    @classmethod
+    def of_json(cls, told: Any) -> Handle:
+        """From what `json` gave.
+
+        Raises:
+            PagesError: it is something else.
+        """
+        if not isinstance(told, list) or len(told) != 5 or any(type(one) is not int or one < 0 for one in told):
+            raise PagesError(f"this is no handle of pages: {told!r:.100}")
+        return cls(*told)
+
+
+class Pages:
+    """A piece of host memory.
+
+    Attributes:
+        data: (bytes,) uint8.
+        handle: with which others map it; None: this system has no such memory, and it is this process's alone.
+        own: whether this process made it, and may fill it anew.
+    """
+
+    def __init__(self, data: Tensor, handle: Handle | None = None, *, own: bool = True) -> None:
+        self.data, self.handle, self.own = data, handle, own
+
+    @classmethod
+    def of(cls, size: int) -> Pages:
+        """New ones, of so many bytes."""
+        if not size or not hasattr(os, "memfd_create"):
+            return cls(torch.empty(size, dtype=torch.uint8))
+        try:
+            file = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError:  # a sandbox may forbid it
+            return cls(torch.empty(size, dtype=torch.uint8))
+        try:
+            os.ftruncate(file, size)
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)  # whoever maps them will not find them gone
+            data = torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
+            facts = os.fstat(file)
+        except BaseException:
+            os.close(file)
+            raise
+        made = cls(data, Handle(os.getpid(), file, facts.st_dev, facts.st_ino, size))
+        weakref.finalize(made, os.close, file)
+        return made
+
+    @classmethod
+    def mapped(cls, handle: Handle) -> Pages:
+        """Those of another process, or of this one.
+
+        Raises:
+            PagesError: it is on another machine, or in another container, or of another user, or gone.
+        """
+        path = f"/proc/{handle.process}/fd/{handle.descriptor}"
+        try:
+            named = Path(path).readlink()
+            if not str(named).startswith(f"/memfd:{_NAME}"):  # nothing else is opened
+                raise PagesError(f"{path} is {named}, and no copy")
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise PagesError(f"{path} cannot be opened: {error}") from None
+        try:
+            facts, seals = os.fstat(file), fcntl.fcntl(file, fcntl.F_GET_SEALS)
+            if (facts.st_dev, facts.st_ino, facts.st_size) != (handle.device, handle.inode, handle.bytes):
+                raise PagesError(f"{path} is another copy than the one that was meant")
+            if seals & _SEALS != _SEALS:
+                raise PagesError(f"{path} could be cut off by whoever made it")
+            return cls(torch.frombuffer(mmap.mmap(file, handle.bytes), dtype=torch.uint8), handle, own=False)
+        except OSError as error:
+            raise PagesError(f"{path} cannot be mapped: {error}") from None
+        finally:
+            os.close(file)
