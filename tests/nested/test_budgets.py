@@ -55,7 +55,7 @@ def test_the_settings_of_a_sub_model_describe_exactly_it(case):
 def test_a_budget_that_names_everything_is_the_full_one(chosen):
     everything = Budget(ffn=24, heads=4, hidden=16)
     assert sub_model(chosen, everything) == sub_model(chosen, Budget())
-    assert sub_settings(chosen, everything) is chosen
+    assert sub_settings(chosen, everything) == chosen
 
 
 def test_budgets_print_as_they_are_written():

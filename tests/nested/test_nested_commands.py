@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -231,3 +232,34 @@ def test_what_cannot_be_done_is_told(resilin, trained, place, arguments, says):
     assert done.code == 2, done.out
     assert says in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("layout", "exact"),
+    [
+        ("parallel.data=2", True),
+        ("parallel.pipeline=2", True),
+        pytest.param("parallel.sharding=fsdp", False, marks=pytest.mark.slow),
+    ],
+)
+def test_workers_train_the_same_nested_model(trained, place, layout, exact):
+    """Real processes; the run's micro-batches are the same, and with them the sums."""
+    folder = place / "runs" / layout.replace("=", "-")
+    command = [sys.executable, "-m", "resilin", "train", "run.toml", "--folder", str(folder), "--workers", "2", layout]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    alone, together = (open_model(run, device="cpu").model for run in (trained, folder))
+    for (name, one), (_, two) in zip(alone.named_parameters(), together.named_parameters(), strict=True):
+        if exact:
+            assert torch.equal(one, two), name
+        else:
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_ranks_of_tensor_parallelism_refuse(place):
+    command = [sys.executable, "-m", "resilin", "train", "run.toml", "--folder", "runs/tensor", "--workers", "2"]
+    done = subprocess.run(
+        [*command, "parallel.tensor=2"], cwd=place, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 2
+    assert "divided by tensor or expert parallelism cannot be run in part" in done.stderr

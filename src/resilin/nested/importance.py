@@ -58,7 +58,8 @@ def _plain(map_: nn.Module, name: str) -> Linear:
 
 
 def _rows(matrix: Tensor) -> Tensor:
-    return matrix.double().norm(dim=-1)
+    found: Tensor = torch.linalg.vector_norm(matrix.double(), dim=-1)
+    return found
 
 
 def _neurons_by_weight(mlp: MLP) -> Tensor:

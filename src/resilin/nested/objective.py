@@ -50,7 +50,8 @@ class Nested(ObjectiveSettings):
     """Of the sizes in `sample` and `per-layer`, in any proportion; empty: all alike. More weight on the largest buys
     its quality cheaply."""
     evaluate_all: bool = True
-    """Whether held-out data is read at all sizes (`loss_at_0.25`, ...) and not by the whole model alone."""
+    """Whether held-out data is read at all sizes (`loss_at_0.25`, ...) and not by the whole model alone; a pipeline
+    reads it by the whole model."""
 
     @model_validator(mode="after")
     def _check(self) -> Nested:
@@ -182,8 +183,8 @@ class NestedLoss(ObjectiveTransform):
 
     def _evaluated(self, model: nn.Module, batch: Batch) -> Loss:
         whole = self.inner(model, batch, None)
-        if not self.nest.evaluate_all:
-            return whole
+        if not self.nest.evaluate_all or decoder_in(model).span is not None:
+            return whole  # a stage of a pipeline computes a batch once
         logs: dict[str, Log] = dict(whole.logs)
         for number in range(len(self.nest.granularities) - 1):
             logs |= self._log(number, self._at(model, batch, None, number))
