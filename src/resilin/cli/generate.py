@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from resilin.inference.generate import Continuation, StopRule
     from resilin.inference.sampling import Sampling
     from resilin.models.decoder import Decoder
+    from resilin.nested.budgets import Budget
 
-HOW, WHAT = "How to choose", "What to write"
+HOW, WHAT, SIZE = "How to choose", "What to write", "A part of a nested model"
 
 
 def _prompts(prompt: list[str] | None, prompt_file: list[Path] | None) -> list[str]:
@@ -134,6 +136,37 @@ def _as_json(prompt: str, sample: int, answer: Continuation) -> str:
     return json.dumps(line, ensure_ascii=False)
 
 
+def _speculate(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    shown: list[str],
+    stop: StopRule,
+    sampling: Sampling,
+    how: tuple[Budget, Budget, int],
+) -> None:
+    """Write one answer after the other, drafted and verified inside the model; tell how many drafts were kept."""
+    from resilin.nested.speculative import Speculation
+
+    verifier, draft, ahead = how
+    began, written, proposed, accepted = time.perf_counter(), 0, 0, 0
+    for row, (prompt, text) in enumerate(zip(prompts, shown, strict=True)):
+        typer.secho(text, nl=False, dim=True)
+        own = sampling.model_copy(update={"seed": sampling.seed + row})
+        answer = Speculation(model, prompt, draft, stop.max_new_tokens, verifier, ahead, own, stop.ids)
+        words = tokenizer.stream_decoder()
+        for token in answer:
+            written += 1
+            if token not in stop.ids:
+                typer.echo(words.step(token), nl=False)
+                sys.stdout.flush()
+        typer.echo(words.finish())
+        proposed, accepted = proposed + answer.drafts.proposed, accepted + answer.drafts.accepted
+    seconds = time.perf_counter() - began
+    kept = f"{accepted} of {proposed} drafted tokens kept"
+    typer.secho(f"[{written} tokens, {written / seconds:.1f} tokens/s; {kept}]", err=True, dim=True)
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
     """How tokens are chosen."""
@@ -193,6 +226,20 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line for each answer.", rich_help_panel=WHAT)
     ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Write with this part of the model: a JSON file, or ffn=512,skip=3+4.", rich_help_panel=SIZE),
+    ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Let this smaller part propose tokens that the model, or --budget, verifies: the same text, sooner.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    ahead: Annotated[
+        int, typer.Option(min=1, help="With --draft: tokens proposed at a time.", rich_help_panel=SIZE)
+    ] = 4,
     *,
     choosing: SamplingOptions,
     opening: ModelOptions,
@@ -208,10 +255,15 @@ def generate(
     resilin generate SmolLM2.gguf --chat                           talk
     resilin generate SmolLM2.gguf --chat -p "What is rust?" -n 80  one answer
     cat a.txt | resilin generate my-model --stop "\\n\\n" --json    for scripts
+    resilin generate runs/nested -p "ROMEO." --budget ffn=128      a part of it
+    resilin generate runs/nested -p "ROMEO." --draft ffn=128       draft and verify
     """
     from resilin.inference.generate import StopRule
     from resilin.inference.generate import generate as answers_to
     from resilin.inference.prompts import prompt_tokens
+    from resilin.nested.budgets import Budget
+    from resilin.nested.in_place import budget as run_part
+    from resilin.nested.sub_model import sub_model
 
     sampling = choosing.settings()
     if system is not None and not chat:
@@ -224,8 +276,16 @@ def generate(
     if chat and words.chat_template is None:
         strings = (*strings, "<|im_end|>")  # of ChatML, the form used where the tokenizer brings none
     rule = StopRule(max_new_tokens, opened.end_ids, strings)
+    part, proposing = (None if text is None else Budget.parse(text) for text in (budget, draft))
+    if part is not None or proposing is not None:
+        for one in (part, proposing):
+            sub_model(opened.model.settings, one or Budget())
+        if proposing is not None and (chat or stop or as_json):
+            raise UserError("--draft writes plain answers: leave out --chat, --stop and --json")
+    running = nullcontext() if part is None else run_part(opened.model, part)
     if talking:
-        _chat(opened.model, words, system, rule, sampling, texts)
+        with running:
+            _chat(opened.model, words, system, rule, sampling, texts)
         return
     before = [{"role": "system", "content": system}] if system else []
     ids = [
@@ -236,9 +296,16 @@ def generate(
         for _ in range(samples)
     ]
     if as_json:
-        for row, answer in enumerate(answers_to(opened.model, ids, rule, sampling=sampling, tokenizer=words)):
+        with running:
+            answers = answers_to(opened.model, ids, rule, sampling=sampling, tokenizer=words)
+        for row, answer in enumerate(answers):
             typer.echo(_as_json(texts[row // samples], row % samples, answer))
         return
     began = time.perf_counter()
     shown = ["" if chat else text for text in texts for _ in range(samples)]
-    _report(_write(opened.model, words, ids, shown, rule, sampling, len(ids) > 1), time.perf_counter() - began)
+    if proposing is not None:
+        _speculate(opened.model, words, ids, shown, rule, sampling, (part or Budget(), proposing, ahead))
+        return
+    with running:
+        answers = _write(opened.model, words, ids, shown, rule, sampling, len(ids) > 1)
+    _report(answers, time.perf_counter() - began)

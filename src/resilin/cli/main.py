@@ -15,8 +15,11 @@ from resilin.cli import adapter, bench, checkpoint, cluster, data, layout, recip
 from resilin.cli.chaos import chaos
 from resilin.cli.evaluate import evaluate
 from resilin.cli.export import export
+from resilin.cli.extract import extract
+from resilin.cli.family import family
 from resilin.cli.generate import generate
 from resilin.cli.inspect import inspect
+from resilin.cli.nest import nest
 from resilin.cli.plan import plan
 from resilin.cli.reproduce import reproduce
 from resilin.cli.stages import dpo, reward, rl, sft
@@ -63,6 +66,9 @@ app.command(rich_help_panel=TRAINING)(chaos)
 app.command(rich_help_panel=USING)(evaluate)
 app.command(rich_help_panel=USING)(generate)
 app.command(rich_help_panel=USING)(export)
+app.command(rich_help_panel=USING)(nest)
+app.command(rich_help_panel=USING)(family)
+app.command(rich_help_panel=USING)(extract)
 app.add_typer(checkpoint.app, name="checkpoint", rich_help_panel=TRAINING)
 app.add_typer(cluster.app, name="cluster", rich_help_panel=TRAINING)
 app.add_typer(adapter.app, name="adapter", rich_help_panel=USING)

@@ -5,11 +5,15 @@ Shapes: B batch, T tokens, H query heads, K key heads, D head size, S keys seen,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from resilin.models.attention_core import AttentionCore
 from resilin.models.cache import KVCache
+from resilin.models.cut import BlockCut
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.linear import Linear
 from resilin.models.mask import Mask
@@ -34,7 +38,7 @@ class Attention(nn.Module):
         self.norm_over_width = settings.qk_norm_over == "width"
         self.core: nn.Module = AttentionCore(settings)
 
-    def _heads(self, x_BTW: Tensor, count: int, norm: nn.Module | None) -> Tensor:
+    def _heads(self, x_BTW: Tensor, count: int, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
         """(B, T, count * D) -> (B, T, count, D), normed over each head or over all of them."""
         if norm is not None and self.norm_over_width:
             x_BTW = norm(x_BTW)
@@ -43,21 +47,59 @@ class Attention(nn.Module):
             x_BTHD = norm(x_BTHD)
         return x_BTHD
 
-    def forward(
-        self, x_BTD: Tensor, turn: Rotation, mask: Mask, cache: KVCache | None = None, slots_BT: Tensor | None = None
-    ) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden); with a cache, new keys and values are stored at `slots_BT` first."""
+    def _projected(self, x_BTD: Tensor, cut: BlockCut | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before their rotation: (B, T, H, D), (B, T, K, D) twice."""
         B, T, _ = x_BTD.shape
-        q_BTHD = self._heads(self.q(x_BTD), self.heads, self.q_norm)
-        k_BTKD = self._heads(self.k(x_BTD), self.key_heads, self.k_norm)
-        v_BTKD = self.v(x_BTD).view(B, T, self.key_heads, self.head_size)
+        if cut is None:
+            q_BTHD = self._heads(self.q(x_BTD), self.heads, self.q_norm)
+            k_BTKD = self._heads(self.k(x_BTD), self.key_heads, self.k_norm)
+            return q_BTHD, k_BTKD, self.v(x_BTD).view(B, T, self.key_heads, self.head_size)
+        q_BTW, k_BTW, v_BTW = (
+            cut.linear(x_BTD, one, f"attention.{name}") for name, one in (("q", self.q), ("k", self.k), ("v", self.v))
+        )
+        norms = [None if n is None else partial(self._cut_norm, cut, n, s) for n, s in self._norms()]
+        q_BTHD, k_BTKD = (
+            self._heads(x, count, norm)
+            for x, count, norm in zip((q_BTW, k_BTW), (cut.heads, cut.key_heads), norms, strict=True)
+        )
+        return q_BTHD, k_BTKD, v_BTW.view(B, T, cut.key_heads, self.head_size)
+
+    def _norms(self) -> tuple[tuple[nn.Module | None, str], ...]:
+        return (self.q_norm, "attention.q_norm.weight"), (self.k_norm, "attention.k_norm.weight")
+
+    @staticmethod
+    def _cut_norm(cut: BlockCut, norm: nn.Module, name: str, x: Tensor) -> Tensor:
+        if name not in cut.regions:
+            whole: Tensor = norm(x)
+            return whole
+        part: Tensor = norm(x, cut.vector(norm.weight, name))  # type: ignore[arg-type]
+        return part
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        turn: Rotation,
+        mask: Mask,
+        cache: KVCache | None = None,
+        slots_BT: Tensor | None = None,
+        cut: BlockCut | None = None,
+    ) -> Tensor:
+        """(B, T, hidden) -> (B, T, hidden); with a cache, new keys and values are stored at `slots_BT` first.
+
+        Of a cut block the used heads alone are computed, stored and read.
+        """
+        B, T, _ = x_BTD.shape
+        heads = self.heads if cut is None else cut.heads
+        q_BTHD, k_BTKD, v_BTKD = self._projected(x_BTD, cut)
         q_BTHD, k_BTKD = rotate(q_BTHD, turn), rotate(k_BTKD, turn)
         if cache is None:
             k_BKSD, v_BKSD = k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
         else:
             assert slots_BT is not None
             cache.store(self.layer, slots_BT, k_BTKD, v_BTKD)
-            k_BKSD, v_BKSD = (x.to(q_BTHD.dtype) for x in cache.read(self.layer, min(cache.reach + T, cache.capacity)))
+            held = cache.read(self.layer, min(cache.reach + T, cache.capacity), k_BTKD.shape[2])
+            k_BKSD, v_BKSD = (x.to(q_BTHD.dtype) for x in held)
         mixed_BHTD = self.core(q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, mask)
-        out_BTD: Tensor = self.o(mixed_BHTD.transpose(1, 2).reshape(B, T, self.heads * self.head_size))
+        mixed_BTW = mixed_BHTD.transpose(1, 2).reshape(B, T, heads * self.head_size)
+        out_BTD: Tensor = self.o(mixed_BTW) if cut is None else cut.linear(mixed_BTW, self.o, "attention.o")
         return out_BTD

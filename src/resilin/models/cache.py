@@ -51,7 +51,7 @@ class KVCache:
         return KVCache(
             settings.layers,
             batch,
-            settings.key_heads,
+            max(settings.at(layer).key_heads for layer in range(settings.layers)),
             capacity,
             settings.head_width,
             dtype or model.stream_dtype,
@@ -85,14 +85,14 @@ class KVCache:
         return torch.where(real_BT, slots_BT, self.capacity)
 
     def store(self, layer: int, slots_BT: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
-        """Write one layer's new keys and values."""
-        T = slots_BT.shape[1]
+        """Write one layer's new keys and values; of a layer that has, or is run with, fewer key heads, the first."""
+        T, heads = slots_BT.shape[1], k_BTKD.shape[2]
         if not self.ragged:  # every row has `reach` tokens
             new = slice(self.reach, self.reach + T)
-            self.keys_LBKCD[layer, :, :, new] = k_BTKD.transpose(1, 2)
-            self.values_LBKCD[layer, :, :, new] = v_BTKD.transpose(1, 2)
+            self.keys_LBKCD[layer, :, :heads, new] = k_BTKD.transpose(1, 2)
+            self.values_LBKCD[layer, :, :heads, new] = v_BTKD.transpose(1, 2)
             return
-        if T == 1:  # whole vectors are copied, as quick as a slice
+        if T == 1 and heads == self.keys_LBKCD.shape[2]:  # whole vectors are copied, as quick as a slice
             heads_BK = torch.arange(k_BTKD.shape[0] * k_BTKD.shape[2], device=slots_BT.device).view(len(slots_BT), -1)
             places = (heads_BK * (self.capacity + 1) + slots_BT).flatten()
             for stored, new_BTKD in ((self.keys_LBKCD, k_BTKD), (self.values_LBKCD, v_BTKD)):
@@ -100,12 +100,12 @@ class KVCache:
                 flat.index_copy_(0, places, new_BTKD.reshape(-1, stored.shape[-1]).to(stored.dtype))
             return
         rows = torch.arange(slots_BT.shape[0], device=slots_BT.device)[:, None]
-        self.keys_LBKCD[layer].transpose(1, 2)[rows, slots_BT] = k_BTKD.to(self.keys_LBKCD.dtype)
-        self.values_LBKCD[layer].transpose(1, 2)[rows, slots_BT] = v_BTKD.to(self.values_LBKCD.dtype)
+        self.keys_LBKCD[layer, :, :heads].transpose(1, 2)[rows, slots_BT] = k_BTKD.to(self.keys_LBKCD.dtype)
+        self.values_LBKCD[layer, :, :heads].transpose(1, 2)[rows, slots_BT] = v_BTKD.to(self.values_LBKCD.dtype)
 
-    def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
-        """One layer's keys and values of the first `slots` slots: (B, K, slots, D), views."""
-        return self.keys_LBKCD[layer, :, :, :slots], self.values_LBKCD[layer, :, :, :slots]
+    def read(self, layer: int, slots: int, heads: int) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values of the first `slots` slots and `heads` key heads: (B, K, slots, D), views."""
+        return self.keys_LBKCD[layer, :, :heads, :slots], self.values_LBKCD[layer, :, :heads, :slots]
 
     def advance(self, real_BT: Tensor | None, tokens: int) -> None:
         """Count the tokens just stored."""
@@ -114,6 +114,17 @@ class KVCache:
             self.length_B = self.length_B + tokens
         else:
             self.length_B = self.length_B + real_BT.sum(1)
+
+    def take_back(self, tokens: int) -> None:
+        """Forget the last tokens of every row: what is stored next takes their places.
+
+        Raises:
+            ValueError: some row may hold fewer.
+        """
+        if tokens > self.reach or (self.ragged and tokens > int(self.length_B.min())):
+            raise ValueError(f"{tokens} tokens cannot be taken back: the cache holds at most {self.reach} a row")
+        self.length_B = self.length_B - tokens
+        self.reach -= tokens
 
     def enlarge(self, capacity: int) -> None:
         """Make room for `capacity` tokens a row."""

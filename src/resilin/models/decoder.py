@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D hidden size, E experts, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,6 +16,7 @@ from resilin.keys import Keys, drop, dropout, kept
 from resilin.models import uncompiled
 from resilin.models.attention import Attention
 from resilin.models.cache import KVCache
+from resilin.models.cut import BlockCut, Cut, cut_of
 from resilin.models.decoder_plan import decoder_plan
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.initial import fill_parameters
@@ -42,10 +43,12 @@ class DecoderOutput(NamedTuple):
     Attributes:
         hidden_BTD: after the final norm; `Decoder.logits` turns it (or a chunk of it) into logits.
         router_logits: (B, T, E) of every block that has experts, in order.
+        choices: how many experts a token visited in each of those blocks; (): as many as the settings say.
     """
 
     hidden_BTD: Tensor
     router_logits: tuple[Tensor, ...] = ()
+    choices: tuple[int, ...] = ()
 
 
 class Block(nn.Module):
@@ -53,6 +56,7 @@ class Block(nn.Module):
 
     def __init__(self, settings: DecoderSettings, layer: int, device: torch.device | str | None = None) -> None:
         super().__init__()
+        settings = settings.at(layer)
         self.layer = layer
         self.dropout = settings.dropout
         self.attention_norm = stream_norm(settings, device)
@@ -65,13 +69,21 @@ class Block(nn.Module):
         self.has_experts = settings.is_moe_layer(layer)
         self.tiles = settings.mlp_tiles
 
-    def _feed_forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _feed_forward(self, x: Tensor, cut: BlockCut | None = None) -> tuple[Tensor, ...]:
         """(..., D), each token by itself -> the branch's output (..., D) and, with experts, the router's logits."""
-        normed = self.mlp_norm(x)
+        normed, how = self._normed(self.mlp_norm, x, cut, "mlp_norm.weight"), () if cut is None else (cut,)
         if self.has_experts:
-            hidden, router = self.moe(normed)
+            hidden, router = self.moe(normed, *how)
             return hidden, router
-        return (self.mlp(normed),)
+        return (self.mlp(normed, *how),)
+
+    @staticmethod
+    def _normed(norm: nn.Module, x: Tensor, cut: BlockCut | None, name: str) -> Tensor:
+        if cut is None or name not in cut.regions:
+            whole: Tensor = norm(x)
+            return whole
+        part: Tensor = norm(x, cut.vector(norm.weight, name))  # type: ignore[arg-type]
+        return part
 
     def forward(
         self,
@@ -81,15 +93,20 @@ class Block(nn.Module):
         keys: Keys | None = None,
         cache: KVCache | None = None,
         slots_BT: Tensor | None = None,
+        cut: BlockCut | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream after this block, and the router's logits where the block has experts."""
-        mixed = self.attention(self.attention_norm(x_BTD), turn, mask, cache, slots_BT)
+        """The residual stream after this block, and the router's logits where the block has experts.
+
+        With a cut, of that part of the block; it is an argument so that a block that is computed again is cut again.
+        """
+        normed = self._normed(self.attention_norm, x_BTD, cut, "attention_norm.weight")
+        mixed = self.attention(normed, turn, mask, cache, slots_BT, *(() if cut is None else (cut,)))
         x_BTD = x_BTD + self._dropped(mixed, keys, "attention")
         if self.tiles == 1:
-            hidden, *router = self._feed_forward(x_BTD)
+            hidden, *router = self._feed_forward(x_BTD, cut)
         else:
             modules = (self.mlp_norm, self.moe if self.has_experts else self.mlp)
-            hidden, *router = in_tiles(modules, self._feed_forward, x_BTD, self.tiles)
+            hidden, *router = in_tiles(modules, partial(self._feed_forward, cut=cut), x_BTD, self.tiles)
         return x_BTD + self._dropped(hidden, keys, "mlp"), router[0] if router else None
 
     def _dropped(self, x_BTD: Tensor, keys: Keys | None, branch: str) -> Tensor:
@@ -150,8 +167,10 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D): the output matrix, the embedding's own where they are tied."""
-        return self.embed.weight if self.head is None else self.head.weight
+        """(V, D): the output matrix, the embedding's own where they are tied; of a cut model the columns in use."""
+        weight = self.embed.weight if self.head is None else self.head.weight
+        cut = cut_of(self)
+        return weight if cut is None else self._columns(weight, cut)
 
     @property
     def stream_dtype(self) -> torch.dtype:
@@ -166,6 +185,31 @@ class Decoder(nn.Module):
         if self.span is None or self.span.first:
             return self.embed.weight
         return next(p for p in self.blocks[self.span.blocks[0]].parameters() if p.ndim > 1)
+
+    @staticmethod
+    def _columns(x: Tensor, cut: Cut | None) -> Tensor:
+        """The part of the stream's width that is in use."""
+        return x if cut is None or cut.hidden == x.shape[-1] else x[..., : cut.hidden]
+
+    def _last_norm(self, x_BTD: Tensor, cut: Cut | None) -> Tensor:
+        if x_BTD.shape[-1] == self.settings.hidden_size:
+            whole: Tensor = self.norm(x_BTD)
+            return whole
+        part: Tensor = self.norm(x_BTD, self._columns(self.norm.weight, cut))  # type: ignore[arg-type]
+        return part
+
+    def _choices(self, cut: Cut | None) -> tuple[int, ...]:
+        """How many experts a token visits in each block with experts that is computed; () where that is as ever."""
+        if self.settings.moe is None or (cut is None and not self.settings.layer_sizes):
+            return ()
+        found = []
+        for layer in range(self.settings.layers):
+            moe = self.settings.at(layer).moe
+            if moe is None or not self.settings.is_moe_layer(layer) or (cut is not None and layer in cut.skipped):
+                continue
+            of_block = None if cut is None else cut.blocks[layer]
+            found.append((of_block.experts_per_token if of_block is not None else 0) or moe.experts_per_token)
+        return tuple(found)
 
     def logits(self, hidden: Tensor, head: PackedWeight | None = None) -> Tensor:
         """(..., D) after the final norm -> (..., V) logits, float32 at least, soft-capped where the settings say so.
@@ -316,7 +360,7 @@ class Decoder(nn.Module):
     ) -> DecoderOutput | StageOutput:
         if self.span is not None and self.span.probing:
             return StageShape(*tokens_BT.shape)
-        T, device = tokens_BT.shape[1], tokens_BT.device
+        T, device, cut = tokens_BT.shape[1], tokens_BT.device, cut_of(self)
         # What attention sees are whole rows, also where the tokens of a row are divided over ranks.
         rows, whole = T, (documents_BT, positions_BT, continues_BT)
         if self.sequence is not None:
@@ -335,7 +379,7 @@ class Decoder(nn.Module):
             self.span.tokens = tokens_BT
         if self.span is None or self.span.first:
             embedded = self.embed(tokens_BT) if self.span is None else self.span.begin(tokens_BT, self.embed)
-            x_BTD = embedded.to(self.stream_dtype)
+            x_BTD = self._columns(embedded.to(self.stream_dtype), cut)
             x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)
             routers = []
         else:
@@ -345,20 +389,23 @@ class Decoder(nn.Module):
         offload = Offload(store) if store is not None else None
         layers = range(self.settings.layers) if self.span is None else self.span.blocks
         for layer in layers:
+            if cut is not None and layer in cut.skipped:
+                continue
             mask, away = masks[self.settings.window_of(layer)], offload if layer != layers[-1] else None
+            more = () if cut is None else (None, None, cut.blocks[layer])
             x_BTD, router = run_block(
-                self.settings.recompute, self.blocks[layer], x_BTD, turn, mask, keys, offload=away
+                self.settings.recompute, self.blocks[layer], x_BTD, turn, mask, keys, *more, offload=away
             )
             if router is not None:
                 routers.append(router)
         if self.span is not None and not self.span.last:
             return Hidden(x_BTD, tuple(routers))
-        return DecoderOutput(self.norm(x_BTD), tuple(routers))
+        return DecoderOutput(self._last_norm(x_BTD, cut), tuple(routers), self._choices(cut))
 
     def _forward_cached(
         self, tokens_BT: Tensor, positions_BT: Tensor | None, documents_BT: Tensor | None, cache: KVCache
     ) -> DecoderOutput:
-        T = tokens_BT.shape[1]
+        T, cut = tokens_BT.shape[1], cut_of(self)
         real_BT = None if documents_BT is None else documents_BT >= 0
         slots_BT = cache.slots_of(real_BT, T)
         reach = min(cache.reach + T, cache.capacity)
@@ -370,12 +417,16 @@ class Decoder(nn.Module):
         ragged = cache.ragged or real_BT is not None
         windows = {self.settings.window_of(layer) for layer in range(self.settings.layers)}
         masks = {window: cached_mask(slots_BT, reach, ragged, window) for window in windows}
-        x_BTD = self.embed(tokens_BT).to(self.stream_dtype)
+        x_BTD = self._columns(self.embed(tokens_BT).to(self.stream_dtype), cut)
         routers = []
         for layer, block in enumerate(self.blocks):
+            if cut is not None and layer in cut.skipped:
+                continue
             mask = masks[self.settings.window_of(layer)]
-            x_BTD, router = block(x_BTD, turn, mask, None, cache, slots_BT)
+            x_BTD, router = block(
+                x_BTD, turn, mask, None, cache, slots_BT, *(() if cut is None else (cut.blocks[layer],))
+            )
             if router is not None:
                 routers.append(router)
         cache.advance(real_BT, T)
-        return DecoderOutput(self.norm(x_BTD), tuple(routers))
+        return DecoderOutput(self._last_norm(x_BTD, cut), tuple(routers), self._choices(cut))

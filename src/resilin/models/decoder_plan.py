@@ -8,6 +8,7 @@ adapter W + up down the matrix that has the cut side of W, `up` or `down`, is cu
 
 from __future__ import annotations
 
+from resilin.config import UserError
 from resilin.layout import Part, Shard, SpecRule
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.tensor_plan import CutNorm, LocalCount, TensorPlan
@@ -45,7 +46,13 @@ def decoder_rules(settings: DecoderSettings, vocabulary_multiple: int = 1) -> li
 
 
 def decoder_plan(settings: DecoderSettings, vocabulary_multiple: int = 1) -> TensorPlan:
-    """The plan of a decoder; the arguments are those of `decoder_rules`."""
+    """The plan of a decoder; the arguments are those of `decoder_rules`.
+
+    Raises:
+        UserError: its blocks have different sizes.
+    """
+    if settings.sizes_differ:
+        raise UserError("blocks of different sizes (layer_sizes) cannot be divided among ranks of tensor parallelism")
     return TensorPlan(
         rules=tuple(decoder_rules(settings, vocabulary_multiple)),
         regions=(r"blocks\.\d+\.(attention|mlp|moe)",),

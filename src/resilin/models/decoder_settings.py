@@ -49,6 +49,21 @@ class MoESettings(Settings):
         return self
 
 
+class LayerSizes(Settings):
+    """Sizes of one block where they are not the decoder's own; 0: as the decoder has it."""
+
+    heads: NonNegativeInt = 0
+    """Query heads."""
+    kv_heads: NonNegativeInt = 0
+    """Key and value heads."""
+    mlp_size: NonNegativeInt = 0
+    """Hidden width of the feed-forward; where the block has experts, of each of them."""
+    experts: NonNegativeInt = 0
+    """How many experts the block has."""
+    experts_per_token: NonNegativeInt = 0
+    """How many of them a token visits."""
+
+
 def _multiples_near(value: int, divisor: int) -> str:
     below = value // divisor * divisor
     return f"{below} or {below + divisor}" if below else str(divisor)
@@ -112,6 +127,8 @@ class DecoderSettings(ModelSettings):
     """Layers (from 0) the window applies to; None: all."""
     moe: MoESettings | None = None
     """Mixture of experts in place of the feed-forward."""
+    layer_sizes: tuple[LayerSizes, ...] = ()
+    """Blocks of different sizes: one entry for each block, in order; empty: all are alike."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of embedded values and of each branch's outputs set to zero in training."""
     init: Literal["normal", "fan_in"] = "normal"
@@ -158,6 +175,27 @@ class DecoderSettings(ModelSettings):
         """Whether block `layer` has experts."""
         return self.moe is not None and layer not in self.moe.dense_layers
 
+    def at(self, layer: int) -> DecoderSettings:
+        """The settings of a decoder all of whose blocks have the sizes of block `layer`."""
+        if not self.layer_sizes:
+            return self
+        own = self.layer_sizes[layer]
+        changes: dict[str, object] = {"layer_sizes": (), "head_size": self.head_width}
+        changes["heads"] = own.heads or self.heads
+        changes["kv_heads"] = own.kv_heads or self.key_heads
+        if self.is_moe_layer(layer):
+            assert self.moe is not None
+            sizes = {"experts": own.experts, "experts_per_token": own.experts_per_token, "expert_size": own.mlp_size}
+            changes["moe"] = self.moe.model_copy(update={name: size for name, size in sizes.items() if size})
+        else:
+            changes["mlp_size"] = own.mlp_size or self.feed_forward_size
+        return self.model_copy(update=changes)
+
+    @property
+    def sizes_differ(self) -> bool:
+        """Whether some blocks have sizes of their own."""
+        return any(own != LayerSizes() for own in self.layer_sizes)
+
     def window_of(self, layer: int) -> int | None:
         """The sliding window of block `layer`, or None."""
         applies = self.window_layers is None or layer in self.window_layers
@@ -203,7 +241,30 @@ class DecoderSettings(ModelSettings):
                     )
         if self.moe is not None and self.mlp_bias:
             raise ValueError("mlp_bias: experts have no biases; set it to false")
+        self._check_layer_sizes()
         return self
+
+    def _check_layer_sizes(self) -> None:
+        if self.layer_sizes and len(self.layer_sizes) != self.layers:
+            raise ValueError(
+                f"layer_sizes has {len(self.layer_sizes)} entries; give one for each of {self.layers} layers"
+            )
+        for layer, own in enumerate(self.layer_sizes):
+            heads, keys = own.heads or self.heads, own.kv_heads or self.key_heads
+            if heads % keys:
+                raise ValueError(f"layer_sizes: layer {layer} has {heads} heads, not divisible by {keys} kv_heads")
+            if self.head_size is None and heads != self.heads:
+                raise ValueError(f"layer_sizes: layer {layer} has {heads} heads: set head_size, which all blocks share")
+            if not self.is_moe_layer(layer):
+                if own.experts or own.experts_per_token:
+                    raise ValueError(
+                        f"layer_sizes: layer {layer} has no experts: leave experts and experts_per_token 0"
+                    )
+                continue
+            assert self.moe is not None
+            experts, visited = own.experts or self.moe.experts, own.experts_per_token or self.moe.experts_per_token
+            if visited > experts:
+                raise ValueError(f"layer_sizes: layer {layer}: a token cannot visit {visited} of {experts} experts")
 
     def build(self, context: ModelContext) -> Decoder:
         """The decoder on the CPU with weights drawn from the seed.

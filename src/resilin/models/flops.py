@@ -60,6 +60,7 @@ def _moe_matrices(settings: DecoderSettings, experts: int) -> int:
 
 
 def _block_matrices(settings: DecoderSettings, layer: int, *, active: bool) -> int:
+    settings = settings.at(layer)
     if not settings.is_moe_layer(layer):
         return _attention_matrices(settings) + _mlp_matrices(settings, settings.feed_forward_size)
     assert settings.moe is not None
@@ -68,6 +69,7 @@ def _block_matrices(settings: DecoderSettings, layer: int, *, active: bool) -> i
 
 
 def _block_vectors(settings: DecoderSettings, layer: int) -> int:
+    settings = settings.at(layer)
     mlp = 0 if settings.is_moe_layer(layer) else _mlp_vectors(settings)
     return 2 * settings.hidden_size + _attention_vectors(settings) + mlp
 
@@ -92,7 +94,7 @@ def keys_seen(sequence_length: int, window: int | None) -> float:
 def block_flops_per_token(settings: DecoderSettings, layer: int, sequence_length: int) -> float:
     """Operations of one block's forward pass, averaged over the tokens of a text."""
     seen = keys_seen(sequence_length, settings.window_of(layer))
-    attention = 4 * settings.heads * settings.head_width * seen
+    attention = 4 * settings.at(layer).heads * settings.head_width * seen
     return 2 * _block_matrices(settings, layer, active=True) + attention
 
 

@@ -19,6 +19,7 @@ from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.huggingface_config import settings_from_config
 from resilin.models.huggingface_families import config_from_settings
 from resilin.models.huggingface_names import Part, parts_of, stored_tensors
+from resilin.models.own_config import own_config
 from resilin.models.weight_files import (
     ModelFolderError,
     StoredTensor,
@@ -171,10 +172,11 @@ def save_pretrained(
     max_shard_bytes: int = 5_000_000_000,
     special_ids: Mapping[str, int | None] | None = None,
 ) -> list[Path]:
-    """Write a decoder as a Hugging Face folder that `transformers` opens.
+    """Write a decoder as a Hugging Face folder that `transformers` opens; where its blocks have different sizes, as a
+    folder with a config of our own (`resilin.models.own_config`), which only `load_pretrained` opens.
 
     Args:
-        model: a decoder whose settings fit one of the families.
+        model: a decoder whose settings fit one of the families, or whose blocks differ in size.
         folder: made where it does not exist.
         tokenizer_files: copied beside the weights.
         dtype: of the stored tensors; None: the parameters' own.
@@ -189,7 +191,9 @@ def save_pretrained(
     """
     folder = Path(folder)
     stored = dtype or model.embed.weight.dtype
-    config = config_from_settings(model.settings, str(stored).removeprefix("torch."), special_ids)
+    # No family has blocks of different sizes: such a folder has a config of our own.
+    describe = own_config if model.settings.sizes_differ else config_from_settings
+    config = describe(model.settings, str(stored).removeprefix("torch."), special_ids)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: tensor.to(device="cpu", dtype=stored).contiguous()

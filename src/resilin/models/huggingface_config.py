@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from resilin.config.errors import explain
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.models.huggingface_rope import read_rope
+from resilin.models.own_config import MODEL_TYPE, own_settings
 from resilin.models.weight_files import ModelFolderError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
@@ -205,6 +206,8 @@ def settings_from_config(config: Mapping[str, Any]) -> DecoderSettings:
         ModelFolderError: another family, or a key that this decoder would have to ignore, by name.
     """
     family = config.get("model_type")
+    if family == MODEL_TYPE:
+        return own_settings(config)
     if family not in FAMILIES:
         raise ModelFolderError(f"config.json: model_type {family!r} is not one of {', '.join(FAMILIES)}")
     read = _Reader(config)

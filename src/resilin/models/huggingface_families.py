@@ -30,6 +30,8 @@ def _common_blockers(settings: DecoderSettings) -> list[str]:
         found.append("gated = false: all of them have gated feed-forwards (gated = true)")
     if settings.qk_norm in ("layer", "transplant"):
         found.append(f'qk_norm = "{settings.qk_norm}": Qwen3 has "rms", the others "none"')
+    if settings.sizes_differ:
+        found.append("layer_sizes: in all of them all blocks have the same sizes")
     if settings.qk_norm_over == "width":
         found.append('qk_norm_over = "width": Qwen3 norms each head')
     for name in ("attention_softcap", "logit_softcap"):
@@ -60,6 +62,8 @@ def _family_blockers(settings: DecoderSettings, family: str) -> list[str]:
     else:
         need(not s.out_bias, "out_bias = true")
     need(family == "llama" or not s.mlp_bias, "mlp_bias = true")
+    if family == "llama":  # its config is refused by `transformers` otherwise
+        need(s.hidden_size % s.heads == 0, f"hidden_size = {s.hidden_size}, no multiple of heads = {s.heads}")
     need(family != "llama" or s.sliding_window is None, "sliding_window")
     if family in ("mistral", "mixtral", "qwen3_moe"):
         need(s.window_layers is None, "window_layers")

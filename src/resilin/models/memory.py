@@ -41,6 +41,7 @@ def _attention_kept(s: DecoderSettings) -> int:
 
 
 def _mlp_kept(s: DecoderSettings, layer: int) -> int:
+    s = s.at(layer)
     kept = 2 * s.hidden_size
     branches = 4 if s.gated else 2
     if s.moe is None or not s.is_moe_layer(layer):
@@ -52,12 +53,14 @@ def _mlp_kept(s: DecoderSettings, layer: int) -> int:
 
 def _block_kept(s: DecoderSettings, layer: int) -> int:
     """Values a token leaves in one block when nothing is recomputed."""
+    s = s.at(layer)
     masks = 2 * 2 * s.hidden_size if s.dropout else 0
     return _attention_kept(s) + _mlp_kept(s, layer) + masks
 
 
 def _selective_kept(s: DecoderSettings, layer: int) -> int:
     """Values a token leaves in one block when only matrix products and attention are kept."""
+    s = s.at(layer)
     query, key = s.heads * s.head_width, s.key_heads * s.head_width
     kept = s.hidden_size + 2 * query + 2 * key + s.heads + s.hidden_size
     branches = 2 if s.gated else 1

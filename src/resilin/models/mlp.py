@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resilin.models.cut import BlockCut
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.linear import Linear
 
@@ -32,10 +33,26 @@ class MLP(nn.Module):
         self.up = Linear(settings.hidden_size, size, bias=settings.mlp_bias, device=device)
         self.down = Linear(size, settings.hidden_size, bias=settings.mlp_bias, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+    def forward(self, x: Tensor, cut: BlockCut | None = None, name: str = "mlp") -> Tensor:
+        """(..., D) -> (..., D).
+
+        Args:
+            x: each token by itself.
+            cut: what of the block is computed; None: all.
+            name: of this module in the block.
+        """
+        if cut is not None:
+            return self._cut(x, cut, name)
         if self.gate is None:
             out: Tensor = self.down(activate(self.up(x), self.activation))
         else:
             out = self.down(activate(self.gate(x), self.activation) * self.up(x))
         return out
+
+    def _cut(self, x: Tensor, cut: BlockCut, name: str) -> Tensor:
+        up = cut.linear(x, self.up, f"{name}.up")
+        if self.gate is None:
+            hidden = activate(up, self.activation)
+        else:
+            hidden = activate(cut.linear(x, self.gate, f"{name}.gate"), self.activation) * up
+        return cut.linear(hidden, self.down, f"{name}.down")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resilin.models import uncompiled
+from resilin.models.cut import BlockCut, CutError
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.models.expert_products import mix_experts, takes
 from resilin.models.grouped import Groups, gather, group_choices, grouped_linear, spread
@@ -20,17 +21,23 @@ from resilin.models.linear import Linear
 from resilin.models.mlp import MLP, activate
 
 
-def route(logits_NE: Tensor, moe: MoESettings) -> tuple[Tensor, Tensor]:
+def route(logits_NE: Tensor, moe: MoESettings, experts_per_token: int | None = None) -> tuple[Tensor, Tensor]:
     """The chosen experts and their weights.
+
+    Args:
+        logits_NE: of the router.
+        moe: how they become choices.
+        experts_per_token: k, where it is not that of `moe`.
 
     Returns:
         (N, k) weights in float32 or better, largest first, and (N, k) expert numbers.
     """
     logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
+    count = experts_per_token or moe.experts_per_token
     if moe.routing == "topk_softmax":
-        chosen_logits, chosen_Nk = logits_NE.topk(moe.experts_per_token, dim=-1)
+        chosen_logits, chosen_Nk = logits_NE.topk(count, dim=-1)
         return chosen_logits.softmax(-1), chosen_Nk
-    weights_Nk, chosen_Nk = logits_NE.softmax(-1).topk(moe.experts_per_token, dim=-1)
+    weights_Nk, chosen_Nk = logits_NE.softmax(-1).topk(count, dim=-1)
     if moe.normalise_weights:
         weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True)
     return weights_Nk, chosen_Nk
@@ -69,14 +76,28 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(wide, device=device))
         self.down = nn.Parameter(torch.empty(wide[0], wide[2], wide[1], device=device))
 
-    def forward(self, x_ND: Tensor, weights_Nk: Tensor | None, chosen_Nk: Tensor) -> Tensor:
+    def forward(
+        self, x_ND: Tensor, weights_Nk: Tensor | None, chosen_Nk: Tensor, cut: BlockCut | None = None
+    ) -> Tensor:
         """(N, D) -> (N, D): what the chosen experts make of each token, weighted and summed.
 
         Args:
             x_ND: tokens.
             weights_Nk: of the choices; None: each token has one, which counts as it is.
             chosen_Nk: numbers of experts, below E.
+            cut: what of each expert is computed; None: all.
         """
+        if cut is not None and "moe.experts.up" in cut.regions:
+            if self.dispatch is not None or self.lend is not None:
+                raise CutError("experts that lie in several places can be chosen from, but not made narrower")
+            gate, up, down = (
+                cut.stack(stack, f"moe.experts.{name}")
+                for name, stack in (("gate", self.gate), ("up", self.up), ("down", self.down))
+            )
+            assert up is not None
+            assert down is not None
+            part: Tensor = uncompiled.outside(mix, x_ND, weights_Nk, chosen_Nk, (gate, up, down), self.activation)
+            return part
         if x_ND.is_cuda and self.dispatch is None and self.lend is None:
             return self._mix(x_ND, weights_Nk, chosen_Nk)
         # How many rows an expert has is known when they come: no code is compiled for each number.
@@ -130,15 +151,24 @@ class MoE(nn.Module):
         self.shared = MLP(settings, moe.shared_size, device) if moe.shared_size else None
         self.shared_gate = Linear(settings.hidden_size, 1, bias=False, device=device) if moe.shared_gate else None
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, D) -> (B, T, D) and the router's logits (B, T, E)."""
+    def forward(self, x_BTD: Tensor, cut: BlockCut | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> (B, T, D) and the router's logits (B, T, E): of the experts that may be chosen."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        router_NE = self.router(x_ND)
-        weights_Nk, chosen_Nk = route(router_NE, self.settings)
-        out_ND = self.experts(x_ND, weights_Nk, chosen_Nk)
+        if cut is None:
+            router_NE = self.router(x_ND)
+            weights_Nk, chosen_Nk = route(router_NE, self.settings)
+            out_ND = self.experts(x_ND, weights_Nk, chosen_Nk)
+        else:
+            router_NE = cut.linear(x_ND, self.router, "moe.router")
+            weights_Nk, chosen_Nk = route(router_NE, self.settings, cut.experts_per_token)
+            if cut.experts is not None and cut.experts[-1] >= len(cut.experts):  # not the first ones
+                chosen_Nk = torch.tensor(cut.experts, device=chosen_Nk.device)[chosen_Nk]
+            out_ND = self.experts(x_ND, weights_Nk, chosen_Nk, cut)
         if self.shared is not None:
-            shared_ND = self.shared(x_ND)
+            shared_ND = self.shared(x_ND, cut, "moe.shared")
             if self.shared_gate is not None:
-                shared_ND = torch.sigmoid(self.shared_gate(x_ND)) * shared_ND
+                gate = self.shared_gate
+                gate_N1 = gate(x_ND) if cut is None else cut.linear(x_ND, gate, "moe.shared_gate")
+                shared_ND = torch.sigmoid(gate_N1) * shared_ND
             out_ND = out_ND + shared_ND
         return out_ND.view(x_BTD.shape), router_NE.view(*x_BTD.shape[:-1], router_NE.shape[1])

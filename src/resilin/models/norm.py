@@ -23,9 +23,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size, device=device))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, weight_D: Tensor | None = None) -> Tensor:
+        """(..., D) -> (..., D), with a part of the weight where `x` is a part of the width."""
+        return rms_norm(x, self.weight if weight_D is None else weight_D, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -36,9 +36,10 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size, device=device))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return F.layer_norm(x, self.weight.shape, self.weight, None, self.eps)
+    def forward(self, x: Tensor, weight_D: Tensor | None = None) -> Tensor:
+        """(..., D) -> (..., D), with a part of the weight where `x` is a part of the width."""
+        weight_D = self.weight if weight_D is None else weight_D
+        return F.layer_norm(x, weight_D.shape, weight_D, None, self.eps)
 
 
 class Transplant(nn.Module):

@@ -19,7 +19,7 @@ from resilin.models.moe import Experts
 
 
 def _matrices(modules: Iterable[nn.Module], settings: DecoderSettings) -> Iterator[tuple[float, bool]]:
-    """How many numbers of each matrix a token meets, and whether the matrix is trained."""
+    """How many numbers of each matrix of a block with these settings a token meets, and whether it is trained."""
     for module in modules:
         for part in module.modules():
             share = 1.0
@@ -45,22 +45,25 @@ def step_flops_per_token(model: Decoder, sequence_length: int) -> float:
     flows = _trained(model.embed)
     """Whether a gradient flows back to what was computed so far."""
 
+    own = settings
+    """Those of the block that is counted."""
+
     def through(*modules: nn.Module | None) -> None:
         """Count modules that share an input."""
         nonlocal total, flows
         there = [module for module in modules if module is not None]
-        total += sum(2 * count * (1 + trained + flows) for count, trained in _matrices(there, settings))
+        total += sum(2 * count * (1 + trained + flows) for count, trained in _matrices(there, own))
         flows = flows or _trained(*there)
 
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        attention = block.attention
+        attention, own = block.attention, settings.at(layer)
         through(block.attention_norm)
         q, k = (flows or _trained(*pair) for pair in ((attention.q, attention.q_norm), (attention.k, attention.k_norm)))
         v = flows or _trained(attention.v)
         through(attention.q, attention.k, attention.v)
         # q.k and the mix of values; backwards the pulls of values, weights, queries and keys, each where it is needed
-        product = 2 * settings.heads * settings.head_width * keys_seen(sequence_length, settings.window_of(layer))
+        product = 2 * own.heads * settings.head_width * keys_seen(sequence_length, settings.window_of(layer))
         total += product * (2 + v + (q or k) + q + k)
         flows = flows or q or k
         through(attention.o)

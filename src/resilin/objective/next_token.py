@@ -125,7 +125,9 @@ class NextTokenLoss:
         loss = sums.loss
         routers = getattr(output, "router_logits", ())
         if routers:
-            loss = loss + self._router_losses(model, routers, batch.get("documents"), units_B, logs)
+            usual: int = cast(Any, model).settings.moe.experts_per_token
+            choices = getattr(output, "choices", ()) or (usual,) * len(routers)
+            loss = loss + self._router_losses(model, routers, choices, batch.get("documents"), units_B, logs)
         return Loss(loss, units_B.sum(), logs)
 
     def _sums(self, model: Any, output: Any, batch: Batch, valid_BT: Tensor) -> tuple[TokenSums, dict[str, Tensor]]:
@@ -146,21 +148,20 @@ class NextTokenLoss:
         self,
         model: nn.Module,
         routers: tuple[Tensor, ...],
+        choices: tuple[int, ...],
         documents_BT: Tensor | None,
         units_B: Tensor,
         logs: dict[str, Log],
     ) -> Tensor:
         real_BT = None if documents_BT is None else documents_BT >= 0
-        decoder = cast(Any, model)
-        experts: int = decoder.settings.moe.experts_per_token
-        part = getattr(decoder, "sequence", None)  # where rows are divided over ranks, routers are judged by whole rows
+        part = getattr(model, "sequence", None)  # where rows are divided over ranks, routers are judged by whole rows
         total: Total = part.total if part is not None else torch.clone
         units = units_B.sum()
         units_B = total(units_B)
         if self.settings.load_balance_over == "sequence":
-            balance = (sequence_load_balance(routers, experts, real_BT, total) * units_B).sum()
+            balance = (sequence_load_balance(routers, choices, real_BT, total) * units_B).sum()
         else:
-            balance = micro_batch_load_balance(routers, experts, real_BT, total) * units_B.sum()
+            balance = micro_batch_load_balance(routers, choices, real_BT, total) * units_B.sum()
         squared = (router_z(routers, real_BT, total) * units_B).sum()
         logs["load_balance"] = Mean(balance.detach(), units)
         logs["router_z"] = Mean(squared.detach(), units)

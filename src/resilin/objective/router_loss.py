@@ -26,8 +26,15 @@ def _chosen(logits_BTE: Tensor, experts_per_token: int) -> Tensor:
         return torch.zeros_like(logits_BTE).scatter_(-1, index_BTK, 1.0)
 
 
+def _visited(experts_per_token: int | Sequence[int], layers: int) -> Sequence[int]:
+    return (experts_per_token,) * layers if isinstance(experts_per_token, int) else experts_per_token
+
+
 def sequence_load_balance(
-    router_logits: Sequence[Tensor], experts_per_token: int, real_BT: Tensor | None = None, total: Total = _itself
+    router_logits: Sequence[Tensor],
+    experts_per_token: int | Sequence[int],
+    real_BT: Tensor | None = None,
+    total: Total = _itself,
 ) -> Tensor:
     """Imbalance of each sequence: E * sum over e of f_e * P_e, averaged over layers; 1 when perfectly balanced.
 
@@ -37,7 +44,7 @@ def sequence_load_balance(
 
     Args:
         router_logits: (B, T, E) of each layer.
-        experts_per_token: how many experts a token visits.
+        experts_per_token: how many experts a token visits; one number, or one for each layer.
         real_BT: False for padding; None: every position is a token.
         total: over the ranks that share each row.
 
@@ -45,38 +52,49 @@ def sequence_load_balance(
         (B,) float32.
     """
     balance_B = torch.zeros(len(router_logits[0]), device=router_logits[0].device)
-    for logits_BTE in router_logits:
+    for logits_BTE, visited in zip(router_logits, _visited(experts_per_token, len(router_logits)), strict=True):
         logits_BTE = logits_BTE.float()
         real_BT1 = torch.ones_like(logits_BTE[..., :1]) if real_BT is None else real_BT[..., None].float()
         tokens_B1 = total(real_BT1.sum(1)).clamp(min=1)
-        chosen_BE = total((_chosen(logits_BTE, experts_per_token) * real_BT1).sum(1))
-        share_BE = chosen_BE / (tokens_B1 * experts_per_token)
+        chosen_BE = total((_chosen(logits_BTE, visited) * real_BT1).sum(1))
+        share_BE = chosen_BE / (tokens_B1 * visited)
         probability_BE = (logits_BTE.softmax(-1) * real_BT1).sum(1) / tokens_B1
         balance_B = balance_B + logits_BTE.shape[-1] * (share_BE * probability_BE).sum(-1)
     return balance_B / len(router_logits)
 
 
 def micro_batch_load_balance(
-    router_logits: Sequence[Tensor], experts_per_token: int, real_BT: Tensor | None = None, total: Total = _itself
+    router_logits: Sequence[Tensor],
+    experts_per_token: int | Sequence[int],
+    real_BT: Tensor | None = None,
+    total: Total = _itself,
 ) -> Tensor:
     """The same imbalance over all tokens and layers of a micro-batch at once, as `transformers` computes it.
 
     It equals `experts_per_token` when balanced, and, being a product of averages, depends on which sequences share a
-    micro-batch.
+    micro-batch. Layers that differ in their experts are not averaged: each counts by itself.
 
     Args:
         router_logits: (B, T, E) of each layer.
-        experts_per_token: how many experts a token visits.
+        experts_per_token: how many experts a token visits; one number, or one for each layer.
         real_BT: False for padding; None: every position is a token.
         total: over the ranks that share each row.
 
     Returns:
         0-d float32.
     """
+    visited = _visited(experts_per_token, len(router_logits))
+    kinds = {(logits.shape[-1], count) for logits, count in zip(router_logits, visited, strict=True)}
+    if len(kinds) > 1:
+        alone = [
+            micro_batch_load_balance([one], count, real_BT, total)
+            for one, count in zip(router_logits, visited, strict=True)
+        ]
+        return torch.stack(alone).mean()
     logits_LBTE = torch.stack([logits.float() for logits in router_logits])
     real_BT1 = torch.ones_like(logits_LBTE[0, ..., :1]) if real_BT is None else real_BT[..., None].float()
     tokens = (len(router_logits) * total(real_BT1.sum())).clamp(min=1)
-    share_E = total((_chosen(logits_LBTE, experts_per_token) * real_BT1).sum((0, 1, 2))) / tokens
+    share_E = total((_chosen(logits_LBTE, visited[0]) * real_BT1).sum((0, 1, 2))) / tokens
     probability_E = (logits_LBTE.softmax(-1) * real_BT1).sum((0, 1, 2)) / tokens
     return logits_LBTE.shape[-1] * (share_E * probability_E).sum()
 

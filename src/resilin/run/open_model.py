@@ -204,3 +204,26 @@ def open_model(
         )
     ends = opened.end_ids | ({words.eos_id} if words is not None and words.eos_id is not None else set())
     return OpenedModel(model, words, opened.description, frozenset(ends), opened.run, opened.step)
+
+
+def open_outline(path: Path | str, tokenizer: Path | str | None = None) -> OpenedModel | None:
+    """A Hugging Face folder of whose weights nothing is read: the model is on the meta device; None for other paths.
+
+    Raises:
+        UserError: its description, or the tokenizer, cannot be read.
+    """
+    from resilin.models.huggingface import folder_settings
+
+    path = Path(path)
+    if not path.is_dir() or RunFolder(path).holds_run() or not (path / "config.json").is_file():
+        return None
+    own = path if (path / TOKENIZER_FILE).is_file() else None
+    words_at = tokenizer or own
+    words = Tokenizer.load(words_at) if words_at else None
+    try:
+        model = Decoder(folder_settings(path), seed=None, device="meta").eval()
+    except ModelFolderError as error:
+        raise OpenModelError(str(error)) from None
+    ends = _end_ids(path / "generation_config.json")
+    ends |= {words.eos_id} if words is not None and words.eos_id is not None else set()
+    return OpenedModel(model, words, str(path), ends)

@@ -1,0 +1,109 @@
+"""`resilin extract`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from resilin.cli.family_options import SizeOptions
+from resilin.cli.model_options import DTypeName, ModelArgument, StepOption, TokenizerOption
+from resilin.cli.option_groups import with_option_groups
+
+if TYPE_CHECKING:
+    from resilin.models.decoder import Decoder
+    from resilin.nested.budgets import Budget
+    from resilin.nested.record import NestRecord
+
+WHICH = "Which member"
+
+
+def _chosen(model: Decoder, record: NestRecord, params: str | None, flops: str | None, latency: str | None) -> Budget:
+    from resilin.nested.cost import latency as measured
+    from resilin.nested.mix_n_match import at_latency, mix_n_match
+    from resilin.nested.quantities import count_of, seconds_of
+
+    settings, sizes, targets = model.settings, record.granularities, record.targets
+    if params is not None:
+        return mix_n_match(settings, count_of(params), sizes, targets=targets)
+    if flops is not None:
+        return mix_n_match(settings, count_of(flops), sizes, unit="flops", targets=targets)
+    assert latency is not None
+    prompt = min(64, settings.max_positions - 1)
+    return at_latency(
+        settings, seconds_of(latency), sizes, lambda wanted: measured(model, wanted, prompt=prompt).token, targets
+    )
+
+
+@with_option_groups
+def extract(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    params: Annotated[
+        str | None, typer.Option(help="The largest with at most so many parameters: 20M.", rich_help_panel=WHICH)
+    ] = None,
+    flops: Annotated[str | None, typer.Option(help="... operations for a token: 50M.", rich_help_panel=WHICH)] = None,
+    latency: Annotated[
+        str | None, typer.Option(help="... time for a token, measured here: 20ms.", rich_help_panel=WHICH)
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="This one: a JSON file, or ffn=512,skip=3+4.", rich_help_panel=WHICH)
+    ] = None,
+    dtype: Annotated[DTypeName, typer.Option(help="Of the stored weights.")] = "float32",
+    force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier export in OUTPUT.")] = False,
+    step: StepOption = None,
+    tokenizer: TokenizerOption = None,
+    *,
+    sizes: SizeOptions,
+) -> None:
+    """Cut a member out of a nested model, as an ordinary model; nothing is trained.
+
+    With --params, --flops or --latency the largest member is taken that keeps to it: layers at two neighbouring trained
+    sizes, the larger one in the deeper layers (Mix'n'Match). Where all layers get the same size the folder is one of a
+    stock architecture, which transformers opens; where they differ, its config.json is our own and only resilin opens
+    it. Of a Hugging Face folder only the bytes of the member are read.
+
+    \b
+    resilin extract runs/nested small --budget ffn=128
+    resilin extract runs/nested small --params 20M
+    resilin extract runs/nested small --latency 20ms
+    """
+    import torch
+
+    from resilin.cli.export import READ_BACK, tell_files
+    from resilin.config.errors import UserError
+    from resilin.nested.budgets import Budget
+    from resilin.nested.cost import cost
+    from resilin.nested.extract import extract as taken_out
+    from resilin.nested.extract import extract_folder
+    from resilin.run.export import check_output, export_model
+    from resilin.run.open_model import open_model, open_outline
+
+    given = [value for value in (params, flops, latency, budget) if value is not None]
+    if len(given) != 1:
+        raise UserError("say which member: one of --params, --flops, --latency and --budget")
+    check_output(output, force=force)
+    wanted = Budget.parse(budget) if budget is not None else None
+    outline = open_outline(model, tokenizer) if latency is None and step is None else None
+    opened = outline or open_model(model, step=step, tokenizer=tokenizer, device="cpu")
+    full, record = opened.model.settings, sizes.known(model, opened)
+    if wanted is None:
+        record = sizes.record(model, opened)
+        wanted = _chosen(opened.model, record, params, flops, latency)
+    small = taken_out(opened.model, wanted) if outline is None else extract_folder(model, wanted)
+    files = export_model(small, opened.tokenizer, output, dtype=getattr(torch, dtype), force=force)
+    told, whole = cost(full, wanted), cost(full, Budget())
+    tell_files(f"{opened.description} -> {output}: {wanted}", files)
+    typer.echo(f"{told.parameters:,} of {whole.parameters:,} parameters. {READ_BACK}")
+    kind = "untrained" if record is None else record.kind(full, wanted)
+    if kind == "untrained":
+        typer.secho(
+            "Nothing tells that the model was trained at this size: expect it to be bad until it is.",
+            fg=typer.colors.YELLOW,
+            err=True,
+        )
+    if small.settings.sizes_differ:
+        typer.echo("Its layers have different sizes: resilin opens it, transformers does not.")
+    if opened.tokenizer is None:
+        typer.echo("No tokenizer was found: AutoTokenizer will not open this folder (see --tokenizer).")

@@ -1,0 +1,169 @@
+"""Running a part of a model in place: which regions of its parameters are computed with, and for whom.
+
+A **cut** says of each parameter which boxes of it are used. Modules compute with views of those boxes: nothing is
+copied, and what is outside is not computed. Who chooses cuts (and why) is not known here: see `resilin.nested`.
+
+The cut in force belongs to the thread (or task) that entered it and is handed to each block as an argument, so that a
+block that is computed again in the backward pass is cut as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from threading import Lock
+
+import torch
+from torch import Tensor, nn
+
+from resilin.config import UserError
+from resilin.layout import Region
+from resilin.models import uncompiled
+from resilin.models.linear import Linear, product
+
+Regions = Mapping[str, tuple[Region, ...]]
+"""By name of the parameter, the boxes of it that are used, side by side in one dimension; names that are missing are
+used whole."""
+
+
+class CutError(UserError, ValueError):
+    """A module of which no part can be computed; the text names it."""
+
+
+def view_of(tensor: Tensor, box: Region) -> Tensor:
+    """The box as a view; the tensor itself where the box is all of it."""
+    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        if size != tensor.shape[dim]:
+            tensor = tensor.narrow(dim, offset, size)
+    return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCut:
+    """How much of a decoder's block is computed.
+
+    Attributes:
+        regions: of its parameters, by their names within the block.
+        hidden: leading values of the residual stream.
+        heads: query heads, equally many to each key head.
+        key_heads: leading key heads.
+        experts: numbers of the experts that may be chosen; None: all, or the block has none.
+        experts_per_token: how many a token visits; 0: as always.
+    """
+
+    regions: Regions
+    hidden: int
+    heads: int
+    key_heads: int
+    experts: tuple[int, ...] | None = None
+    experts_per_token: int = 0
+
+    def linear(self, x: Tensor, map_: nn.Linear, name: str) -> Tensor:
+        """What the used part of a linear map gives, (..., I) -> (..., O).
+
+        Boxes that lie below each other give their outputs side by side; boxes beside each other read their share of
+        the input each.
+
+        Args:
+            x: as wide as the boxes together, or as one of them where they lie below each other.
+            map_: whole.
+            name: of the map within the block.
+        """
+        boxes = self.regions.get(f"{name}.weight")
+        if boxes is None:
+            whole: Tensor = map_(x)
+            return whole
+        if type(map_) is not Linear:
+            raise CutError(
+                f"{name} is a {type(map_).__name__}, of which no part can be computed: make the model plain first "
+                "(merge its adapters, apply its masks), or choose a budget that leaves it whole"
+            )
+        biases = (None,) * len(boxes) if map_.bias is None else self._biases(map_.bias, name, boxes)
+        if len(boxes) == 1:
+            return product(x, view_of(map_.weight, boxes[0]), biases[0])
+        if boxes[0].offsets[0] != boxes[1].offsets[0]:
+            rows = [product(x, view_of(map_.weight, box), bias) for box, bias in zip(boxes, biases, strict=True)]
+            return torch.cat(rows, -1)
+        shares = x.split([box.sizes[1] for box in boxes], -1)
+        total = product(shares[0], view_of(map_.weight, boxes[0]), biases[0])
+        for share, box in zip(shares[1:], boxes[1:], strict=True):
+            total = total + product(share, view_of(map_.weight, box))
+        return total
+
+    def _biases(self, bias: Tensor, name: str, boxes: tuple[Region, ...]) -> tuple[Tensor | None, ...]:
+        of_bias = self.regions.get(f"{name}.bias")
+        if of_bias is None:
+            return (bias,) * len(boxes)
+        parts = tuple(view_of(bias, box) for box in of_bias)
+        return parts if len(parts) == len(boxes) else parts * len(boxes)
+
+    def vector(self, vector: Tensor, name: str) -> Tensor:
+        """The used part of a vector: a view where it is one run, else the runs put together."""
+        boxes = self.regions.get(name)
+        if boxes is None:
+            return vector
+        parts = [view_of(vector, box) for box in boxes]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def stack(self, stack: Tensor | None, name: str) -> Tensor | None:
+        """The used part of stacked matrices whose first dimension is whole."""
+        boxes = self.regions.get(name)
+        return stack if stack is None or boxes is None else view_of(stack, boxes[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """How much of a decoder is computed.
+
+    Attributes:
+        hidden: leading values of the residual stream.
+        blocks: of each block; None: all of it.
+        skipped: blocks that are not computed: the stream passes them by.
+    """
+
+    hidden: int
+    blocks: tuple[BlockCut | None, ...]
+    skipped: frozenset[int] = field(default_factory=frozenset)
+
+
+_cuts: ContextVar[tuple[tuple[nn.Module, Cut | None], ...]] = ContextVar("cuts", default=())
+_count, _counting = 0, Lock()
+_any = False  # whether any thread runs a model cut: else nobody looks, and compiled code has no break for it
+
+
+def _found(model: nn.Module) -> Cut | None:
+    return next((cut for one, cut in _cuts.get() if one is model), None)
+
+
+def cut_of(model: nn.Module) -> Cut | None:
+    """The cut that this thread runs a model with; None: all of the model."""
+    if not _any:
+        return None
+    cut: Cut | None = uncompiled.outside(_found, model)
+    return cut
+
+
+@contextmanager
+def running(model: nn.Module, cut: Cut | None) -> Iterator[None]:
+    """Inside, this thread runs the model cut like this; an inner one takes the place of an outer one.
+
+    Args:
+        model: the module that is asked for its cut, a decoder; not a wrapper around it.
+        cut: None: all of it.
+    """
+    _entered(1)
+    token = _cuts.set(((model, cut), *_cuts.get()))
+    try:
+        yield
+    finally:
+        _cuts.reset(token)
+        _entered(-1)
+
+
+def _entered(more: int) -> None:
+    global _count, _any
+    with _counting:
+        _count += more
+        _any = _count > 0

@@ -1,0 +1,53 @@
+"""A `config.json` of our own, for decoders that no Hugging Face family describes: those whose blocks differ in size.
+
+    {"model_type": "resilin", "architectures": ["ResilinDecoder"], "dtype": "float32",
+     "settings": {...},                        a decoder's settings as in a run's [model], without what is usual
+     "bos_token_id": ..., "eos_token_id": ..., "pad_token_id": ...}
+
+The weights beside it are safetensors named as in a Llama folder (experts as in Qwen's). `transformers` does not know
+the model type; `resilin` commands and `open_model` open the folder like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from resilin.config.errors import explain
+from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.weight_files import ModelFolderError
+
+MODEL_TYPE = "resilin"
+
+
+def own_config(settings: DecoderSettings, dtype: str, special_ids: Mapping[str, int | None] | None) -> dict[str, Any]:
+    """The content of `config.json`."""
+    return {
+        "architectures": ["ResilinDecoder"],
+        "model_type": MODEL_TYPE,
+        "dtype": dtype,
+        "settings": settings.model_dump(mode="json", exclude_defaults=True),
+        **(special_ids or {}),
+    }
+
+
+def own_settings(config: Mapping[str, Any]) -> DecoderSettings:
+    """The settings that `own_config` told.
+
+    Raises:
+        ModelFolderError: there are none, or they are no decoder's.
+    """
+    tree = config.get("settings")
+    if not isinstance(tree, dict):
+        raise ModelFolderError(
+            f"config.json: model_type {MODEL_TYPE!r} needs a table 'settings' with a decoder's settings"
+        )
+    try:
+        found = DecoderSettings.model_validate(tree)
+    except ValidationError as error:
+        raise ModelFolderError(str(explain(error, tree, "config.json, settings"))) from None
+    if not found.vocab_size:
+        raise ModelFolderError("config.json: settings lack 'vocab_size'")
+    return found

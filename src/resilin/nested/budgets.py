@@ -1,0 +1,170 @@
+"""A budget: how much of a model is used. A plain value, without a model.
+
+Sizes are numbers of leading parts (the first neurons, heads, experts), for all layers or one for each; what is not
+named is used whole. Experts may also be named one by one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from resilin.config import UserError
+from resilin.config.settings import closest
+
+Sizes = int | tuple[int | None, ...] | None
+"""One size for all layers, or one for each (None: the whole layer); None: all layers whole."""
+Experts = int | tuple["int | tuple[int, ...] | None", ...] | None
+"""How many leading experts, for all layers or for each; a layer's entry may also be the numbers of its experts."""
+
+
+class BudgetError(UserError, ValueError):
+    """A budget that is none, or does not fit a model; the text says which number, what was expected, what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much of a model is used.
+
+    Entries by layer count all layers of the full model; those of skipped layers are not looked at.
+
+    Attributes:
+        ffn: neurons of the feed-forward; where a layer has experts, of each of them.
+        heads: query heads. Whole groups of them where they come out even, else equally many of every group.
+        kv_heads: key and value heads (groups of query heads); left out: what follows from `heads`.
+        hidden: leading values of the residual stream, through embedding, norms and head.
+        skip: layers that are left out.
+        experts: of layers that have some.
+        top_k: experts that a token visits.
+    """
+
+    ffn: Sizes = None
+    heads: Sizes = None
+    kv_heads: Sizes = None
+    hidden: int | None = None
+    skip: tuple[int, ...] = ()
+    experts: Experts = None
+    top_k: Sizes = None
+
+    def __post_init__(self) -> None:
+        for name in ("ffn", "heads", "kv_heads", "top_k", "experts", "hidden"):
+            object.__setattr__(self, name, _frozen(name, getattr(self, name)))
+        if not isinstance(self.skip, list | tuple) or not all(_is_count(layer) or layer == 0 for layer in self.skip):
+            raise BudgetError(f"skip is {self.skip!r}: expected numbers of layers, from 0")
+        object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
+
+    @property
+    def full(self) -> bool:
+        """Whether it names nothing, and so is all of any model."""
+        return self == Budget()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it names, as JSON values."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: _listed(value) for name, value in found.items() if value is not None and value != ()}
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Budget:
+        """The budget that `to_dict` told.
+
+        Raises:
+            BudgetError: an unknown key, or a value that is no size.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in tree:
+            if key not in known:
+                near = closest(key, known)
+                hint = f"did you mean {near!r}?" if near else f"known are {', '.join(known)}"
+                raise BudgetError(f"a budget has no {key!r}; {hint}")
+        return cls(**tree)
+
+    @classmethod
+    def read(cls, path: Path) -> Budget:
+        """A budget from a JSON file.
+
+        Raises:
+            BudgetError: it cannot be read, or holds none.
+        """
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BudgetError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise BudgetError(f"{path}: not valid JSON: {error}") from None
+        if not isinstance(tree, dict):
+            raise BudgetError(f'{path}: should hold an object such as {{"ffn": 512}}, holds a {type(tree).__name__}')
+        try:
+            return cls.from_dict(tree)
+        except BudgetError as error:
+            raise BudgetError(f"{path}: {error}") from None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """A budget as commands take it: a JSON file's path, or `ffn=512,heads=4,skip=3+4`; `full` is all of a model.
+
+        Raises:
+            BudgetError: it is neither.
+        """
+        if text == "full":
+            return cls()
+        if "=" not in text:
+            return cls.read(Path(text))
+        tree: dict[str, Any] = {}
+        for part in text.split(","):
+            name, _, value = part.partition("=")
+            numbers = [int(n) if n.strip().isdecimal() else None for n in value.split("+")]
+            if None in numbers:
+                raise BudgetError(f"{part!r} in a budget: expected a name and numbers, such as ffn=512 or skip=3+4")
+            alone = len(numbers) == 1 and name.strip() != "skip"
+            tree[name.strip()] = numbers[0] if alone else numbers
+        return cls.from_dict(tree)
+
+    def __str__(self) -> str:
+        parts = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value != ():
+                parts.append(f"{field.name} {_in_words(value)}")
+        return ", ".join(parts) or "full"
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _frozen(name: str, value: Any, depth: int = 0) -> Any:
+    """The value with tuples for lists; refused where it is no size."""
+    deepest = {"hidden": 0, "experts": 2}.get(name, 1)
+    if value is None:
+        return None
+    if isinstance(value, list | tuple) and depth < deepest:
+        if not value:
+            raise BudgetError(f"{name} is empty: give one size for each layer, one number for all, or leave it out")
+        if depth == 1:  # experts by number
+            if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value):
+                raise BudgetError(f"{name} has {value!r}: expected the numbers of experts, from 0")
+            return tuple(sorted(set(value)))
+        return tuple(_frozen(name, one, depth + 1) for one in value)
+    if not _is_count(value):
+        empty = ", which would leave a layer empty: skip the layer instead" if value == 0 else ""
+        raise BudgetError(f"{name} has {value!r}{empty or ': expected a whole number of at least 1'}")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _in_words(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return str(value)
+    runs = [(one, len(list(group))) for one, group in groupby(value)]
+    words = []
+    for one, count in runs:
+        text = "all" if one is None else "{" + " ".join(map(str, one)) + "}" if isinstance(one, tuple) else str(one)
+        words.append(text if count == 1 else f"{count}x{text}")
+    return " ".join(words)

@@ -1,0 +1,153 @@
+"""Which regions of a decoder's parameters a budget uses: the one place where it is said what is cut.
+
+Running in place, extracting, and what is tested of gradients all read what is said here.
+
+With sizes d (hidden), m (neurons), and the kept heads' rows: embedding and head [V, :d]; norms [:d]; q, k, v [heads,
+:d]; o [:d, heads]; gate and up [:m, :d]; down [:d, :m]; router [experts, :d]; stacked experts [experts, :m, :d] and
+[experts, :d, :m]. Rows of heads are one run where whole groups are kept, else one run for each key head; experts that
+are named one by one are as many runs as they leave gaps. The shared expert keeps its neurons.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from types import MappingProxyType
+
+from resilin.layout import Region
+from resilin.models.cut import BlockCut, Cut, Regions
+from resilin.models.decoder import Decoder
+from resilin.models.decoder_settings import DecoderSettings
+from resilin.nested.budgets import Budget
+from resilin.nested.sub_model import LayerPart, sub_model
+
+Runs = tuple[tuple[int, int], ...]
+"""(first index, count) of what is used in one dimension."""
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+
+
+@lru_cache(maxsize=64)
+def shapes_of(settings: DecoderSettings) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a decoder, by name."""
+    outline = Decoder(settings, seed=None, device="meta")
+    return {name: tuple(parameter.shape) for name, parameter in outline.named_parameters()}
+
+
+def _runs_of(numbers: tuple[int, ...]) -> Runs:
+    """Ascending numbers as runs."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and sum(runs[-1]) == number:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return tuple(runs)
+
+
+def _head_rows(settings: DecoderSettings, part: LayerPart) -> tuple[Runs, Runs]:
+    """Rows of the query projection and of the key projection that are used."""
+    own, width = settings.at(part.layer), settings.head_width
+    group, kept = own.heads // own.key_heads, part.heads // part.key_heads
+    keys = ((0, part.key_heads * width),)
+    if kept == group:
+        return ((0, part.heads * width),), keys
+    return tuple((key * group * width, kept * width) for key in range(part.key_heads)), keys
+
+
+def _block_runs(settings: DecoderSettings, part: LayerPart, hidden: int, name: str) -> tuple[Runs | None, ...]:
+    """What is used in each dimension of a block's parameter; None: all."""
+    stem, _, kind = name.rpartition(".")
+    d, neurons = ((0, hidden),), ((0, part.ffn),)
+    queries, keys = _head_rows(settings, part)
+    is_weight = kind == "weight"
+    if stem in ("attention_norm", "mlp_norm"):
+        return (d,)
+    if stem in ("attention.q_norm", "attention.k_norm"):
+        rows = queries if stem.endswith("q_norm") else keys
+        return (rows,) if settings.qk_norm_over == "width" else (None,)
+    if stem in ("attention.q", "attention.k", "attention.v"):
+        rows = queries if stem.endswith("q") else keys
+        return (rows, d) if is_weight else (rows,)
+    if stem == "attention.o":
+        return (d, queries) if is_weight else (d,)
+    if stem in ("mlp.gate", "mlp.up"):
+        return (neurons, d) if is_weight else (neurons,)
+    if stem == "mlp.down":
+        return (d, neurons) if is_weight else (d,)
+    if stem == "moe.router":
+        return (_runs_of(part.experts), d)
+    if stem in ("moe.shared_gate", "moe.shared.gate", "moe.shared.up"):
+        return (None, d)
+    if stem == "moe.shared.down":
+        return (d, None)
+    if stem == "moe.experts":
+        experts = _runs_of(part.experts)
+        return (experts, d, neurons) if kind == "down" else (experts, neurons, d)
+    raise AssertionError(f"nobody has said which region of {name} a budget uses")
+
+
+def _boxes(shape: tuple[int, ...], runs: tuple[Runs | None, ...]) -> tuple[Region, ...]:
+    """The boxes of some runs in each dimension, in order; at most one dimension has several."""
+    boxes: list[tuple[tuple[int, int], ...]] = [()]
+    for size, of_dim in zip(shape, runs, strict=True):
+        boxes = [(*box, run) for box in boxes for run in (of_dim or ((0, size),))]
+    return tuple(Region(tuple(o for o, _ in box), tuple(s for _, s in box)) for box in boxes)
+
+
+@lru_cache(maxsize=256)
+def regions(settings: DecoderSettings, budget: Budget) -> MappingProxyType[str, tuple[Region, ...]]:
+    """The regions of each parameter that a budget uses, by name, in the order in which extraction puts them together.
+
+    Parameters of skipped layers are not there.
+
+    Raises:
+        BudgetError: the budget does not fit.
+    """
+    part = sub_model(settings, budget)
+    layers, d = {one.layer: one for one in part.layers}, ((0, part.hidden),)
+    found = {}
+    for name, shape in shapes_of(settings).items():
+        in_block = _BLOCK.fullmatch(name)
+        if in_block is None:
+            found[name] = _boxes(shape, (d,) if len(shape) == 1 else (None, d))
+        elif (layer := int(in_block[1])) in layers:
+            found[name] = _boxes(shape, _block_runs(settings, layers[layer], part.hidden, in_block[2]))
+    return MappingProxyType(found)
+
+
+@lru_cache(maxsize=256)
+def cut_for(settings: DecoderSettings, budget: Budget) -> Cut | None:
+    """The cut with which a decoder runs a budget in place; None: it is all of it.
+
+    Raises:
+        BudgetError: the budget does not fit.
+    """
+    part, whole = sub_model(settings, budget), sub_model(settings, Budget())
+    if part == whole:
+        return None
+    shapes, used = shapes_of(settings), regions(settings, budget)
+    by_block: dict[int, dict[str, tuple[Region, ...]]] = {}
+    for name, boxes in used.items():
+        in_block = _BLOCK.fullmatch(name)
+        if in_block is None:
+            continue
+        if in_block[2].startswith("moe.experts."):  # all stay there: who is chosen says which are computed
+            (count, *_), box = shapes[name], boxes[0]
+            boxes = (Region((0, *box.offsets[1:]), (count, *box.sizes[1:])),)
+        if boxes != (Region.whole(shapes[name]),):
+            by_block.setdefault(int(in_block[1]), {})[in_block[2]] = boxes
+    before = {one.layer: one for one in whole.layers}
+    kept = {one.layer: one for one in part.layers}
+    blocks: list[BlockCut | None] = []
+    for layer in range(settings.layers):
+        one = kept.get(layer)
+        if one is None or (one == before[layer] and part.hidden == whole.hidden):
+            blocks.append(None)
+            continue
+        blocks.append(_block_cut(by_block.get(layer, {}), part.hidden, one, before[layer]))
+    return Cut(part.hidden, tuple(blocks), frozenset(before) - frozenset(kept))
+
+
+def _block_cut(used: Regions, hidden: int, part: LayerPart, whole: LayerPart) -> BlockCut:
+    experts = part.experts if part.experts != whole.experts else None
+    return BlockCut(used, hidden, part.heads, part.key_heads, experts, part.top_k)

@@ -1,0 +1,209 @@
+"""What a budget comes to in a decoder: the sizes of what is left, and the settings of an ordinary decoder of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from resilin.models.decoder_settings import DecoderSettings, LayerSizes
+from resilin.nested.budgets import Budget, BudgetError
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPart:
+    """What is used of one layer.
+
+    Attributes:
+        layer: its number in the full model.
+        heads: query heads, equally many of each key head's.
+        key_heads: leading key heads.
+        ffn: neurons of the feed-forward or of each expert.
+        experts: their numbers; () where the layer has none.
+        top_k: experts that a token visits; 0 where there are none.
+    """
+
+    layer: int
+    heads: int
+    key_heads: int
+    ffn: int
+    experts: tuple[int, ...] = ()
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SubModel:
+    """What is used of a decoder: two budgets are the same sub-model where this is equal.
+
+    Attributes:
+        hidden: leading values of the residual stream.
+        layers: those that are left, in order.
+    """
+
+    hidden: int
+    layers: tuple[LayerPart, ...]
+
+
+def _entry(name: str, value: Any, layer: int, layers: int) -> Any:
+    """A budget's entry for one layer."""
+    if not isinstance(value, tuple):
+        return value
+    if len(value) != layers:
+        raise BudgetError(
+            f"{name} has {len(value)} entries and the model {layers} layers: give one for each layer (also for those "
+            "that are skipped), or one number for all"
+        )
+    return value[layer]
+
+
+def _at_most(name: str, layer: int, value: int | None, most: int) -> int:
+    if value is None:
+        return most
+    if value > most:
+        raise BudgetError(f"{name} of layer {layer} is {value}, and the layer has {most}: use at most {most}")
+    return value
+
+
+def _heads(layer: int, own: DecoderSettings, heads: int | None, key_heads: int | None) -> tuple[int, int]:
+    """Query and key heads of a layer."""
+    group = own.heads // own.key_heads
+    if key_heads is not None:
+        _at_most("kv_heads", layer, key_heads, own.key_heads)
+    if heads is None:
+        return (key_heads or own.key_heads) * group, key_heads or own.key_heads
+    _at_most("heads", layer, heads, own.heads)
+    if key_heads is None:
+        if heads % group == 0:
+            return heads, heads // group
+        key_heads = own.key_heads
+    if heads % key_heads or heads // key_heads > group:
+        options = [n * key_heads for n in range(1, group + 1)]
+        raise BudgetError(
+            f"heads of layer {layer} is {heads}, which {key_heads} key heads of at most {group} query heads each "
+            f"cannot share equally: use one of {', '.join(map(str, options))}, or whole groups (a multiple of {group})"
+        )
+    return heads, key_heads
+
+
+def _experts(layer: int, own: DecoderSettings, chosen: Any, top_k: int | None) -> tuple[tuple[int, ...], int]:
+    assert own.moe is not None
+    have = own.moe.experts
+    if isinstance(chosen, tuple):
+        if not chosen:
+            raise BudgetError(f"experts of layer {layer} are none: keep at least one, or skip the layer")
+        if chosen[-1] >= have:
+            raise BudgetError(f"experts of layer {layer} name expert {chosen[-1]}; the layer has 0 to {have - 1}")
+        kept = chosen
+    else:
+        kept = tuple(range(_at_most("experts", layer, chosen, have)))
+    if top_k is None:
+        return kept, min(own.moe.experts_per_token, len(kept))
+    if top_k > len(kept):
+        raise BudgetError(f"top_k of layer {layer} is {top_k}, and {len(kept)} experts are left: use at most that")
+    return kept, top_k
+
+
+@lru_cache(maxsize=4096)
+def sub_model(settings: DecoderSettings, budget: Budget) -> SubModel:
+    """The sizes that a budget leaves of a decoder.
+
+    Raises:
+        BudgetError: it names a layer that is not there, exceeds or empties one, does not divide its heads, or names
+            experts of a model that has none.
+    """
+    layers = settings.layers
+    beyond = [layer for layer in budget.skip if layer >= layers]
+    if beyond:
+        raise BudgetError(f"skip names layer {beyond[0]}; layers count from 0 to {layers - 1}")
+    if len(budget.skip) == layers:
+        raise BudgetError(f"skip names all {layers} layers: leave at least one")
+    if settings.moe is None and (budget.experts is not None or budget.top_k is not None):
+        raise BudgetError("experts and top_k: the model has no experts; leave them out")
+    hidden = budget.hidden or settings.hidden_size
+    if hidden > settings.hidden_size:
+        raise BudgetError(f"hidden is {hidden}, and the model's is {settings.hidden_size}: use at most that")
+    kept = []
+    for layer in range(layers):
+        own = settings.at(layer)
+        ffn, heads, key_heads, experts, top_k = (
+            _entry(name, getattr(budget, name), layer, layers)
+            for name in ("ffn", "heads", "kv_heads", "experts", "top_k")
+        )
+        if layer in budget.skip:
+            continue
+        count, keys = _heads(layer, own, heads, key_heads)
+        if settings.is_moe_layer(layer):
+            assert own.moe is not None
+            numbers, visited = _experts(layer, own, experts, top_k)
+            width = _at_most("ffn", layer, ffn, own.moe.expert_size)
+            kept.append(LayerPart(layer, count, keys, width, numbers, visited))
+        else:
+            kept.append(LayerPart(layer, count, keys, _at_most("ffn", layer, ffn, own.feed_forward_size)))
+    return SubModel(hidden, tuple(kept))
+
+
+def _common(values: list[int], default: int) -> int:
+    """The largest, of which a layer may have less; `default` where no layer has any."""
+    return max(values) if values else default
+
+
+@lru_cache(maxsize=4096)
+def sub_settings(settings: DecoderSettings, budget: Budget) -> DecoderSettings:
+    """The settings of an ordinary decoder of the sizes that a budget leaves.
+
+    Where all layers keep the same sizes these are plain numbers, else `layer_sizes` has them.
+
+    Raises:
+        BudgetError: the budget does not fit.
+    """
+    part, whole = sub_model(settings, budget), sub_model(settings, Budget())
+    if part == whole:
+        return settings
+    layers = part.layers
+    numbers = [one.layer for one in layers]
+    dense = [one for one in layers if not one.experts]
+    mixed = [one for one in layers if one.experts]
+    heads, key_heads = max(one.heads for one in layers), max(one.key_heads for one in layers)
+    if heads % key_heads:
+        heads = key_heads * -(-heads // key_heads)
+    mlp_size = _common([one.ffn for one in dense], settings.feed_forward_size)
+    changes: dict[str, Any] = {
+        "hidden_size": part.hidden,
+        "layers": len(layers),
+        "heads": heads,
+        "kv_heads": key_heads,
+        "head_size": settings.head_width,
+        "mlp_size": mlp_size,
+        "layer_sizes": (),
+    }
+    moe = settings.moe
+    if moe is not None:
+        changes["moe"] = None
+        if mixed:
+            changes["moe"] = moe = moe.model_copy(
+                update={
+                    "experts": max(len(one.experts) for one in mixed),
+                    "experts_per_token": max(one.top_k for one in mixed),
+                    "expert_size": max(one.ffn for one in mixed),
+                    "dense_layers": tuple(number for number, one in enumerate(layers) if not one.experts),
+                }
+            )
+    if settings.window_layers is not None:
+        windowed = tuple(new for new, old in enumerate(numbers) if old in settings.window_layers)
+        changes["window_layers"] = windowed or None
+        if not windowed:
+            changes["sliding_window"] = None
+    own = []
+    for one in layers:
+        sizes = {"heads": (one.heads, heads), "kv_heads": (one.key_heads, key_heads)}
+        if one.experts:
+            assert moe is not None
+            sizes["mlp_size"] = (one.ffn, moe.expert_size)
+            sizes["experts"] = (len(one.experts), moe.experts)
+            sizes["experts_per_token"] = (one.top_k, moe.experts_per_token)
+        else:
+            sizes["mlp_size"] = (one.ffn, mlp_size)
+        own.append(LayerSizes(**{name: mine for name, (mine, usual) in sizes.items() if mine != usual}))
+    if any(one != LayerSizes() for one in own):
+        changes["layer_sizes"] = tuple(own)
+    return DecoderSettings.model_validate(settings.model_copy(update=changes).model_dump())
