@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic_checks import changes, check_same, equal, states
+from elastic_checks import changes, check_same, equal, events, states
 from elastic_runs import STEPS, alone, go, settings_of
 
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
@@ -77,6 +78,29 @@ def test_members_come_and_leave_and_blocks_follow_them(text: Path, tmp_path: Pat
     assert {len(change["members"]) for change in happened} >= {2, 4, 3}
     assert len({tuple(change["layers"]) for change in happened}) > 1
     assert all(change["redone"] == 0 for change in happened)
+
+
+def test_the_users_function_is_handed_the_clocks_of_stages(
+    text: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "clocks_of_test.py").write_text(
+        "import json, pathlib\n\ndef set_clocks(stages):\n"
+        "    with (pathlib.Path(__file__).parent / 'set.jsonl').open('a') as file:\n"
+        "        file.write(json.dumps(list(stages)) + '\\n')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    cluster = {"clocks": (1.0, 1.5, 2.0, 2.5), "clocks_hook": "clocks_of_test:set_clocks"}
+    settings = staged(text, parallel={"layers": (2, 2)}, cluster=cluster)
+    assert go(settings, tmp_path / "run", [Fault(3, 5, "updating weights")]) == JobEnded(0, "")
+    check_same(tmp_path / "run", undisturbed)
+    (told,) = [e["facts"] for e in events(tmp_path / "run", "cluster") if e["what"] == "clocks"]
+    handed = [json.loads(line) for line in (tmp_path / "set.jsonl").read_text().splitlines()]
+    assert [len(stage) for stage in changes(tmp_path / "run")[-1]["stages"]] == [2, 1]
+    assert handed[0] == told["stages"]
+    assert [one["members"] for one in handed[0]] == [[0, 1], [2]]
+    assert handed[0][1]["clock"] > handed[0][0]["clock"] == 1.0
+    assert told["seconds"]["after"] < told["seconds"]["before"]
+    assert [[one["clock"] for one in stages] for stages in handed[1:]] == [[1.0, 1.0]]  # once the run is over
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from resilin.cluster.axes import Layers, Machine, Pipeline, PlanError, Rules, decide, step_of
+from resilin.cluster.axes import Clocks, Layers, Machine, Pipeline, PlanError, Rules, decide, step_of
 from resilin.cluster.changes import moved
 from resilin.cluster.view import View
 from resilin.parallel.pipeline.split import Split, balanced
@@ -39,12 +39,14 @@ class Division:
         fixed: the blocks of each stage, where they are not to follow the costs.
         micros: micro-batches of a step.
         horizon: steps within which a new division has to have saved what it costs, taken to be one step.
+        clocks: that stages can be set to; None: none.
     """
 
     costs: tuple[float, ...]
     fixed: tuple[int, ...] = ()
     micros: int = 1
     horizon: int = 50
+    clocks: Clocks | None = None
 
     def layers(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """The bounds of stages of so many members, the slowest of which is as quick as can be.
@@ -90,6 +92,25 @@ class Division:
             return None
         why = f"{view} become {found}: a step takes {takes:.0%} of the time"
         return Better(found, why, list(decision.reasons))
+
+    def frequency(self, view: View) -> tuple[tuple[float, ...], dict[str, Any]] | None:
+        """A clock for each stage of a view, and the reason; None: none can be set, or there are no stages.
+
+        Times are in steps at the usual clock.
+        """
+        if self.clocks is None or len(view.stages) == 1 or not self.costs:
+            return None
+        members = [stage.members for stage in view.stages]
+        try:
+            now = Pipeline.of(Split(view.layers), members, self.micros, 1)
+            step = step_of(now, self._layers(1.0), Machine())
+            if step is None:
+                return None
+            layers, machine = self._layers(float(step.seconds)), Machine(clocks=self.clocks)
+            decision = decide(now, members, layers, machine, Rules(assignments=("runs",), graph=False))
+        except PlanError:  # a stage has more members than there are micro-batches
+            return None
+        return tuple(map(float, decision.clocks)), dict(decision.reasons[-1])
 
     def _layers(self, unit: float) -> Layers:
         costs = [cost / unit for cost in self.costs]

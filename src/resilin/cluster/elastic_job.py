@@ -28,12 +28,14 @@ from torch._C._distributed_c10d import TCPStore
 from resilin.cluster import tunnel
 from resilin.cluster.accepting import accept_each, admitted
 from resilin.cluster.addresses import LOOPBACK, guard, listen
+from resilin.cluster.axes import ClocksHook
+from resilin.cluster.clock_setter import ClockSetter
 from resilin.cluster.handshake import new_secret
 from resilin.cluster.hosts import Hosts, JoinError
 from resilin.cluster.isolation import Side
 from resilin.cluster.place import FILE, Place
 from resilin.cluster.protocol.coordinator import Coordinator
-from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
+from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, SetClocks, Tell
 from resilin.cluster.protocol.messages import Isolate, MessageError, Signal, Told, of_json, to_json
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.starter import Door, Starter
@@ -72,6 +74,7 @@ class ElasticJob:
         replace: whether another worker is started for each that is lost.
         environment: more variables for the workers.
         place: where the job is found.
+        clocks: is handed the clocks of all stages whenever they are to change.
 
     Raises:
         UserError: it cannot listen there.
@@ -91,6 +94,7 @@ class ElasticJob:
         replace: bool = False,
         environment: Mapping[str, str] | None = None,
         place: Place | None = None,
+        clocks: ClocksHook | None = None,
     ) -> None:
         self._starter, self._folder, self._hear, self._say = starter, folder, hear, note
         self._begin, self._most, self._replace = begin, most, replace
@@ -98,6 +102,7 @@ class ElasticJob:
         self._secret = self._place.secret or new_secret()
         self._rules, self._coordinator = rules, Coordinator(rules)
         self._lock = threading.RLock()
+        self._setter = ClockSetter(clocks, note) if clocks is not None else None
         self._wires: dict[int, Wire] = {}
         self._number = 0
         self._finish: Finish | None = None
@@ -144,6 +149,8 @@ class ElasticJob:
                 self._listening.shutdown(socket.SHUT_RDWR)
             self._listening.close()
             self._starter.close()
+            if self._setter is not None:
+                self._setter.close()
         return self._ended()
 
     def _write_file(self, path: Path) -> None:
@@ -414,6 +421,9 @@ class ElasticJob:
             elif isinstance(effect, Fence):
                 self._fence(effect.number)
                 self._take_the_place_of_one()
+            elif isinstance(effect, SetClocks):
+                if self._setter is not None:
+                    self._setter.set(effect.stages)
             elif isinstance(effect, Note):
                 self._say(effect.what, effect.facts)
             else:

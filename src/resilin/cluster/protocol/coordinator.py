@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from resilin.cluster.changes import NobodyLeftError, changed, first_view
 from resilin.cluster.division import Better, Division
-from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
+from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, SetClocks, Tell
 from resilin.cluster.protocol.messages import (
     Adopt,
     Beat,
@@ -89,7 +89,8 @@ class Coordinator:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.division = Division((), rules.layers, rules.micros)
+        self.division = Division((), rules.layers, rules.micros, clocks=rules.clocks)
+        self._clocks: dict[int, float] = {}  # by member, where it is not the usual one
         self._considered: tuple[int, Better | None] = (-1, None)  # of the view of an epoch
         self._reasons: list[dict[str, Any]] = []  # of the division that the change under way brings
         self.phase: Phase = "gathering"
@@ -484,9 +485,27 @@ class Coordinator:
         self.version = resumed or 0
         for number in view.members:
             self._out.append(Tell(number, Go(view.epoch)))
+        self._choose_clocks(view)
         if adopt.before is None:  # everybody began with the same: nobody's copies are needed
             self._part()
         self._consider(now)
+
+    def _choose_clocks(self, view: View) -> None:
+        """What is left of an imbalance is taken up by clocks, if they can be set."""
+        found = self.division.frequency(view)
+        if found is None or self.rules.clocks is None:
+            return
+        clocks, reason = found
+        usual = float(self.rules.clocks.base)
+        wanted = {n: clock for stage, clock in zip(view.stages, clocks, strict=True) for n in stage.members}
+        if any(self._clocks.get(number, usual) != clock for number, clock in wanted.items()):
+            stages = [
+                {"stage": place, "members": list(stage.members), "clock": clock, "usual": usual}
+                for place, (stage, clock) in enumerate(zip(view.stages, clocks, strict=True))
+            ]
+            self._out.append(SetClocks(tuple(stages)))
+            self._note("clocks", epoch=view.epoch, stages=stages, why=reason["why"], seconds=reason["seconds"])
+        self._clocks = {number: clock for number, clock in wanted.items() if clock != usual}
 
     # -- who reaches whom ---------------------------------------------------------------------------------------
 
