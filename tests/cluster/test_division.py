@@ -44,6 +44,37 @@ def test_blocks_follow_the_members_and_the_head_counts():
         Division((1.0, 1.0, 0.0)).layers([1, 1, 1])
 
 
+def test_blocks_take_what_their_stages_have_taken():
+    known = EQUAL.after((0, 4, 8), (4.0, 12.0))
+    assert (EQUAL.basis, known.basis) == ("by FLOPs", "measured")
+    assert known.measured == (1.0,) * 4 + (3.0,) * 4 + (0.0,)
+    assert known.layers([1, 1]) == (0, 5, 8)
+    again = known.after((0, 5, 8), (7.0, 9.0))  # as was to be expected: nothing is learned
+    assert again.measured == known.measured
+    other = Division((1.0,) * 2 + (2.0,)).after((0, 1, 2), (1.0, 9.0))  # the last stage's head is its own too
+    assert other.measured == (1.0, 3.0, 6.0)
+
+
+def test_times_that_scatter_do_not_move_blocks():
+    view = view_of([2, 2])
+    assert EQUAL.after((0, 4, 8), (4.0, 4.15)).better(view) is None
+    slow = EQUAL.after((0, 4, 8), (4.0, 8.0)).better(view)
+    assert slow is not None
+    assert slow.view.layers[1] > 4
+
+
+@given(st.lists(st.floats(0.1, 9), min_size=4, max_size=9), st.data())
+def test_what_is_measured_adds_up_to_what_stages_have_taken(costs: list[float], data: st.DataObject):
+    stages = data.draw(st.integers(1, len(costs) - 1))
+    cuts = data.draw(st.sets(st.integers(1, len(costs) - 2), min_size=stages - 1, max_size=stages - 1))
+    bounds = (0, *sorted(cuts), len(costs) - 1)
+    seconds = data.draw(st.lists(st.floats(1e-4, 10), min_size=stages, max_size=stages))
+    found = Division(tuple(costs)).after(bounds, seconds).measured
+    sums = [sum(found[a:b]) for a, b in pairwise(bounds)]
+    sums[-1] += found[-1]
+    assert sums == pytest.approx(seconds)
+
+
 def test_a_loss_moves_nothing_and_then_blocks_follow():
     view = changed(view_of([2, 2]), gone=[3])
     assert [len(stage.members) for stage in view.stages] == [2, 1]

@@ -28,6 +28,7 @@ from resilin.cluster.protocol.messages import (
     Leaving,
     MessageError,
     Pause,
+    Prepare,
     Probe,
     Probed,
     Ready,
@@ -44,9 +45,10 @@ from resilin.cluster.view import View
 VIEW = first_view([0, 1, 2], dict.fromkeys(range(3), "here"))
 EVERY = [
     Hello("here"), Warm(), Beat(3, "data 1", "forward", (1, 2), 0.5, "run.py:1"), Leaving(), Told({"event": "x"}),
-    Halted(2, "lost", -1, None, ((0, 1, (3, 4)),), (5,)), Committed(1, 7), Done(1, 9, "c"),
+    Halted(2, "lost", -1, None, ((0, 1, (3, 4)),), (5,)), Committed(1, 7, 3, 0.5), Done(1, 9, "c"),
     Ready(1, "a", "b", {"plan": 0.5}, {"restore": 3}), Probe(1, (0, 2)), Probed(1, (2,)), Isolate("all", True, 0.5),
-    Failed(3, "KeyError", "trace"), Halt(1, "why"), Pause(1, "why"), Go(2), Signal(15), End(0, "why"),
+    Failed(3, "KeyError", "trace"), Halt(1, "why"), Pause(1, "why", True), Prepare(VIEW, VIEW, 4), Go(2), Signal(15),
+    End(0, "why"),
     Adopt(VIEW, None, 0, {}, {}), Adopt(VIEW, VIEW, 4, {0: 1, 1: 1}, {1: (2, 3)}),
 ]  # fmt: skip
 
@@ -119,6 +121,21 @@ def test_one_that_is_cut_off_for_long_is_fenced_and_the_others_take_all_steps(wh
         (lost,) = [note.facts for note in sim.notes if note.what == "lost"]
         assert (lost["member"], why in lost["why"]) == (1, True)
         assert sum(change["redone"] for change in changes) <= 1
+
+
+def test_blocks_follow_what_they_have_taken_once_that_is_known_and_the_states_stay():
+    """By what they compute all blocks are alike; the last ones take longer."""
+    sim = Sim(Plan(4, 30, 4, stages=2))
+    sim.costs, sim.takes = (1.0,) * 6, (1.0, 1.0, 1.0, 3.0, 3.0, 1.0)
+    sim.run()
+    changes = [note.facts for note in sim.notes if note.what == "change"]
+    assert sim.finish == Finish(True, "all 30 steps were taken")
+    assert [(change["costs"], change["layers"]) for change in changes] == [
+        ("by FLOPs", [0, 3, 5]), ("measured", [0, 4, 5]),
+    ]  # fmt: skip
+    assert all(reason["costs"] == "measured" for reason in changes[1]["planned"])
+    assert "blocks measured" in changes[1]["why"]
+    assert changes[1]["redone"] == 0
 
 
 @pytest.mark.parametrize("message", EVERY, ids=lambda message: message.kind)
@@ -394,6 +411,38 @@ def test_a_newcomer_is_taken_in_at_a_boundary_and_a_leaver_goes_after_its_states
     job.say(7, Committed(1, 6))
     assert set(job.told(End)) == {0}
     assert not job.told(Pause)
+
+
+def test_a_newcomer_reads_while_the_others_compute_and_all_end_that_step_together():
+    job = Job(2)
+    job.all_ready()
+    job.say(0, Committed(0, 4))
+    job.say(0, Committed(0, 5))
+    job.say(7, Hello("there"))
+    job.say(7, Warm())
+    job.say(1, Committed(0, 5))
+    assert not job.told(Pause)  # the step is under way: it would read too late for it
+    job.say(1, Committed(0, 6))
+    prepare = job.told(Prepare)[7]
+    assert {number: pause.computed for number, pause in job.told(Pause).items()} == {0: True, 1: True}
+    assert (prepare.before.epoch, prepare.version) == (0, 6)
+    job.say(0, Halted(0, "", 6, 6, ((0, 0, (5, 6)), (1, 0, (5, 6))), (0,)))
+    job.say(1, Halted(0, "", 6, 6, ((0, 0, (5, 6)), (1, 0, (5, 6))), (1,)))
+    adopt = job.told(Adopt)[7]
+    assert (adopt.view, adopt.before, adopt.version) == (prepare.view, prepare.before, 6)
+    assert adopt.where == {0: 0, 1: 1}
+    assert adopt.kept == {0: (0,), 1: (1,)}
+
+
+def test_where_nothing_is_kept_of_a_step_newcomers_come_in_between_two():
+    job = Job(2, keeps=False)
+    job.all_ready()
+    job.say(0, Committed(0, 4))
+    job.say(0, Committed(0, 5))
+    job.say(7, Hello("there"))
+    job.say(7, Warm())
+    assert {number: pause.computed for number, pause in job.told(Pause).items()} == {0: False, 1: False}
+    assert not job.told(Prepare)
 
 
 def test_one_that_is_about_to_go_dies_and_nobody_comes_out():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from elastic_checks import changes, check_same, equal, events, states
-from elastic_runs import STEPS, go, settings_of
+from elastic_runs import STEPS, check_met, go, settings_of
 
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
@@ -67,6 +67,39 @@ def test_workers_come_and_go_in_a_run_and_others_take_the_place_of_those_that_ar
     assert grown[:3] == [2, 3, 2]
 
 
+def test_a_newcomer_has_read_its_states_when_the_others_have_computed_a_step(
+    text: Path, undisturbed: Path, tmp_path: Path
+):
+    def watch(job: ElasticJob, event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 1:
+            job.add()
+        if isinstance(event, Cluster) and event.what == "ready":
+            job.signal(1, signal.SIGCONT)
+        if isinstance(event, Cluster) and event.what == "preparing":
+            threading.Thread(target=wake, args=(job,), daemon=True).start()  # one of them may not have stopped yet
+
+    def wake(job: ElasticJob) -> None:
+        while not over.wait(0.05):
+            for number in (0, 1):
+                job.signal(number, signal.SIGCONT)
+
+    over = threading.Event()
+    settings = settings_of(text, parallel={"workers": 2}, cluster={"silence": 60})
+    stops = [Fault(1, 2, "adding gradients up", "stop")]  # until there is a newcomer
+    stops += [Fault(number, 3, "forward and backward", "stop") for number in (0, 1)]  # until it is told to read
+    try:
+        assert go(settings, tmp_path / "run", stops, watch=watch) == JobEnded(0, "")
+    finally:
+        over.set()
+    check_same(tmp_path / "run", undisturbed)
+    first, joined = changes(tmp_path / "run")
+    assert (first["members"], joined["members"]) == ([0, 1], [0, 1, 2])
+    assert (joined["version"], joined["redone"], joined["kept"]) == (3, 0, 8), "nothing is computed twice"
+    read = joined["bytes"]["2"]
+    assert read["ahead"] > 10_000
+    assert read["migrate"] == 0, "nobody has waited for it"
+
+
 @pytest.mark.slow
 def test_a_loss_in_the_evaluation_before_the_first_step_begins_the_run_again(
     text: Path, undisturbed: Path, tmp_path: Path
@@ -120,7 +153,7 @@ def test_a_worker_whose_machine_will_be_taken_away_leaves(
 
 def test_a_failure_of_the_program_is_told_with_its_trace(text: Path, tmp_path: Path):
     faults = [Fault(number, 3, "adding gradients up", "fail") for number in range(3)]
-    ended = go(settings_of(text), tmp_path / "run", faults)
+    ended = go(settings_of(text), tmp_path / "run", faults, all_happen=False)  # the second one ends the run
     assert ended.code == 1
     assert "a failure on purpose while adding gradients up in step 3" in ended.message
     assert "Traceback" in ended.message
@@ -142,6 +175,13 @@ def test_a_listener_that_fails_ends_the_run_with_its_trace(text: Path, tmp_path:
     assert ended.code == 1
     assert "the launcher failed: no space left on the disk of the log" in ended.message
     assert "Traceback" in ended.message
+
+
+def test_a_fault_that_never_happens_is_found_out(text: Path, tmp_path: Path):
+    faults = [Fault(0, 1, "adding gradients up", "leave"), Fault(1, 2, "forward and backward of micro-batch 7")]
+    with pytest.raises(AssertionError, match=r"never happened.*micro-batch 7"):
+        go(settings_of(text, parallel={"workers": 2}, train={"steps": 4}), tmp_path / "run", faults)
+    check_met(tmp_path / "run", faults[:1])
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,20 @@ def test_members_come_and_leave_and_blocks_follow_them(text: Path, tmp_path: Pat
     assert all(change["redone"] == 0 for change in happened)
 
 
+def test_blocks_follow_what_is_measured_and_the_bits_stay(text: Path, tmp_path: Path):
+    """How long blocks take here is nobody's to say: only that it was measured, by the time a worker leaves."""
+
+    def watch(job: ElasticJob, event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 12:
+            job.signal(0, signal.SIGTERM)
+
+    one = alone(text, tmp_path / "one", model=MODEL, train={"steps": 30})
+    assert go(staged(text, train={"steps": 30}), tmp_path / "run", watch=watch) == JobEnded(0, "")
+    check_same(tmp_path / "run", one, 30)
+    happened = changes(tmp_path / "run")
+    assert (happened[0]["costs"], happened[-1]["costs"], len(happened[-1]["members"])) == ("by FLOPs", "measured", 3)
+
+
 def test_the_users_function_is_handed_the_clocks_of_stages(
     text: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

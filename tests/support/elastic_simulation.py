@@ -32,6 +32,7 @@ from resilin.cluster.protocol.messages import (
     Leaving,
     Message,
     Pause,
+    Prepare,
     Probe,
     Probed,
     Ready,
@@ -149,6 +150,7 @@ class Sim:
             members=plan.members, silence=3.0, hang=50.0, stages=plan.stages, copies=plan.copies, micros=MICROS
         )
         self.costs = tuple(self.draw.choice([1.0, 2.0]) for _ in range(BLOCKS + 1)) if plan.stages > 1 else ()
+        self.takes = tuple(self.draw.uniform(0.5, 3.0) * cost for cost in self.costs)  # what they really cost
         self.coordinator = Coordinator(self.rules)
         self.members: dict[int, SimMember] = {}
         self.exchanges: dict[tuple[int, int], _Exchange] = {}
@@ -299,7 +301,7 @@ class SimMember:
         self.doing: list[int] = []  # micro-batches that it computes
         self.kept: tuple[int, list[int]] | None = None
         self.acked = -1
-        self.pausing = self.homeward = False
+        self.pausing = self.stopping = self.homeward = False
         self.life = 0  # raised when what is under way is given up
         self.stopped_until = 0.0
         self.ended_with: dict[int, int] | None = None
@@ -452,14 +454,19 @@ class SimMember:
                 raise WrongError(f"member {self.number} in epoch {self.epoch} is told {message}")
             if self.phase not in ("warm", "halted"):
                 raise WrongError(f"member {self.number} is given a place while it is {self.phase}")
-            self.adopt, self.epoch, self.pausing = message, message.view.epoch, False
+            self.adopt, self.epoch = message, message.view.epoch
+            self.pausing = self.stopping = False
             self.phase = "placing"
             self.later(0.005, 0.1, self.place)
         elif isinstance(message, Halt):
             if message.epoch == self.epoch and self.phase != "halted":
                 self.come_out(message.why)
         elif isinstance(message, Pause):
-            self.pausing = message.epoch == self.epoch
+            here = message.epoch == self.epoch
+            self.pausing, self.stopping = here and not message.computed, here and message.computed
+        elif isinstance(message, Prepare):
+            if self.phase != "warm" or self.epoch >= 0:
+                raise WrongError(f"member {self.number} is told to prepare while it is {self.phase}")
         elif isinstance(message, Go):
             if message.epoch == self.epoch and self.phase == "ready":
                 assert self.adopt is not None
@@ -575,7 +582,11 @@ class SimMember:
         self.pool.put(copy)
         if self.version > adopt.version:
             self.pool.forget(self.epoch)
-        self.tell(Committed(self.epoch, self.version))
+        mine = blocks_of(adopt.view, adopt.view.stage_of(self.number))
+        takes = sum(self.sim.takes[block] for block in mine) if self.sim.takes else 0.0
+        if self.sim.takes and mine.stop == BLOCKS:
+            takes += self.sim.takes[-1]
+        self.tell(Committed(self.epoch, self.version, max(0, self.version - adopt.version - 1), takes))
         holders = adopt.view.holders[self.number]
         if not holders:
             self.acked = self.version
@@ -633,7 +644,10 @@ class SimMember:
 
         def finished() -> None:
             self.kept, self.doing = (self.version, mine), []
-            self.exchange((mine, todo))
+            if self.stopping:
+                self.come_out("a change was announced")
+            else:
+                self.exchange((mine, todo))
 
         self.later(0.01 * len(todo), 0.05 * len(todo) + 0.001, finished)
 

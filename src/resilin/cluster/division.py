@@ -1,6 +1,7 @@
 """How members and blocks are divided over the stages of a pipeline, and when another division is worth a change. Pure.
 
-Blocks are divided by what they cost; what a division is worth is found by replaying a step (`resilin.cluster.axes`).
+Blocks are divided by what they compute until it is known what they take, and then by that. What a division is worth is
+found by replaying a step (`resilin.cluster.axes`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from resilin.cluster.axes import Clocks, Layers, Machine, Pipeline, PlanError, R
 from resilin.cluster.changes import moved
 from resilin.cluster.view import View
 from resilin.parallel.pipeline.split import Split, balanced
+
+_SCATTER = 0.05  # of a step: so much less it has to take, by times that are measured, which scatter
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class Division:
         micros: micro-batches of a step.
         horizon: steps within which a new division has to have saved what it costs, taken to be one step.
         clocks: that stages can be set to; None: none.
+        measured: what blocks and head have taken, in seconds; (): not known yet, then `costs` count.
     """
 
     costs: tuple[float, ...]
@@ -47,6 +51,30 @@ class Division:
     micros: int = 1
     horizon: int = 50
     clocks: Clocks | None = None
+    measured: tuple[float, ...] = ()
+
+    @property
+    def basis(self) -> str:
+        """Where what blocks cost is known from."""
+        return "measured" if self.measured else "by FLOPs"
+
+    def after(self, bounds: Sequence[int], seconds: Sequence[float]) -> Division:
+        """With what stages have taken: each one's seconds are shared out over its blocks as these cost until now.
+
+        Args:
+            bounds: (P + 1,) of the stages' blocks, when it was measured.
+            seconds: (P,) of one micro-batch, forward and backward.
+        """
+        known = self._known
+        split = Split(tuple(bounds))
+        cost = split.costs(known[:-1], 0.0, known[-1])
+        factors = [took / total if total else 0.0 for took, total in zip(seconds, cost, strict=True)]
+        blocks = [known[block] * factors[split.stage_of(block)] for block in range(split.layers)]
+        return replace(self, measured=(*blocks, known[-1] * factors[-1]))
+
+    @property
+    def _known(self) -> tuple[float, ...]:
+        return self.measured or self.costs
 
     def layers(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """The bounds of stages of so many members, the slowest of which is as quick as can be.
@@ -59,10 +87,10 @@ class Division:
         if self.fixed:
             return tuple(sum(self.fixed[:stage]) for stage in range(len(self.fixed) + 1))
         return balanced(
-            self.costs[:-1],
+            self._known[:-1],
             len(sizes),
             0.0,
-            self.costs[-1],
+            self._known[-1],
             loads=[-(-self.micros // size) for size in sizes],
             allowed=lambda _, first, end: end > first,
         ).bounds
@@ -88,10 +116,10 @@ class Division:
             return None
         found = replace(found, layers=tuple(decision.pipeline.split.bounds))
         takes = float(decision.after.seconds)
-        if (1 - takes) * self.horizon <= 1:
+        if (1 - takes) * self.horizon <= 1 or (self.measured and takes > 1 - _SCATTER):
             return None
-        why = f"{view} become {found}: a step takes {takes:.0%} of the time"
-        return Better(found, why, list(decision.reasons))
+        why = f"{view} become {found}: a step takes {takes:.0%} of the time (blocks {self.basis})"
+        return Better(found, why, [{**reason, "costs": self.basis} for reason in decision.reasons])
 
     def frequency(self, view: View) -> tuple[tuple[float, ...], dict[str, Any]] | None:
         """A clock for each stage of a view, and the reason; None: none can be set, or there are no stages.
@@ -110,8 +138,8 @@ class Division:
             decision = decide(now, members, layers, machine, Rules(assignments=("runs",), graph=False))
         except PlanError:  # a stage has more members than there are micro-batches
             return None
-        return tuple(map(float, decision.clocks)), dict(decision.reasons[-1])
+        return tuple(map(float, decision.clocks)), {**decision.reasons[-1], "costs": self.basis}
 
     def _layers(self, unit: float) -> Layers:
-        costs = [cost / unit for cost in self.costs]
+        costs = [cost / unit for cost in self._known]
         return Layers(tuple(costs[:-1]), head=costs[-1])

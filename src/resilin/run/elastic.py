@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -22,13 +23,14 @@ from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.tree import put_together, take_apart
 from resilin.cluster.addresses import joined, parse
 from resilin.cluster.agent import Agent, HaltedError
+from resilin.cluster.ahead import read_ahead
 from resilin.cluster.failure import kind_of
 from resilin.cluster.links import Links, LinksCutError
 from resilin.cluster.parts import Parts
 from resilin.cluster.peer import Address, Peer, PeerError, PeerServer
 from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
-from resilin.cluster.protocol.messages import Adopt
-from resilin.cluster.restore import Need, Piece, Restorer, Shared, pieces_owned, pieces_whole
+from resilin.cluster.protocol.messages import Adopt, Prepare
+from resilin.cluster.restore import Ahead, Need, Piece, Restorer, Shared, pieces_owned, pieces_whole
 from resilin.cluster.snapshots import Snapshots, StoppedError
 from resilin.cluster.sum64 import sum64
 from resilin.cluster.view import View
@@ -38,6 +40,7 @@ from resilin.nouns import Optimizer
 from resilin.parallel import activity
 from resilin.parallel.assemble import Assembled
 from resilin.parallel.blueprint import Blueprint
+from resilin.parallel.pipeline.pace import Pace
 from resilin.parallel.state import StateLayout
 from resilin.parallel.stretches import Kept
 from resilin.run.elastic_dealing import Dealing
@@ -49,6 +52,7 @@ _REST = ("source", "objective", "run")
 
 
 _CHANGED = (HaltedError, LinksCutError, StoppedError, PeerError, CopyError)
+_PATIENCE = 5.0  # seconds within which all have copied the states of a version
 _PAUSE = 1000  # more than anything else that workers agree on
 
 
@@ -83,11 +87,13 @@ class Placed:
         model: what of it this worker has.
         made: engine and optimizer.
         fresh: names of parameters that have no values yet.
+        pace: of its stage.
     """
 
     model: nn.Module
     made: Assembled
     fresh: frozenset[str] = frozenset()
+    pace: Pace = field(default_factory=Pace)
 
 
 class Placing(Protocol):
@@ -133,6 +139,7 @@ class Elastic:
         self._staged: tuple[int, int] | None = None
         self._fresh = True
         self._kept: Kept | None = None
+        self._ahead: Ahead | None = None
         self.load: Callable[[Run], object] = lambda run: None
         """Fills a run that begins: from a checkpoint, where there is one."""
         agent.on_halt(self._sever)
@@ -163,7 +170,7 @@ class Elastic:
             store: makes the folder of checkpoints of a view's workers.
         """
         self._placing, self._store = placing, store
-        change = self._agent.warm(placing.costs)
+        change = self._agent.warm(placing.costs, self._prepare)
         while True:
             try:
                 self._take_place(change)
@@ -191,7 +198,7 @@ class Elastic:
             self._staged = epoch, run.step
             if run.step > self.change.version:  # an exchange under this view has been completed
                 self.pool.forget(epoch)
-            self._agent.committed(run.step)
+            self._agent.committed(run.step, self._pace.steps, self._pace.seconds)
 
     def asks(self, signal: int) -> int:
         """To come out, if a change was announced; else what the signal asks."""
@@ -253,6 +260,36 @@ class Elastic:
         return (parameter, f"{path}/{{}}/{slot}") if owned else ("", name)
 
     # -- changes ------------------------------------------------------------------------------------------------
+
+    def _prepare(self, told: Prepare) -> None:
+        """Read what this newcomer is going to need, while the others compute the step before which they stood."""
+        activity.doing("reading its states from copies, before it has a place")
+        began, members = time.monotonic(), told.before.members
+        before, after = (
+            ViewBlueprint(self._placing.whole, view, self._placing.holders(view)).owners()
+            for view in (told.before, told.view)
+        )
+        mine = after[told.view.stage_of(self.number)]
+        with ExitStack() as stack:
+            connect = cache(lambda member: stack.enter_context(closing(self._connect(member))))
+            # Not every member has a copy of this version yet.
+            while time.monotonic() - began < _PATIENCE and not self._agent.awaited:
+                try:
+                    restorer = Restorer(
+                        self.pool, told.before.epoch, told.version, dict(zip(members, members, strict=True)), connect
+                    )
+                    self._ahead = read_ahead(before, mine, self.number, WEIGHTS, restorer)
+                except CopyError:
+                    time.sleep(0.01)
+                except PeerError:
+                    return  # it is lost, and this place with it
+                else:
+                    return
+
+    def _come_out(self) -> None:
+        """Before gradients are exchanged: newcomers take part in the exchange, if there are any."""
+        if self._agent.stopping:
+            raise HaltedError("a change was announced")
 
     def recover(self, run: Run, error: Exception) -> bool:
         """Go on after something failed since the view changed, or will; False: it is this worker's own failure."""
@@ -316,7 +353,7 @@ class Elastic:
         placed = self._placing.build(self.world, self.blueprint.stages[stage], dealing, begins=begins)
         names = frozenset(self.blueprint.names(stage))
         self._weights.names = names if begins else self._weights.names & names - placed.fresh
-        self.model, made = placed.model, placed.made
+        self.model, made, self._pace = placed.model, placed.made, placed.pace
         engine = made.engine
         engine.keeps = True
         mine = tuple(change.kept.get(self.number, ()))
@@ -325,6 +362,7 @@ class Elastic:
         engine.dealt = dealing.of_step
         place = self.world.coordinate("dp")
         engine.evaluates = lambda batches: dealing.evaluated(batches)[stage][place]
+        engine.computed = self._come_out
         engine.ready = lambda: self.snapshots.wait(self._staged[1] if self._staged is not None else 0)
         self.made, self.optimizer, self.change = made, _Marking(made.optimizer, self._weights), change
         self.layout = StateLayout(self.blueprint, self.world.everyone)
@@ -343,10 +381,14 @@ class Elastic:
                     stack.callback(peers[member].close)
                 return peers[member]
 
-            if change.before is None:
+            if (before := change.before) is None:
                 self.load(run)
             else:
-                self._fill(run, change, Restorer(self.pool, change.before.epoch, change.version, change.where, connect))
+                ahead, self._ahead = self._ahead, None
+                restorer = Restorer(self.pool, before.epoch, change.version, change.where, connect, ahead)
+                self._fill(run, change, restorer)
+                if ahead is not None:
+                    self._parts.bytes["ahead"] = ahead.bytes
         self._weights.version, self._weights.names = run.step, frozenset(self.blueprint.names(self.world.stage))
         self._fresh = False
         self.snapshots.begin(change.view.holders[self.number])

@@ -234,7 +234,7 @@ class StagePlacing:
             device=self._device,
             precision=self._precision,
         )
-        return Placed(module, made, frozenset(fresh))
+        return Placed(module, made, frozenset(fresh), passes.pace)
 
     def _stage(self, view: View, stage: int) -> tuple[nn.Module, set[str]]:
         """The module of a stage, and the names of its parameters that have no values yet."""

@@ -103,6 +103,7 @@ def launch(
         clocks=_clocks(cluster),
         micro=settings.train.micro_batch_size,
         slots=settings.train.batch_size,
+        keeps=settings.parallel.reduction == "exact",
     )
     facts = {
         "settings": json.dumps(settings.model_dump(mode="json")),

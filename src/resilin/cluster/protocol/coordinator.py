@@ -15,8 +15,9 @@ memory is one of the places where such copies are; and nobody joins before, so t
 from __future__ import annotations
 
 import signal
+import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from resilin.cluster.protocol.messages import (
     Leaving,
     Message,
     Pause,
+    Prepare,
     Probe,
     Probed,
     Ready,
@@ -50,6 +52,7 @@ from resilin.cluster.view import View
 from resilin.parallel.pipeline.errors import ScheduleError
 from resilin.parallel.stretches import in_all
 
+_ENOUGH, _MOST = 5, 640  # steps that are counted before it is known what stages take
 _PUNCTUAL = 0.25  # of `Rules.silence`: a clock that is later than that did not run
 _ANSWER = 3  # times `Rules.silence`, within which a probe is answered
 _LONGEST = 64  # times `Rules.silence`, between two probes of members that only take their time
@@ -69,6 +72,7 @@ class _Member:
     ready: Ready | None = None
     done: Done | None = None
     failed: Failed | None = None
+    committed: Committed | None = None  # of the present view
 
 
 @dataclass
@@ -91,7 +95,9 @@ class Coordinator:
         self.rules = rules
         self.division = Division((), rules.layers, rules.micros, clocks=rules.clocks)
         self._clocks: dict[int, float] = {}  # by member, where it is not the usual one
-        self._considered: tuple[int, Better | None] = (-1, None)  # of the view of an epoch
+        self._considered: tuple[tuple[int, str], Better | None] = ((-1, ""), None)  # of a view's epoch, costs known so
+        self._measured = -1  # the last epoch of whose view it was counted what its stages take
+        self._enough = _ENOUGH  # steps of which that is the mean
         self._reasons: list[dict[str, Any]] = []  # of the division that the change under way brings
         self.phase: Phase = "gathering"
         self.members: dict[int, _Member] = {}
@@ -114,6 +120,7 @@ class Coordinator:
         self._quiet_until = 0.0  # before that it need not be asked again
         self._wait = rules.silence  # seconds between two such questions while nothing new is begun
         self._ticked: float | None = None
+        self._computed = False  # and whether all come out before they exchange a step's gradients
         self._epoch = -1
         self._aborted = 0
         self._failures: dict[int, list[Failed]] = {}
@@ -212,6 +219,7 @@ class Coordinator:
                 member.ready = message
                 self._all_ready(now)
         elif isinstance(message, Committed):
+            member.committed = message
             self._took(message, now)
         elif isinstance(message, Probed):
             if self._round is not None and message.number == self._round.number:
@@ -234,6 +242,7 @@ class Coordinator:
     def _took(self, message: Committed, now: float) -> None:
         if self.view is None or message.epoch != self.view.epoch:
             return
+        begins = message.version > self.version
         self.version, self._wait = max(self.version, message.version), self.rules.silence
         if self._start is None:
             self._start = message.version
@@ -242,7 +251,8 @@ class Coordinator:
         if message.version > self._resumed:  # an exchange under this view was completed: its copies are at the holders
             self._aborted, self._origin = 0, None
             self._part()
-            self._consider(now)
+            self._measure(self.view)
+            self._consider(now, begins=begins)
 
     @property
     def _moving(self) -> bool:
@@ -279,8 +289,13 @@ class Coordinator:
     def _staying(self) -> list[int]:
         return [number for number in self._in() if not self.members[number].leaving]
 
-    def _consider(self, now: float) -> None:
-        """Somebody may come or go."""
+    def _consider(self, now: float, begins: bool = False) -> None:
+        """Somebody may come or go.
+
+        Args:
+            now: seconds.
+            begins: whether the first member has just begun a step.
+        """
         if self.phase == "gathering":
             ready = [number for number, member in sorted(self.members.items()) if member.warm]
             if len(ready) >= self.rules.members:
@@ -293,23 +308,52 @@ class Coordinator:
             leaving = [n for n in self.view.members if n in self.members and self.members[n].leaving]
             better = self._better(self.view) if self._moving and not news and not leaving else None
             if news or leaving or better is not None:
-                self.phase, self._wished = "pausing", True
+                to_be = self._joined(self.view, news) if news and not leaving else None
+                if to_be is not None and not begins:
+                    return  # they read their states while the others compute the next step
+                self.phase, self._wished, self._computed = "pausing", True, to_be is not None
                 said = [f"member {number} is ready to join" for number in news]
                 said += [f"member {number} leaves" for number in leaving]
                 said += [better.why] if better is not None else []
                 self._times = _Times(now, now, said)
+                if to_be is not None:
+                    self._out += [Tell(number, Prepare(to_be, self.view, self.version)) for number in news]
                 for number in self.view.members:
-                    self._out.append(Tell(number, Pause(self.view.epoch, "; ".join(said))))
+                    self._out.append(Tell(number, Pause(self.view.epoch, "; ".join(said), self._computed)))
+                if to_be is not None:
+                    self._note("preparing", members=news, step=self.version)
+
+    def _joined(self, view: View, news: Sequence[int]) -> View | None:
+        """The view with newcomers, if they can be taken in the middle of a step: what was computed of it stays."""
+        if not self.rules.keeps:
+            return None
+        joined = replace(changed(view, (), {n: self.members[n].host for n in news}), epoch=self._epoch + 1)
+        return joined if self.division.better(joined) is None else None
 
     def _better(self, view: View) -> Better | None:
-        if self._considered[0] != view.epoch:
-            self._considered = view.epoch, self.division.better(view)
+        key = view.epoch, self.division.basis + ("" if self._measured != view.epoch else " now")
+        if self._considered[0] != key:
+            self._considered = key, self.division.better(view)
         return self._considered[1]
+
+    def _measure(self, view: View) -> None:
+        """Learn what stages take, once in every view, when all of its members have counted for long enough."""
+        if self._measured == view.epoch or len(view.stages) == 1 or not self.division.costs:
+            return
+        told = [[self.members[number].committed for number in s.members if number in self.members] for s in view.stages]
+        counted = [[one for one in s if one is not None and one.epoch == view.epoch] for s in told]
+        if any(not s or len(s) < len(t) for s, t in zip(counted, told, strict=True)):
+            return
+        if min(one.steps for s in counted for one in s) >= self._enough:
+            self._measured = view.epoch
+            seconds = [statistics.median(one.seconds for one in stage) for stage in counted]
+            if min(seconds) > 0:
+                self.division = self.division.after(view.layers, seconds)
 
     def _halt(self, why: str, now: float) -> None:
         """Everyone comes out."""
         if self.phase not in ("halting", "pausing"):
-            self._times, self._wished, self._explained = _Times(now, now), False, False
+            self._times, self._wished, self._computed, self._explained = _Times(now, now), False, False, False
         self._times.why += [why] if why else []
         self.phase = "halting"
         for number in self._in():
@@ -386,9 +430,11 @@ class Coordinator:
             self._end(False, str(error))
             return
         # Where nobody waits for a step that was cut short, blocks may move.
-        better = self.division.better(view) if self._wished else None
+        better = self.division.better(view) if self._wished and not self._computed else None
         if better is not None:
             view, self._reasons = better.view, better.reasons
+        # Times scatter: without a change of members they have to be known the better, the more often blocks move.
+        self._enough = _ENOUGH if gone or come else min(2 * self._enough, _MOST) if better is not None else self._enough
         self._offer(Adopt(view, before, version, where, self._kept(view, version)), now)
 
     def _kept(self, view: View, version: int) -> dict[int, tuple[int, ...]]:
@@ -469,6 +515,7 @@ class Coordinator:
             stages=[list(stage.members) for stage in view.stages],
             layers=list(view.layers),
             planned=self._reasons,
+            costs=self.division.basis,
             version=resumed or 0,
             redone=0 if resumed is None else max(0, self.version - resumed),
             kept=sum(map(len, adopt.kept.values())),

@@ -108,11 +108,15 @@ class Committed:
     Attributes:
         epoch: of the view.
         version: steps taken.
+        steps: of this view that `seconds` is the mean of.
+        seconds: that its stage takes for one micro-batch, forward and backward.
     """
 
     kind: ClassVar[str] = "committed"
     epoch: int
     version: int
+    steps: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,16 +200,35 @@ class Halt:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Come out at the next boundary of steps, together with all others.
+    """Come out, together with all others.
 
     Attributes:
         epoch: of the view that is about to end.
         why: in words.
+        computed: whether after the micro-batches of this step, and before their gradients are exchanged: what was
+            computed is kept, and the step is ended in the next view. Else at the next boundary of steps.
     """
 
     kind: ClassVar[str] = "pause"
     epoch: int
     why: str
+    computed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Read what you will need: you are about to be in this view, and the others compute a step meanwhile.
+
+    Attributes:
+        view: to be.
+        before: the present one, each of whose members has its own states.
+        version: of the states.
+    """
+
+    kind: ClassVar[str] = "prepare"
+    view: View
+    before: View
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,13 +321,13 @@ class End:
 
 Message = (
     Hello | Warm | Beat | Halted | Ready | Committed | Probed | Leaving | Done | Failed | Told
-    | Halt | Pause | Adopt | Go | Probe | Isolate | Signal | End
+    | Halt | Pause | Prepare | Adopt | Go | Probe | Isolate | Signal | End
 )  # fmt: skip
 _KINDS: dict[str, Any] = {
     cls.kind: cls
     for cls in (
         Hello, Warm, Beat, Halted, Ready, Committed, Probed, Leaving, Done, Failed, Told,
-        Halt, Pause, Adopt, Go, Probe, Isolate, Signal, End,
+        Halt, Pause, Prepare, Adopt, Go, Probe, Isolate, Signal, End,
     )
 }  # fmt: skip
 
@@ -320,6 +343,9 @@ def to_json(message: Message) -> dict[str, Any]:
             "where": {str(owner): member for owner, member in message.where.items()},
             "kept": {str(member): list(micros) for member, micros in message.kept.items()},
         }
+    if isinstance(message, Prepare):
+        views = {"view": message.view.json(), "before": message.before.json()}
+        return {"kind": message.kind, **views, "version": message.version}
     return {"kind": message.kind, **asdict(message)}
 
 
@@ -345,6 +371,8 @@ def of_json(told: Mapping[str, Any]) -> Message:
                 {int(owner): int(member) for owner, member in values["where"].items()},
                 {int(member): tuple(map(int, micros)) for member, micros in values["kept"].items()},
             )
+        if kind is Prepare:
+            return Prepare(View.of_json(values["view"]), View.of_json(values["before"]), int(values["version"]))
         if kind is Halted:
             values["copies"] = tuple((int(o), int(e), tuple(map(int, v))) for o, e, v in values["copies"])
         found: Message = kind(**{key: _tuple(value) for key, value in values.items()})

@@ -26,6 +26,7 @@ class Rules:
         clocks: that stages can be set to; None: none.
         micro: slots of a micro-batch.
         slots: of a step; 0: micro-batches are all full.
+        keeps: whether members keep what they have computed of a step when they come out in its middle.
     """
 
     members: int
@@ -42,3 +43,4 @@ class Rules:
     clocks: Clocks | None = None
     micro: int = 1
     slots: int = 0
+    keeps: bool = True
