@@ -178,8 +178,8 @@ def test_a_listener_that_fails_ends_the_run_with_its_trace(text: Path, tmp_path:
 
 
 def test_a_fault_that_never_happens_is_found_out(text: Path, tmp_path: Path):
-    faults = [Fault(0, 1, "adding gradients up", "leave"), Fault(1, 2, "forward and backward of micro-batch 7")]
-    with pytest.raises(AssertionError, match=r"never happened.*micro-batch 7"):
+    faults = [Fault(0, 1, "adding gradients up", "leave"), Fault(1, 2, "forward and backward of micro-batch 9")]
+    with pytest.raises(AssertionError, match=r"never happened.*micro-batch 9"):
         go(settings_of(text, parallel={"workers": 2}, train={"steps": 4}), tmp_path / "run", faults)
     check_met(tmp_path / "run", faults[:1])
 
