@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from elastic_checks import changes, check_same, equal, events, states
 from elastic_runs import STEPS, check_met, go, settings_of
 
@@ -98,6 +99,22 @@ def test_a_newcomer_has_read_its_states_when_the_others_have_computed_a_step(
     read = joined["bytes"]["2"]
     assert read["ahead"] > 10_000
     assert read["migrate"] == 0, "nobody has waited for it"
+
+
+def test_fast_sums_are_those_of_one_process_to_rounding_and_all_have_equally_many_slots(
+    text: Path, undisturbed: Path, tmp_path: Path
+):
+    settings = settings_of(text, parallel={"reduction": "fast"}, train={"micro_batch_size": 4})
+    # Of two whole micro-batches the third worker would have none to be killed in.
+    faults = [Fault(2, 3, "forward and backward"), Fault(0, 8, "adding gradients up")]
+    assert go(settings, tmp_path / "run", faults) == JobEnded(0, "")
+    assert [len(change["members"]) for change in changes(tmp_path / "run")] == [3, 2, 1]
+    found, expected = ([e["loss"] for e in events(at, "step")] for at in (tmp_path / "run", undisturbed))
+    assert found == pytest.approx(expected, rel=1e-4)
+    mine, theirs = (states(at, STEPS)["model"] for at in (tmp_path / "run", undisturbed))
+    assert mine.keys() == theirs.keys()
+    for name, weight in mine.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

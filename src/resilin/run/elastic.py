@@ -356,6 +356,8 @@ class Elastic:
         self.model, made, self._pace = placed.model, placed.made, placed.pace
         engine = made.engine
         engine.keeps = True
+        # Stages may have unlike numbers of members, and pass on the same micro-batches.
+        engine.even = not engine.exact and len(view.stages) == 1
         mine = tuple(change.kept.get(self.number, ()))
         same = kept is not None and kept.step == change.version and set(mine) <= set(kept.micros)
         engine.kept = kept.only(mine) if same and kept is not None and mine else None
