@@ -103,7 +103,8 @@ def extract(
             fg=typer.colors.YELLOW,
             err=True,
         )
-    if small.settings.sizes_differ:
-        typer.echo("Its layers have different sizes: resilin opens it, transformers does not.")
+    if small.settings.sizes_differ or small.settings.loop is not None:
+        why = "layers have different sizes" if small.settings.sizes_differ else "layers are looped"
+        typer.echo(f"Its {why}: resilin opens it, transformers does not.")
     if opened.tokenizer is None:
         typer.echo("No tokenizer was found: AutoTokenizer will not open this folder (see --tokenizer).")

@@ -68,6 +68,8 @@ def is_cut(model: nn.Module) -> bool:
 
 def _check_here(decoder: Decoder, cut: Cut) -> None:
     """Refuse models of which this process has parts such that a cut would take the wrong ones."""
+    if cut.hidden == decoder.settings.hidden_size and not any(cut.blocks):
+        return  # layers or loops are left out, and no parameter is cut
     here = range(len(decoder.blocks)) if decoder.span is None else decoder.span.blocks
     shapes = shapes_of(decoder.settings)
     block, prefix = decoder.blocks[here[0]], f"blocks.{here[0]}."
