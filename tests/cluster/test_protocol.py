@@ -27,6 +27,7 @@ from resilin.cluster.protocol.messages import (
     Leaving,
     MessageError,
     Pause,
+    Prepare,
     Ready,
     Signal,
     Told,
@@ -42,7 +43,8 @@ EVERY = [
     Hello("here"), Warm(), Beat(3, "data 1", "forward", (1, 2), 0.5, "run.py:1"), Leaving(), Told({"event": "x"}),
     Halted(2, "lost", -1, None, ((0, 1, (3, 4)),), (5,)), Committed(1, 7), Done(1, 9, "c"),
     Ready(1, "a", "b", {"plan": 0.5}, {"restore": 3}),
-    Failed(3, "KeyError", "trace"), Halt(1, "why"), Pause(1, "why"), Go(2), Signal(15), End(0, "why"),
+    Failed(3, "KeyError", "trace"), Halt(1, "why"), Pause(1, "why", True), Prepare(VIEW, VIEW, 4), Go(2), Signal(15),
+    End(0, "why"),
     Adopt(VIEW, None, 0, {}, {}), Adopt(VIEW, VIEW, 4, {0: 1, 1: 1}, {1: (2, 3)}),
 ]  # fmt: skip
 
@@ -255,6 +257,38 @@ def test_a_newcomer_is_taken_in_at_a_boundary_and_a_leaver_goes_after_its_states
     job.say(7, Committed(1, 6))
     assert set(job.told(End)) == {0}
     assert not job.told(Pause)
+
+
+def test_a_newcomer_reads_while_the_others_compute_and_all_end_that_step_together():
+    job = Job(2)
+    job.all_ready()
+    job.say(0, Committed(0, 4))
+    job.say(0, Committed(0, 5))
+    job.say(7, Hello("there"))
+    job.say(7, Warm())
+    job.say(1, Committed(0, 5))
+    assert not job.told(Pause)  # the step is under way: it would read too late for it
+    job.say(1, Committed(0, 6))
+    prepare = job.told(Prepare)[7]
+    assert {number: pause.computed for number, pause in job.told(Pause).items()} == {0: True, 1: True}
+    assert (prepare.before.epoch, prepare.version) == (0, 6)
+    job.say(0, Halted(0, "", 6, 6, ((0, 0, (5, 6)), (1, 0, (5, 6))), (0,)))
+    job.say(1, Halted(0, "", 6, 6, ((0, 0, (5, 6)), (1, 0, (5, 6))), (1,)))
+    adopt = job.told(Adopt)[7]
+    assert (adopt.view, adopt.before, adopt.version) == (prepare.view, prepare.before, 6)
+    assert adopt.where == {0: 0, 1: 1}
+    assert adopt.kept == {0: (0,), 1: (1,)}
+
+
+def test_where_nothing_is_kept_of_a_step_newcomers_come_in_between_two():
+    job = Job(2, keeps=False)
+    job.all_ready()
+    job.say(0, Committed(0, 4))
+    job.say(0, Committed(0, 5))
+    job.say(7, Hello("there"))
+    job.say(7, Warm())
+    assert {number: pause.computed for number, pause in job.told(Pause).items()} == {0: False, 1: False}
+    assert not job.told(Prepare)
 
 
 def test_one_that_is_about_to_go_dies_and_nobody_comes_out():

@@ -67,6 +67,39 @@ def test_workers_come_and_go_in_a_run_and_others_take_the_place_of_those_that_ar
     assert grown[:3] == [2, 3, 2]
 
 
+def test_a_newcomer_has_read_its_states_when_the_others_have_computed_a_step(
+    text: Path, undisturbed: Path, tmp_path: Path
+):
+    def watch(job: ElasticJob, event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 1:
+            job.add()
+        if isinstance(event, Cluster) and event.what == "ready":
+            job.signal(1, signal.SIGCONT)
+        if isinstance(event, Cluster) and event.what == "preparing":
+            threading.Thread(target=wake, args=(job,), daemon=True).start()  # one of them may not have stopped yet
+
+    def wake(job: ElasticJob) -> None:
+        while not over.wait(0.05):
+            for number in (0, 1):
+                job.signal(number, signal.SIGCONT)
+
+    over = threading.Event()
+    settings = settings_of(text, parallel={"workers": 2}, cluster={"silence": 60})
+    stops = [Fault(1, 2, "adding gradients up", "stop")]  # until there is a newcomer
+    stops += [Fault(number, 3, "forward and backward", "stop") for number in (0, 1)]  # until it is told to read
+    try:
+        assert go(settings, tmp_path / "run", stops, watch=watch) == JobEnded(0, "")
+    finally:
+        over.set()
+    check_same(tmp_path / "run", undisturbed)
+    first, joined = changes(tmp_path / "run")
+    assert (first["members"], joined["members"]) == ([0, 1], [0, 1, 2])
+    assert (joined["version"], joined["redone"], joined["kept"]) == (3, 0, 8), "nothing is computed twice"
+    read = joined["bytes"]["2"]
+    assert read["ahead"] > 10_000
+    assert read["migrate"] == 0, "nobody has waited for it"
+
+
 @pytest.mark.slow
 def test_a_loss_in_the_evaluation_before_the_first_step_begins_the_run_again(
     text: Path, undisturbed: Path, tmp_path: Path

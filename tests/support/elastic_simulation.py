@@ -32,6 +32,7 @@ from resilin.cluster.protocol.messages import (
     Leaving,
     Message,
     Pause,
+    Prepare,
     Ready,
     Signal,
     Warm,
@@ -288,7 +289,7 @@ class SimMember:
         self.doing: list[int] = []  # micro-batches that it computes
         self.kept: tuple[int, list[int]] | None = None
         self.acked = -1
-        self.pausing = self.homeward = False
+        self.pausing = self.stopping = self.homeward = False
         self.life = 0  # raised when what is under way is given up
         self.stopped_until = 0.0
         self.ended_with: dict[int, int] | None = None
@@ -370,14 +371,19 @@ class SimMember:
                 raise WrongError(f"member {self.number} in epoch {self.epoch} is told {message}")
             if self.phase not in ("warm", "halted"):
                 raise WrongError(f"member {self.number} is given a place while it is {self.phase}")
-            self.adopt, self.epoch, self.pausing = message, message.view.epoch, False
+            self.adopt, self.epoch = message, message.view.epoch
+            self.pausing = self.stopping = False
             self.phase = "placing"
             self.later(0.005, 0.1, self.place)
         elif isinstance(message, Halt):
             if message.epoch == self.epoch and self.phase != "halted":
                 self.come_out(message.why)
         elif isinstance(message, Pause):
-            self.pausing = message.epoch == self.epoch
+            here = message.epoch == self.epoch
+            self.pausing, self.stopping = here and not message.computed, here and message.computed
+        elif isinstance(message, Prepare):
+            if self.phase != "warm" or self.epoch >= 0:
+                raise WrongError(f"member {self.number} is told to prepare while it is {self.phase}")
         elif isinstance(message, Go):
             if message.epoch == self.epoch and self.phase == "ready":
                 assert self.adopt is not None
@@ -545,7 +551,10 @@ class SimMember:
 
         def finished() -> None:
             self.kept, self.doing = (self.version, mine), []
-            self.exchange((mine, todo))
+            if self.stopping:
+                self.come_out("a change was announced")
+            else:
+                self.exchange((mine, todo))
 
         self.later(0.01 * len(todo), 0.05 * len(todo) + 0.001, finished)
 

@@ -29,6 +29,7 @@ from resilin.cluster.protocol.messages import (
     Message,
     MessageError,
     Pause,
+    Prepare,
     Ready,
     Signal,
     Told,
@@ -68,6 +69,7 @@ class Agent:
 
     Attributes:
         pausing: whether everyone is to come out at the next boundary of steps.
+        stopping: whether everyone is to come out once its micro-batches are computed.
         leaves: whether this member was told to go.
         address: at which others reach this member.
 
@@ -80,7 +82,7 @@ class Agent:
         self, door: Door, number: int, store: Any, host: str, timeout: float, silence: float = 10.0, address: str = ""
     ) -> None:
         self.number, self.secret, self.store, self.timeout = number, door.secret, store, timeout
-        self.pausing = self.leaves = False
+        self.pausing = self.stopping = self.leaves = False
         connection = socket.create_connection((door.host, door.port), timeout)
         prove(connection, door.secret)
         guard(connection, max(silence, 1.0))
@@ -90,6 +92,7 @@ class Agent:
         self._main = threading.get_ident()
         self._changed = threading.Condition()
         self._adopt: Adopt | None = None
+        self._prepare: Prepare | None = None
         self._epoch = -1  # of the last Adopt that the main thread has taken
         self._halt: tuple[int, str] | None = None
         self._go = -1
@@ -110,14 +113,15 @@ class Agent:
         """What is called when the main thread has to come out, from another thread."""
         self._sever = sever
 
-    def warm(self, costs: Sequence[float] = ()) -> Adopt:
+    def warm(self, costs: Sequence[float] = (), prepare: Callable[[Prepare], None] = lambda told: None) -> Adopt:
         """Ready for a place; returns once there is one.
 
         Args:
             costs: see `Warm`.
+            prepare: called when there is about to be one.
         """
         self._say(Warm(tuple(costs)))
-        return self._await_place()
+        return self._await_place(prepare)
 
     def halted(
         self,
@@ -141,14 +145,24 @@ class Agent:
         self._say(Halted(self._epoch, f"{type(error).__name__}: {why:.160}", version, step, listed, tuple(kept)))
         return self._await_place()
 
-    def _await_place(self) -> Adopt:
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended is not None or self._newer() is not None)
-            self._leave_if_ended()
-            found = self._newer()
-            assert found is not None
-            self._epoch, self.pausing = found.view.epoch, False
-            return found
+    def _await_place(self, prepare: Callable[[Prepare], None] = lambda told: None) -> Adopt:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._ended is not None or self._newer() is not None or self._prepare is not None
+                )
+                self._leave_if_ended()
+                if (found := self._newer()) is not None:
+                    self._epoch, self.pausing, self.stopping, self._prepare = found.view.epoch, False, False, None
+                    return found
+                told, self._prepare = self._prepare, None
+            assert told is not None
+            prepare(told)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether there is a place for this member, which it has not taken yet."""
+        return self._newer() is not None
 
     def _newer(self) -> Adopt | None:
         adopt = self._adopt
@@ -260,7 +274,10 @@ class Agent:
                 if message.epoch == self._epoch:
                     sever = message.why
             elif isinstance(message, Pause):
-                self.pausing = message.epoch == self._epoch
+                here = message.epoch == self._epoch
+                self.pausing, self.stopping = here and not message.computed, here and message.computed
+            elif isinstance(message, Prepare):
+                self._prepare = message
             elif isinstance(message, Signal):
                 os.kill(os.getpid(), message.number)
             elif isinstance(message, End):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -132,6 +132,26 @@ class Shared:
     tensors: dict[str, Tensor]
 
 
+@dataclass
+class Ahead:
+    """What was read of some copies before it is known where it goes.
+
+    Attributes:
+        key: epoch and version of the copies.
+        heads: by owner.
+        parts: by owner, first byte and number of bytes.
+    """
+
+    key: tuple[int, int]
+    heads: dict[int, dict[str, Any]] = field(default_factory=dict)
+    parts: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """How many, of all parts."""
+        return sum(part.numel() for part in self.parts.values())
+
+
 class Restorer:
     """Reads from the copies of one version, wherever they are.
 
@@ -141,15 +161,23 @@ class Restorer:
         version: steps committed.
         where: by owner the member in whose memory its copy is read.
         connect: to another member.
+        ahead: what was read of the same copies before.
 
     Attributes:
         reads: by owner what was read of its states, here or elsewhere.
     """
 
     def __init__(
-        self, pool: Pool, epoch: int, version: int, where: Mapping[int, int], connect: Callable[[int], Peer]
+        self,
+        pool: Pool,
+        epoch: int,
+        version: int,
+        where: Mapping[int, int],
+        connect: Callable[[int], Peer],
+        ahead: Ahead | None = None,
     ) -> None:
         self._pool, self._key, self._where, self._connect = pool, (epoch, version), where, connect
+        self._ahead = ahead if ahead is not None and ahead.key == self._key else Ahead(self._key)
         self._heads: dict[int, tuple[dict[tuple[str, str], Slot], Copy | None]] = {}
         self._rest: dict[int, Any] = {}
         self.reads: dict[int, Read] = {}
@@ -163,7 +191,9 @@ class Restorer:
                 self._heads[owner] = {(s.parameter, s.path): s for s in copy.slots}, copy
                 self._rest[owner] = copy.rest
             else:
-                head = self._connect(place).head(owner, *self._key)
+                if owner not in self._ahead.heads:
+                    self._ahead.heads[owner] = self._connect(place).head(owner, *self._key)
+                head = self._ahead.heads[owner]
                 self._heads[owner] = {(s.parameter, s.path): s for s in slots_of(head)}, None
                 self._rest[owner] = head["rest"]
         return self._heads[owner]
@@ -185,7 +215,31 @@ class Restorer:
             CopyError: a copy is missing or damaged, or has something else.
             PeerError: a member went away.
         """
-        asked: dict[int, list[tuple[int, int, Tensor]]] = {}  # by owner: first byte, bytes, where to
+        for owner, entries in self._entries(needs).items():
+            begun, known = time.monotonic(), self.reads.get(owner, Read())
+            size = self._read(owner, entries)
+            self.reads[owner] = Read(known.seconds + time.monotonic() - begun, known.bytes + size)
+
+    def fetch(self, needs: Sequence[Need]) -> Ahead:
+        """Read what `fill` would read from other members, for another restorer of the same copies.
+
+        Raises:
+            CopyError, PeerError: as for `fill`.
+        """
+        for owner, entries in self._entries(needs).items():
+            if self._head(owner)[1] is None:
+                places = [(start, size) for start, size, _ in entries]
+                parts = self._connect(self._where[owner]).get(owner, *self._key, places)
+                self._ahead.parts.update({(owner, *at): part for at, part in zip(places, parts, strict=True)})
+        return self._ahead
+
+    def slots(self, owner: int) -> Mapping[tuple[str, str], Slot]:
+        """What a copy has, by parameter and path."""
+        return self._head(owner)[0]
+
+    def _entries(self, needs: Sequence[Need]) -> dict[int, list[tuple[int, int, Tensor]]]:
+        """By owner: first byte in its copy, bytes, where to."""
+        asked: dict[int, list[tuple[int, int, Tensor]]] = {}
         for need in needs:
             memory = need.memory.view(-1)
             if not need.memory.is_contiguous():
@@ -211,18 +265,21 @@ class Restorer:
                 asked.setdefault(piece.owner, []).append(entry)
                 if entry[2] is memory:
                     break
-        for owner, entries in asked.items():
-            begun, known = time.monotonic(), self.reads.get(owner, Read())
-            self._read(owner, entries)
-            size = sum(size for _, size, _ in entries)
-            self.reads[owner] = Read(known.seconds + time.monotonic() - begun, known.bytes + size)
+        return asked
 
-    def _read(self, owner: int, entries: Sequence[tuple[int, int, Tensor]]) -> None:
+    def _read(self, owner: int, entries: Sequence[tuple[int, int, Tensor]]) -> int:
+        """Fill what is wanted of a copy; returns how many bytes were not there before."""
         _, copy = self._head(owner)
         if copy is not None:
-            parts = [copy.data[start : start + size] for start, size, _ in entries]
+            parts = {(start, size): copy.data[start : start + size] for start, size, _ in entries}
+            fresh = list(parts)
         else:
-            peer = self._connect(self._where[owner])
-            parts = peer.get(owner, *self._key, [(start, size) for start, size, _ in entries])
-        for part, (_, _, to) in zip(parts, entries, strict=True):
-            to.view(torch.uint8).copy_(part)  # bytes into bytes: what was read may lie at any address
+            known = self._ahead.parts
+            parts = {at: known[owner, *at] for start, size, _ in entries if (owner, *(at := (start, size))) in known}
+            fresh = [at for start, size, _ in entries if (at := (start, size)) not in parts]
+            if fresh:
+                found = self._connect(self._where[owner]).get(owner, *self._key, fresh)
+                parts.update(zip(fresh, found, strict=True))
+        for start, size, to in entries:
+            to.view(torch.uint8).copy_(parts[start, size])  # bytes into bytes: what was read may lie at any address
+        return sum(size for _, size in fresh)

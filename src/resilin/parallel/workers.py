@@ -236,6 +236,7 @@ class Workers:
         evaluates: which of so many held-out batches this worker takes.
         keeps: whether what a step has finished is kept until the next one begins, for redoing it with other workers.
         kept: that; a step of the same number goes on from there.
+        computed: called once this worker's micro-batches are done, before gradients are exchanged.
         ready: called before the last exchange of a step's gradient: once it returns at all workers, the step may be
             taken.
     """
@@ -263,6 +264,7 @@ class Workers:
         self.keeps = False
         self.dealt: Dealt = along_data(world)
         self.evaluates: Callable[[int], Sequence[int]] = self._share
+        self.computed: Callable[[], None] = lambda: None
         self.ready: Callable[[], None] = lambda: None
         self.world, self.passes, self.trained, self.reductions = world, passes, dict(trained), dict(reductions)
         self._rows, self._objective, self._model = rows, objective, model
@@ -351,6 +353,7 @@ class Workers:
             raise
         made = kept(todo)
         self.kept = made if keeps else None
+        self.computed()
         doing("adding gradients up")
         self._reduce(made.chunks, keys.step, count)
         self.ready()

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -22,13 +23,14 @@ from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.tree import put_together, take_apart
 from resilin.cluster.addresses import joined, parse
 from resilin.cluster.agent import Agent, HaltedError
+from resilin.cluster.ahead import read_ahead
 from resilin.cluster.failure import kind_of
 from resilin.cluster.links import Links, LinksCutError
 from resilin.cluster.parts import Parts
 from resilin.cluster.peer import Address, Peer, PeerError, PeerServer
 from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
-from resilin.cluster.protocol.messages import Adopt
-from resilin.cluster.restore import Need, Piece, Restorer, Shared, pieces_owned, pieces_whole
+from resilin.cluster.protocol.messages import Adopt, Prepare
+from resilin.cluster.restore import Ahead, Need, Piece, Restorer, Shared, pieces_owned, pieces_whole
 from resilin.cluster.snapshots import Snapshots, StoppedError
 from resilin.cluster.sum64 import sum64
 from resilin.cluster.view import View
@@ -49,6 +51,7 @@ _REST = ("source", "objective", "run")
 
 
 _CHANGED = (HaltedError, LinksCutError, StoppedError, PeerError, CopyError)
+_PATIENCE = 5.0  # seconds within which all have copied the states of a version
 _PAUSE = 1000  # more than anything else that workers agree on
 
 
@@ -133,6 +136,7 @@ class Elastic:
         self._staged: tuple[int, int] | None = None
         self._fresh = True
         self._kept: Kept | None = None
+        self._ahead: Ahead | None = None
         self.load: Callable[[Run], object] = lambda run: None
         """Fills a run that begins: from a checkpoint, where there is one."""
         agent.on_halt(self._sever)
@@ -162,7 +166,7 @@ class Elastic:
             store: makes the folder of checkpoints of a view's workers.
         """
         self._placing, self._store = placing, store
-        change = self._agent.warm(placing.costs)
+        change = self._agent.warm(placing.costs, self._prepare)
         while True:
             try:
                 self._take_place(change)
@@ -253,6 +257,36 @@ class Elastic:
 
     # -- changes ------------------------------------------------------------------------------------------------
 
+    def _prepare(self, told: Prepare) -> None:
+        """Read what this newcomer is going to need, while the others compute the step before which they stood."""
+        activity.doing("reading its states from copies, before it has a place")
+        began, members = time.monotonic(), told.before.members
+        before, after = (
+            ViewBlueprint(self._placing.whole, view, self._placing.holders(view)).owners()
+            for view in (told.before, told.view)
+        )
+        mine = after[told.view.stage_of(self.number)]
+        with ExitStack() as stack:
+            connect = cache(lambda member: stack.enter_context(closing(self._connect(member))))
+            # Not every member has a copy of this version yet.
+            while time.monotonic() - began < _PATIENCE and not self._agent.awaited:
+                try:
+                    restorer = Restorer(
+                        self.pool, told.before.epoch, told.version, dict(zip(members, members, strict=True)), connect
+                    )
+                    self._ahead = read_ahead(before, mine, self.number, WEIGHTS, restorer)
+                except CopyError:
+                    time.sleep(0.01)
+                except PeerError:
+                    return  # it is lost, and this place with it
+                else:
+                    return
+
+    def _come_out(self) -> None:
+        """Before gradients are exchanged: newcomers take part in the exchange, if there are any."""
+        if self._agent.stopping:
+            raise HaltedError("a change was announced")
+
     def recover(self, run: Run, error: Exception) -> bool:
         """Go on after something failed since the view changed, or will; False: it is this worker's own failure."""
         if _own(error):
@@ -324,6 +358,7 @@ class Elastic:
         engine.dealt = dealing.of_step
         place = self.world.coordinate("dp")
         engine.evaluates = lambda batches: dealing.evaluated(batches)[stage][place]
+        engine.computed = self._come_out
         engine.ready = lambda: self.snapshots.wait(self._staged[1] if self._staged is not None else 0)
         self.made, self.optimizer, self.change = made, _Marking(made.optimizer, self._weights), change
         self.layout = StateLayout(self.blueprint, self.world.everyone)
@@ -342,10 +377,14 @@ class Elastic:
                     stack.callback(peers[member].close)
                 return peers[member]
 
-            if change.before is None:
+            if (before := change.before) is None:
                 self.load(run)
             else:
-                self._fill(run, change, Restorer(self.pool, change.before.epoch, change.version, change.where, connect))
+                ahead, self._ahead = self._ahead, None
+                restorer = Restorer(self.pool, before.epoch, change.version, change.where, connect, ahead)
+                self._fill(run, change, restorer)
+                if ahead is not None:
+                    self._parts.bytes["ahead"] = ahead.bytes
         self._weights.version, self._weights.names = run.step, frozenset(self.blueprint.names(self.world.stage))
         self._fresh = False
         self.snapshots.begin(change.view.holders[self.number])

@@ -97,6 +97,7 @@ def launch(
         silence=cluster.silence,
         hang=cluster.hang,
         patient=not starts.steady,
+        keeps=settings.parallel.reduction == "exact",
     )
     facts = {
         "settings": json.dumps(settings.model_dump(mode="json")),

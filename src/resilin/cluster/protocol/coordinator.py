@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from resilin.cluster.protocol.messages import (
     Leaving,
     Message,
     Pause,
+    Prepare,
     Ready,
     Signal,
     Warm,
@@ -100,6 +101,7 @@ class Coordinator:
         self._start: int | None = None  # the version that the run began with
         self._known: set[int] = set()  # all numbers that ever were
         self._wished = False  # whether the change under way is a join or a leave
+        self._computed = False  # and whether all come out before they exchange a step's gradients
         self._epoch = -1
         self._aborted = 0
         self._failures: dict[int, list[Failed]] = {}
@@ -210,6 +212,7 @@ class Coordinator:
     def _took(self, message: Committed, now: float) -> None:
         if self.view is None or message.epoch != self.view.epoch:
             return
+        begins = message.version > self.version
         self.version = max(self.version, message.version)
         if self._start is None:
             self._start = message.version
@@ -218,7 +221,7 @@ class Coordinator:
         if message.version > self._resumed:  # an exchange under this view was completed: its copies are at the holders
             self._aborted, self._origin = 0, None
             self._part()
-            self._consider(now)
+            self._consider(now, begins=begins)
 
     @property
     def _moving(self) -> bool:
@@ -255,8 +258,13 @@ class Coordinator:
     def _staying(self) -> list[int]:
         return [number for number in self._in() if not self.members[number].leaving]
 
-    def _consider(self, now: float) -> None:
-        """Somebody may come or go."""
+    def _consider(self, now: float, begins: bool = False) -> None:
+        """Somebody may come or go.
+
+        Args:
+            now: seconds.
+            begins: whether the first member has just begun a step.
+        """
         if self.phase == "gathering":
             ready = [number for number, member in sorted(self.members.items()) if member.warm]
             if len(ready) >= self.rules.members:
@@ -269,13 +277,27 @@ class Coordinator:
             leaving = [n for n in self.view.members if n in self.members and self.members[n].leaving]
             better = self._better(self.view) if self._moving and not news and not leaving else None
             if news or leaving or better is not None:
-                self.phase, self._wished = "pausing", True
+                to_be = self._joined(self.view, news) if news and not leaving else None
+                if to_be is not None and not begins:
+                    return  # they read their states while the others compute the next step
+                self.phase, self._wished, self._computed = "pausing", True, to_be is not None
                 said = [f"member {number} is ready to join" for number in news]
                 said += [f"member {number} leaves" for number in leaving]
                 said += [better.why] if better is not None else []
                 self._times = _Times(now, now, said)
+                if to_be is not None:
+                    self._out += [Tell(number, Prepare(to_be, self.view, self.version)) for number in news]
                 for number in self.view.members:
-                    self._out.append(Tell(number, Pause(self.view.epoch, "; ".join(said))))
+                    self._out.append(Tell(number, Pause(self.view.epoch, "; ".join(said), self._computed)))
+                if to_be is not None:
+                    self._note("preparing", members=news, step=self.version)
+
+    def _joined(self, view: View, news: Sequence[int]) -> View | None:
+        """The view with newcomers, if they can be taken in the middle of a step: what was computed of it stays."""
+        if not self.rules.keeps:
+            return None
+        joined = replace(changed(view, (), {n: self.members[n].host for n in news}), epoch=self._epoch + 1)
+        return joined if self.division.better(joined) is None else None
 
     def _better(self, view: View) -> Better | None:
         if self._considered[0] != view.epoch:
@@ -285,7 +307,7 @@ class Coordinator:
     def _halt(self, why: str, now: float) -> None:
         """Everyone comes out."""
         if self.phase not in ("halting", "pausing"):
-            self._times, self._wished = _Times(now, now), False
+            self._times, self._wished, self._computed = _Times(now, now), False, False
         self._times.why += [why] if why else []
         self.phase = "halting"
         for number in self._in():
@@ -353,7 +375,7 @@ class Coordinator:
             self._end(False, str(error))
             return
         # Where nobody waits for a step that was cut short, blocks may move.
-        better = self.division.better(view) if self._wished else None
+        better = self.division.better(view) if self._wished and not self._computed else None
         if better is not None:
             view, self._reasons = better.view, better.reasons
         self._offer(Adopt(view, before, version, where, self._kept(view, version)), now)

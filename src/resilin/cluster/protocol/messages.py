@@ -182,16 +182,35 @@ class Halt:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Come out at the next boundary of steps, together with all others.
+    """Come out, together with all others.
 
     Attributes:
         epoch: of the view that is about to end.
         why: in words.
+        computed: whether after the micro-batches of this step, and before their gradients are exchanged: what was
+            computed is kept, and the step is ended in the next view. Else at the next boundary of steps.
     """
 
     kind: ClassVar[str] = "pause"
     epoch: int
     why: str
+    computed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Read what you will need: you are about to be in this view, and the others compute a step meanwhile.
+
+    Attributes:
+        view: to be.
+        before: the present one, each of whose members has its own states.
+        version: of the states.
+    """
+
+    kind: ClassVar[str] = "prepare"
+    view: View
+    before: View
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,12 +273,13 @@ class End:
 
 Message = (
     Hello | Warm | Beat | Halted | Ready | Committed | Leaving | Done | Failed | Told
-    | Halt | Pause | Adopt | Go | Signal | End
+    | Halt | Pause | Prepare | Adopt | Go | Signal | End
 )  # fmt: skip
 _KINDS: dict[str, Any] = {
     cls.kind: cls
     for cls in (
-        Hello, Warm, Beat, Halted, Ready, Committed, Leaving, Done, Failed, Told, Halt, Pause, Adopt, Go, Signal, End,
+        Hello, Warm, Beat, Halted, Ready, Committed, Leaving, Done, Failed, Told, Halt, Pause, Prepare, Adopt, Go,
+        Signal, End,
     )
 }  # fmt: skip
 
@@ -275,6 +295,9 @@ def to_json(message: Message) -> dict[str, Any]:
             "where": {str(owner): member for owner, member in message.where.items()},
             "kept": {str(member): list(micros) for member, micros in message.kept.items()},
         }
+    if isinstance(message, Prepare):
+        views = {"view": message.view.json(), "before": message.before.json()}
+        return {"kind": message.kind, **views, "version": message.version}
     return {"kind": message.kind, **asdict(message)}
 
 
@@ -300,6 +323,8 @@ def of_json(told: Mapping[str, Any]) -> Message:
                 {int(owner): int(member) for owner, member in values["where"].items()},
                 {int(member): tuple(map(int, micros)) for member, micros in values["kept"].items()},
             )
+        if kind is Prepare:
+            return Prepare(View.of_json(values["view"]), View.of_json(values["before"]), int(values["version"]))
         if kind is Halted:
             values["copies"] = tuple((int(o), int(e), tuple(map(int, v))) for o, e, v in values["copies"])
         found: Message = kind(**{key: _tuple(value) for key, value in values.items()})

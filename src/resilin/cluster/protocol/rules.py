@@ -21,6 +21,7 @@ class Rules:
         aborted: changes that nobody wished for, in a row without a step taken, after which the job ends.
         patient: whether others may come for those that are lost before the run begins; else that ends the job.
         failures: members whose own program may fail at one step, before the job ends with that failure.
+        keeps: whether members keep what they have computed of a step when they come out in its middle.
     """
 
     members: int
@@ -34,3 +35,4 @@ class Rules:
     aborted: int = 10
     patient: bool = False
     failures: int = 2
+    keeps: bool = True
