@@ -366,6 +366,8 @@ class Coordinator:
         if self._over:
             return
         member = self.members.pop(number)
+        if member.failed is not None:  # it has said why it ends
+            why = f"failed: {member.failed.why}"
         self._note("lost", member=number, why=why, silent=round(now - member.heard, 4))
         if self.phase == "gathering" or member.epoch < 0:
             if self.phase == "gathering" and not (self.rules.patient and member.failed is None):
