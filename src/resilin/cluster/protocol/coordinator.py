@@ -509,6 +509,9 @@ class Coordinator:
                 self._end(False, f"epoch {view.epoch}: members of one stage have different states or views: {told}")
                 return
         resumed = self._start if adopt.before is None else adopt.version
+        if self.view is not None and adopt.before is not None and not self._reasons:
+            slots = self.rules.slots or self.rules.micros * self.rules.micro
+            self._reasons = self.division.dataflow(self.view, view, slots, self.rules.micro, self.rules.keeps)
         self._note(
             "change",
             epoch=view.epoch,
