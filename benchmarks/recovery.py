@@ -5,7 +5,10 @@ seconds after a step was taken; what is measured is the time from there to the n
 - Resilin: `cluster.elastic = true`.
 - torchft (`pip install --no-deps torchft-nightly==2026.10.26`, left out where it is not installed): gloo, with its
   defaults (heartbeats lost for 5 s, at most 60 s for others to join), and at its fastest (200 ms).
-- torchrun: the whole job is restarted from its last checkpoint, which is as old as the last step.
+- torchrun: the whole job is restarted from its last checkpoint, which is as old as the last step; once as Resilin's own
+  job that is not elastic, once as a plain loop with torch's FSDP2 that saves with torch's DCP.
+
+One more run of Resilin has a worker killed after every twenty steps: how much of the time goes into steps.
 
     resilin bench run recovery
     resilin bench run recovery --rounds 1 --peers resilin
@@ -30,7 +33,9 @@ from pathlib import Path
 from resilin.bench.results import Report, Row, results_name
 from resilin.cluster.local import worker_command
 from resilin.config import parse_settings, settings_to_toml
-from resilin.run.chaos import Blow, compare, run_told
+from resilin.run.blows import Blow
+from resilin.run.chaos import run_told
+from resilin.run.chaos_report import compare
 from resilin.run.settings import RunSettings
 
 MODEL = {"vocab_size": 4096, "hidden_size": 384, "layers": 5, "heads": 6, "kv_heads": 3, "mlp_size": 1024}
@@ -102,9 +107,22 @@ def of_resilin(args: argparse.Namespace, folder: Path, text: Path) -> tuple[Seen
     report = compare(quiet, struck)
     if struck.ended:
         raise SystemExit(f"the elastic run ended: {struck.ended}")
-    kills = [at for at, _, _ in struck.blows]
+    kills = [fell.time for fell in struck.blows]
     steps = [b - a for a, b in pairwise(quiet.times)]
     return seen(struck.times, kills, report.steps_lost * BATCH), report.bits_changed, statistics.median(steps)
+
+
+def goodput(args: argparse.Namespace, folder: Path, text: Path) -> tuple[float, float, int]:
+    """Seconds of the same steps with a worker killed after every twenty, and with none; values that differ."""
+    steps = 20 * (args.kills + 1)
+    made = tree(args, text) | {"parallel": {"workers": args.workers}, "cluster": {"elastic": True}}
+    made["train"] = made["train"] | {"steps": steps}
+    settings = parse_settings(RunSettings, made, "benchmark")
+    blows = [Blow(20 * (number + 1), AFTER, "kill", 0.5) for number in range(args.kills)]
+    quiet = run_told(settings, folder / "goodput-quiet", worker_command())
+    struck = run_told(settings, folder / "goodput-struck", worker_command(), blows)
+    took = [told.times[-1] - told.times[0] for told in (struck, quiet)]
+    return took[0], took[1], compare(quiet, struck).bits_changed
 
 
 def of_torchrun(args: argparse.Namespace, folder: Path, text: Path) -> Seen:
@@ -113,16 +131,30 @@ def of_torchrun(args: argparse.Namespace, folder: Path, text: Path) -> Seen:
     made["checkpoint"] = {"every": 1, "keep_last": 2}
     file = folder / "run.toml"
     file.write_text(settings_to_toml(parse_settings(RunSettings, made, "benchmark")))
+    rest = ["-m", "resilin", "train", str(file), "--folder", str(folder / "run"), "--resume"]
+    return restarted(args, folder, rest, folder / "run" / "events.jsonl")
+
+
+def of_fsdp(args: argparse.Namespace, folder: Path, text: Path) -> Seen:
+    """The same of a plain loop with FSDP2 and DCP."""
+    told = {"model": MODEL, "batch": BATCH, "length": LENGTH, "steps": args.steps}
+    file, output = folder / "fsdp.json", folder / "fsdp.jsonl"
+    file.write_text(json.dumps(told))
+    script = Path(__file__).parent / "recovery_peers" / "fsdp_dcp.py"
+    return restarted(args, folder, [str(script), str(file), str(folder / "checkpoints"), str(output)], output)
+
+
+def restarted(args: argparse.Namespace, folder: Path, rest: list[str], log: Path) -> Seen:
+    """A job of torchrun whose workers are killed; `log` tells of its steps."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.workers), "--max-restarts",
-        str(args.kills + 1), "--monitor-interval", "0.1", "--standalone", "-m", "resilin", "train", str(file),
-        "--folder", str(folder / "run"), "--resume",
+        str(args.kills + 1), "--monitor-interval", "0.1", "--standalone", *rest,
     ]  # fmt: skip
-    log = folder / "run" / "events.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     times: dict[int, float] = {}
     kills: list[float] = []
     with (folder / "torchrun.log").open("wb") as out:
-        job = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        job = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment)
         try:
             wanted = kill_steps(args)
             while job.poll() is None:
@@ -160,7 +192,7 @@ def steps_in(log: Path) -> list[tuple[int, float]]:
             told = json.loads(line)
         except ValueError:
             continue
-        if told["event"] == "step":
+        if told.get("event", "step") == "step":
             found.append((told["step"], told["time"]))
     return found
 
@@ -233,7 +265,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peers", default="resilin,torchrun,torchft,torchft_fast")
+    parser.add_argument("--peers", default="resilin,torchrun,fsdp,torchft,torchft_fast")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -242,7 +274,7 @@ def main() -> None:
     if not there:
         print("torchft is not installed: its rows are left out (pip install --no-deps torchft-nightly==2026.10.26)")
     runs: dict[str, list[Seen]] = {peer: [] for peer in wanted}
-    bits, plain = 0, []
+    bits, plain, good = 0, [], []
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         text = Path(place) / "text.txt"
         text.write_text("the quick brown fox jumps over the lazy dog. " * 2000)
@@ -253,15 +285,17 @@ def main() -> None:
                 if peer == "resilin":
                     plain.append(of_plain(args, folder, text))
                     found, differ, quiet = of_resilin(args, folder, text)
-                    bits += differ
                     found.step = quiet
-                elif peer == "torchrun":
-                    found = of_torchrun(args, folder, text)
+                    *both, more = goodput(args, folder, text)
+                    good.append(both)
+                    bits += differ + more
+                elif peer in ("torchrun", "fsdp"):
+                    found = (of_torchrun if peer == "torchrun" else of_fsdp)(args, folder, text)
                 else:
                     found = of_torchft(args, folder, peer == "torchft_fast")
                 runs[peer].append(found)
                 print(f"round {number}: {peer}: {found}", flush=True)
-    rows = rows_of(runs, plain, bits, args)
+    rows = rows_of(runs, plain, good, bits, args)
     for row in rows:
         ratio = "" if row.ratio is None else f" ({row.ratio:.2f}x)"
         peer = "" if row.peer is None else f", {row.peer_name} {row.peer:.3g} {row.unit}"
@@ -273,12 +307,15 @@ def main() -> None:
 
 NAMES = {
     "torchrun": ("torchrun, restart from a checkpoint of every step", 10.0),
+    "fsdp": ("torchrun, FSDP2 from a DCP checkpoint of every step", 10.0),
     "torchft": ("torchft, its defaults", 10.0),
     "torchft_fast": ("torchft, 200 ms", 1.0),
 }
 
 
-def rows_of(runs: dict[str, list[Seen]], plain: list[float], bits: int, args: argparse.Namespace) -> list[Row]:
+def rows_of(
+    runs: dict[str, list[Seen]], plain: list[float], good: list[list[float]], bits: int, args: argparse.Namespace
+) -> list[Row]:
     """What is told."""
     ours = runs["resilin"]
     title = f"{args.workers} workers, {args.kills} killed"
@@ -315,6 +352,11 @@ def rows_of(runs: dict[str, list[Seen]], plain: list[float], bits: int, args: ar
             rows.append(Row.from_turns(what, "samples", ours_lost, theirs_lost, NAMES[peer][0], better="lower"))
     what = f"{title}: losses, norms and weights that differ from those of an undisturbed run"
     rows.append(Row(name=what, unit="values", ours=float(bits), better="lower"))
+    if good:
+        struck, quiet = ([pair[place] for pair in good] for place in (0, 1))
+        steps = 20 * (args.kills + 1)
+        what = f"{args.workers} workers, one killed after every 20 of {steps} steps: the whole time"
+        rows.append(Row.from_turns(what, "s", struck, quiet, "none killed", better="lower", target=0.9))
     if plain:
         quiet = [one.step for one in ours]
         what = f"{args.workers} workers, none killed: a step with copies of all states at others"

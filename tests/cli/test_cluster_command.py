@@ -61,6 +61,7 @@ def test_workers_are_listed_added_let_go_and_killed_while_a_run_goes_on(
     assert code == 0
     assert told.startswith("running, step ")
     assert [line.split()[0] for line in told.splitlines()[2:] if line[:1].isdigit()] == ["0", "1", "2"]
+    assert all(name in told.splitlines()[1] for name in ("stage", "layers", "slots"))
     assert resilin(workplace, environment, "cluster", "drain", FOLDER, "0") == (0, "worker 0 leaves\n")
     until_members(workplace, [1, 2])
     assert resilin(workplace, environment, "cluster", "remove", FOLDER, "1") == (0, "killed worker 1\n")

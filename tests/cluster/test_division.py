@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -42,6 +43,37 @@ def test_blocks_follow_the_members_and_the_head_counts():
     assert Division(()).layers([5]) == ()
     with pytest.raises(ScheduleError):
         Division((1.0, 1.0, 0.0)).layers([1, 1, 1])
+
+
+def test_blocks_take_what_their_stages_have_taken():
+    known = EQUAL.after((0, 4, 8), (4.0, 12.0))
+    assert (EQUAL.basis, known.basis) == ("by FLOPs", "measured")
+    assert known.measured == (1.0,) * 4 + (3.0,) * 4 + (0.0,)
+    assert known.layers([1, 1]) == (0, 5, 8)
+    again = known.after((0, 5, 8), (7.0, 9.0))  # as was to be expected: nothing is learned
+    assert again.measured == known.measured
+    other = Division((1.0,) * 2 + (2.0,)).after((0, 1, 2), (1.0, 9.0))  # the last stage's head is its own too
+    assert other.measured == (1.0, 3.0, 6.0)
+
+
+def test_times_that_scatter_do_not_move_blocks():
+    view = view_of([2, 2])
+    assert EQUAL.after((0, 4, 8), (4.0, 4.15)).better(view) is None
+    slow = EQUAL.after((0, 4, 8), (4.0, 8.0)).better(view)
+    assert slow is not None
+    assert slow.view.layers[1] > 4
+
+
+@given(st.lists(st.floats(0.1, 9), min_size=4, max_size=9), st.data())
+def test_what_is_measured_adds_up_to_what_stages_have_taken(costs: list[float], data: st.DataObject):
+    stages = data.draw(st.integers(1, len(costs) - 1))
+    cuts = data.draw(st.sets(st.integers(1, len(costs) - 2), min_size=stages - 1, max_size=stages - 1))
+    bounds = (0, *sorted(cuts), len(costs) - 1)
+    seconds = data.draw(st.lists(st.floats(1e-4, 10), min_size=stages, max_size=stages))
+    found = Division(tuple(costs)).after(bounds, seconds).measured
+    sums = [sum(found[a:b]) for a, b in pairwise(bounds)]
+    sums[-1] += found[-1]
+    assert sums == pytest.approx(seconds)
 
 
 def test_a_loss_moves_nothing_and_then_blocks_follow():
@@ -110,3 +142,21 @@ def test_a_better_division_has_everybody_and_every_block(sizes: list[int], costs
         assert sorted(better.view.members) == sorted(view.members)
         assert (better.view.layers[0], better.view.layers[-1]) == (0, len(costs) - 1)
         assert all(b > a for a, b in pairwise(better.view.layers))
+
+
+def test_why_work_is_dealt_so_after_a_loss_is_told_with_what_a_step_takes():
+    before = first_view(range(4), dict.fromkeys(range(4), "here"))
+    after = changed(before, [1])
+    division = Division((), (), 8)
+    random, dataflow = division.dataflow(before, after, 32, 4, whole=True)
+    assert (random["axis"], dataflow["decision"]) == ("random", "runs")
+    assert dataflow["seconds"] == {"before": 1.0, "after": 1.5}, "three micro-batches, where there were two"
+    (even,) = division.dataflow(before, after, 32, 4, whole=False)
+    assert (even["decision"], even["seconds"]) == ("even", {"before": 1.0, "after": 11 / 8})
+    assert even["why"] == "3 members compute 10 to 11 of 32 slots, in 3 micro-batches each: equal to rounding"
+    two = replace(first_view(range(4), dict.fromkeys(range(4), "here"), 2), layers=(0, 2, 4))
+    staged = replace(division, costs=(1.0, 1.0, 1.0, 1.0, 0.5))
+    _, dataflow = staged.dataflow(two, changed(two, [3]), 32, 4, whole=True)
+    assert dataflow["seconds"]["after"] > 1.2
+    # Nothing is told of a step that cannot be taken: more members than micro-batches.
+    assert not replace(division, micros=2).dataflow(before, after, 2, 1, whole=True)

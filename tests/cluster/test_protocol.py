@@ -24,10 +24,13 @@ from resilin.cluster.protocol.messages import (
     Halt,
     Halted,
     Hello,
+    Isolate,
     Leaving,
     MessageError,
     Pause,
     Prepare,
+    Probe,
+    Probed,
     Ready,
     Signal,
     Told,
@@ -35,14 +38,15 @@ from resilin.cluster.protocol.messages import (
     of_json,
     to_json,
 )  # fmt: skip
+from resilin.cluster.protocol.reach import cut_off
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.view import View
 
 VIEW = first_view([0, 1, 2], dict.fromkeys(range(3), "here"))
 EVERY = [
     Hello("here"), Warm(), Beat(3, "data 1", "forward", (1, 2), 0.5, "run.py:1"), Leaving(), Told({"event": "x"}),
-    Halted(2, "lost", -1, None, ((0, 1, (3, 4)),), (5,)), Committed(1, 7), Done(1, 9, "c"),
-    Ready(1, "a", "b", {"plan": 0.5}, {"restore": 3}),
+    Halted(2, "lost", -1, None, ((0, 1, (3, 4)),), (5,)), Committed(1, 7, 3, 0.5), Done(1, 9, "c"),
+    Ready(1, "a", "b", {"plan": 0.5}, {"restore": 3}), Probe(1, (0, 2)), Probed(1, (2,)), Isolate("all", True, 0.5),
     Failed(3, "KeyError", "trace"), Halt(1, "why"), Pause(1, "why", True), Prepare(VIEW, VIEW, 4), Go(2), Signal(15),
     End(0, "why"),
     Adopt(VIEW, None, 0, {}, {}), Adopt(VIEW, VIEW, 4, {0: 1, 1: 1}, {1: (2, 3)}),
@@ -98,6 +102,40 @@ def test_a_single_loss_costs_no_step_and_no_micro_batch_that_was_kept():
     sim = Sim(Plan(3, 12, 4, [(2.0, "kill", 1)])).run()
     (change,) = [note.facts for note in sim.notes if note.what == "change" and note.facts["epoch"] == 1]
     assert (sim.finish.good, change["redone"] <= 1, len(change["members"])) == (True, True, 3)
+
+
+def cut_off_at(second: float, what: str, sim: Sim) -> Sim:
+    sim.at(second, lambda: sim.members[1].isolate(what, 90.0))
+    return sim
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [("apart", "is cut off"), ("sever", "is cut off"), ("hold", "was not heard of"), ("unplug", "was not heard of")],
+)
+def test_one_that_is_cut_off_for_long_is_fenced_and_the_others_take_all_steps(what: str, why: str):
+    for seed in range(8):
+        sim = cut_off_at(1.5 + 0.05 * seed, what, Sim(Plan(seed, 30, 4))).run()
+        changes = [note.facts for note in sim.notes if note.what == "change"]
+        assert (sim.finish.good, changes[-1]["members"]) == (True, [0, 2, 3]), (seed, sim)
+        (lost,) = [note.facts for note in sim.notes if note.what == "lost"]
+        assert (lost["member"], why in lost["why"]) == (1, True)
+        assert sum(change["redone"] for change in changes) <= 1
+
+
+def test_blocks_follow_what_they_have_taken_once_that_is_known_and_the_states_stay():
+    """By what they compute all blocks are alike; the last ones take longer."""
+    sim = Sim(Plan(4, 30, 4, stages=2))
+    sim.costs, sim.takes = (1.0,) * 6, (1.0, 1.0, 1.0, 3.0, 3.0, 1.0)
+    sim.run()
+    changes = [note.facts for note in sim.notes if note.what == "change"]
+    assert sim.finish == Finish(True, "all 30 steps were taken")
+    assert [(change["costs"], change["layers"]) for change in changes] == [
+        ("by FLOPs", [0, 3, 5]), ("measured", [0, 4, 5]),
+    ]  # fmt: skip
+    assert all(reason["costs"] == "measured" for reason in changes[1]["planned"])
+    assert "blocks measured" in changes[1]["why"]
+    assert changes[1]["redone"] == 0
 
 
 @pytest.mark.parametrize("message", EVERY, ids=lambda message: message.kind)
@@ -235,6 +273,122 @@ def test_who_hangs_is_fenced_but_not_who_waits():
     job.say(1, Beat(1, "", "reading its slots", (), 61.0, "mine.py:3"))
     effects = job.coordinator.tick(90.1)
     assert [(e.number, "mine.py:3" in e.why) for e in effects if isinstance(e, Fence)] == [(1, True)]
+
+
+def ended(job: Job, numbers: tuple[int, ...], copies: list | None = None) -> list:
+    """A connection between two has ended, and they have come out, nobody being dead."""
+    for number in numbers:
+        job.halted(number, copies if copies is not None else [(n, 0, (5,)) for n in range(len(numbers))])
+    return job.effects
+
+
+def test_where_a_connection_ends_and_nobody_is_dead_all_are_asked_whom_they_reach():
+    job = Job(3)
+    job.all_ready()
+    job.say(0, Committed(0, 5))
+    ended(job, (0, 1, 2))
+    asked = job.told(Probe)
+    assert {number: probe.members for number, probe in asked.items()} == dict.fromkeys(range(3), (0, 1, 2))
+    for number in range(3):
+        assert not job.told(Adopt)
+        job.say(number, Probed(asked[0].number, ()))
+    assert job.told(Adopt)[0].view.members == (0, 1, 2)  # a cable that was loose for a moment
+
+
+def test_who_is_cut_off_from_the_others_is_fenced_and_the_others_go_on():
+    job = Job(3)
+    job.all_ready()
+    job.say(0, Committed(0, 5))
+    ended(job, (0, 1, 2))
+    number = job.told(Probe)[0].number
+    job.say(1, Probed(number, (0, 2)))
+    job.say(0, Probed(number, (1,)))
+    effects = job.say(2, Probed(number, ()))  # its way to the others may still be open in one direction
+    (fence,) = [e for e in effects if isinstance(e, Fence)]
+    assert (fence.number, fence.why) == (1, "is cut off from member 0, 2")
+    assert (set(job.told(Adopt)), job.told(Adopt)[0].view.members) == ({0, 2}, (0, 2))
+    assert not job.say(1, Ready(1, "", ""))  # a stranger from now on
+    assert not job.say(1, Committed(1, 9))
+    assert job.coordinator.version == 5
+
+
+def test_several_that_are_cut_off_at_once_are_one_change():
+    job = Job(5, copies=2)
+    job.all_ready()
+    job.say(0, Committed(0, 5))
+    ended(job, (0, 1, 2, 3, 4))
+    number = job.told(Probe)[0].number
+    for member in range(4):
+        job.say(member, Probed(number, (2, 3) if member not in (2, 3) else (0, 1, 4)))
+    effects = job.say(4, Probed(number, (2, 3)))
+    assert [e.number for e in effects if isinstance(e, Fence)] == [2, 3]
+    assert job.told(Adopt)[0].view.members == (0, 1, 4)
+    assert job.coordinator._epoch == 1
+
+
+def beats(job: Job, seconds: float) -> list:
+    for number in list(job.coordinator.members):
+        job.say(number, Beat(1, "", "exchanging gradients", (0, 1), seconds, ""))
+    return job.coordinator.tick(job.now)
+
+
+def test_where_nobody_begins_anything_new_all_are_asked_and_only_slow_ones_stay():
+    job = Job(2, silence=3.0)
+    job.all_ready()
+    job.now = 10.0
+    assert not beats(job, 2.0)
+    effects = job.effects = beats(job, 3.1)
+    number = job.told(Probe)[0].number
+    assert [e.what for e in effects if isinstance(e, Note)] == ["probe"]
+    job.say(0, Probed(number, ()))
+    assert not job.say(1, Probed(number, ()))
+    job.now = 12.0
+    assert not beats(job, 5.0)  # not again at once
+    job.now = 16.5
+    job.effects = beats(job, 9.0)
+    number = job.told(Probe)[0].number
+    job.say(0, Probed(number, (1,)))
+    assert [e.number for e in job.say(1, Probed(number, (0,))) if isinstance(e, Fence)] == [1]
+
+
+def test_who_does_not_tell_whom_it_reaches_goes():
+    job = Job(3, silence=3.0)
+    job.all_ready()
+    job.say(0, Committed(0, 5))
+    ended(job, (0, 1, 2))
+    number = job.told(Probe)[0].number
+    job.say(0, Probed(number, ()))
+    job.say(1, Probed(number, ()))
+    for job.now in (2.0, 4.0, 6.0, 8.0, 9.5):
+        effects = beats(job, 1.0)
+    assert [(e.number, e.why) for e in effects if isinstance(e, Fence)] == [(2, "did not tell whom it reaches")]
+
+
+@given(st.sets(st.integers(0, 9), min_size=2), st.data())
+def test_of_two_sides_the_smaller_one_is_cut_off(members: set[int], data: st.DataObject):
+    side = data.draw(st.sets(st.sampled_from(sorted(members)), max_size=(len(members) - 1) // 2))
+    lacking = {one: sorted(members - side) if one in side else sorted(side) for one in members}
+    assert {number for number, _ in cut_off(sorted(members), lacking)} == side
+
+
+@given(st.integers(2, 8), st.data())
+def test_whatever_the_answers_those_who_are_left_reach_each_other(count: int, data: st.DataObject):
+    pairs = data.draw(st.sets(st.tuples(st.integers(0, count - 1), st.integers(0, count - 1)), max_size=12))
+    lacking = {one: [b for a, b in pairs if a == one and b != one] for one in range(count)}
+    gone = {number for number, _ in cut_off(range(count), lacking)}
+    left = set(range(count)) - gone
+    assert left
+    assert not [pair for pair in pairs if set(pair) <= left and len(set(pair)) == 2]
+
+
+def test_time_in_which_the_coordinator_itself_did_not_run_is_not_silence():
+    job = Job(2, silence=3.0)
+    job.all_ready()
+    job.coordinator.tick(0.5)
+    assert not job.coordinator.tick(60.0)  # it was stopped, and has not yet read what came meanwhile
+    assert not job.coordinator.tick(60.1)
+    assert not [effect for tenth in range(5, 25) for effect in job.coordinator.tick(60 + tenth / 10)]
+    assert [e.number for e in job.coordinator.tick(62.7) if isinstance(e, Fence)] == [0, 1]
 
 
 def test_a_newcomer_is_taken_in_at_a_boundary_and_a_leaver_goes_after_its_states_are_read():
@@ -398,13 +552,13 @@ def test_a_program_that_fails_at_two_members_at_one_step_ends_the_job_with_its_t
 
 def test_changes_without_a_step_do_not_go_on_for_ever():
     job = Job(2, aborted=3)
-    for _ in range(3):
+    for _ in range(4):
         job.all_ready()
-        job.halted(0, [(0, e, (5,)) for e in range(9)] + [(1, e, (5,)) for e in range(9)])
-        job.halted(1, [(1, e, (5,)) for e in range(9)] + [(0, e, (5,)) for e in range(9)])
-    job.all_ready()
-    job.halted(0, [])
-    (finish,) = [e for e in job.halted(1, []) if isinstance(e, Finish)]
+        ended(job, (0, 1), [(owner, epoch, (5,)) for epoch in range(9) for owner in (0, 1)])
+        number = job.told(Probe)[0].number
+        job.say(0, Probed(number, ()))
+        job.say(1, Probed(number, ()))
+    (finish,) = [e for e in job.effects if isinstance(e, Finish)]
     assert "without a step" in finish.why
 
 

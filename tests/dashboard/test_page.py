@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, Open, browsers, missing
-from elastic_runs import STEPS, settings_of, text_at
+from elastic_runs import STEPS, check_met, settings_of, text_at
 from event_lines import cluster, line, start, step, view
 
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
@@ -324,6 +324,7 @@ def test_a_real_elastic_run_is_watched_from_its_first_worker_to_its_digest(open_
     )
     looking.join()
     assert ended == JobEnded(0, "")
+    check_met(tmp_path / "run", [fault])
     assert all(told[0]), told  # everyone does something
     window.until("document.querySelector('#state').innerText === 'completed'")
     window.until("document.querySelector('#facts .fact-value').innerText === arguments[0]", str(STEPS))

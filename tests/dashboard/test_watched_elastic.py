@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from elastic_runs import STEPS, settings_of, text_at
+from elastic_runs import STEPS, check_met, settings_of, text_at
 
 from resilin.cluster.elastic_job import JobEnded
 from resilin.cluster.faults import Fault
@@ -43,6 +43,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     ended = launch(settings, folder / "run", worker_command(), faults=[fault], watch=lambda job, _: jobs.append(job))
     looking.join()
     assert ended == JobEnded(0, "")
+    check_met(folder / "run", [fault])
     after = Follower(folder / "run")
     while after.look():
         pass

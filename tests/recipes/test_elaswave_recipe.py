@@ -22,7 +22,7 @@ from resilin.recipes.elaswave.replicas import ReplicaLoss, Replicas
 from resilin.recipes.execute import Job, train
 from resilin.recipes.findings import Evaluation, RunRecord, Study, Trial
 from resilin.recipes.recipe import load_recipe
-from resilin.run.chaos import Told
+from resilin.run.chaos_report import Told
 from resilin.run.settings import RunSettings
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "elaswave"

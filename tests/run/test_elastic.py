@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from elastic_checks import changes, check_same, equal, events, states
-from elastic_runs import STEPS, go, settings_of
+from elastic_runs import STEPS, check_met, go, settings_of
 
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
@@ -100,6 +101,22 @@ def test_a_newcomer_has_read_its_states_when_the_others_have_computed_a_step(
     assert read["migrate"] == 0, "nobody has waited for it"
 
 
+def test_fast_sums_are_those_of_one_process_to_rounding_and_all_have_equally_many_slots(
+    text: Path, undisturbed: Path, tmp_path: Path
+):
+    settings = settings_of(text, parallel={"reduction": "fast"}, train={"micro_batch_size": 4})
+    # Of two whole micro-batches the third worker would have none to be killed in.
+    faults = [Fault(2, 3, "forward and backward"), Fault(0, 8, "adding gradients up")]
+    assert go(settings, tmp_path / "run", faults) == JobEnded(0, "")
+    assert [len(change["members"]) for change in changes(tmp_path / "run")] == [3, 2, 1]
+    found, expected = ([e["loss"] for e in events(at, "step")] for at in (tmp_path / "run", undisturbed))
+    assert found == pytest.approx(expected, rel=1e-4)
+    mine, theirs = (states(at, STEPS)["model"] for at in (tmp_path / "run", undisturbed))
+    assert mine.keys() == theirs.keys()
+    for name, weight in mine.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_loss_in_the_evaluation_before_the_first_step_begins_the_run_again(
     text: Path, undisturbed: Path, tmp_path: Path
@@ -153,7 +170,7 @@ def test_a_worker_whose_machine_will_be_taken_away_leaves(
 
 def test_a_failure_of_the_program_is_told_with_its_trace(text: Path, tmp_path: Path):
     faults = [Fault(number, 3, "adding gradients up", "fail") for number in range(3)]
-    ended = go(settings_of(text), tmp_path / "run", faults)
+    ended = go(settings_of(text), tmp_path / "run", faults, all_happen=False)  # the second one ends the run
     assert ended.code == 1
     assert "a failure on purpose while adding gradients up in step 3" in ended.message
     assert "Traceback" in ended.message
@@ -175,6 +192,13 @@ def test_a_listener_that_fails_ends_the_run_with_its_trace(text: Path, tmp_path:
     assert ended.code == 1
     assert "the launcher failed: no space left on the disk of the log" in ended.message
     assert "Traceback" in ended.message
+
+
+def test_a_fault_that_never_happens_is_found_out(text: Path, tmp_path: Path):
+    faults = [Fault(0, 1, "adding gradients up", "leave"), Fault(1, 2, "forward and backward of micro-batch 9")]
+    with pytest.raises(AssertionError, match=r"never happened.*micro-batch 9"):
+        go(settings_of(text, parallel={"workers": 2}, train={"steps": 4}), tmp_path / "run", faults)
+    check_met(tmp_path / "run", faults[:1])
 
 
 @pytest.mark.parametrize(

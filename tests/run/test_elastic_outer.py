@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from elastic_checks import changes, check_same, equal, events, states
-from elastic_runs import STEPS, settings_of
+from elastic_runs import STEPS, check_met, settings_of
 from keepers import environment_of, resilin, until
 
 from resilin.cluster.faults import Fault, to_environment
@@ -75,10 +75,12 @@ def test_under_torchrun_a_worker_is_killed_and_another_takes_its_place(
     text: Path, undisturbed: Path, tmp_path: Path, started: list[subprocess.Popen[bytes]]
 ):
     file = settings_file(text, tmp_path, cluster={"elastic": True, "replace": True})
-    faults = to_environment([Fault(1, 3, "adding gradients up"), Fault(0, 6, "updating weights")])
-    job = torchrun(3, "train", file, "--folder", tmp_path / "run", log=tmp_path / "log", **faults)
+    faults = [Fault(1, 3, "adding gradients up"), Fault(0, 6, "updating weights")]
+    given = to_environment(faults)
+    job = torchrun(3, "train", file, "--folder", tmp_path / "run", log=tmp_path / "log", **given)
     started.append(job)
     assert job.wait(200) == 0, (tmp_path / "log").read_text()
+    check_met(tmp_path / "run", faults)
     check_same(tmp_path / "run", undisturbed)
     assert len(changes(tmp_path / "run")) >= 3
     assert not (tmp_path / "run" / "workers" / FILE).exists()
@@ -112,7 +114,8 @@ def test_a_task_of_slurms_leaves_at_its_notice_and_the_others_go_on(
     text: Path, undisturbed: Path, tmp_path: Path, started: list[subprocess.Popen[bytes]]
 ):
     file = settings_file(text, tmp_path)
-    hold: Mapping[str, str] = to_environment([Fault(0, 4, "adding gradients up", "stop")])
+    stops = Fault(0, 4, "adding gradients up", "stop")
+    hold: Mapping[str, str] = to_environment([stops])
     for rank in range(3):
         log = tmp_path / f"task{rank}.log"
         started.append(
@@ -126,6 +129,7 @@ def test_a_task_of_slurms_leaves_at_its_notice_and_the_others_go_on(
     until(lambda: Path(f"/proc/{stopped}/stat").read_text().split()[2] == "T")
     os.kill(stopped, signal.SIGCONT)
     assert [process.wait(200) for process in started] == [0, 0, 0], (tmp_path / "task0.log").read_text()
+    check_met(tmp_path / "run", [stops])
     check_same(tmp_path / "run", undisturbed)
     assert [len(change["members"]) for change in changes(tmp_path / "run")] == [3, 2]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from elastic_checks import changes, check_same, events
-from elastic_runs import settings_of
+from elastic_runs import check_met, settings_of
 from ray_nodes import Nodes
 
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
@@ -52,6 +52,7 @@ def test_a_worker_on_another_node_is_killed(nodes: Nodes, text: Path, undisturbe
     faults = [Fault(1, 6, "adding gradients up")]
     ended = launch(settings, tmp_path / "run", worker_command(), faults=faults, watch=watch)
     assert ended == JobEnded(0, "")
+    check_met(tmp_path / "run", faults)
     check_same(tmp_path / "run", undisturbed)
     assert len(set(where)) == 2
     assert [change["members"] for change in changes(tmp_path / "run")] == [[0, 1], [0]]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic_checks import changes, check_same, equal, states
+from elastic_checks import changes, check_same, equal, events, states
 from elastic_runs import STEPS, alone, go, settings_of
 
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
+from resilin.config import parse_settings
 from resilin.parallel.errors import ParallelError
 from resilin.run.events import Cluster, Event, StepDone
+from resilin.run.settings import RunSettings
+from resilin.run.start import start_run
 
 MODEL = {"layers": 4}
 
@@ -77,6 +81,63 @@ def test_members_come_and_leave_and_blocks_follow_them(text: Path, tmp_path: Pat
     assert {len(change["members"]) for change in happened} >= {2, 4, 3}
     assert len({tuple(change["layers"]) for change in happened}) > 1
     assert all(change["redone"] == 0 for change in happened)
+
+
+def test_blocks_follow_what_is_measured_and_the_bits_stay(text: Path, tmp_path: Path):
+    """How long blocks take here is nobody's to say: only that it was measured, by the time a worker leaves."""
+
+    def watch(job: ElasticJob, event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 12:
+            job.signal(0, signal.SIGTERM)
+
+    one = alone(text, tmp_path / "one", model=MODEL, train={"steps": 30})
+    assert go(staged(text, train={"steps": 30}), tmp_path / "run", watch=watch) == JobEnded(0, "")
+    check_same(tmp_path / "run", one, 30)
+    happened = changes(tmp_path / "run")
+    assert (happened[0]["costs"], happened[-1]["costs"], len(happened[-1]["members"])) == ("by FLOPs", "measured", 3)
+
+
+def test_the_users_function_is_handed_the_clocks_of_stages(
+    text: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "clocks_of_test.py").write_text(
+        "import json, pathlib\n\ndef set_clocks(stages):\n"
+        "    with (pathlib.Path(__file__).parent / 'set.jsonl').open('a') as file:\n"
+        "        file.write(json.dumps(list(stages)) + '\\n')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    cluster = {"clocks": (1.0, 1.5, 2.0, 2.5), "clocks_hook": "clocks_of_test:set_clocks"}
+    settings = staged(text, parallel={"layers": (2, 2)}, cluster=cluster)
+    assert go(settings, tmp_path / "run", [Fault(3, 5, "updating weights")]) == JobEnded(0, "")
+    check_same(tmp_path / "run", undisturbed)
+    (told,) = [e["facts"] for e in events(tmp_path / "run", "cluster") if e["what"] == "clocks"]
+    handed = [json.loads(line) for line in (tmp_path / "set.jsonl").read_text().splitlines()]
+    assert [len(stage) for stage in changes(tmp_path / "run")[-1]["stages"]] == [2, 1]
+    assert handed[0] == told["stages"]
+    assert [one["members"] for one in handed[0]] == [[0, 1], [2]]
+    assert handed[0][1]["clock"] > handed[0][0]["clock"] == 1.0
+    assert told["seconds"]["after"] < told["seconds"]["before"]
+    assert [[one["clock"] for one in stages] for stages in handed[1:]] == [[1.0, 1.0]]  # once the run is over
+
+
+def test_adapters_are_trained_while_stages_change_and_what_is_frozen_goes_along(text: Path, tmp_path: Path):
+    """The head is the embedding here, both frozen: at both ends of the pipeline."""
+    model = {
+        "use": "resilin.adapt.adapted:Adapted",
+        "model": {"hidden_size": 32, "layers": 4, "heads": 4, "kv_heads": 2, "mlp_size": 48, "tie_embeddings": True},
+        "adapters": {"default": {"method": "lora", "rank": 4}},
+    }
+    one = settings_of(text, parallel={"workers": 0}, cluster={"elastic": False})
+    tree = one.model_dump(mode="json", exclude_unset=True) | {"model": model}
+    one = parse_settings(RunSettings, tree, "test")
+    assert start_run(one, tmp_path / "one")[1].reason == "completed"
+    tree |= {"parallel": {"workers": 3, "pipeline": 2, "timeout": 60}, "cluster": {"elastic": True}}
+    settings = parse_settings(RunSettings, tree, "test")
+    faults = [Fault(2, 5, "backward of stage 1 micro-batch 2")]  # the only one that has the last blocks
+    assert go(settings, tmp_path / "run", faults) == JobEnded(0, "")
+    check_same(tmp_path / "run", tmp_path / "one")
+    assert [change["stages"] for change in changes(tmp_path / "run")][:2] == [[[0, 1], [2]], [[0], [1]]]
+    assert equal(states(tmp_path / "run", STEPS)["frozen"], states(tmp_path / "one", STEPS)["frozen"])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 from tiny_text import text_source
 
 from resilin.cluster.elastic_job import JobEnded
-from resilin.cluster.faults import Fault
+from resilin.cluster.faults import Fault, never_met
 from resilin.cluster.local import worker_command
 from resilin.config import parse_settings
 from resilin.run.elastic_start import launch
@@ -44,8 +44,20 @@ def settings_of(text: Path, **over: Any) -> RunSettings:
     return parse_settings(RunSettings, tree, "test")
 
 
-def go(settings: RunSettings, folder: Path, faults: Sequence[Fault] = (), **more: Any) -> JobEnded:
-    return launch(settings, folder, worker_command(), faults=faults, **more)
+def go(
+    settings: RunSettings, folder: Path, faults: Sequence[Fault] = (), *, all_happen: bool = True, **more: Any
+) -> JobEnded:
+    """Launch a run; every fault has to happen, unless `all_happen` is false."""
+    ended = launch(settings, folder, worker_command(), faults=faults, **more)
+    if all_happen:
+        check_met(folder, faults)
+    return ended
+
+
+def check_met(folder: Path, faults: Sequence[Fault]) -> None:
+    """A fault that never happens tests nothing."""
+    missed = never_met(faults, folder / "workers")
+    assert not missed, f"these faults never happened: {missed}"
 
 
 def alone(text: Path, folder: Path, **over: Any) -> Path:

@@ -33,6 +33,8 @@ from resilin.cluster.protocol.messages import (
     Message,
     Pause,
     Prepare,
+    Probe,
+    Probed,
     Ready,
     Signal,
     Warm,
@@ -108,7 +110,12 @@ class Plan:
             events += [(at + draw.uniform(0, 0.3), "drain", number) for number in range(members)]
         more = random.Random(-1 - seed)
         stages = min(more.choice([1, 1, 2, 3]), members)
-        return cls(seed, steps, members, sorted(events), stages, more.choice([1, 1, 1, 2]))
+        copies = more.choice([1, 1, 1, 2])
+        if more.random() < 0.3:  # partitions
+            for _ in range(more.choice([1, 1, 2])):
+                what = more.choice(["hold", "apart", "sever", "unplug"])
+                events.append((more.uniform(0.5, 0.35 * steps + 2), what, more.randrange(1 << 20)))
+        return cls(seed, steps, members, sorted(events), stages, copies)
 
 
 @dataclass
@@ -143,6 +150,7 @@ class Sim:
             members=plan.members, silence=3.0, hang=50.0, stages=plan.stages, copies=plan.copies, micros=MICROS
         )
         self.costs = tuple(self.draw.choice([1.0, 2.0]) for _ in range(BLOCKS + 1)) if plan.stages > 1 else ()
+        self.takes = tuple(self.draw.uniform(0.5, 3.0) * cost for cost in self.costs)  # what they really cost
         self.coordinator = Coordinator(self.rules)
         self.members: dict[int, SimMember] = {}
         self.exchanges: dict[tuple[int, int], _Exchange] = {}
@@ -206,7 +214,7 @@ class Sim:
             if isinstance(effect, Tell):
                 self.members[effect.number].post(effect.message)
             elif isinstance(effect, Fence):
-                self.members[effect.number].die()
+                self.members[effect.number].fence()
             elif isinstance(effect, Finish):
                 self.finish = self.finish or effect
             else:
@@ -214,12 +222,12 @@ class Sim:
 
     def disturb(self, what: str, whom: int) -> None:
         """A failure, or a wish."""
-        alive = [m for m in self.members.values() if m.alive]
+        alive = [m for m in self.members.values() if m.alive and not m.fenced]
         if not alive:
             return
         member = alive[whom % len(alive)]
         alone = sum(m.epoch >= 0 for m in alive) < 2
-        if alone and what in ("kill", "cut", "drain") and self.draw.random() < 0.8:
+        if alone and what in ("kill", "cut", "drain", "hold", "unplug") and self.draw.random() < 0.8:
             what = "add"  # the end of the last one is the end of the job, which tells little
         if what == "kill":
             member.die()
@@ -232,6 +240,8 @@ class Sim:
             member.broke(member.epoch)
         elif what == "cut":  # its connection to the coordinator: it ends, and so does its process
             member.die()
+        elif what in ("hold", "apart", "sever", "unplug"):
+            member.isolate(what, self.between(0.2, 4 * self.rules.silence))
         elif what == "add":
             self.start()
         elif what == "drain":
@@ -260,7 +270,7 @@ class Sim:
 
     def whole(self) -> list[tuple[int, int]]:
         """(epoch, version) that exist in whole among those who are alive, and had arrived when they were asked."""
-        alive = [m for m in self.members.values() if m.alive]
+        alive = [m for m in self.members.values() if m.alive and not m.fenced]
         found = []
         for view in self.origins():
             epoch = view.epoch
@@ -281,6 +291,8 @@ class SimMember:
 
     def __init__(self, sim: Sim, number: int) -> None:
         self.sim, self.number, self.alive = sim, number, True
+        self.silent_until = self.apart_until = 0.0  # cut off from the coordinator, from other members
+        self.fenced = False  # declared lost while nothing reached it, which it does not know
         self.pool = Pool(number)
         self.phase, self.epoch = "starting", -1
         self.adopt: Adopt | None = None
@@ -299,6 +311,79 @@ class SimMember:
         self.tell(Hello(f"host{number % 3}"))
         self.later(0.05, 0.5, self.is_warm)
         self.beat()
+
+    @property
+    def phase(self) -> str:
+        """What it does."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, now: str) -> None:
+        self._phase, self.began = now, self.sim.now
+
+    # -- partitions ---------------------------------------------------------------------------------------------
+
+    def isolate(self, what: str, seconds: float) -> None:
+        """Be cut off: from the coordinator (hold), the members (apart; sever: and connections end), or all (unplug)."""
+        until = self.sim.now + seconds
+        if what in ("hold", "unplug"):
+            self.silent_until = max(self.silent_until, until)
+            self.sim.at(self.sim.rules.silence + 0.5, self.gives_up)  # counted from the first word that was lost
+            self.sim.at(seconds + 1e-3, self.comes_back)
+        if what != "hold":
+            self.apart_until = max(self.apart_until, until)
+        if what == "sever":
+            self.ends(self.epoch, 0.02)
+
+    def gives_up(self) -> None:
+        """Nothing that it said to the coordinator has arrived for so long: its connection has ended, and it ends."""
+        if self.sim.now < self.silent_until:
+            self.die()
+
+    def comes_back(self) -> None:
+        """If it was declared lost, its connection was ended meanwhile."""
+        if self.fenced and self.sim.now >= self.silent_until:
+            self.die()
+
+    def fence(self) -> None:
+        """The coordinator wants it to end."""
+        if self.alive and self.sim.now < self.silent_until:
+            self.fenced = True
+            self.sim.dead_since += self.epoch >= 0
+        else:
+            self.die()
+
+    def reaches(self, other: SimMember, later: float = 0.0) -> bool:
+        """Whether messages between both get through, then."""
+        return other is self or max(self.apart_until, other.apart_until) <= self.sim.now + later
+
+    def together(self, members: tuple[int, ...]) -> bool:
+        """Whether all reach each other."""
+        others = [self.sim.members[number] for number in members]
+        return len(others) < 2 or all(one.apart_until <= self.sim.now for one in others)
+
+    def ends(self, epoch: int, within: float) -> None:
+        """The connections of its groups end, and whoever is reached notices."""
+        for other in self.sim.members.values():
+            if other.alive and other.epoch == epoch and epoch >= 0 and other is not self and self.reaches(other):
+                other.later(0.0005, within, partial(other.broke, epoch))
+
+    def probe(self, asked: Probe) -> None:
+        """Tell who is not reached, in the time that a connection has to be made."""
+        patience = self.sim.rules.silence
+        others = [self.sim.members[number] for number in asked.members if number != self.number]
+        slow = [other for other in others if not other.alive or not self.reaches(other) or self.stops(other)]
+
+        def told() -> None:
+            lacking = [o.number for o in slow if not o.alive or not self.reaches(o) or self.stops(o)]
+            if self.alive:
+                self.tell(Probed(asked.number, tuple(lacking)))
+
+        self.sim.at(patience if slow else self.sim.between(0.0005, 0.01), told)
+
+    def stops(self, other: SimMember) -> bool:
+        """Whether another does nothing now."""
+        return other.stopped_until > self.sim.now
 
     # -- time and messages --------------------------------------------------------------------------------------
 
@@ -319,7 +404,7 @@ class SimMember:
     def tell(self, message: Message) -> None:
         """To the coordinator: in order, after a while; what is on its way arrives even if the process dies."""
         read = of_json(to_json(message))
-        self.said = max(self.said + 1e-9, self.sim.now + self.sim.between(0.0002, 0.02))
+        self.said = max(self.said + 1e-9, self.sim.now + self.sim.between(0.0002, 0.02), self.silent_until)
         delay = self.said - self.sim.now
         self.sim.at(delay, lambda: self.sim.do(self.sim.coordinator.told(self.number, read, self.sim.now)))
 
@@ -331,8 +416,8 @@ class SimMember:
         def take() -> None:
             if not self.alive:
                 return
-            if self.sim.now < self.stopped_until:
-                self.heard = max(self.heard, self.stopped_until) + 1e-6
+            if self.sim.now < max(self.stopped_until, self.silent_until):
+                self.heard = max(self.heard, self.stopped_until, self.silent_until) + 1e-6
                 self.sim.at(self.heard - self.sim.now, take)
             else:
                 self.take(read)
@@ -344,7 +429,7 @@ class SimMember:
         if not self.alive:
             return
         if self.sim.now >= self.stopped_until:
-            self.tell(Beat(self.version, "", self.phase, (-1,), 0.0, ""))
+            self.tell(Beat(self.version, "", self.phase, (-1,), self.sim.now - self.began, ""))
         self.sim.at(0.4, self.beat)
 
     def die(self) -> None:
@@ -352,15 +437,13 @@ class SimMember:
         if not self.alive:
             return
         self.alive = False
-        if self.phase != "starting" and self.epoch >= 0:
+        if self.phase != "starting" and self.epoch >= 0 and not self.fenced:
             self.sim.dead_since += 1
         self.sim.at(
             self.sim.between(0.0005, 0.05),
             lambda: self.sim.do(self.sim.coordinator.gone(self.number, "was killed", self.sim.now)),
         )
-        for other in self.sim.members.values():
-            if other.alive and other.epoch == self.epoch and self.epoch >= 0:
-                other.later(0.0005, 0.05, partial(other.broke, self.epoch))
+        self.ends(self.epoch, 0.05)
 
     # -- what the coordinator says ------------------------------------------------------------------------------
 
@@ -391,6 +474,8 @@ class SimMember:
                 if digest != self.adopt.view.digest:
                     raise WrongError(f"two views of epoch {message.epoch}")
                 self.boundary()
+        elif isinstance(message, Probe):
+            self.probe(message)
         elif isinstance(message, Signal):
             self.homeward = True
         elif isinstance(message, End):
@@ -419,9 +504,7 @@ class SimMember:
         version = -1 if self.updating else self.version
         self.tell(Halted(self.epoch, why, version, step, copies, tuple(kept)))
         self.updating = False
-        for other in self.sim.members.values():  # its own sockets are closed: a cascade
-            if other.alive and other.epoch == self.epoch and other is not self:
-                other.later(0.0005, 0.02, partial(other.broke, self.epoch))
+        self.ends(self.epoch, 0.02)  # its own sockets are closed: a cascade
 
     # -- the work -----------------------------------------------------------------------------------------------
 
@@ -434,6 +517,11 @@ class SimMember:
         """Take the states of its place from copies."""
         adopt = self.adopt
         assert adopt is not None
+        if not self.together(adopt.view.members) or not all(
+            self.reaches(self.sim.members[number]) for number in adopt.where.values()
+        ):  # neither groups nor copies are to be had
+            self.later(0.02, 0.1, self.place)
+            return
         blocks = blocks_of(adopt.view, adopt.view.stage_of(self.number))
         if adopt.before is None and self.version:
             raise WrongError(f"member {self.number} is to begin, and has version {self.version}")
@@ -494,7 +582,11 @@ class SimMember:
         self.pool.put(copy)
         if self.version > adopt.version:
             self.pool.forget(self.epoch)
-        self.tell(Committed(self.epoch, self.version))
+        mine = blocks_of(adopt.view, adopt.view.stage_of(self.number))
+        takes = sum(self.sim.takes[block] for block in mine) if self.sim.takes else 0.0
+        if self.sim.takes and mine.stop == BLOCKS:
+            takes += self.sim.takes[-1]
+        self.tell(Committed(self.epoch, self.version, max(0, self.version - adopt.version - 1), takes))
         holders = adopt.view.holders[self.number]
         if not holders:
             self.acked = self.version
@@ -521,8 +613,9 @@ class SimMember:
         def arrives() -> None:
             if not holder.alive:
                 return
-            if holder.stopped_until > self.sim.now:
-                self.sim.at(holder.stopped_until - self.sim.now + 1e-6, arrives)
+            until = max(holder.stopped_until, self.apart_until, holder.apart_until)
+            if until > self.sim.now:
+                self.sim.at(until - self.sim.now + 1e-6, arrives)
                 return
             holder.pool.put(copy)
             if holder.phase == "halted":
@@ -578,11 +671,17 @@ class SimMember:
         if exchange.broken:
             self.later(0.0005, 0.02, partial(self.broke, self.epoch))
             return
-        if len(exchange.arrived) < len(adopt.view.members):
+        if len(exchange.arrived) == len(adopt.view.members):
+            self.complete(exchange, adopt.view, what, go_on)
+
+    def complete(self, exchange: _Exchange, view: View, what: str, go_on: Callable[[], None]) -> None:
+        """All have come: they go on once all that they say gets through."""
+        if not self.together(view.members):
+            self.later(0.02, 0.1, lambda: self.complete(exchange, view, what, go_on))
             return
         if what == "step":
             computed = []
-            for stage in adopt.view.stages:
+            for stage in view.stages:
                 told = [exchange.arrived[number] for number in stage.members]
                 if sorted(m for owned, _ in told for m in owned) != list(range(MICROS)):
                     raise WrongError(f"step {self.version} of epoch {self.epoch} is taken of {exchange.arrived}")
@@ -591,8 +690,8 @@ class SimMember:
                 raise WrongError(f"stages compute different micro-batches in epoch {self.epoch}: {computed}")
             exchange.done = True
             self.sim.committed = max(self.sim.committed, self.version + 1)
-            self.sim.dead_since = sum(not self.sim.members[number].alive for number in adopt.view.members)
-        for number in adopt.view.members:
+            self.sim.dead_since = sum(not self.sim.members[number].alive for number in view.members)
+        for number in view.members:
             other = self.sim.members[number]
             if other.alive and other.epoch == self.epoch and other.phase == "exchanging":
                 other.later(0.0005, 0.01, go_on if other is self else other.resumes(what))

@@ -143,20 +143,34 @@ def join(
 
 @app.command()
 def status(where: Where, secret_file: SecretFile = None) -> None:
-    """Who there is, and what everyone does."""
+    """Who there is, and what everyone has and does.
+
+    A worker's number is its incarnation: it is given once, and whoever takes its place has another one.
+    """
     from rich.console import Console
     from rich.table import Table
 
     told = _ask(where, secret_file, {"command": "status"})
     table = Table(title=f"{told['phase']}, step {told['step']}, epoch {told['epoch']}", title_justify="left", box=None)
     table.pad_edge, table.padding = False, (0, 2, 0, 0)
-    for name in ("worker", "host", "process", "state", "step", "does", "for", "copies at"):
+    names = ("worker", "host", "process", "state", "stage", "layers", "slots", "step", "does", "for", "copies at")
+    for name in names:
         table.add_column(name, no_wrap=name != "does")
     for one in told["members"]:
         holders = ", ".join(map(str, one["holders"]))
-        cells = (one["number"], one["host"], one["process"] or "", one["state"], one["step"], one["doing"])
-        table.add_row(*map(str, cells), f"{one['seconds']:.1f} s", holders)
+        stage = "" if one["stage"] is None else one["stage"]
+        parts = (_run(one["layers"], "all" if one["stage"] is not None else ""), _run(one["slots"], ""))
+        who = (one["number"], one["host"], one["process"] or "", one["state"])
+        table.add_row(*map(str, (*who, stage, *parts, one["step"], one["doing"])), f"{one['seconds']:.1f} s", holders)
     Console(highlight=False).print(table)
+
+
+def _run(bounds: list[int] | None, otherwise: str) -> str:
+    """[first, end) as "first-last"."""
+    if bounds is None:
+        return otherwise
+    first, end = bounds
+    return "none" if first == end else str(first) if end == first + 1 else f"{first}-{end - 1}"
 
 
 @app.command()

@@ -13,6 +13,7 @@ from typing import Any
 
 from resilin.cluster.addresses import guard, own_address
 from resilin.cluster.handshake import prove
+from resilin.cluster.isolation import SIDES, Isolation
 from resilin.cluster.parts import Parts
 from resilin.cluster.protocol.messages import (
     Adopt,
@@ -25,11 +26,14 @@ from resilin.cluster.protocol.messages import (
     Halt,
     Halted,
     Hello,
+    Isolate,
     Leaving,
     Message,
     MessageError,
     Pause,
     Prepare,
+    Probe,
+    Probed,
     Ready,
     Signal,
     Told,
@@ -37,6 +41,8 @@ from resilin.cluster.protocol.messages import (
     of_json,
     to_json,
 )
+from resilin.cluster.reach import lacking
+from resilin.cluster.sockets import At, at_of
 from resilin.cluster.starter import Door
 from resilin.cluster.watch import line_of
 from resilin.cluster.wire import Wire
@@ -87,6 +93,8 @@ class Agent:
         prove(connection, door.secret)
         guard(connection, max(silence, 1.0))
         self.address = address or own_address(connection)
+        self._silence = silence
+        self._isolation = Isolation([at_of(connection.getpeername()), ("127.0.0.1", store.port)])
         self._wire = Wire(connection)
         self._wire.say({"number": number})
         self._main = threading.get_ident()
@@ -100,6 +108,7 @@ class Agent:
         self._closed = False
         self._leave = threading.Event()
         self._sever: Callable[[str], None] = lambda why: None
+        self._where: Callable[[int], At] = lambda member: ("", 0)
         self._say(Hello(host))
         threading.Thread(target=self._hear, name="resilin-agent", daemon=True).start()
         threading.Thread(target=self._beat, name="resilin-beat", daemon=True).start()
@@ -112,6 +121,10 @@ class Agent:
     def on_halt(self, sever: Callable[[str], None]) -> None:
         """What is called when the main thread has to come out, from another thread."""
         self._sever = sever
+
+    def on_probe(self, where: Callable[[int], At]) -> None:
+        """What tells where a member listens, when it is asked whom this one reaches; called in another thread."""
+        self._where = where
 
     def warm(self, costs: Sequence[float] = (), prepare: Callable[[Prepare], None] = lambda told: None) -> Adopt:
         """Ready for a place; returns once there is one.
@@ -203,9 +216,9 @@ class Agent:
             if (why := self._halted_now()) is not None:
                 raise HaltedError(why)
 
-    def committed(self, version: int) -> None:
-        """A copy of this version is kept."""
-        self._say(Committed(self._epoch, version))
+    def committed(self, version: int, steps: int = 0, seconds: float = 0.0) -> None:
+        """A copy of this version is kept; see `Committed`."""
+        self._say(Committed(self._epoch, version, steps, round(seconds, 7)))
 
     def done(self, version: int, digest: str) -> None:
         """All steps were taken; returns once all members are so far.
@@ -280,12 +293,20 @@ class Agent:
                 self._prepare = message
             elif isinstance(message, Signal):
                 os.kill(os.getpid(), message.number)
+            elif isinstance(message, Probe):
+                threading.Thread(target=self._probe, args=(message,), name="resilin-probe", daemon=True).start()
+            elif isinstance(message, Isolate) and message.side in SIDES:
+                self._isolation.begin(message.side, message.ends, message.seconds)
             elif isinstance(message, End):
                 self._ended = message
                 sever = message.why
             self._changed.notify_all()
         if sever is not None:
             self._sever(sever)
+
+    def _probe(self, asked: Probe) -> None:
+        others = [number for number in asked.members if number != self.number]
+        self._say(Probed(asked.number, lacking(others, self._where, self.secret, self._silence)))
 
     def _beat(self) -> None:
         while not self._closed and self._ended is None:

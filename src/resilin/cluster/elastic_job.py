@@ -28,12 +28,15 @@ from torch._C._distributed_c10d import TCPStore
 from resilin.cluster import tunnel
 from resilin.cluster.accepting import accept_each, admitted
 from resilin.cluster.addresses import LOOPBACK, guard, listen
+from resilin.cluster.axes import ClocksHook
+from resilin.cluster.clock_setter import ClockSetter
 from resilin.cluster.handshake import new_secret
 from resilin.cluster.hosts import Hosts, JoinError
+from resilin.cluster.isolation import Side
 from resilin.cluster.place import FILE, Place
 from resilin.cluster.protocol.coordinator import Coordinator
-from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
-from resilin.cluster.protocol.messages import MessageError, Signal, Told, of_json, to_json
+from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, SetClocks, Tell
+from resilin.cluster.protocol.messages import Isolate, MessageError, Signal, Told, of_json, to_json
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.starter import Door, Starter
 from resilin.cluster.status import status_of
@@ -71,6 +74,7 @@ class ElasticJob:
         replace: whether another worker is started for each that is lost.
         environment: more variables for the workers.
         place: where the job is found.
+        clocks: is handed the clocks of all stages whenever they are to change.
 
     Raises:
         UserError: it cannot listen there.
@@ -90,6 +94,7 @@ class ElasticJob:
         replace: bool = False,
         environment: Mapping[str, str] | None = None,
         place: Place | None = None,
+        clocks: ClocksHook | None = None,
     ) -> None:
         self._starter, self._folder, self._hear, self._say = starter, folder, hear, note
         self._begin, self._most, self._replace = begin, most, replace
@@ -97,11 +102,13 @@ class ElasticJob:
         self._secret = self._place.secret or new_secret()
         self._rules, self._coordinator = rules, Coordinator(rules)
         self._lock = threading.RLock()
+        self._setter = ClockSetter(clocks, note) if clocks is not None else None
         self._wires: dict[int, Wire] = {}
         self._number = 0
         self._finish: Finish | None = None
         self._over = threading.Event()
         self._interrupts = self._passed_on = 0
+        self._beyond_reach: dict[int, float] = {}  # workers that are cut off on purpose, and until when
         folder.mkdir(parents=True, exist_ok=True)
         self._listening = listen(self._place.host, self._place.port)
         self.store = _store_on_loopback()
@@ -142,6 +149,8 @@ class ElasticJob:
                 self._listening.shutdown(socket.SHUT_RDWR)
             self._listening.close()
             self._starter.close()
+            if self._setter is not None:
+                self._setter.close()
         return self._ended()
 
     def _write_file(self, path: Path) -> None:
@@ -237,6 +246,26 @@ class ElasticJob:
         with self._lock:
             return self._starter.signal(number, which)
 
+    def isolate(self, number: int, side: Side, ends: bool, seconds: float) -> bool:
+        """Cut a worker off on purpose (`resilin.cluster.isolation`); False: there is none of that number.
+
+        Args:
+            number: of the worker.
+            side: whom from. Where that is the coordinator too, nothing that this job does reaches its process.
+            ends: whether its connections are ended first.
+            seconds: for how long.
+        """
+        with self._lock:
+            wire = self._wires.get(number)
+            if wire is None:
+                return False
+            wire.say(to_json(Isolate(side, ends, seconds)))
+            if side != "members":
+                self._beyond_reach[number] = time.monotonic() + seconds
+                if not ends:
+                    wire.hold(seconds)
+            return True
+
     def _reap(self) -> None:
         with self._lock:
             for number, how in self._starter.ended():
@@ -244,6 +273,8 @@ class ElasticJob:
 
     def _gone(self, number: int, how: str) -> None:
         self._starter.gone(number)
+        if self._over.is_set():
+            return
         if self.store.check(["preparing"]) and self.store.get("preparing") == str(number).encode():
             self.store.delete_key("preparing")  # what it was to prepare for all, another one does
         known = number in self._coordinator.members
@@ -256,7 +287,12 @@ class ElasticJob:
             return
         leaving = known and self._coordinator.members[number].leaving
         self._do(self._coordinator.gone(number, how, _now()))
-        if self._replace and known and not leaving and before != "gathering" and not self._over.is_set():
+        if known and not leaving and before != "gathering":
+            self._take_the_place_of_one()
+
+    def _take_the_place_of_one(self) -> None:
+        """Another worker for one that was lost, if so wished."""
+        if self._replace and not self._over.is_set():
             self.add()
 
     def _lost_before(self, number: int, how: str) -> None:
@@ -384,6 +420,10 @@ class ElasticJob:
                     wire.say(to_json(effect.message))
             elif isinstance(effect, Fence):
                 self._fence(effect.number)
+                self._take_the_place_of_one()
+            elif isinstance(effect, SetClocks):
+                if self._setter is not None:
+                    self._setter.set(effect.stages)
             elif isinstance(effect, Note):
                 self._say(effect.what, effect.facts)
             else:
@@ -392,7 +432,8 @@ class ElasticJob:
                 self._over.set()
 
     def _fence(self, number: int) -> None:
-        self._starter.signal(number, signal.SIGKILL)
+        if time.monotonic() > self._beyond_reach.get(number, 0.0):
+            self._starter.signal(number, signal.SIGKILL)
         self._starter.gone(number)
         wire = self._wires.pop(number, None)
         if wire is not None:

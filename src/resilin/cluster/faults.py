@@ -1,6 +1,7 @@
 """Failures on purpose: a worker that ends, stops or fails when it begins a certain thing in a certain step.
 
-For tests and for `resilin chaos`: the launcher passes a list on to all workers, each of which takes its own.
+For tests: the launcher passes a list on to all workers, each of which takes its own, and says so in its output, so that
+a fault that never happens is found out.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from resilin.parallel.activity import now
 
 FAULTS = "RESILIN_FAULTS"
+_MET = "happens on purpose: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,31 @@ def await_faults(member: int) -> None:
         now.told = lambda begun: _meet(left, begun)
 
 
+def never_met(faults: Sequence[Fault], logs: Path) -> list[Fault]:
+    """Faults that have not happened, of a run that is over.
+
+    Args:
+        faults: of the run.
+        logs: the folder with its workers' output.
+    """
+    met = {
+        line.removeprefix(_MET)
+        for path in logs.glob("worker-*.log")
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.startswith(_MET)
+    }
+    return [fault for fault in faults if _written(fault) not in met]
+
+
+def _written(fault: Fault) -> str:
+    return json.dumps(asdict(fault))
+
+
 def _meet(left: list[Fault], begun: str) -> None:
     for fault in list(left):
         if fault.step == now.step and fault.at in begun:
             left.remove(fault)
+            os.write(2, f"{_MET}{_written(fault)}\n".encode())  # at once: there may be no later
             if fault.do == "fail":
                 raise FaultError(f"a failure on purpose while {begun} in step {now.step}")
             number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "leave": signal.SIGTERM}[fault.do]

@@ -84,14 +84,19 @@ def admit(connection: socket.socket, secret: str) -> None:
         raise HandshakeError(f"whoever connected went away: {error}") from None
 
 
-def prove(connection: socket.socket, secret: str) -> None:
+def prove(connection: socket.socket, secret: str, patience: float = _PATIENCE) -> None:
     """Prove this side to the one it has connected to, then let that one prove itself.
+
+    Args:
+        connection: to it.
+        secret: of the job.
+        patience: seconds that each part of the other side's answer may take.
 
     Raises:
         HandshakeError: one of both could not.
     """
     try:
-        connection.settimeout(_PATIENCE)
+        connection.settimeout(patience)
         theirs = _exactly(connection, _BYTES)
         mine = secrets.token_bytes(_BYTES)
         connection.sendall(mine + _proof(secret, b"connects", theirs, mine))

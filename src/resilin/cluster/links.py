@@ -10,21 +10,19 @@ waits for it waits until the timeout. So it is a thread for each group that wait
 
 from __future__ import annotations
 
-import os
 import queue
 import socket
-import stat
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
+from resilin.cluster.sockets import internet_sockets, opened
 from resilin.parallel.group import Group
 
 _making = threading.Lock()
@@ -185,11 +183,8 @@ class Links:
 
     def _end_sockets(self) -> None:
         for number, inode in self._sockets.items():
-            with suppress(OSError):
-                # A socket that torch has closed since may have given its number to something else.
-                if os.fstat(number).st_ino == inode:
-                    with socket.socket(fileno=os.dup(number)) as same:
-                        same.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError), opened(number, inode) as same:  # its number may be something else's since
+                same.shutdown(socket.SHUT_RDWR)
 
 
 def _new(before: dict[int, int]) -> dict[int, int]:
@@ -198,15 +193,5 @@ def _new(before: dict[int, int]) -> dict[int, int]:
 
 def _sockets() -> dict[int, int]:
     """Connected sockets of this process: descriptor -> inode."""
-    found = {}
-    for entry in Path("/dev/fd").iterdir():
-        number = int(entry.name)
-        with suppress(OSError):
-            status = os.fstat(number)
-            if stat.S_ISSOCK(status.st_mode):
-                with socket.socket(fileno=os.dup(number)) as same:
-                    internet = same.family in (socket.AF_INET, socket.AF_INET6)
-                    # gloo's listener dies of a shutdown, and its whole process with it.
-                    if internet and not same.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                        found[number] = status.st_ino
-    return found
+    # gloo's listener dies of a shutdown, and its whole process with it.
+    return {one.number: one.inode for one in internet_sockets() if not one.listens}

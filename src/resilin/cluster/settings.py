@@ -41,6 +41,14 @@ class ClusterSettings(Settings):
     that answers 200 then, and 404 before; the path of a file that appears; or `package.module:function`."""
     notice_every: Seconds = 5.0
     """Seconds between two looks there."""
+    clocks: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """With pipeline stages: clocks that the workers' devices can be set to, the usual one first, of any unit. A stage
+    that lost workers is planned to get the smallest at which the others do not wait for it."""
+    clocks_fixed: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of a stage's time that no clock shortens."""
+    clocks_hook: str = ""
+    """`package.module:function` that is handed the clocks of all stages when they are to change, and sets them. Empty:
+    they are only told in the log."""
     host: str = ""
     """Address at which the coordinator listens. Empty: the loopback, where all workers are on its machine; all
     addresses, where torchrun or Slurm have started some elsewhere."""
@@ -55,4 +63,10 @@ class ClusterSettings(Settings):
             raise ValueError('most is how many workers Ray may start as nodes come: it needs launcher = "ray"')
         if self.most and self.most < self.least:
             raise ValueError(f"most ({self.most}) is less than least ({self.least})")
+        return self
+
+    @model_validator(mode="after")
+    def _clocks_are_known(self) -> ClusterSettings:
+        if self.clocks_hook and not self.clocks:
+            raise ValueError("clocks_hook is there, and no clocks to hand over: name those that can be set with clocks")
         return self

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from resilin.cluster.isolation import hold, release
+
 _LINE = 1 << 26  # bytes
 
 
@@ -46,6 +48,18 @@ class Wire:
         except (OSError, ValueError):
             return None
         return told if isinstance(told, dict) else None
+
+    def hold(self, seconds: float) -> None:
+        """On purpose, let nothing arrive at this end for so long; see `resilin.cluster.isolation`."""
+        hold(self._connection)
+
+        def over() -> None:
+            with suppress(OSError):  # it may have been closed since
+                release(self._connection)
+
+        timer = threading.Timer(seconds, over)
+        timer.daemon = True
+        timer.start()
 
     def close(self) -> None:
         """End the connection; who hears at either end comes out."""

@@ -182,6 +182,22 @@ def micro_batches(count: int, size: int, workers: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def even_batches(count: int, size: int, workers: int) -> list[range]:
+    """The slots of every micro-batch of a step, cut for so many workers: no share is more than one slot larger.
+
+    Dealt in runs, each worker has one share of the slots, in micro-batches as few and as equal as can be (ElasWave,
+    section 4: reshaped micro-batches).
+
+    Args:
+        count: slots of the step.
+        size: the most of a micro-batch; 0: a worker's share.
+        workers: of the data axis.
+    """
+    each = -(-count // (workers * size)) if size else 1
+    shares = in_runs(count, workers)
+    return [share[cut.start : cut.stop] for share in shares for cut in in_runs(len(share), each) if len(cut)]
+
+
 Dealt = Callable[[int, int], Sequence[Sequence[int]]]
 """How a step's micro-batches, so many of them, are dealt: to each worker, by rank, ascending numbers. Workers that
 compute different parts of the model may have the same ones."""
@@ -234,6 +250,8 @@ class Workers:
         trace: looks at the passes of some steps.
         dealt: who computes which micro-batches: along the data axis, runs of neighbours.
         evaluates: which of so many held-out batches this worker takes.
+        even: whether micro-batches are cut so that all workers have equally many slots, however many there are: sums
+            of other micro-batches are equal to rounding.
         keeps: whether what a step has finished is kept until the next one begins, for redoing it with other workers.
         kept: that; a step of the same number goes on from there.
         computed: called once this worker's micro-batches are done, before gradients are exchanged.
@@ -261,7 +279,7 @@ class Workers:
         self._lockstep = lockstep
         self.trace: Tracer | None = None
         self.kept: Kept | None = None
-        self.keeps = False
+        self.keeps = self.even = False
         self.dealt: Dealt = along_data(world)
         self.evaluates: Callable[[int], Sequence[int]] = self._share
         self.computed: Callable[[], None] = lambda: None
@@ -296,7 +314,7 @@ class Workers:
 
     def micro_batches(self, count: int) -> list[range]:
         """The slots of every micro-batch of a step of `count` slots."""
-        return micro_batches(count, self._micro, self.world.axis("dp"))
+        return (even_batches if self.even else micro_batches)(count, self._micro, self.world.axis("dp"))
 
     def _micros_of(self, step: int, count: int) -> list[tuple[int, ...]]:
         """Which micro-batches each worker computes."""
@@ -427,7 +445,8 @@ class Workers:
         factor = clip_factor(norm, self._clip) / summed.units
         for reduction in self.reductions.values():
             reduction.set_gradients([bool(flags[self.trained[name].row]) for name in reduction.names])
-            torch._foreach_mul_(reduction.gradients(), factor)
+            if grads := reduction.gradients():  # of small parameters one worker may own all
+                torch._foreach_mul_(grads, factor)
         return StepGradient(summed.loss / summed.units, summed.units, norm, summed.logs)
 
     def _facts(self) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
 
@@ -40,6 +40,7 @@ from resilin.nouns import Optimizer
 from resilin.parallel import activity
 from resilin.parallel.assemble import Assembled
 from resilin.parallel.blueprint import Blueprint
+from resilin.parallel.pipeline.pace import Pace
 from resilin.parallel.state import StateLayout
 from resilin.parallel.stretches import Kept
 from resilin.run.elastic_dealing import Dealing
@@ -86,11 +87,13 @@ class Placed:
         model: what of it this worker has.
         made: engine and optimizer.
         fresh: names of parameters that have no values yet.
+        pace: of its stage.
     """
 
     model: nn.Module
     made: Assembled
     fresh: frozenset[str] = frozenset()
+    pace: Pace = field(default_factory=Pace)
 
 
 class Placing(Protocol):
@@ -140,6 +143,7 @@ class Elastic:
         self.load: Callable[[Run], object] = lambda run: None
         """Fills a run that begins: from a checkpoint, where there is one."""
         agent.on_halt(self._sever)
+        agent.on_probe(self._at)
 
     # -- the beginning ------------------------------------------------------------------------------------------
 
@@ -194,7 +198,7 @@ class Elastic:
             self._staged = epoch, run.step
             if run.step > self.change.version:  # an exchange under this view has been completed
                 self.pool.forget(epoch)
-            self._agent.committed(run.step)
+            self._agent.committed(run.step, self._pace.steps, self._pace.seconds)
 
     def asks(self, signal: int) -> int:
         """To come out, if a change was announced; else what the signal asks."""
@@ -349,9 +353,11 @@ class Elastic:
         placed = self._placing.build(self.world, self.blueprint.stages[stage], dealing, begins=begins)
         names = frozenset(self.blueprint.names(stage))
         self._weights.names = names if begins else self._weights.names & names - placed.fresh
-        self.model, made = placed.model, placed.made
+        self.model, made, self._pace = placed.model, placed.made, placed.pace
         engine = made.engine
         engine.keeps = True
+        # Stages may have unlike numbers of members, and pass on the same micro-batches.
+        engine.even = not engine.exact and len(view.stages) == 1
         mine = tuple(change.kept.get(self.number, ()))
         same = kept is not None and kept.step == change.version and set(mine) <= set(kept.micros)
         engine.kept = kept.only(mine) if same and kept is not None and mine else None
@@ -456,9 +462,11 @@ class Elastic:
                 total += mark * sum64(parameter.detach().cpu())
         return f"{total % 2**64:016x}"
 
+    def _at(self, member: int) -> tuple[str, int]:
+        return parse(self._agent.store.get(f"peer/{member}").decode())
+
     def _connect(self, member: int) -> Peer:
-        host, port = parse(self._agent.store.get(f"peer/{member}").decode())
-        return Peer(Address(host, port), self._agent.secret, self._agent.timeout)
+        return Peer(Address(*self._at(member)), self._agent.secret, self._agent.timeout)
 
     def close(self) -> None:
         """End the threads and connections of this worker."""

@@ -20,6 +20,7 @@ from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.lock import lock_folder, unlock_folder
 from resilin.cluster.addresses import LOOPBACK, parse
 from resilin.cluster.agent import Agent, EndedError
+from resilin.cluster.axes import Clocks, clocks_hook
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault, await_faults, to_environment
 from resilin.cluster.handshake import SECRET, read_secret
@@ -30,6 +31,7 @@ from resilin.cluster.notice import await_notice, notice_of
 from resilin.cluster.place import Place
 from resilin.cluster.position import MEMBER
 from resilin.cluster.protocol.rules import Rules
+from resilin.cluster.settings import ClusterSettings
 from resilin.cluster.starter import ADDRESS, COORDINATOR, HOST, STORE, Door, Starter
 from resilin.cluster.tunnel import Relay
 from resilin.config import parse_settings
@@ -74,6 +76,7 @@ def launch(
     """
     folder = RunFolder(path)
     notice_of(settings.cluster.notice)  # a function that is not there is told now
+    hook = clocks_hook(settings.cluster.clocks_hook) if settings.cluster.clocks_hook else None
     degrees = elastic_degrees(settings.parallel)
     check_elastic(settings, degrees, choose_device(settings.train.device))
     divided = settings.parallel.model_copy(update={"pipeline": degrees.pipeline})
@@ -97,6 +100,9 @@ def launch(
         silence=cluster.silence,
         hang=cluster.hang,
         patient=not starts.steady,
+        clocks=_clocks(cluster),
+        micro=settings.train.micro_batch_size,
+        slots=settings.train.batch_size,
         keeps=settings.parallel.reduction == "exact",
     )
     facts = {
@@ -121,9 +127,15 @@ def launch(
             replace=cluster.replace,
             environment=to_environment(faults),
             place=place,
+            clocks=hook,
         )
         log.also(partial(watch, job))
         return job.run()
+
+
+def _clocks(cluster: ClusterSettings) -> Clocks | None:
+    given = cluster.clocks
+    return Clocks(tuple(sorted(given)), given[0], cluster.clocks_fixed) if given else None
 
 
 def _on_ray(settings: RunSettings, command: Sequence[str]) -> tuple[Callable[[Path], Starter], Place]:

@@ -15,6 +15,7 @@ memory is one of the places where such copies are; and nobody joins before, so t
 from __future__ import annotations
 
 import signal
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from typing import Any, Literal
 
 from resilin.cluster.changes import NobodyLeftError, changed, first_view
 from resilin.cluster.division import Better, Division
-from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
+from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, SetClocks, Tell
 from resilin.cluster.protocol.messages import (
     Adopt,
     Beat,
@@ -38,15 +39,23 @@ from resilin.cluster.protocol.messages import (
     Message,
     Pause,
     Prepare,
+    Probe,
+    Probed,
     Ready,
     Signal,
     Warm,
 )
 from resilin.cluster.protocol.newest import Copies, holding, newest_whole
+from resilin.cluster.protocol.reach import Round, cut_off
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.view import View
 from resilin.parallel.pipeline.errors import ScheduleError
 from resilin.parallel.stretches import in_all
+
+_ENOUGH, _MOST = 5, 640  # steps that are counted before it is known what stages take
+_PUNCTUAL = 0.25  # of `Rules.silence`: a clock that is later than that did not run
+_ANSWER = 3  # times `Rules.silence`, within which a probe is answered
+_LONGEST = 64  # times `Rules.silence`, between two probes of members that only take their time
 
 Phase = Literal["gathering", "running", "pausing", "halting", "adopting", "ended"]
 
@@ -63,6 +72,7 @@ class _Member:
     ready: Ready | None = None
     done: Done | None = None
     failed: Failed | None = None
+    committed: Committed | None = None  # of the present view
 
 
 @dataclass
@@ -83,8 +93,11 @@ class Coordinator:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.division = Division((), rules.layers, rules.micros)
-        self._considered: tuple[int, Better | None] = (-1, None)  # of the view of an epoch
+        self.division = Division((), rules.layers, rules.micros, clocks=rules.clocks)
+        self._clocks: dict[int, float] = {}  # by member, where it is not the usual one
+        self._considered: tuple[tuple[int, str], Better | None] = ((-1, ""), None)  # of a view's epoch, costs known so
+        self._measured = -1  # the last epoch of whose view it was counted what its stages take
+        self._enough = _ENOUGH  # steps of which that is the mean
         self._reasons: list[dict[str, Any]] = []  # of the division that the change under way brings
         self.phase: Phase = "gathering"
         self.members: dict[int, _Member] = {}
@@ -101,6 +114,12 @@ class Coordinator:
         self._start: int | None = None  # the version that the run began with
         self._known: set[int] = set()  # all numbers that ever were
         self._wished = False  # whether the change under way is a join or a leave
+        self._explained = False  # whether somebody was lost in it, or else all are known to reach each other
+        self._round: Round | None = None  # who reaches whom is being asked
+        self._rounds = 0
+        self._quiet_until = 0.0  # before that it need not be asked again
+        self._wait = rules.silence  # seconds between two such questions while nothing new is begun
+        self._ticked: float | None = None
         self._computed = False  # and whether all come out before they exchange a step's gradients
         self._epoch = -1
         self._aborted = 0
@@ -131,6 +150,11 @@ class Coordinator:
 
     def tick(self, now: float) -> list[Effect]:
         """Time has passed."""
+        late = 0.0 if self._ticked is None else now - self._ticked
+        self._ticked = now
+        if late > _PUNCTUAL * self.rules.silence:  # this process did not run: what others said meanwhile is to be heard
+            for member in self.members.values():
+                member.heard = min(member.heard + late, now)
         if self.phase != "ended":
             for number, member in list(self.members.items()):
                 beat = member.beat
@@ -144,6 +168,7 @@ class Coordinator:
                 self._lose(number, why, now)
                 if self._over:
                     break
+            self._suspect(now)
         return self._effects()
 
     def stop(self, why: str, failure: str = "") -> list[Effect]:
@@ -194,7 +219,12 @@ class Coordinator:
                 member.ready = message
                 self._all_ready(now)
         elif isinstance(message, Committed):
+            member.committed = message
             self._took(message, now)
+        elif isinstance(message, Probed):
+            if self._round is not None and message.number == self._round.number:
+                self._round.answers[number] = message.lacking
+                self._judge(now)
         elif isinstance(message, Done):
             if self.view is not None and message.epoch == self.view.epoch:
                 member.done = message
@@ -213,7 +243,7 @@ class Coordinator:
         if self.view is None or message.epoch != self.view.epoch:
             return
         begins = message.version > self.version
-        self.version = max(self.version, message.version)
+        self.version, self._wait = max(self.version, message.version), self.rules.silence
         if self._start is None:
             self._start = message.version
         if self._resumed is None:
@@ -221,6 +251,7 @@ class Coordinator:
         if message.version > self._resumed:  # an exchange under this view was completed: its copies are at the holders
             self._aborted, self._origin = 0, None
             self._part()
+            self._measure(self.view)
             self._consider(now, begins=begins)
 
     @property
@@ -300,14 +331,29 @@ class Coordinator:
         return joined if self.division.better(joined) is None else None
 
     def _better(self, view: View) -> Better | None:
-        if self._considered[0] != view.epoch:
-            self._considered = view.epoch, self.division.better(view)
+        key = view.epoch, self.division.basis + ("" if self._measured != view.epoch else " now")
+        if self._considered[0] != key:
+            self._considered = key, self.division.better(view)
         return self._considered[1]
+
+    def _measure(self, view: View) -> None:
+        """Learn what stages take, once in every view, when all of its members have counted for long enough."""
+        if self._measured == view.epoch or len(view.stages) == 1 or not self.division.costs:
+            return
+        told = [[self.members[number].committed for number in s.members if number in self.members] for s in view.stages]
+        counted = [[one for one in s if one is not None and one.epoch == view.epoch] for s in told]
+        if any(not s or len(s) < len(t) for s, t in zip(counted, told, strict=True)):
+            return
+        if min(one.steps for s in counted for one in s) >= self._enough:
+            self._measured = view.epoch
+            seconds = [statistics.median(one.seconds for one in stage) for stage in counted]
+            if min(seconds) > 0:
+                self.division = self.division.after(view.layers, seconds)
 
     def _halt(self, why: str, now: float) -> None:
         """Everyone comes out."""
         if self.phase not in ("halting", "pausing"):
-            self._times, self._wished, self._computed = _Times(now, now), False, False
+            self._times, self._wished, self._computed, self._explained = _Times(now, now), False, False, False
         self._times.why += [why] if why else []
         self.phase = "halting"
         for number in self._in():
@@ -315,8 +361,13 @@ class Coordinator:
             if member.halted is None:
                 self._out.append(Tell(number, Halt(member.epoch, why or "a change was announced")))
 
-    def _lose(self, number: int, why: str, now: float) -> None:
+    def _lose(self, number: int, why: str, now: float, more: bool = False) -> None:
+        """A member is lost; `more` are, at the same time, of which the last decides what comes next."""
+        if self._over:
+            return
         member = self.members.pop(number)
+        if member.failed is not None:  # it has said why it ends
+            why = f"failed: {member.failed.why}"
         self._note("lost", member=number, why=why, silent=round(now - member.heard, 4))
         if self.phase == "gathering" or member.epoch < 0:
             if self.phase == "gathering" and not (self.rules.patient and member.failed is None):
@@ -329,7 +380,10 @@ class Coordinator:
             self._all_done()
             return
         self._halt(f"member {number} {why}", now)
-        self._decide(now)
+        self._explained = True
+        if not more:
+            self._judge(now)
+            self._decide(now)
 
     def _everyone_done(self) -> bool:
         """Whether all steps were taken: who is lost then is not missed."""
@@ -344,6 +398,9 @@ class Coordinator:
             return
         left = self._in()
         if any(self.members[number].halted is None for number in left):
+            return
+        if not self._wished and not self._explained and len(left) > 1:
+            self._ask(left, now)  # a connection has ended between two that live: do they still reach each other?
             return
         self._times.halted = now
         self._aborted += not self._wished
@@ -378,6 +435,8 @@ class Coordinator:
         better = self.division.better(view) if self._wished and not self._computed else None
         if better is not None:
             view, self._reasons = better.view, better.reasons
+        # Times scatter: without a change of members they have to be known the better, the more often blocks move.
+        self._enough = _ENOUGH if gone or come else min(2 * self._enough, _MOST) if better is not None else self._enough
         self._offer(Adopt(view, before, version, where, self._kept(view, version)), now)
 
     def _kept(self, view: View, version: int) -> dict[int, tuple[int, ...]]:
@@ -450,6 +509,9 @@ class Coordinator:
                 self._end(False, f"epoch {view.epoch}: members of one stage have different states or views: {told}")
                 return
         resumed = self._start if adopt.before is None else adopt.version
+        if self.view is not None and adopt.before is not None and not self._reasons:
+            slots = self.rules.slots or self.rules.micros * self.rules.micro
+            self._reasons = self.division.dataflow(self.view, view, slots, self.rules.micro, self.rules.keeps)
         self._note(
             "change",
             epoch=view.epoch,
@@ -458,6 +520,7 @@ class Coordinator:
             stages=[list(stage.members) for stage in view.stages],
             layers=list(view.layers),
             planned=self._reasons,
+            costs=self.division.basis,
             version=resumed or 0,
             redone=0 if resumed is None else max(0, self.version - resumed),
             kept=sum(map(len, adopt.kept.values())),
@@ -474,9 +537,81 @@ class Coordinator:
         self.version = resumed or 0
         for number in view.members:
             self._out.append(Tell(number, Go(view.epoch)))
+        self._choose_clocks(view)
         if adopt.before is None:  # everybody began with the same: nobody's copies are needed
             self._part()
         self._consider(now)
+
+    def _choose_clocks(self, view: View) -> None:
+        """What is left of an imbalance is taken up by clocks, if they can be set."""
+        found = self.division.frequency(view)
+        if found is None or self.rules.clocks is None:
+            return
+        clocks, reason = found
+        usual = float(self.rules.clocks.base)
+        wanted = {n: clock for stage, clock in zip(view.stages, clocks, strict=True) for n in stage.members}
+        if any(self._clocks.get(number, usual) != clock for number, clock in wanted.items()):
+            stages = [
+                {"stage": place, "members": list(stage.members), "clock": clock, "usual": usual}
+                for place, (stage, clock) in enumerate(zip(view.stages, clocks, strict=True))
+            ]
+            self._out.append(SetClocks(tuple(stages)))
+            self._note("clocks", epoch=view.epoch, stages=stages, why=reason["why"], seconds=reason["seconds"])
+        self._clocks = {number: clock for number, clock in wanted.items() if clock != usual}
+
+    # -- who reaches whom ---------------------------------------------------------------------------------------
+
+    def _ask(self, members: Iterable[int], now: float) -> None:
+        if self._round is None:
+            self._rounds += 1
+            self._round = Round(self._rounds, tuple(members), now)
+            for number in self._round.asked:
+                self._out.append(Tell(number, Probe(self._rounds, self._round.asked)))
+
+    def _suspect(self, now: float) -> None:
+        """Where nobody has begun anything new for long, messages between members may not get through."""
+        view = {"running": self.view, "pausing": self.view, "adopting": self._next}.get(self.phase)
+        if self._round is not None:
+            if now - self._round.begun > _ANSWER * self.rules.silence:
+                self._judge(now, late=True)
+        elif view is not None and now >= self._quiet_until:
+            there = [number for number in view.members if number in self.members]
+            if len(there) > 1 and all(self._stands(self.members[number], now) for number in there):
+                self._note("probe", why=f"nobody has begun anything new for {self.rules.silence:g} s", members=there)
+                self._ask(there, now)
+
+    def _stands(self, member: _Member, now: float) -> bool:
+        return member.beat is not None and member.beat.seconds + now - member.heard > self.rules.silence
+
+    def _judge(self, now: float, late: bool = False) -> None:
+        """Go on without those who are cut off from others, once all who were asked have told.
+
+        Args:
+            now: seconds.
+            late: who has not told by now is not waited for, and goes.
+        """
+        asked = self._round
+        if asked is None or self._over:
+            return
+        there = [number for number in asked.asked if number in self.members]
+        missing = [number for number in there if number not in asked.answers]
+        if missing and not late:
+            return
+        self._round = None
+        gone = [(number, "did not tell whom it reaches") for number in missing]
+        for number, others in cut_off([n for n in there if n not in missing], asked.answers):
+            gone.append((number, f"is cut off from member {', '.join(map(str, others))}"))
+        for left, (number, why) in enumerate(reversed(gone)):
+            self._out.append(Fence(number, why))
+            self._lose(number, why, now, more=left < len(gone) - 1)
+        if gone:
+            return
+        if self.phase == "halting":
+            self._explained = True
+            self._decide(now)
+        else:
+            self._wait = min(2 * self._wait, _LONGEST * self.rules.silence)
+            self._quiet_until = now + self._wait
 
     # -- the end ------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,17 @@ class Fence:
 
 
 @dataclass(frozen=True, slots=True)
+class SetClocks:
+    """Hand clocks to whoever sets them.
+
+    Attributes:
+        stages: for each `stage`, `members`, `clock` and `usual`.
+    """
+
+    stages: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """For the log: what was decided and why.
 
@@ -53,4 +64,4 @@ class Finish:
     failure: str = ""
 
 
-Effect = Tell | Fence | Note | Finish
+Effect = Tell | Fence | SetClocks | Note | Finish

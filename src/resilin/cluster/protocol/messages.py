@@ -108,11 +108,29 @@ class Committed:
     Attributes:
         epoch: of the view.
         version: steps taken.
+        steps: of this view that `seconds` is the mean of.
+        seconds: that its stage takes for one micro-batch, forward and backward.
     """
 
     kind: ClassVar[str] = "committed"
     epoch: int
     version: int
+    steps: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """It has looked whom it reaches.
+
+    Attributes:
+        number: of the probe.
+        lacking: members that it was asked for and does not reach.
+    """
+
+    kind: ClassVar[str] = "probed"
+    number: int
+    lacking: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +264,36 @@ class Go:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Look whether you reach these, and tell.
+
+    Attributes:
+        number: of the probe.
+        members: all that are asked, the one who is told this among them.
+    """
+
+    kind: ClassVar[str] = "probe"
+    number: int
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Isolate:
+    """Be cut off, on purpose; see `resilin.cluster.isolation`.
+
+    Attributes:
+        side: whom from.
+        ends: whether connections are ended first.
+        seconds: for how long.
+    """
+
+    kind: ClassVar[str] = "isolate"
+    side: str
+    ends: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Signal:
     """Take this as if the system had sent it to the process.
 
@@ -272,14 +320,14 @@ class End:
 
 
 Message = (
-    Hello | Warm | Beat | Halted | Ready | Committed | Leaving | Done | Failed | Told
-    | Halt | Pause | Prepare | Adopt | Go | Signal | End
+    Hello | Warm | Beat | Halted | Ready | Committed | Probed | Leaving | Done | Failed | Told
+    | Halt | Pause | Prepare | Adopt | Go | Probe | Isolate | Signal | End
 )  # fmt: skip
 _KINDS: dict[str, Any] = {
     cls.kind: cls
     for cls in (
-        Hello, Warm, Beat, Halted, Ready, Committed, Leaving, Done, Failed, Told, Halt, Pause, Prepare, Adopt, Go,
-        Signal, End,
+        Hello, Warm, Beat, Halted, Ready, Committed, Probed, Leaving, Done, Failed, Told,
+        Halt, Pause, Prepare, Adopt, Go, Probe, Isolate, Signal, End,
     )
 }  # fmt: skip
 

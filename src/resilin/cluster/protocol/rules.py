@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from resilin.cluster.axes import Clocks
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -21,6 +23,9 @@ class Rules:
         aborted: changes that nobody wished for, in a row without a step taken, after which the job ends.
         patient: whether others may come for those that are lost before the run begins; else that ends the job.
         failures: members whose own program may fail at one step, before the job ends with that failure.
+        clocks: that stages can be set to; None: none.
+        micro: slots of a micro-batch.
+        slots: of a step; 0: micro-batches are all full.
         keeps: whether members keep what they have computed of a step when they come out in its middle.
     """
 
@@ -35,4 +40,7 @@ class Rules:
     aborted: int = 10
     patient: bool = False
     failures: int = 2
+    clocks: Clocks | None = None
+    micro: int = 1
+    slots: int = 0
     keeps: bool = True

@@ -28,6 +28,7 @@ from resilin.nouns import Batch, Loss, Objective
 from resilin.parallel.activity import doing, waiting
 from resilin.parallel.group import Group
 from resilin.parallel.pipeline.messages import Carried, Message, Op, Part, Receive, Send
+from resilin.parallel.pipeline.pace import Pace
 from resilin.parallel.pipeline.schedule import Action, B, F, I, W
 from resilin.parallel.pipeline.stage import Stage
 from resilin.parallel.pipeline.tied import TiedSum
@@ -144,6 +145,7 @@ class PipelinePasses:
     Attributes:
         collected: for each number that `train` gives `collect`, the parameters whose gradients are complete: a stage's,
             but for the tied weight, which comes last, at the last stage.
+        pace: how long this rank takes for a micro-batch; on CPUs, as GPUs compute later than they are told.
         measure: whether to keep when each action runs.
         records: of the last step; seconds since the epoch.
         core_seconds: for how long this process's thread had a core while the actions of `records` ran. With one thread
@@ -190,6 +192,8 @@ class PipelinePasses:
         self._began = 0.0
         self.records: list[Record] = []
         self.core_seconds = 0.0
+        self._took: dict[int, float] = {}  # by micro-batch of the step under way
+        self.pace = Pace()
 
     # -- whole passes -------------------------------------------------------------------------------------------
 
@@ -198,7 +202,9 @@ class PipelinePasses:
         if micros:
             ops = self._orders.training(micros[0][1].step, len(micros))
             self.records, self.core_seconds = [], 0.0
+            self._took.clear()
             self._go(ops, micros, collect, losses, training=True)
+            self.pace.step(self._took.values())
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], total: int) -> list[Loss]:
@@ -265,10 +271,14 @@ class PipelinePasses:
             self._forward(walk, action.stage, action.micro)
         else:
             self._backward(walk, action)
-        if self.measure and walk.training:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            self.records.append(Record(action, self._number, self._began, time.time()))
+        if not walk.training:
+            return
+        if self.measure and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        ended = time.time()
+        self._took[action.micro] = self._took.get(action.micro, 0.0) + ended - self._began
+        if self.measure:
+            self.records.append(Record(action, self._number, self._began, ended))
             self.core_seconds += time.thread_time() - core_began  # none while it waits for a message
 
     def _forward(self, walk: _Walk, number: int, micro: int) -> None:

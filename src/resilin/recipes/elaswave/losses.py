@@ -10,7 +10,9 @@ from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cluster.local import worker_command
 from resilin.config import UserError
 from resilin.recipes.elaswave.replicas import Replicas
-from resilin.run.chaos import Blow, Told, run_told
+from resilin.run.blows import Blow
+from resilin.run.chaos import run_told
+from resilin.run.chaos_report import Told
 from resilin.run.events import Evaluated, Listener
 from resilin.run.folder import RunFolder
 from resilin.run.jsonl_log import JsonlLog
@@ -68,13 +70,13 @@ def _note(folder: RunFolder, settings: RunSettings, objective: Replicas, told: T
     """Add what happened to the workers to the run's log, as one more evaluation of its last step."""
     if told.ended:
         raise UserError(f"{folder.path}: {told.ended}")
-    killed, changes = [what for _, what, _ in told.blows if what == "kill"], told.changes[1:]
+    killed, changes = [fell for fell in told.blows if fell.what == "kill"], told.changes[1:]
     if len(killed) != len(objective.lost) or len(changes) < len(killed):
         raise UserError(
             f"{folder.path}: {len(objective.lost)} workers were to be killed; {len(killed)} were, and {len(changes)} "
             "changes followed"
         )
-    after = [min((t for t in told.times if t > at), default=at) - at for at, _, _ in told.blows]
+    after = [min((t for t in told.times if t > fell.time), default=fell.time) - fell.time for fell in told.blows]
     facts = {
         "killed": float(len(killed)),
         "members": float(len(changes[-1]["members"]) if changes else objective.replicas),
