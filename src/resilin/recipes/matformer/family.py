@@ -69,7 +69,8 @@ def _numbers(name: str, one: Consistency, parameters: int) -> dict[str, float]:
 def measured_family(run: Run, nested: Nested) -> dict[str, float]:
     """Loss, agreement, divergence and non-embedding parameters of every member."""
     assert isinstance(run.model, Decoder)
-    wanted, facts = members(nested, run.model), {}
+    wanted = members(nested, run.model)
+    facts: dict[str, float] = {}
     for (name, one), told in zip(
         wanted.items(), consistency(run.model, list(wanted.values()), _batches(run)), strict=True
     ):
