@@ -33,7 +33,8 @@ def sequential(keys: Keys, loops: int, whole: int) -> Trajectory:
 
 def uniform(keys: Keys, loops: int, whole: int) -> Trajectory:
     """Any composition of `whole` into `loops` steps, all alike; the arguments are those of `sequential`."""
-    ends, wanted = [], loops - 1
+    ends: list[int] = []
+    wanted = loops - 1
     for place in range(1, whole):
         if keys.fold(place).integer(whole - place) < wanted - len(ends):
             ends.append(place)
