@@ -1,8 +1,8 @@
 """Workers of an elastic run that are given up for dead while the machine is overloaded: none must be.
 
-An elastic run with the default limits (`cluster.silence`, `cluster.hang`), on a machine that has four times as many other
-processes as cores, each of which does nothing but compute. They start once the run has taken its first step. A worker
-counts as given up wrongly whatever the reason is, as nothing is done to any of them.
+An elastic run with the default limits (`cluster.silence`, `cluster.hang`) on a machine that has four times as many
+other processes as cores, each of which does nothing but compute. They start once the run has taken its first step. A
+worker counts as given up wrongly whatever the reason is, as nothing is done to any of them.
 
     resilin bench run overload            10 minutes
     resilin bench run overload --quick    20 seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -141,3 +142,21 @@ def test_a_better_division_has_everybody_and_every_block(sizes: list[int], costs
         assert sorted(better.view.members) == sorted(view.members)
         assert (better.view.layers[0], better.view.layers[-1]) == (0, len(costs) - 1)
         assert all(b > a for a, b in pairwise(better.view.layers))
+
+
+def test_why_work_is_dealt_so_after_a_loss_is_told_with_what_a_step_takes():
+    before = first_view(range(4), dict.fromkeys(range(4), "here"))
+    after = changed(before, [1])
+    division = Division((), (), 8)
+    random, dataflow = division.dataflow(before, after, 32, 4, whole=True)
+    assert (random["axis"], dataflow["decision"]) == ("random", "runs")
+    assert dataflow["seconds"] == {"before": 1.0, "after": 1.5}, "three micro-batches, where there were two"
+    (even,) = division.dataflow(before, after, 32, 4, whole=False)
+    assert (even["decision"], even["seconds"]) == ("even", {"before": 1.0, "after": 11 / 8})
+    assert even["why"] == "3 members compute 10 to 11 of 32 slots, in 3 micro-batches each: equal to rounding"
+    two = replace(first_view(range(4), dict.fromkeys(range(4), "here"), 2), layers=(0, 2, 4))
+    staged = replace(division, costs=(1.0, 1.0, 1.0, 1.0, 0.5))
+    _, dataflow = staged.dataflow(two, changed(two, [3]), 32, 4, whole=True)
+    assert dataflow["seconds"]["after"] > 1.2
+    # Nothing is told of a step that cannot be taken: more members than micro-batches.
+    assert not replace(division, micros=2).dataflow(before, after, 2, 1, whole=True)

@@ -13,8 +13,11 @@ from elastic_runs import STEPS, alone, go, settings_of
 
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
+from resilin.config import parse_settings
 from resilin.parallel.errors import ParallelError
 from resilin.run.events import Cluster, Event, StepDone
+from resilin.run.settings import RunSettings
+from resilin.run.start import start_run
 
 MODEL = {"layers": 4}
 
@@ -115,6 +118,26 @@ def test_the_users_function_is_handed_the_clocks_of_stages(
     assert handed[0][1]["clock"] > handed[0][0]["clock"] == 1.0
     assert told["seconds"]["after"] < told["seconds"]["before"]
     assert [[one["clock"] for one in stages] for stages in handed[1:]] == [[1.0, 1.0]]  # once the run is over
+
+
+def test_adapters_are_trained_while_stages_change_and_what_is_frozen_goes_along(text: Path, tmp_path: Path):
+    """The head is the embedding here, both frozen: at both ends of the pipeline."""
+    model = {
+        "use": "resilin.adapt.adapted:Adapted",
+        "model": {"hidden_size": 32, "layers": 4, "heads": 4, "kv_heads": 2, "mlp_size": 48, "tie_embeddings": True},
+        "adapters": {"default": {"method": "lora", "rank": 4}},
+    }
+    one = settings_of(text, parallel={"workers": 0}, cluster={"elastic": False})
+    tree = one.model_dump(mode="json", exclude_unset=True) | {"model": model}
+    one = parse_settings(RunSettings, tree, "test")
+    assert start_run(one, tmp_path / "one")[1].reason == "completed"
+    tree |= {"parallel": {"workers": 3, "pipeline": 2, "timeout": 60}, "cluster": {"elastic": True}}
+    settings = parse_settings(RunSettings, tree, "test")
+    faults = [Fault(2, 5, "backward of stage 1 micro-batch 2")]  # the only one that has the last blocks
+    assert go(settings, tmp_path / "run", faults) == JobEnded(0, "")
+    check_same(tmp_path / "run", tmp_path / "one")
+    assert [change["stages"] for change in changes(tmp_path / "run")][:2] == [[[0, 1], [2]], [[0], [1]]]
+    assert equal(states(tmp_path / "run", STEPS)["frozen"], states(tmp_path / "one", STEPS)["frozen"])
 
 
 @pytest.mark.slow

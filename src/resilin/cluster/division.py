@@ -121,6 +121,40 @@ class Division:
         why = f"{view} become {found}: a step takes {takes:.0%} of the time (blocks {self.basis})"
         return Better(found, why, [{**reason, "costs": self.basis} for reason in decision.reasons])
 
+    def dataflow(self, before: View, after: View, slots: int, micro: int, whole: bool) -> list[dict[str, Any]]:
+        """Why work is dealt as it is after a change that moved no blocks, as JSON values; times are in steps before it.
+
+        Args:
+            before: the view that has ended.
+            after: the next one.
+            slots: of a step.
+            micro: of a micro-batch.
+            whole: whether micro-batches stay what they are; else, without stages, they are cut for the members.
+        """
+        members = [[stage.members for stage in view.stages] for view in (before, after)]
+        if not whole and len(after.stages) == 1:
+            shares = [-(-slots // len(stages[0])) for stages in members]
+            cut = -(-shares[1] // micro)
+            why = (
+                f"{len(members[1][0])} members compute {slots // len(members[1][0])} to {shares[1]} of {slots} slots, "
+                f"in {cut} micro-batches each: equal to rounding"
+            )
+            seconds = {"before": 1.0, "after": shares[1] / shares[0]}
+            return [{"axis": "dataflow", "decision": "even", "why": why, "seconds": seconds}]
+        split = Split(before.layers) if before.layers else Split((0, 1))
+        layers = self._layers(1.0) if self.costs and before.layers else Layers((1.0,))
+        try:
+            now = Pipeline.of(split, members[0], self.micros, 1)
+            step = step_of(now, layers, Machine())
+            if step is None or len(after.stages) != len(before.stages):
+                return []
+            unit = float(step.seconds)
+            layers = self._layers(unit) if self.costs and before.layers else Layers((1.0 / unit,))
+            decision = decide(now, members[1], layers, Machine(), Rules(assignments=("runs",), graph=False))
+        except PlanError:  # a stage has more members than there are micro-batches
+            return []
+        return [reason for reason in decision.reasons if reason["axis"] in ("random", "dataflow")]
+
     def frequency(self, view: View) -> tuple[tuple[float, ...], dict[str, Any]] | None:
         """A clock for each stage of a view, and the reason; None: none can be set, or there are no stages.
 

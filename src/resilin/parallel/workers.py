@@ -445,7 +445,8 @@ class Workers:
         factor = clip_factor(norm, self._clip) / summed.units
         for reduction in self.reductions.values():
             reduction.set_gradients([bool(flags[self.trained[name].row]) for name in reduction.names])
-            torch._foreach_mul_(reduction.gradients(), factor)
+            if grads := reduction.gradients():  # of small parameters one worker may own all
+                torch._foreach_mul_(grads, factor)
         return StepGradient(summed.loss / summed.units, summed.units, norm, summed.logs)
 
     def _facts(self) -> tuple[Tensor, Tensor]:

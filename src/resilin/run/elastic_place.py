@@ -161,15 +161,10 @@ class StagePlacing:
         precision: Precision,
     ) -> None:
         decoder = decoder_in(model)
-        if decoder.head is None:
+        if decoder.head is None and decoder.embed.weight.requires_grad:
             raise ParallelError(
-                "a decoder with tied embeddings has them at both ends of a pipeline, which an elastic one does not do "
-                "yet: set model.tie_embeddings = false, or parallel.pipeline = 1"
-            )
-        if frozen := next((name for name, p in model.named_parameters() if not p.requires_grad), None):
-            raise ParallelError(
-                f"parameter {frozen!r} is frozen: workers that change their stage have others' weights from copies, "
-                "which are of what is trained; use parallel.pipeline = 1"
+                "a decoder with tied embeddings trains them at both ends of a pipeline, which an elastic one does not "
+                "do yet: set model.tie_embeddings = false, freeze them, or use parallel.pipeline = 1"
             )
         self._settings, self._objective, self._compiled = settings, objective, compiled
         self._device, self._precision = device, precision
@@ -199,12 +194,12 @@ class StagePlacing:
     def build(self, world: ViewWorld, blueprint: Blueprint, dealing: Dealing, *, begins: bool) -> Placed:
         """This worker's stage, with engine and optimizer."""
         module, fresh = self._stage(world.view, world.stage)
-        if begins:
-            with torch.no_grad():
-                for name, parameter in module.named_parameters():
-                    if name in fresh:
-                        parameter.copy_(self._initial(name, tuple(parameter.shape)))
-            fresh = set()
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                # What is frozen is as it was in the beginning: no copy has it.
+                if name in fresh and (begins or not parameter.requires_grad):
+                    parameter.copy_(self._initial(name, tuple(parameter.shape)))
+                    fresh.remove(name)
         self._module = module
         costs = Split(world.view.layers).costs(self.costs[:-1], 0.0, self.costs[-1])
         orders = MemberOrders(

@@ -366,6 +366,8 @@ class Coordinator:
         if self._over:
             return
         member = self.members.pop(number)
+        if member.failed is not None:  # it has said why it ends
+            why = f"failed: {member.failed.why}"
         self._note("lost", member=number, why=why, silent=round(now - member.heard, 4))
         if self.phase == "gathering" or member.epoch < 0:
             if self.phase == "gathering" and not (self.rules.patient and member.failed is None):
@@ -507,6 +509,9 @@ class Coordinator:
                 self._end(False, f"epoch {view.epoch}: members of one stage have different states or views: {told}")
                 return
         resumed = self._start if adopt.before is None else adopt.version
+        if self.view is not None and adopt.before is not None and not self._reasons:
+            slots = self.rules.slots or self.rules.micros * self.rules.micro
+            self._reasons = self.division.dataflow(self.view, view, slots, self.rules.micro, self.rules.keeps)
         self._note(
             "change",
             epoch=view.epoch,

@@ -1,0 +1,1 @@
+"""Recipe `matformer`: one nested model against models of each size trained alone."""
