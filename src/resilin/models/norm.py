@@ -18,34 +18,36 @@ from resilin.models.rms_norm import rms_norm
 class RMSNorm(nn.Module):
     """`scale * x / sqrt(mean(x**2) + eps)` (Zhang and Sennrich, 2019)."""
 
-    weight: nn.Parameter | None
+    weight: nn.Parameter
+    """Not `scaled`: there is none, and each call brings its own."""
 
     def __init__(self, size: int, eps: float, device: torch.device | str | None = None, *, scaled: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, device=device)) if scaled else None
+        self.register_parameter("weight", nn.Parameter(torch.ones(size, device=device)) if scaled else None)
         self.eps = eps
 
     def forward(self, x: Tensor, weight_D: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., D), with a weight of the caller's: a part of its own where `x` is a part of the width."""
         weight_D = self.weight if weight_D is None else weight_D
-        assert weight_D is not None
         return rms_norm(x, weight_D, self.eps)
 
 
 class LayerNorm(nn.Module):
     """`scale * (x - mean(x)) / sqrt(var(x) + eps)`, without a bias."""
 
+    weight: nn.Parameter
+    """As of `RMSNorm`."""
+
     weight: nn.Parameter | None
 
     def __init__(self, size: int, eps: float, device: torch.device | str | None = None, *, scaled: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, device=device)) if scaled else None
+        self.register_parameter("weight", nn.Parameter(torch.ones(size, device=device)) if scaled else None)
         self.eps = eps
 
     def forward(self, x: Tensor, weight_D: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., D), with a weight of the caller's: a part of its own where `x` is a part of the width."""
         weight_D = self.weight if weight_D is None else weight_D
-        assert weight_D is not None
         return F.layer_norm(x, weight_D.shape, weight_D, None, self.eps)
 
 
