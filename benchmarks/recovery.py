@@ -8,7 +8,8 @@ seconds after a step was taken; what is measured is the time from there to the n
 - torchrun: the whole job is restarted from its last checkpoint, which is as old as the last step; once as Resilin's own
   job that is not elastic, once as a plain loop with torch's FSDP2 that saves with torch's DCP.
 
-One more run of Resilin has a worker killed after every twenty steps: how much of the time goes into steps.
+One more run of Resilin has a worker killed after every twenty steps: how much of the time goes into steps. And in a
+long one workers are killed, stopped, slowed, drained and added, drawn from a seed.
 
     resilin bench run recovery
     resilin bench run recovery --rounds 1 --peers resilin
@@ -33,8 +34,9 @@ from pathlib import Path
 from resilin.bench.results import Report, Row, results_name
 from resilin.cluster.local import worker_command
 from resilin.config import parse_settings, settings_to_toml
-from resilin.run.blows import Blow
+from resilin.run.blows import Blow, drawn
 from resilin.run.chaos import run_told
+from resilin.run.chaos_report import Report as ChaosReport
 from resilin.run.chaos_report import compare
 from resilin.run.settings import RunSettings
 
@@ -123,6 +125,16 @@ def goodput(args: argparse.Namespace, folder: Path, text: Path) -> tuple[float, 
     struck = run_told(settings, folder / "goodput-struck", worker_command(), blows)
     took = [told.times[-1] - told.times[0] for told in (struck, quiet)]
     return took[0], took[1], compare(quiet, struck).bits_changed
+
+
+def chaos(args: argparse.Namespace, folder: Path, text: Path) -> ChaosReport:
+    """A long run in which workers are killed, stopped, slowed, drained and added, anywhere in a step."""
+    made = tree(args, text) | {"parallel": {"workers": args.workers}, "cluster": {"elastic": True, "replace": True}}
+    made["train"] = made["train"] | {"steps": 8 * args.blows}
+    settings = parse_settings(RunSettings, made, "benchmark")
+    blows = drawn(7, 8 * args.blows, args.blows, ("kill", "kill", "stop", "slow", "drain", "add"), 0.5)
+    quiet = run_told(settings, folder / "chaos-quiet", worker_command())
+    return compare(quiet, run_told(settings, folder / "chaos-struck", worker_command(), blows))
 
 
 def of_torchrun(args: argparse.Namespace, folder: Path, text: Path) -> Seen:
@@ -265,6 +277,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--blows", type=int, default=20, help="of the long run; 0: there is none")
     parser.add_argument("--peers", default="resilin,torchrun,fsdp,torchft,torchft_fast")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
@@ -286,16 +299,22 @@ def main() -> None:
                     plain.append(of_plain(args, folder, text))
                     found, differ, quiet = of_resilin(args, folder, text)
                     found.step = quiet
-                    *both, more = goodput(args, folder, text)
-                    good.append(both)
-                    bits += differ + more
+                    bits += differ
+                    if not number:
+                        *both, more = goodput(args, folder, text)
+                        good.append(both)
+                        bits += more
                 elif peer in ("torchrun", "fsdp"):
                     found = (of_torchrun if peer == "torchrun" else of_fsdp)(args, folder, text)
                 else:
                     found = of_torchft(args, folder, peer == "torchft_fast")
                 runs[peer].append(found)
                 print(f"round {number}: {peer}: {found}", flush=True)
-    rows = rows_of(runs, plain, good, bits, args)
+        told = None
+        if args.blows and "resilin" in wanted:
+            told = chaos(args, Path(place), text)
+            print(f"chaos: {told}", flush=True)
+    rows = [*rows_of(runs, plain, good, bits, args), *(rows_of_chaos(told, args) if told is not None else [])]
     for row in rows:
         ratio = "" if row.ratio is None else f" ({row.ratio:.2f}x)"
         peer = "" if row.peer is None else f", {row.peer_name} {row.peer:.3g} {row.unit}"
@@ -303,6 +322,26 @@ def main() -> None:
     settings = {"workers": args.workers, "kills": args.kills, "steps": args.steps, "rounds": args.rounds,
                 "model": MODEL, "batch": BATCH, "length": LENGTH}  # fmt: skip
     print(f"wrote {Report.of(results_name('recovery', 'cpu'), settings, rows).write(args.output)}")
+
+
+def rows_of_chaos(told: ChaosReport, args: argparse.Namespace) -> list[Row]:
+    """Of the long run."""
+    fell = ", ".join(f"{count} {kind}" for kind, count in told.blows.items())
+    title = f"{args.workers} workers, {8 * args.blows} steps, {fell}"
+    rows = [
+        Row(name=f"{title}: {what}", unit=unit, ours=float(found), better="lower")
+        for what, unit, found in (
+            ("steps lost", "steps", told.steps_lost),
+            ("losses, norms, evaluations and weights that differ", "values", told.bits_changed),
+            ("workers given up that were only stopped or slow", "workers", len(told.falsely_lost)),
+            ("the run ended early", "runs", bool(told.ended)),
+        )
+    ]
+    for kind, times in told.recovery.items():
+        if times:
+            name = f"{title}: from a blow ({kind}) to the next step"
+            rows.append(Row(name=name, unit="s", ours=statistics.median(times), better="lower", runs={"ours": times}))
+    return rows
 
 
 NAMES = {
