@@ -38,8 +38,6 @@ class LayerNorm(nn.Module):
     weight: nn.Parameter
     """As of `RMSNorm`."""
 
-    weight: nn.Parameter | None
-
     def __init__(self, size: int, eps: float, device: torch.device | str | None = None, *, scaled: bool = True) -> None:
         super().__init__()
         self.register_parameter("weight", nn.Parameter(torch.ones(size, device=device)) if scaled else None)
