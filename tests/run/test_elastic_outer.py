@@ -124,7 +124,9 @@ def test_a_task_of_slurms_leaves_at_its_notice_and_the_others_go_on(
     until(lambda: steps(tmp_path / "run") > 2, 200)
     numbers = workers_of(tmp_path / "run")
     stopped = numbers[0]
-    started[2].send_signal(signal.SIGUSR1)  # srun --signal=USR1@120
+    above = {stopped, int(Path(f"/proc/{stopped}/stat").read_text().rsplit(")", 1)[1].split()[1])}
+    leaves = next(task for task in started[1:] if task.pid not in above)  # any task's worker may be the first
+    leaves.send_signal(signal.SIGUSR1)  # srun --signal=USR1@120
     until(lambda: any(told["what"] == "leaving" for told in events(tmp_path / "run", "cluster")))
     until(lambda: Path(f"/proc/{stopped}/stat").read_text().split()[2] == "T")
     os.kill(stopped, signal.SIGCONT)
