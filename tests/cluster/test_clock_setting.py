@@ -78,9 +78,9 @@ def test_the_stage_that_lost_a_member_is_told_a_higher_clock_once_and_the_usual_
     (note,) = job.notes
     assert note["seconds"]["after"] < note["seconds"]["before"] == pytest.approx(1.0)
     assert "higher at stage 1" in note["why"]
-    job.coordinator._choose_clocks(job.view)  # nothing new
+    job.effects += job.coordinator.dividing.clocks(job.view)  # nothing new
     assert job.set_clocks() == []
-    job.coordinator._choose_clocks(changed(job.view, gone=[0]))  # both stages have one
+    job.effects += job.coordinator.dividing.clocks(changed(job.view, gone=[0]))  # both stages have one
     assert job.set_clocks() == [[1.0, 1.0]]
 
 

@@ -65,6 +65,17 @@ def test_budgets_print_as_they_are_written():
     assert Budget.parse("full").full
 
 
+def test_slices_of_gemma_3n_are_budgets():
+    """Its official E2B: half of the neurons, layers 20 to 24 of 35 left out."""
+    wanted = Budget.of_slices([8192] * 30, range(20, 25))
+    assert wanted.skip == (20, 21, 22, 23, 24)
+    assert wanted.ffn == (8192,) * 20 + (None,) * 5 + (8192,) * 10
+    mixed = Budget.of_slices([4, 8], [1])
+    assert [part.ffn for part in sub_model(PLAIN, mixed).layers] == [4, 8]
+    with pytest.raises(BudgetError, match="are 3 in all; skip names layer 3"):
+        Budget.of_slices([4, 8], [3])
+
+
 @pytest.mark.parametrize(
     ("tree", "says"),
     [

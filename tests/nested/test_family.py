@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nested_cases import DECODERS, TOKENS, decoder
 
-from resilin.inference.generate import StopRule, generate
+from resilin.inference.generate import StopRule, generate, stream
 from resilin.inference.sampling import Sampling
 from resilin.models.cache import KVCache
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
@@ -150,6 +150,25 @@ def test_greedy_speculation_writes_the_verifiers_text(draft, ahead):
         assert speculation.drafts.accepted + speculation.drafts.rounds == 20
         if draft == Budget(ffn=64) and verifier.full:  # the verifier itself: nothing is ever refused
             assert speculation.drafts.accepted == speculation.drafts.proposed
+
+
+def test_budgets_may_change_between_tokens():
+    """Each token is written by the budget that is entered around it, over the cache that others have filled."""
+    model, prompt = decoder(PLAIN), [3, 1, 4]
+    wanted = [Budget(ffn=8), Budget(), Budget(ffn=32, skip=(2,), heads=2)] * 3
+    pieces, said = stream(model, [prompt], StopRule(len(wanted), frozenset(), ())), []
+    for one in wanted:
+        with budget(model, one):
+            said.append(next(pieces).token)
+    cache, expected, new = KVCache.of(model, 1, 32), [], torch.tensor([prompt])
+    for one in wanted:
+        with torch.no_grad(), budget(model, one):
+            new = model.logits(model(new, cache=cache).hidden_BTD[:, -1]).argmax(-1, keepdim=True)
+        expected.append(int(new))
+    assert said == expected
+    with budget(model, wanted[0]):
+        (alone,) = generate(model, [prompt], StopRule(len(wanted), frozenset(), ()))
+    assert said != alone.tokens
 
 
 def test_speculation_stops_at_stop_ids_and_at_the_end_of_the_positions():

@@ -239,6 +239,7 @@ def test_what_cannot_be_done_is_told(resilin, trained, place, arguments, says):
     [
         ("parallel.data=2", True),
         ("parallel.pipeline=2", True),
+        pytest.param("parallel.tensor=2", False, marks=pytest.mark.slow),
         pytest.param("parallel.sharding=fsdp", False, marks=pytest.mark.slow),
     ],
 )
@@ -256,10 +257,12 @@ def test_workers_train_the_same_nested_model(trained, place, layout, exact):
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
 
-def test_ranks_of_tensor_parallelism_refuse(place):
+@pytest.mark.slow
+def test_ranks_of_tensor_parallelism_refuse_to_cut_heads(place):
     command = [sys.executable, "-m", "resilin", "train", "run.toml", "--folder", "runs/tensor", "--workers", "2"]
+    heads = ['objective.targets=["ffn", "heads"]', "objective.granularities=[0.5, 1]"]
     done = subprocess.run(
-        [*command, "parallel.tensor=2"], cwd=place, capture_output=True, text=True, timeout=200, check=False
+        [*command, "parallel.tensor=2", *heads], cwd=place, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 2
-    assert "divided by tensor or expert parallelism cannot be run in part" in done.stderr
+    assert "of a model that tensor parallelism divides neurons of the feed-forward and layers" in done.stderr

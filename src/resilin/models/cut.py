@@ -33,7 +33,14 @@ class CutError(UserError, ValueError):
 
 
 def view_of(tensor: Tensor, box: Region) -> Tensor:
-    """The box as a view; the tensor itself where the box is all of it."""
+    """The box as a view; the tensor itself where the box is all of it.
+
+    A parameter that is a part of the whole one says as `box_in_whole` which box it is; the view is then what of `box`
+    is here, which may be nothing.
+    """
+    where: Region | None = getattr(tensor, "box_in_whole", None)
+    if where is not None:
+        box = (box & where).inside(where)
     for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
         if size != tensor.shape[dim]:
             tensor = tensor.narrow(dim, offset, size)
@@ -50,6 +57,7 @@ class BlockCut:
         heads: query heads, equally many to each key head.
         key_heads: leading key heads.
         experts: numbers of the experts that may be chosen; None: all, or the block has none.
+        in_attention: whether anything of the attention is cut.
         experts_per_token: how many a token visits; 0: as always.
     """
 
@@ -59,6 +67,7 @@ class BlockCut:
     key_heads: int
     experts: tuple[int, ...] | None = None
     experts_per_token: int = 0
+    in_attention: bool = True
 
     def linear(self, x: Tensor, map_: nn.Linear, name: str) -> Tensor:
         """What the used part of a linear map gives, (..., I) -> (..., O).

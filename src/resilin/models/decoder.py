@@ -100,7 +100,8 @@ class Block(nn.Module):
         With a cut, of that part of the block; it is an argument so that a block that is computed again is cut again.
         """
         normed = self._normed(self.attention_norm, x_BTD, cut, "attention_norm.weight")
-        mixed = self.attention(normed, turn, mask, cache, slots_BT, *(() if cut is None else (cut,)))
+        how = (cut,) if cut is not None and cut.in_attention else ()
+        mixed = self.attention(normed, turn, mask, cache, slots_BT, *how)
         x_BTD = x_BTD + self._dropped(mixed, keys, "attention")
         if self.tiles == 1:
             hidden, *router = self._feed_forward(x_BTD, cut)

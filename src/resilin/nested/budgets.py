@@ -7,7 +7,7 @@ named is used whole. Experts may also be named one by one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -122,6 +122,26 @@ class Budget:
             alone = len(numbers) == 1 and name.strip() != "skip"
             tree[name.strip()] = numbers[0] if alone else numbers
         return cls.from_dict(tree)
+
+    @classmethod
+    def of_slices(cls, ffn: Sequence[int], skip: Sequence[int] = ()) -> Budget:
+        """A budget as Gemma 3n's slicing configurations tell it: widths of the layers that remain, and those left out.
+
+        Args:
+            ffn: neurons of each layer that is not skipped, in order.
+            skip: numbers of skipped layers, counted in the full model.
+
+        Raises:
+            BudgetError: a skipped layer lies beyond all layers there are.
+        """
+        layers, left = len(ffn) + len(set(skip)), iter(ffn)
+        beyond = [layer for layer in skip if not 0 <= layer < layers]
+        if beyond:
+            raise BudgetError(
+                f"{len(ffn)} widths and {len(set(skip))} skipped layers are {layers} in all; "
+                f"skip names layer {beyond[0]}"
+            )
+        return cls(ffn=tuple(None if layer in skip else next(left) for layer in range(layers)), skip=tuple(skip))
 
     def __str__(self) -> str:
         parts = []

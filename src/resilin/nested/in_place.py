@@ -67,21 +67,29 @@ def is_cut(model: nn.Module) -> bool:
 
 
 def _check_here(decoder: Decoder, cut: Cut) -> None:
-    """Refuse models of which this process has parts such that a cut would take the wrong ones."""
+    """Refuse models of which this process has parts such that a cut would take the wrong ones.
+
+    Of a block that tensor parallelism divides, neurons can be left out: each rank leaves out those of its own part.
+    """
     here = range(len(decoder.blocks)) if decoder.span is None else decoder.span.blocks
-    shapes = shapes_of(decoder.settings)
+    shapes, cuts = shapes_of(decoder.settings), [one for one in cut.blocks if one is not None]
     block, prefix = decoder.blocks[here[0]], f"blocks.{here[0]}."
+    wide = cut.hidden != decoder.settings.hidden_size
+    neurons_only = not wide and not any(one.in_attention or one.experts is not None for one in cuts)
     for name, parameter in block.named_parameters():
         whole = shapes.get(prefix + name)
-        if whole is not None and parameter.shape != whole:
-            raise BudgetError(
-                f"{prefix}{name} is here a part of shape {tuple(parameter.shape)} of {whole}: a model that is divided "
-                "by tensor or expert parallelism cannot be run in part; use data or pipeline parallelism"
-            )
-    cuts = [one for one in cut.blocks if one is not None]
-    if decoder.sequence is not None and any(one.heads != decoder.settings.heads for one in cuts):
+        if whole is None or parameter.shape == whole:
+            continue
+        cut_here = any(name in one.regions for one in cuts)
+        if neurons_only and (not cut_here or getattr(parameter, "box_in_whole", None) is not None):
+            continue
+        raise BudgetError(
+            f"{prefix}{name} is here a part of shape {tuple(parameter.shape)} of {whole}: of a model that tensor "
+            "parallelism divides neurons of the feed-forward and layers can be left out, and of one that expert "
+            "parallelism divides nothing; use data or pipeline parallelism"
+        )
+    if decoder.sequence is not None and any(one.in_attention for one in cuts):
         raise BudgetError("rows are divided over ranks by heads or pieces: budgets of heads cannot be run there")
-    wide = cut.hidden != decoder.settings.hidden_size
     if decoder.span is not None and (wide or any(one.experts is not None for one in cuts)):
         raise BudgetError(
             "stages of a pipeline exchange whole streams: budgets of hidden or experts cannot be run there"

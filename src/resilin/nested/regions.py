@@ -150,4 +150,5 @@ def cut_for(settings: DecoderSettings, budget: Budget) -> Cut | None:
 
 def _block_cut(used: Regions, hidden: int, part: LayerPart, whole: LayerPart) -> BlockCut:
     experts = part.experts if part.experts != whole.experts else None
-    return BlockCut(used, hidden, part.heads, part.key_heads, experts, part.top_k)
+    in_attention = any(name.startswith("attention.") for name in used)
+    return BlockCut(used, hidden, part.heads, part.key_heads, experts, part.top_k, in_attention)

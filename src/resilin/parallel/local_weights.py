@@ -22,6 +22,7 @@ def materialise(modules: Sequence[nn.Module], device: torch.device | str) -> Non
             if id(parameter) not in made:
                 empty = torch.empty_like(parameter, device=device)
                 made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                made[id(parameter)].__dict__.update(parameter.__dict__)  # what it is a part of, say
             setattr(module, name, made[id(parameter)])
 
 

@@ -15,15 +15,14 @@ memory is one of the places where such copies are; and nobody joins before, so t
 from __future__ import annotations
 
 import signal
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from resilin.cluster.changes import NobodyLeftError, changed, first_view
-from resilin.cluster.division import Better, Division
-from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, SetClocks, Tell
+from resilin.cluster.protocol.dividing import Dividing
+from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
 from resilin.cluster.protocol.messages import (
     Adopt,
     Beat,
@@ -52,7 +51,6 @@ from resilin.cluster.view import View
 from resilin.parallel.pipeline.errors import ScheduleError
 from resilin.parallel.stretches import in_all
 
-_ENOUGH, _MOST = 5, 640  # steps that are counted before it is known what stages take
 _PUNCTUAL = 0.25  # of `Rules.silence`: a clock that is later than that did not run
 _ANSWER = 3  # times `Rules.silence`, within which a probe is answered
 _LONGEST = 64  # times `Rules.silence`, between two probes of members that only take their time
@@ -93,12 +91,7 @@ class Coordinator:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.division = Division((), rules.layers, rules.micros, clocks=rules.clocks)
-        self._clocks: dict[int, float] = {}  # by member, where it is not the usual one
-        self._considered: tuple[tuple[int, str], Better | None] = ((-1, ""), None)  # of a view's epoch, costs known so
-        self._measured = -1  # the last epoch of whose view it was counted what its stages take
-        self._enough = _ENOUGH  # steps of which that is the mean
-        self._reasons: list[dict[str, Any]] = []  # of the division that the change under way brings
+        self.dividing = Dividing(rules)
         self.phase: Phase = "gathering"
         self.members: dict[int, _Member] = {}
         self.view: View | None = None
@@ -192,8 +185,7 @@ class Coordinator:
             member.beat = message
         elif isinstance(message, Warm):
             member.warm = True
-            if message.costs and not self.division.costs:
-                self.division = replace(self.division, costs=message.costs)
+            self.dividing.costs(message.costs)
             if self.phase != "gathering":
                 self._note("ready", member=number)
             self._consider(now)
@@ -251,7 +243,7 @@ class Coordinator:
         if message.version > self._resumed:  # an exchange under this view was completed: its copies are at the holders
             self._aborted, self._origin = 0, None
             self._part()
-            self._measure(self.view)
+            self.dividing.measure(self.view, {number: one.committed for number, one in self.members.items()})
             self._consider(now, begins=begins)
 
     @property
@@ -306,7 +298,7 @@ class Coordinator:
             # A row of newcomers, one after the other, must not keep the others from their work.
             news = [n for n, member in self.members.items() if member.warm and member.epoch < 0] if self._moving else []
             leaving = [n for n in self.view.members if n in self.members and self.members[n].leaving]
-            better = self._better(self.view) if self._moving and not news and not leaving else None
+            better = self.dividing.better(self.view) if self._moving and not news and not leaving else None
             if news or leaving or better is not None:
                 to_be = self._joined(self.view, news) if news and not leaving else None
                 if to_be is not None and not begins:
@@ -328,27 +320,7 @@ class Coordinator:
         if not self.rules.keeps:
             return None
         joined = replace(changed(view, (), {n: self.members[n].host for n in news}), epoch=self._epoch + 1)
-        return joined if self.division.better(joined) is None else None
-
-    def _better(self, view: View) -> Better | None:
-        key = view.epoch, self.division.basis + ("" if self._measured != view.epoch else " now")
-        if self._considered[0] != key:
-            self._considered = key, self.division.better(view)
-        return self._considered[1]
-
-    def _measure(self, view: View) -> None:
-        """Learn what stages take, once in every view, when all of its members have counted for long enough."""
-        if self._measured == view.epoch or len(view.stages) == 1 or not self.division.costs:
-            return
-        told = [[self.members[number].committed for number in s.members if number in self.members] for s in view.stages]
-        counted = [[one for one in s if one is not None and one.epoch == view.epoch] for s in told]
-        if any(not s or len(s) < len(t) for s, t in zip(counted, told, strict=True)):
-            return
-        if min(one.steps for s in counted for one in s) >= self._enough:
-            self._measured = view.epoch
-            seconds = [statistics.median(one.seconds for one in stage) for stage in counted]
-            if min(seconds) > 0:
-                self.division = self.division.after(view.layers, seconds)
+        return joined if self.dividing.stays(joined) else None
 
     def _halt(self, why: str, now: float) -> None:
         """Everyone comes out."""
@@ -431,12 +403,8 @@ class Coordinator:
         except NobodyLeftError as error:
             self._end(False, str(error))
             return
-        # Where nobody waits for a step that was cut short, blocks may move.
-        better = self.division.better(view) if self._wished and not self._computed else None
-        if better is not None:
-            view, self._reasons = better.view, better.reasons
-        # Times scatter: without a change of members they have to be known the better, the more often blocks move.
-        self._enough = _ENOUGH if gone or come else min(2 * self._enough, _MOST) if better is not None else self._enough
+        moves = self._wished and not self._computed
+        view = self.dividing.next(view, may_move=moves, others=bool(gone or come))
         self._offer(Adopt(view, before, version, where, self._kept(view, version)), now)
 
     def _kept(self, view: View, version: int) -> dict[int, tuple[int, ...]]:
@@ -466,8 +434,7 @@ class Coordinator:
     def _begin(self, numbers: list[int], hosts: Mapping[int, str], now: float) -> None:
         try:
             view = first_view(numbers, hosts, self.rules.stages, (), self.rules.copies)
-            layers = self.division.layers([len(stage.members) for stage in view.stages])
-            view = replace(view, layers=layers)
+            view = replace(view, layers=self.dividing.layers(view))
         except (NobodyLeftError, ScheduleError) as error:
             self._end(False, str(error))
             return
@@ -509,9 +476,6 @@ class Coordinator:
                 self._end(False, f"epoch {view.epoch}: members of one stage have different states or views: {told}")
                 return
         resumed = self._start if adopt.before is None else adopt.version
-        if self.view is not None and adopt.before is not None and not self._reasons:
-            slots = self.rules.slots or self.rules.micros * self.rules.micro
-            self._reasons = self.division.dataflow(self.view, view, slots, self.rules.micro, self.rules.keeps)
         self._note(
             "change",
             epoch=view.epoch,
@@ -519,8 +483,8 @@ class Coordinator:
             members=list(view.members),
             stages=[list(stage.members) for stage in view.stages],
             layers=list(view.layers),
-            planned=self._reasons,
-            costs=self.division.basis,
+            planned=self.dividing.reasons(self.view if adopt.before is not None else None, view),
+            costs=self.dividing.division.basis,
             version=resumed or 0,
             redone=0 if resumed is None else max(0, self.version - resumed),
             kept=sum(map(len, adopt.kept.values())),
@@ -531,33 +495,15 @@ class Coordinator:
             bytes={str(n): {**one.bytes} for n, one in ready.items() if one is not None and one.bytes},
             view=view.json(),
         )
-        self._reasons = []
         self._origin = adopt.before
         self.view, self._resumed, self.phase = view, resumed, "running"
         self.version = resumed or 0
         for number in view.members:
             self._out.append(Tell(number, Go(view.epoch)))
-        self._choose_clocks(view)
+        self._out += self.dividing.clocks(view)
         if adopt.before is None:  # everybody began with the same: nobody's copies are needed
             self._part()
         self._consider(now)
-
-    def _choose_clocks(self, view: View) -> None:
-        """What is left of an imbalance is taken up by clocks, if they can be set."""
-        found = self.division.frequency(view)
-        if found is None or self.rules.clocks is None:
-            return
-        clocks, reason = found
-        usual = float(self.rules.clocks.base)
-        wanted = {n: clock for stage, clock in zip(view.stages, clocks, strict=True) for n in stage.members}
-        if any(self._clocks.get(number, usual) != clock for number, clock in wanted.items()):
-            stages = [
-                {"stage": place, "members": list(stage.members), "clock": clock, "usual": usual}
-                for place, (stage, clock) in enumerate(zip(view.stages, clocks, strict=True))
-            ]
-            self._out.append(SetClocks(tuple(stages)))
-            self._note("clocks", epoch=view.epoch, stages=stages, why=reason["why"], seconds=reason["seconds"])
-        self._clocks = {number: clock for number, clock in wanted.items() if clock != usual}
 
     # -- who reaches whom ---------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from resilin.adapt.adapter import Adapter
-from resilin.layout import Cut, LayoutError, Mesh, ParamSpec, specs_of
+from resilin.layout import Cut, LayoutError, Mesh, ParamSpec, Region, specs_of
 from resilin.models.linear import Embedding, Linear
 from resilin.models.tensor_plan import TENSOR, TensorPlan
 from resilin.objective.vocabulary import VocabularyShard
@@ -174,6 +174,9 @@ class _Work:
                 part = cut_out(spec, self.mesh, self.group.index, whole.data)
             made = nn.Parameter(part, requires_grad=whole.requires_grad)
             made.__dict__.update(whole.__dict__)
+            pieces = list(pieces_of(spec.local(self.mesh), self.mesh, self.group.index))
+            if len(pieces) == 1:  # which box of the whole it is: whoever computes a part of the model asks
+                made.box_in_whole = Region.of_slices(pieces[0][0])  # type: ignore[attr-defined]
             setattr(owner, attribute, made)
             if isinstance(owner, nn.Linear) and attribute == "weight":
                 owner.out_features, owner.in_features = part.shape
