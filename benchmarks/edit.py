@@ -3,7 +3,8 @@
 N processes of this machine are in groups over gloo: one of all, another of all for what goes from stage to stage, and
 one for each of two stages. The last process is killed (SIGKILL). Once it is dead, all others are told at one moment,
 and what is timed is from there until the last of them has summed a number over the new groups of all, and of its stage:
-- Resilin: `resilin.cluster.links`: the old sockets are cut, and the groups of the next epoch made.
+- Resilin: `resilin.cluster.links`: the old sockets are cut, and the groups of the next epoch made. A connection to the
+  store is ready, as in a member that has trained for some seconds since the change before.
 - full rebuild: `destroy_process_group()`, `init_process_group` for those who are left, and all groups with `new_group`.
 - partial rebuild: the groups that had the dead member are destroyed, and made anew with
   `new_group(use_local_synchronization=True)`; the other stage's group stays, and the default group stays broken.
@@ -35,6 +36,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from resilin.bench.results import Report, Row, results_name
 from resilin.cluster.links import Links
+from resilin.cluster.store_connections import StoreConnections
 from resilin.parallel.group import Group
 
 TIMEOUT = 120.0
@@ -59,12 +61,16 @@ class Ours:
     """Groups that are edited."""
 
     def __init__(self, port: int, rank: int, members: int) -> None:
-        self._store = TCPStore("127.0.0.1", port, None, False, timedelta(seconds=TIMEOUT))
+        store = TCPStore("127.0.0.1", port, None, False, timedelta(seconds=TIMEOUT))
+        self._stores = StoreConnections(store)
         self._rank, self._members, self._epoch = rank, members, 0
         self._join(members)
+        until = time.monotonic() + TIMEOUT
+        while not self._stores.is_ready and time.monotonic() < until:
+            time.sleep(0.05)
 
     def _join(self, count: int) -> None:
-        self._links = Links(self._store, self._epoch, self._rank, TIMEOUT)
+        self._links = Links(self._stores, self._epoch, self._rank, TIMEOUT)
         everyone = self._links.group("everyone", range(count))
         self._links.group("stages", range(count))
         self._sum(everyone, count, "everyone")

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from forked import run_ranks
 
+from resilin.cluster import store_connections
 from resilin.cluster.links import Links, LinksCutError, _Waiter
+from resilin.cluster.store_connections import StoreConnections
 from resilin.parallel.exchange import add_up, share, swap
 from resilin.parallel.messages import tell_all
 
@@ -22,7 +24,8 @@ def store_at(port: int) -> dist.TCPStore:
 
 def waits_for_survivor(rank: int, port: int) -> tuple[float, float, list[int]]:
     store = store_at(port)
-    links = Links(store, 0, rank, 60)
+    stores = StoreConnections(store)
+    links = Links(stores, 0, rank, 60)
     group = links.group("everyone", range(3))
     assert add_up(torch.ones(1), group).item() == 3
     if rank == 2:
@@ -39,7 +42,7 @@ def waits_for_survivor(rank: int, port: int) -> tuple[float, float, list[int]]:
     with pytest.raises(LinksCutError):
         links.group("more", range(3))
     began = time.monotonic()
-    group = Links(store, 1, rank, 60).group("everyone", range(2))
+    group = Links(stores, 1, rank, 60).group("everyone", range(2))
     told = tell_all(rank, group)
     return came_out, time.monotonic() - began, told
 
@@ -58,7 +61,7 @@ def test_whoever_waits_in_a_group_comes_out_when_it_is_cut_and_a_new_one_works(p
 
 
 def never_comes(rank: int, port: int) -> float:
-    links = Links(store_at(port), 0, rank, 60)
+    links = Links(StoreConnections(store_at(port)), 0, rank, 60)
     if rank == 1:
         return 0.0
     threading.Timer(0.3, links.cut).start()
@@ -73,7 +76,7 @@ def test_whoever_waits_for_a_group_to_be_made_comes_out_too(port: int):
 
 
 def patterns(rank: int, port: int) -> bool:
-    group = Links(store_at(port), 0, rank, 60).group("everyone", range(3))
+    group = Links(StoreConnections(store_at(port)), 0, rank, 60).group("everyone", range(3))
     parts = [torch.full((2,), float(r)) if r == rank else torch.zeros(2) for r in range(3)]
     share(parts, group)()
     received = torch.zeros(3)
@@ -98,7 +101,7 @@ class Lost:
 
 def test_whoever_waits_for_a_message_that_gloo_has_lost_comes_out_when_the_links_are_cut():
     store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-    links, lost, said = Links(store, 0, 0, 60.0), Lost(), []
+    links, lost, said = Links(StoreConnections(store), 0, 0, 60.0), Lost(), []
     waiter = _Waiter(links)
 
     def wait() -> None:
@@ -122,7 +125,29 @@ def test_what_a_work_raises_is_raised_to_whoever_waits():
         def wait(self) -> None:
             raise RuntimeError("connection closed")
 
-    links = Links(dist.TCPStore("127.0.0.1", 0, is_master=True), 0, 0, 60.0)
+    links = Links(StoreConnections(dist.TCPStore("127.0.0.1", 0, is_master=True)), 0, 0, 60.0)
     with pytest.raises(RuntimeError, match="connection closed"):
         _Waiter(links).wait(Fails())
     links.cut()
+
+
+def test_a_connection_to_the_store_is_ready_before_it_is_needed_and_is_cut_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store_connections, "_LATER", 0.01)
+    store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
+    stores = StoreConnections(store)
+    first = Links(stores, 0, 0, 60.0)
+    until = time.monotonic() + 30
+    while not stores.is_ready:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    ready = stores._ready
+    first.cut()
+    with pytest.raises(RuntimeError):
+        first._store.get("anything")
+    second = Links(stores, 1, 0, 60.0)
+    assert second._store is ready[0]
+    assert len(ready[1]) == 1
+    second._store.set("key", "value")
+    assert store.get("key") == b"value"
+    stores.close()
+    assert not stores.is_ready

@@ -13,7 +13,7 @@ from resilin.cli.option_groups import with_option_groups
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from resilin.run.chaos_report import Report
+    from resilin.run.chaos_report import Recovery, Report
 
 
 @with_option_groups
@@ -71,10 +71,9 @@ def chaos(
     if any(blow.what == "partition" for blow in blows) and not can_isolate():
         raise UserError("partition: workers can be cut off on Linux only; leave it out of --kinds")
     report, _, _ = run_chaos(settings, folder, worker_command(), blows)
-    console = Console(highlight=False)
-    console.print(_summary(report))
-    if report.recoveries:
-        console.print(_recoveries(report))
+    Console(highlight=False).print(_summary(report))
+    for one in report.recoveries:
+        typer.echo("\n".join(_about(one)))
     typer.echo(f"wrote {folder / 'chaos.json'}")
     for member, why in report.falsely_lost:
         typer.secho(f"error: worker {member} {why}, though nothing fatal was done to it", fg=typer.colors.RED, err=True)
@@ -108,26 +107,17 @@ def _summary(report: Report) -> Table:
     return table
 
 
-def _recoveries(report: Report) -> Table:
-    """What was done about each blow."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, title="what was done about each", title_justify="left")
-    for name in ("step", "blow", "workers", "next step", "steps/s", "out", "in", "kept", "redone", "shards", "why"):
-        table.add_column(name, no_wrap=name != "why")
-    for one in report.recoveries:
-        hit = ", ".join(map(str, one.members))
-        pace = " > ".join("-" if rate is None else f"{rate:.1f}" for rate in (one.before, one.after))
-        after = "-" if one.seconds is None else f"{one.seconds:.2f} s"
-        first: tuple[str, ...] = (str(one.step), one.what, hit, after, pace)
-        if not one.changes:
-            table.add_row(*first, "", "", "", "", "", "nothing had to change")
-        for change in one.changes:
-            took = (f"{change['halting']:.2f} s", f"{change['adopting']:.2f} s")
-            counts = (str(change[name]) for name in ("kept", "redone", "shards_moved"))
-            table.add_row(*first, *took, *counts, change["why"])
-            first = ("",) * len(first)
-    return table
+def _about(one: Recovery) -> list[str]:
+    """A blow, and what was done about it, in lines."""
+    hit = f"worker{'s' if len(one.members) > 1 else ''} {', '.join(map(str, one.members))}"
+    pace = " and ".join("-" if rate is None else f"{rate:.1f}" for rate in (one.before, one.after))
+    after = "no step after it" if one.seconds is None else f"the next step {one.seconds:.2f} s later"
+    lines = [f"after step {one.step}: {one.what}, {hit}; {after}; {pace} steps a second before and after"]
+    for change in one.changes:
+        counts = f"{change['kept']} micro-batches kept, {change['redone']} steps redone, "
+        counts += f"{change['shards_moved']} shards moved"
+        lines.append(f"  {change['why']}; out in {change['halting']:.3f} s, on in {change['adopting']:.3f} s; {counts}")
+    return lines if one.changes else [*lines, "  nothing had to change"]
 
 
 def _spread(values: list[float]) -> str:

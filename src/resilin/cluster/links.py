@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from resilin.cluster.sockets import internet_sockets, opened
+from resilin.cluster.store_connections import StoreConnections
 from resilin.parallel.group import Group
 
 _making = threading.Lock()
@@ -73,14 +74,16 @@ class Links:
     """The groups of one epoch.
 
     Args:
-        store: of the job.
+        stores: connections to the job's store.
         epoch: of the view.
         rank: this member's place among all of the view.
         timeout: seconds that a collective waits.
         address: of this machine, at which the others reach this member.
     """
 
-    def __init__(self, store: Any, epoch: int, rank: int, timeout: float, address: str = "127.0.0.1") -> None:
+    def __init__(
+        self, stores: StoreConnections, epoch: int, rank: int, timeout: float, address: str = "127.0.0.1"
+    ) -> None:
         self.epoch, self.rank = epoch, rank
         self._timeout, self._address = timedelta(seconds=timeout), address
         self._groups: list[Any] = []
@@ -88,10 +91,8 @@ class Links:
         self._after: list[Callable[[], object]] = []
         self._lock = threading.Lock()
         self._changed = threading.Condition()
-        with _making:
-            before = _sockets()
-            self._store = store.clone()  # a connection of its own, which can be cut as well
-            self._sockets = _new(before)
+        self._stores = stores
+        self._store, self._sockets = stores.take()  # of its own, which can be cut as well
         self._store.set_timeout(self._timeout)
         self._before: dict[int, int] | None = None
 
@@ -135,12 +136,12 @@ class Links:
     def _begin(self) -> None:
         with self._lock:
             self._refuse_if_cut()
-            self._before = _sockets()
+            self._before = self._connected()
 
     def _end(self) -> None:
         with self._lock:
             if self._before is not None:
-                self._sockets |= _new(self._before)
+                self._sockets |= self._new(self._before)
             self._before = None
             if self._cut:
                 self._end_sockets()
@@ -173,7 +174,7 @@ class Links:
         with self._lock:
             self._cut = True
             if self._before is not None:  # a group is being made, and waits for somebody who may never come
-                self._sockets |= _new(self._before)
+                self._sockets |= self._new(self._before)
             self._end_sockets()
             self._groups.clear()
             after, self._after = self._after, []
@@ -186,12 +187,12 @@ class Links:
             with suppress(OSError), opened(number, inode) as same:  # its number may be something else's since
                 same.shutdown(socket.SHUT_RDWR)
 
+    def _new(self, before: dict[int, int]) -> dict[int, int]:
+        return {number: inode for number, inode in self._connected().items() if before.get(number) != inode}
 
-def _new(before: dict[int, int]) -> dict[int, int]:
-    return {number: inode for number, inode in _sockets().items() if before.get(number) != inode}
-
-
-def _sockets() -> dict[int, int]:
-    """Connected sockets of this process: descriptor -> inode."""
-    # gloo's listener dies of a shutdown, and its whole process with it.
-    return {one.number: one.inode for one in internet_sockets() if not one.listens}
+    def _connected(self) -> dict[int, int]:
+        """Connected sockets of this process, but for those to the store: descriptor -> inode."""
+        # gloo's listener dies of a shutdown, and its whole process with it.
+        return {
+            one.number: one.inode for one in internet_sockets() if not one.listens and not self._stores.is_to_store(one)
+        }

@@ -32,6 +32,7 @@ from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
 from resilin.cluster.protocol.messages import Adopt, Prepare
 from resilin.cluster.restore import Ahead, Need, Piece, Restorer, Shared, pieces_owned, pieces_whole
 from resilin.cluster.snapshots import Snapshots, StoppedError
+from resilin.cluster.store_connections import StoreConnections
 from resilin.cluster.sum64 import sum64
 from resilin.cluster.view import View
 from resilin.cluster.view_blueprint import ViewBlueprint
@@ -134,6 +135,7 @@ class Elastic:
         self._server = PeerServer(self.pool, agent.secret, agent.address)
         agent.store.set(f"peer/{self.number}", joined(agent.address, self._server.address.port))
         self.snapshots = Snapshots(self._connect, self._arrived)
+        self._stores = StoreConnections(agent.store)
         self._weights = _Weights()
         self._links: Links | None = None
         self._staged: tuple[int, int] | None = None
@@ -341,7 +343,7 @@ class Elastic:
         self._parts.begin("groups")
         view, kept = change.view, self._kept
         self._links = Links(
-            self._agent.store, view.epoch, view.members.index(self.number), self._agent.timeout, self._agent.address
+            self._stores, view.epoch, view.members.index(self.number), self._agent.timeout, self._agent.address
         )
         self._agent.check()  # it may have been called off before there was anything to cut
         self.world = ViewWorld(view, self.number, self._links)
@@ -473,6 +475,7 @@ class Elastic:
         self._sever("this member ends")
         self.snapshots.close()
         self._server.close()
+        self._stores.close()
 
 
 def _own(error: BaseException) -> bool:
