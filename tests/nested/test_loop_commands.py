@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -144,3 +145,35 @@ def test_generating_with_fewer_loops_is_what_the_extracted_model_writes(resilin,
     per_loop = json.loads(resilin("family", str(trained), "--no-timed", "--json").out)["members"][1]["flops_per_token"]
     assert resilin("extract", str(trained), "fits", "--flops", str(per_loop)).code == 0
     assert open_model(place / "fits", device="cpu").model.settings.loop.times == 2
+
+
+def workers(place: Path, folder: str, *layout: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "resilin", "train", "looped.toml", "--folder", folder, "--workers", "2", *layout]
+    return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=200, check=False)
+
+
+@pytest.mark.parametrize(
+    ("layout", "exact"),
+    [
+        ("parallel.data=2", True),
+        pytest.param("parallel.sharding=fsdp", False, marks=pytest.mark.slow),
+        pytest.param("parallel.tensor=2", False, marks=pytest.mark.slow),
+    ],
+)
+def test_workers_train_the_same_looped_model(place, trained, layout, exact):
+    """Real processes; blocks that FSDP gathers for every loop, and whose matrices tensor parallelism divides."""
+    folder = place / "runs" / layout.replace("=", "-")
+    done = workers(place, str(folder), layout)
+    assert done.returncode == 0, done.stderr
+    alone, together = (open_model(run, device="cpu").model for run in (trained, folder))
+    for (name, one), (_, two) in zip(alone.named_parameters(), together.named_parameters(), strict=True):
+        if exact:
+            assert torch.equal(one, two), name
+        else:
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_stages_of_a_pipeline_refuse(place):
+    done = workers(place, "runs/stages", "parallel.pipeline=2", "model.layers=2")
+    assert done.returncode == 2
+    assert "use parallel.pipeline = 1" in done.stderr.replace("\n", " ")
