@@ -112,3 +112,9 @@ def test_what_was_kept_and_what_was_computed_since_make_the_blocks_of_both(befor
     assert [block[:2] for block in found.chunks[0]] == [block[:2] for block in together] == blocks_in(found.micros)
     for block, expected in zip(found.chunks[0], together, strict=True):
         assert torch.equal(block.sum[0], expected.sum[0])  # type: ignore[arg-type]
+
+
+def test_an_orphan_goes_to_whom_its_neighbour_in_the_tree_is_with_of_those_that_have_least():
+    assert left_to_do(6, [[0, 1], [2, 4]]) == [[0, 1, 5], [2, 3, 4]]
+    assert left_to_do(8, [[0, 1, 2], [6], [4]]) == [[0, 1, 2], [3, 6, 7], [4, 5]]
+    assert left_to_do(5, [[], []]) == [[0, 2, 4], [1, 3]], "of equals the first"

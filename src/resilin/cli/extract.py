@@ -14,26 +14,27 @@ from resilin.cli.option_groups import with_option_groups
 if TYPE_CHECKING:
     from resilin.models.decoder import Decoder
     from resilin.nested.budgets import Budget
+    from resilin.nested.loop_record import LoopRecord
     from resilin.nested.record import NestRecord
 
 WHICH = "Which member"
 
 
-def _chosen(model: Decoder, record: NestRecord, params: str | None, flops: str | None, latency: str | None) -> Budget:
+def _chosen(
+    model: Decoder, record: NestRecord | LoopRecord, params: str | None, flops: str | None, latency: str | None
+) -> Budget:
     from resilin.nested.cost import latency as measured
-    from resilin.nested.mix_n_match import at_latency, mix_n_match
+    from resilin.nested.mix_n_match import largest_within, measured_by
     from resilin.nested.quantities import count_of, seconds_of
 
-    settings, sizes, targets = model.settings, record.granularities, record.targets
+    settings, rungs = model.settings, record.rungs(model.settings)
     if params is not None:
-        return mix_n_match(settings, count_of(params), sizes, targets=targets)
+        return largest_within(rungs, measured_by(settings, "params"), count_of(params))[1]
     if flops is not None:
-        return mix_n_match(settings, count_of(flops), sizes, unit="flops", targets=targets)
+        return largest_within(rungs, measured_by(settings, "flops"), count_of(flops))[1]
     assert latency is not None
     prompt = min(64, settings.max_positions - 1)
-    return at_latency(
-        settings, seconds_of(latency), sizes, lambda wanted: measured(model, wanted, prompt=prompt).token, targets
-    )
+    return largest_within(rungs, lambda wanted: measured(model, wanted, prompt=prompt).token, seconds_of(latency))[1]
 
 
 @with_option_groups
@@ -103,7 +104,8 @@ def extract(
             fg=typer.colors.YELLOW,
             err=True,
         )
-    if small.settings.sizes_differ:
-        typer.echo("Its layers have different sizes: resilin opens it, transformers does not.")
+    if small.settings.sizes_differ or small.settings.loop is not None:
+        why = "layers have different sizes" if small.settings.sizes_differ else "layers are looped"
+        typer.echo(f"Its {why}: resilin opens it, transformers does not.")
     if opened.tokenizer is None:
         typer.echo("No tokenizer was found: AutoTokenizer will not open this folder (see --tokenizer).")

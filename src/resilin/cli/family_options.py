@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from resilin.nested.loop_record import LoopRecord
     from resilin.nested.record import NestRecord
     from resilin.nouns import Batch
     from resilin.run.open_model import OpenedModel
@@ -31,12 +32,14 @@ class SizeOptions:
         str | None, typer.Option(help="What they cut: ffn, heads or ffn,heads.", rich_help_panel=SIZES)
     ] = None
 
-    def known(self, path: Path, opened: OpenedModel) -> NestRecord | None:
+    def known(self, path: Path, opened: OpenedModel) -> NestRecord | LoopRecord | None:
         """What is known of the sizes; those given here count as trained only where the model was trained at them."""
         from resilin.config.errors import UserError
         from resilin.nested.objective import nested_in
         from resilin.nested.record import NestRecord
 
+        if opened.model.settings.loop is not None and self.granularities is None and self.targets is None:
+            return self._of_loops(opened)
         told = NestRecord.read(path) if path.is_dir() else None
         if opened.run is not None:
             nested = nested_in(opened.run.settings().objective)
@@ -53,7 +56,15 @@ class SizeOptions:
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def record(self, path: Path, opened: OpenedModel) -> NestRecord:
+    @staticmethod
+    def _of_loops(opened: OpenedModel) -> LoopRecord:
+        from resilin.nested.loop_record import LoopRecord
+        from resilin.nested.shortcut import shortcut_in
+
+        objective = None if opened.run is None else shortcut_in(opened.run.settings().objective)
+        return LoopRecord() if objective is None else LoopRecord.of(objective)
+
+    def record(self, path: Path, opened: OpenedModel) -> NestRecord | LoopRecord:
         """The sizes.
 
         Raises:

@@ -51,6 +51,7 @@ def nest(
     if sizes.granularities is None:
         sizes = replace(sizes, granularities="0.125,0.25,0.5,1")
     record = sizes.record(model, opened)
+    assert isinstance(record, NestRecord)  # granularities are given
     for one in record.granularities:
         budget_at(opened.model.settings, one, record.targets)  # what does not come out even is told now
     batches = reading.batches(opened, own=True)

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 class KVCache:
-    """Preallocated keys and values of every layer.
+    """Preallocated keys and values of every layer, of a looped decoder in every loop.
 
     Attributes:
+        layers: of one loop.
         length_B: int64 (B,), tokens held by each row.
         reach: no row holds more than this many tokens; known without asking the device.
         ragged: whether rows may differ in length.
@@ -34,15 +35,19 @@ class KVCache:
         head_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        loops: int = 1,
     ) -> None:
-        self.capacity = capacity
+        self.capacity, self.layers = capacity, layers
         # One slot more than the capacity: padding is written there and never read.
-        shape = (layers, batch, heads, capacity + 1, head_size)
+        shape = (layers * loops, batch, heads, capacity + 1, head_size)
         self.keys_LBKCD = torch.zeros(shape, dtype=dtype, device=device)
         self.values_LBKCD = torch.zeros(shape, dtype=dtype, device=device)
         self.length_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self.reach = 0
         self.ragged = False
+        self._first = 0  # entry of the first layer in the loop that is now computed
+        self._loops = 1
+        self._read_with: list[tuple[int, int]] = []  # (tokens before, loops of those from there on), ever fewer loops
 
     @staticmethod
     def of(model: Decoder, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
@@ -56,7 +61,31 @@ class KVCache:
             settings.head_width,
             dtype or model.stream_dtype,
             device,
+            len(model.trajectory),
         )
+
+    def begin_loop(self, loop: int, *, of: int) -> None:
+        """What is stored and read next belongs to this loop.
+
+        Args:
+            loop: its number, from 0.
+            of: how many loops there are.
+
+        Raises:
+            ValueError: the cache has fewer, or some of its tokens were read with fewer: their keys are missing.
+        """
+        entries = len(self.keys_LBKCD) // self.layers
+        if of > entries:
+            raise ValueError(
+                f"the cache was made for {entries} loops and the model is run with {of}: make it with KVCache.of "
+                "inside the same budget"
+            )
+        if self._read_with and of > self._read_with[-1][1]:
+            raise ValueError(
+                f"{of} loops cannot go on from tokens that were read with {self._read_with[-1][1]}: the keys of "
+                "further loops are missing; read the text anew"
+            )
+        self._first, self._loops = loop * self.layers, of
 
     @property
     def length(self) -> Tensor:
@@ -87,6 +116,7 @@ class KVCache:
     def store(self, layer: int, slots_BT: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
         """Write one layer's new keys and values; of a layer that has, or is run with, fewer key heads, the first."""
         T, heads = slots_BT.shape[1], k_BTKD.shape[2]
+        layer += self._first
         if not self.ragged:  # every row has `reach` tokens
             new = slice(self.reach, self.reach + T)
             self.keys_LBKCD[layer, :, :heads, new] = k_BTKD.transpose(1, 2)
@@ -105,10 +135,13 @@ class KVCache:
 
     def read(self, layer: int, slots: int, heads: int) -> tuple[Tensor, Tensor]:
         """One layer's keys and values of the first `slots` slots and `heads` key heads: (B, K, slots, D), views."""
+        layer += self._first
         return self.keys_LBKCD[layer, :, :heads, :slots], self.values_LBKCD[layer, :, :heads, :slots]
 
     def advance(self, real_BT: Tensor | None, tokens: int) -> None:
         """Count the tokens just stored."""
+        if not self._read_with or self._loops < self._read_with[-1][1]:
+            self._read_with.append((self.reach, self._loops))
         self.reach = min(self.reach + tokens, self.capacity)
         if real_BT is None:
             self.length_B = self.length_B + tokens
@@ -125,6 +158,8 @@ class KVCache:
             raise ValueError(f"{tokens} tokens cannot be taken back: the cache holds at most {self.reach} a row")
         self.length_B = self.length_B - tokens
         self.reach -= tokens
+        while self._read_with and self._read_with[-1][0] >= self.reach:
+            self._read_with.pop()
 
     def enlarge(self, capacity: int) -> None:
         """Make room for `capacity` tokens a row."""
@@ -149,6 +184,7 @@ class KVCache:
             of_source: for each of `rows`, the row of `source`.
             width: at most the capacity of either cache.
         """
+        self._read_with += [one for one in source._read_with if not self._read_with or one[1] < self._read_with[-1][1]]
         self.keys_LBKCD[:, rows, :, :width] = source.keys_LBKCD[:, of_source, :, :width]
         self.values_LBKCD[:, rows, :, :width] = source.values_LBKCD[:, of_source, :, :width]
         self.length_B = self.length_B.index_copy(0, rows, source.length_B[of_source].clamp(max=width))

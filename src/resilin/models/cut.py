@@ -130,11 +130,13 @@ class Cut:
         hidden: leading values of the residual stream.
         blocks: of each block; None: all of it.
         skipped: blocks that are not computed: the stream passes them by.
+        trajectory: of a looped decoder, the steps of the loops that are run; (): its own.
     """
 
     hidden: int
     blocks: tuple[BlockCut | None, ...]
     skipped: frozenset[int] = field(default_factory=frozenset)
+    trajectory: tuple[int, ...] = ()
 
 
 _cuts: ContextVar[tuple[tuple[nn.Module, Cut | None], ...]] = ContextVar("cuts", default=())

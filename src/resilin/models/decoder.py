@@ -21,6 +21,7 @@ from resilin.models.decoder_plan import decoder_plan
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.initial import fill_parameters
 from resilin.models.linear import Embedding, Linear, PackedWeight, product
+from resilin.models.loop import LoopCondition, Modulated, modulated
 from resilin.models.mask import LARGEST, Mask, cached_mask, flex_mask, rule_mask, span_masks, training_mask
 from resilin.models.mlp import MLP
 from resilin.models.moe import MoE
@@ -52,26 +53,29 @@ class DecoderOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; of a looped decoder see `resilin.models.loop`."""
 
     def __init__(self, settings: DecoderSettings, layer: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         settings = settings.at(layer)
         self.layer = layer
         self.dropout = settings.dropout
-        self.attention_norm = stream_norm(settings, device)
+        self.attention_norm = stream_norm(settings, device, scaled=not settings.told)
         self.attention = Attention(settings, layer, device)
-        self.mlp_norm = stream_norm(settings, device)
+        self.mlp_norm = stream_norm(settings, device, scaled=not settings.told)
         if settings.moe is not None and settings.is_moe_layer(layer):
             self.moe = MoE(settings, settings.moe, device)
         else:
             self.mlp = MLP(settings, settings.feed_forward_size, device)
         self.has_experts = settings.is_moe_layer(layer)
         self.tiles = settings.mlp_tiles
+        if settings.told:
+            self.modulation = Linear(settings.hidden_size, 4 * settings.hidden_size, device=device)
 
-    def _feed_forward(self, x: Tensor, cut: BlockCut | None = None) -> tuple[Tensor, ...]:
+    def _feed_forward(self, x: Tensor, cut: BlockCut | None = None, *, is_normed: bool = False) -> tuple[Tensor, ...]:
         """(..., D), each token by itself -> the branch's output (..., D) and, with experts, the router's logits."""
-        normed, how = self._normed(self.mlp_norm, x, cut, "mlp_norm.weight"), () if cut is None else (cut,)
+        how = () if cut is None else (cut,)
+        normed = x if is_normed else self._normed(self.mlp_norm, x, cut, "mlp_norm.weight")
         if self.has_experts:
             hidden, router = self.moe(normed, *how)
             return hidden, router
@@ -94,11 +98,15 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         slots_BT: Tensor | None = None,
         cut: BlockCut | None = None,
+        told_D: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream after this block, and the router's logits where the block has experts.
 
         With a cut, of that part of the block; it is an argument so that a block that is computed again is cut again.
+        In a looped decoder `told_D` is what the block is told of the loop.
         """
+        if told_D is not None:
+            return self._told(x_BTD, turn, mask, keys, cache, slots_BT, cut, modulated(self.modulation, told_D, cut))
         normed = self._normed(self.attention_norm, x_BTD, cut, "attention_norm.weight")
         how = (cut,) if cut is not None and cut.in_attention else ()
         mixed = self.attention(normed, turn, mask, cache, slots_BT, *how)
@@ -109,6 +117,29 @@ class Block(nn.Module):
             modules = (self.mlp_norm, self.moe if self.has_experts else self.mlp)
             hidden, *router = in_tiles(modules, partial(self._feed_forward, cut=cut), x_BTD, self.tiles)
         return x_BTD + self._dropped(hidden, keys, "mlp"), router[0] if router else None
+
+    def _told(
+        self,
+        x_BTD: Tensor,
+        turn: Rotation,
+        mask: Mask,
+        keys: Keys | None,
+        cache: KVCache | None,
+        slots_BT: Tensor | None,
+        cut: BlockCut | None,
+        loop: Modulated,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `forward`, with norms and branches scaled as the block was told."""
+        normed = self.attention_norm(x_BTD, loop.attention_scale)
+        mixed = self.attention(normed, turn, mask, cache, slots_BT, *(() if cut is None else (cut,)))
+        x_BTD = x_BTD + loop.attention_gate * self._dropped(mixed, keys, "attention")
+        normed = self.mlp_norm(x_BTD, loop.mlp_scale)
+        branch = partial(self._feed_forward, cut=cut, is_normed=True)
+        if self.tiles == 1:
+            hidden, *router = branch(normed)
+        else:
+            hidden, *router = in_tiles((self.moe if self.has_experts else self.mlp,), branch, normed, self.tiles)
+        return x_BTD + loop.mlp_gate * self._dropped(hidden, keys, "mlp"), router[0] if router else None
 
     def _dropped(self, x_BTD: Tensor, keys: Keys | None, branch: str) -> Tensor:
         if keys is None or not self.dropout:
@@ -123,6 +154,14 @@ class Block(nn.Module):
 @cache
 def _takes_keys(kind: type[nn.Module]) -> bool:
     return "keys" in inspect.signature(kind.forward).parameters
+
+
+def _more(cut: Cut | None, layer: int, told_D: Tensor | None, *of_cache: Any) -> tuple[Any, ...]:
+    """A block's further arguments: its part of the cache, its cut and what it is told, as far as there are any."""
+    arguments = (*of_cache, None if cut is None else cut.blocks[layer], told_D)
+    while arguments and arguments[-1] is None:
+        arguments = arguments[:-1]
+    return arguments
 
 
 def _length(positions_BT: Tensor, documents_BT: Tensor | None) -> int:
@@ -160,6 +199,7 @@ class Decoder(nn.Module):
         self.embed = Embedding(settings.vocab_size, settings.hidden_size, device=device)
         self.blocks = nn.ModuleList(Block(settings, layer, device) for layer in range(settings.layers))
         self.norm = stream_norm(settings, device)
+        self.loop = LoopCondition(settings, device) if settings.told else None
         self.head: Linear | None = None
         if not settings.tie_embeddings:
             self.head = Linear(settings.hidden_size, settings.vocab_size, bias=False, device=device)
@@ -210,7 +250,23 @@ class Decoder(nn.Module):
                 continue
             of_block = None if cut is None else cut.blocks[layer]
             found.append((of_block.experts_per_token if of_block is not None else 0) or moe.experts_per_token)
-        return tuple(found)
+        return tuple(found) * len(self._trajectory(cut))
+
+    def _trajectory(self, cut: Cut | None) -> tuple[int, ...]:
+        return self.settings.trajectory if cut is None else cut.trajectory or self.settings.trajectory
+
+    @property
+    def trajectory(self) -> tuple[int, ...]:
+        """The steps of the loops that this thread now runs, in any proportion; (1,) where it is not looped."""
+        return self._trajectory(cut_of(self))
+
+    def _told(self, cut: Cut | None) -> list[Tensor | None]:
+        """What blocks are told in each loop: (D,), or nothing."""
+        trajectory = self._trajectory(cut)
+        if self.loop is None:
+            return [None] * len(trajectory)
+        width = self.settings.hidden_size if cut is None else cut.hidden
+        return list(self.loop(trajectory, width, self.stream_dtype))
 
     def logits(self, hidden: Tensor, head: PackedWeight | None = None) -> Tensor:
         """(..., D) after the final norm -> (..., V) logits, float32 at least, soft-capped where the settings say so.
@@ -389,16 +445,25 @@ class Decoder(nn.Module):
         store = store_for(self.settings.offload, device)
         offload = Offload(store) if store is not None else None
         layers = range(self.settings.layers) if self.span is None else self.span.blocks
-        for layer in layers:
-            if cut is not None and layer in cut.skipped:
-                continue
-            mask, away = masks[self.settings.window_of(layer)], offload if layer != layers[-1] else None
-            more = () if cut is None else (None, None, cut.blocks[layer])
-            x_BTD, router = run_block(
-                self.settings.recompute, self.blocks[layer], x_BTD, turn, mask, keys, *more, offload=away
-            )
-            if router is not None:
-                routers.append(router)
+        told = self._told(cut)
+        for loop, told_D in enumerate(told):
+            own = keys.fold("loop").fold(loop) if keys is not None and loop else keys
+            for layer in layers:
+                if cut is not None and layer in cut.skipped:
+                    continue
+                mask, last = masks[self.settings.window_of(layer)], loop == len(told) - 1 and layer == layers[-1]
+                x_BTD, router = run_block(
+                    self.settings.recompute,
+                    self.blocks[layer],
+                    x_BTD,
+                    turn,
+                    mask,
+                    own,
+                    *_more(cut, layer, told_D, None, None),
+                    offload=None if last else offload,
+                )
+                if router is not None:
+                    routers.append(router)
         if self.span is not None and not self.span.last:
             return Hidden(x_BTD, tuple(routers))
         return DecoderOutput(self._last_norm(x_BTD, cut), tuple(routers), self._choices(cut))
@@ -420,14 +485,15 @@ class Decoder(nn.Module):
         masks = {window: cached_mask(slots_BT, reach, ragged, window) for window in windows}
         x_BTD = self._columns(self.embed(tokens_BT).to(self.stream_dtype), cut)
         routers = []
-        for layer, block in enumerate(self.blocks):
-            if cut is not None and layer in cut.skipped:
-                continue
-            mask = masks[self.settings.window_of(layer)]
-            x_BTD, router = block(
-                x_BTD, turn, mask, None, cache, slots_BT, *(() if cut is None else (cut.blocks[layer],))
-            )
-            if router is not None:
-                routers.append(router)
+        told = self._told(cut)
+        for loop, told_D in enumerate(told):
+            cache.begin_loop(loop, of=len(told))
+            for layer, block in enumerate(self.blocks):
+                if cut is not None and layer in cut.skipped:
+                    continue
+                mask = masks[self.settings.window_of(layer)]
+                x_BTD, router = block(x_BTD, turn, mask, None, *_more(cut, layer, told_D, cache, slots_BT))
+                if router is not None:
+                    routers.append(router)
         cache.advance(real_BT, T)
         return DecoderOutput(self._last_norm(x_BTD, cut), tuple(routers), self._choices(cut))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from resilin.config import Settings
+from resilin.models.loop_settings import LoopSettings
 from resilin.models.rope_scaling import LongRopeScaling, RopeScaling
 from resilin.models.settings import ModelContext, ModelSettings
 
@@ -129,6 +130,8 @@ class DecoderSettings(ModelSettings):
     """Mixture of experts in place of the feed-forward."""
     layer_sizes: tuple[LayerSizes, ...] = ()
     """Blocks of different sizes: one entry for each block, in order; empty: all are alike."""
+    loop: LoopSettings | None = None
+    """A looped decoder: its blocks are run several times, with the same weights."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of embedded values and of each branch's outputs set to zero in training."""
     init: Literal["normal", "fan_in"] = "normal"
@@ -195,6 +198,16 @@ class DecoderSettings(ModelSettings):
     def sizes_differ(self) -> bool:
         """Whether some blocks have sizes of their own."""
         return any(own != LayerSizes() for own in self.layer_sizes)
+
+    @property
+    def trajectory(self) -> tuple[int, ...]:
+        """The steps of its loops, in any proportion; (1,) where it is not looped."""
+        return (1,) if self.loop is None else self.loop.trajectory
+
+    @property
+    def told(self) -> bool:
+        """Whether its blocks are told which loop they are in."""
+        return self.loop is not None and self.loop.condition != "none"
 
     def window_of(self, layer: int) -> int | None:
         """The sliding window of block `layer`, or None."""

@@ -3,7 +3,8 @@
 Counted are matrix products only, a multiply-add as two operations: 2N per token in the forward pass for N weights
 that meet the token, and in attention 4 * heads * head_size per key seen (q.k and the mix of values), where a token
 sees on average (T + 1) / 2 keys of a text of T tokens (causal), or fewer inside a window. The backward pass costs
-twice the forward pass; recomputation is not counted, so that a ratio to the peak is MFU (PaLM, appendix B).
+twice the forward pass; recomputation is not counted, so that a ratio to the peak is MFU (PaLM, appendix B); nor are
+products that cost the same for any number of tokens, such as those of what looped blocks are told.
 """
 
 from __future__ import annotations
@@ -71,13 +72,26 @@ def _block_matrices(settings: DecoderSettings, layer: int, *, active: bool) -> i
 def _block_vectors(settings: DecoderSettings, layer: int) -> int:
     settings = settings.at(layer)
     mlp = 0 if settings.is_moe_layer(layer) else _mlp_vectors(settings)
-    return 2 * settings.hidden_size + _attention_vectors(settings) + mlp
+    # The map of what a block is told is no matrix that tokens meet: one vector passes it in each loop.
+    width = settings.hidden_size
+    scales = 4 * width * (width + 1) if settings.told else 2 * width
+    return scales + _attention_vectors(settings) + mlp
+
+
+def _condition(settings: DecoderSettings) -> int:
+    """Parameters that embed the times and steps of loops."""
+    if settings.loop is None or not settings.told:
+        return 0
+    width = settings.hidden_size
+    one = width * (settings.loop.frequencies + width + 2)
+    return one * (2 if settings.loop.condition == "time_and_step" else 1)
 
 
 def parameter_counts(settings: DecoderSettings) -> ParameterCounts:
     """Parameters without building the model."""
     layers = range(settings.layers)
     vectors = sum(_block_vectors(settings, layer) for layer in layers) + settings.hidden_size
+    vectors += _condition(settings)
     total = sum(_block_matrices(settings, layer, active=False) for layer in layers) + vectors
     active = sum(_block_matrices(settings, layer, active=True) for layer in layers) + vectors
     embedding = settings.vocab_size * settings.hidden_size * (1 if settings.tie_embeddings else 2)
@@ -92,7 +106,7 @@ def keys_seen(sequence_length: int, window: int | None) -> float:
 
 
 def block_flops_per_token(settings: DecoderSettings, layer: int, sequence_length: int) -> float:
-    """Operations of one block's forward pass, averaged over the tokens of a text."""
+    """Operations of one block's forward pass, run once, averaged over the tokens of a text."""
     seen = keys_seen(sequence_length, settings.window_of(layer))
     attention = 4 * settings.at(layer).heads * settings.head_width * seen
     return 2 * _block_matrices(settings, layer, active=True) + attention
@@ -104,9 +118,11 @@ def head_flops_per_token(settings: DecoderSettings) -> float:
 
 
 def forward_flops_per_token(settings: DecoderSettings, sequence_length: int) -> float:
-    """Operations of the forward pass, the head included, averaged over the tokens of a text."""
+    """Operations of the forward pass, the head included, averaged over the tokens of a text; a looped decoder's
+    blocks are counted as often as they are run.
+    """
     blocks = sum(block_flops_per_token(settings, layer, sequence_length) for layer in range(settings.layers))
-    return blocks + head_flops_per_token(settings)
+    return len(settings.trajectory) * blocks + head_flops_per_token(settings)
 
 
 def train_flops_per_token(settings: DecoderSettings, sequence_length: int) -> float:

@@ -172,11 +172,11 @@ def save_pretrained(
     max_shard_bytes: int = 5_000_000_000,
     special_ids: Mapping[str, int | None] | None = None,
 ) -> list[Path]:
-    """Write a decoder as a Hugging Face folder that `transformers` opens; where its blocks have different sizes, as a
-    folder with a config of our own (`resilin.models.own_config`), which only `load_pretrained` opens.
+    """Write a decoder as a Hugging Face folder that `transformers` opens; where its blocks have different sizes or are
+    looped, as a folder with a config of our own (`resilin.models.own_config`), which only `load_pretrained` opens.
 
     Args:
-        model: a decoder whose settings fit one of the families, or whose blocks differ in size.
+        model: a decoder whose settings fit one of the families, or whose blocks differ in size or are looped.
         folder: made where it does not exist.
         tokenizer_files: copied beside the weights.
         dtype: of the stored tensors; None: the parameters' own.
@@ -191,8 +191,9 @@ def save_pretrained(
     """
     folder = Path(folder)
     stored = dtype or model.embed.weight.dtype
-    # No family has blocks of different sizes: such a folder has a config of our own.
-    describe = own_config if model.settings.sizes_differ else config_from_settings
+    # No family has blocks of different sizes, or loops: such a folder has a config of our own.
+    ours = model.settings.sizes_differ or model.settings.loop is not None
+    describe = own_config if ours else config_from_settings
     config = describe(model.settings, str(stored).removeprefix("torch."), special_ids)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {

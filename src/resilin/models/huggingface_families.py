@@ -32,6 +32,8 @@ def _common_blockers(settings: DecoderSettings) -> list[str]:
         found.append(f'qk_norm = "{settings.qk_norm}": Qwen3 has "rms", the others "none"')
     if settings.sizes_differ:
         found.append("layer_sizes: in all of them all blocks have the same sizes")
+    if settings.loop is not None:
+        found.append("loop: in all of them blocks are run once")
     if settings.qk_norm_over == "width":
         found.append('qk_norm_over = "width": Qwen3 norms each head')
     for name in ("attention_softcap", "logit_softcap"):

@@ -27,11 +27,18 @@ _IN_LAYER = {
     "mlp.gate_proj": "mlp.gate",
     "mlp.up_proj": "mlp.up",
     "mlp.down_proj": "mlp.down",
+    "modulation": "modulation",  # of looped decoders, which are in no family
     "mlp.gate": "moe.router",
     "mlp.shared_expert.gate_proj": "moe.shared.gate",
     "mlp.shared_expert.up_proj": "moe.shared.up",
     "mlp.shared_expert.down_proj": "moe.shared.down",
     "mlp.shared_expert_gate": "moe.shared_gate",
+}
+_PLAIN |= {
+    f"model.loop.{phi}.{layer}.{kind}": f"loop.{phi}.{layer}.{kind}"
+    for phi in ("time", "step")
+    for layer in ("up", "down")
+    for kind in ("weight", "bias")
 }
 _OUT_OF_LAYER = {ours: theirs for theirs, ours in _IN_LAYER.items()}
 _MATRICES = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}

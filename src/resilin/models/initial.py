@@ -6,6 +6,7 @@ They are drawn on the CPU, so the order of construction, the device and the othe
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from resilin.models.decoder_settings import DecoderSettings
 
 # Standard deviation of a unit normal cut at two standard deviations.
 _CUT_STD = 0.8796256610342398
+_BACK = re.compile(r"(attention\.o|\bdown)\.weight$|experts\.down$")
+"""Projections back to the stream."""
 
 
 def truncated_normal(shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
@@ -29,6 +32,10 @@ def _values(name: str, shape: torch.Size, settings: DecoderSettings, generator: 
     if len(shape) == 1:
         return torch.ones(shape)
     fan_in = shape[-1]
+    if name.endswith("modulation.weight"):
+        assert settings.loop is not None
+        small = settings.loop.start == "small"
+        return torch.empty(shape).normal_(0.0, settings.init_std, generator=generator) if small else torch.zeros(shape)
     if name == "head.weight" and settings.mup_base_size is not None:
         std = math.sqrt(settings.mup_base_size) / fan_in
         return truncated_normal(shape, std, generator)
@@ -49,7 +56,10 @@ def initial_value(name: str, shape: torch.Size, settings: DecoderSettings, seed:
         seed: of the run.
     """
     keys = Keys.of_step(seed, 0).fold("initial weights")
-    return _values(name, shape, settings, keys.fold(name).generator())
+    values = _values(name, shape, settings, keys.fold(name).generator())
+    if settings.loop is not None and settings.loop.start == "small" and _BACK.search(name):
+        values *= (2 * settings.layers) ** -0.5
+    return values
 
 
 @torch.no_grad()

@@ -55,7 +55,8 @@ def _block_kept(s: DecoderSettings, layer: int) -> int:
     """Values a token leaves in one block when nothing is recomputed."""
     s = s.at(layer)
     masks = 2 * 2 * s.hidden_size if s.dropout else 0
-    return _attention_kept(s) + _mlp_kept(s, layer) + masks
+    branches = 2 * s.hidden_size if s.told else 0  # for the gradients of their gates
+    return _attention_kept(s) + _mlp_kept(s, layer) + masks + branches
 
 
 def _selective_kept(s: DecoderSettings, layer: int) -> int:
@@ -100,10 +101,12 @@ def activation_bytes(
     """
     tokens, layers = batch * sequence_length, range(settings.layers) if blocks is None else blocks
     at_work = max(_at_work(settings, layer, batch, sequence_length) for layer in layers)
+    loops = len(settings.trajectory)
     if settings.recompute == "none":
         tiled = tile_count(settings.mlp_tiles, batch, sequence_length, settings.hidden_size) > 1
         kept = (
-            sum(
+            loops
+            * sum(
                 _block_kept(settings, layer) - tiled * (_mlp_kept(settings, layer) - settings.hidden_size)
                 for layer in layers
             )
@@ -112,10 +115,10 @@ def activation_bytes(
     elif settings.recompute == "block":
         # While a block is recomputed, all of its own values are there. Of inputs that wait elsewhere, those of the last
         # block, of the one at work, and two on their way.
-        inputs = len(layers) if settings.offload == "none" else min(len(layers), 4)
+        inputs = loops * len(layers) if settings.offload == "none" else min(loops * len(layers), 4)
         kept = inputs * settings.hidden_size + at_work
     else:
-        kept = sum(_selective_kept(settings, layer) for layer in layers) + at_work
+        kept = loops * sum(_selective_kept(settings, layer) for layer in layers) + at_work
     ends = 3 * settings.hidden_size  # embedded tokens, input and output of the final norm
     logits = 2 * min(tokens, logit_rows) * settings.vocab_size * 4 if layers[-1] == settings.layers - 1 else 0
     return int(tokens * (kept + ends) * value_bytes) + logits

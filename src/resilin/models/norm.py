@@ -18,26 +18,33 @@ from resilin.models.rms_norm import rms_norm
 class RMSNorm(nn.Module):
     """`scale * x / sqrt(mean(x**2) + eps)` (Zhang and Sennrich, 2019)."""
 
-    def __init__(self, size: int, eps: float, device: torch.device | str | None = None) -> None:
+    weight: nn.Parameter
+    """Not `scaled`: there is none, and each call brings its own."""
+
+    def __init__(self, size: int, eps: float, device: torch.device | str | None = None, *, scaled: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, device=device))
+        self.register_parameter("weight", nn.Parameter(torch.ones(size, device=device)) if scaled else None)
         self.eps = eps
 
     def forward(self, x: Tensor, weight_D: Tensor | None = None) -> Tensor:
-        """(..., D) -> (..., D), with a part of the weight where `x` is a part of the width."""
-        return rms_norm(x, self.weight if weight_D is None else weight_D, self.eps)
+        """(..., D) -> (..., D), with a weight of the caller's: a part of its own where `x` is a part of the width."""
+        weight_D = self.weight if weight_D is None else weight_D
+        return rms_norm(x, weight_D, self.eps)
 
 
 class LayerNorm(nn.Module):
     """`scale * (x - mean(x)) / sqrt(var(x) + eps)`, without a bias."""
 
-    def __init__(self, size: int, eps: float, device: torch.device | str | None = None) -> None:
+    weight: nn.Parameter
+    """As of `RMSNorm`."""
+
+    def __init__(self, size: int, eps: float, device: torch.device | str | None = None, *, scaled: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, device=device))
+        self.register_parameter("weight", nn.Parameter(torch.ones(size, device=device)) if scaled else None)
         self.eps = eps
 
     def forward(self, x: Tensor, weight_D: Tensor | None = None) -> Tensor:
-        """(..., D) -> (..., D), with a part of the weight where `x` is a part of the width."""
+        """(..., D) -> (..., D), with a weight of the caller's: a part of its own where `x` is a part of the width."""
         weight_D = self.weight if weight_D is None else weight_D
         return F.layer_norm(x, weight_D.shape, weight_D, None, self.eps)
 
@@ -55,10 +62,10 @@ class Transplant(nn.Module):
         return math.sqrt(self.kappa) * F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
-def stream_norm(settings: DecoderSettings, device: torch.device | str | None) -> nn.Module:
-    """The norm of the residual stream that the settings ask for."""
+def stream_norm(settings: DecoderSettings, device: torch.device | str | None, *, scaled: bool = True) -> nn.Module:
+    """The norm of the residual stream that the settings ask for; not `scaled`: its scale is given with each call."""
     kind = RMSNorm if settings.norm == "rms" else LayerNorm
-    return kind(settings.hidden_size, settings.norm_eps, device)
+    return kind(settings.hidden_size, settings.norm_eps, device, scaled=scaled)
 
 
 def head_norm(settings: DecoderSettings, heads: int, device: torch.device | str | None) -> nn.Module | None:

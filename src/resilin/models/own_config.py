@@ -1,11 +1,13 @@
-"""A `config.json` of our own, for decoders that no Hugging Face family describes: those whose blocks differ in size.
+"""A `config.json` of our own, for decoders that no Hugging Face family describes: those whose blocks differ in size, or
+are looped.
 
     {"model_type": "resilin", "architectures": ["ResilinDecoder"], "dtype": "float32",
      "settings": {...},                        a decoder's settings as in a run's [model], without what is usual
      "bos_token_id": ..., "eos_token_id": ..., "pad_token_id": ...}
 
-The weights beside it are safetensors named as in a Llama folder (experts as in Qwen's). `transformers` does not know
-the model type; `resilin` commands and `open_model` open the folder like any other.
+The weights beside it are safetensors named as in a Llama folder (experts as in Qwen's; of looped decoders also
+`model.loop.*` and `model.layers.*.modulation.*`). `transformers` does not know the model type; `resilin` commands and
+`open_model` open the folder like any other.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def step_flops_per_token(model: Decoder, sequence_length: int) -> float:
         total += sum(2 * count * (1 + trained + flows) for count, trained in _matrices(there, own))
         flows = flows or _trained(*there)
 
-    for layer, block in enumerate(model.blocks):
+    for layer, block in [*enumerate(model.blocks)] * len(settings.trajectory):
         assert isinstance(block, Block)
         attention, own = block.attention, settings.at(layer)
         through(block.attention_norm)

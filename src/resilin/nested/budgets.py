@@ -40,6 +40,8 @@ class Budget:
         skip: layers that are left out.
         experts: of layers that have some.
         top_k: experts that a token visits.
+        loops: of a looped decoder, how often its blocks are run, in equal steps; or the steps, in any proportion:
+            (4, 1, 1) are three loops of 4/6, 1/6 and 1/6.
     """
 
     ffn: Sizes = None
@@ -49,13 +51,18 @@ class Budget:
     skip: tuple[int, ...] = ()
     experts: Experts = None
     top_k: Sizes = None
+    loops: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ffn", "heads", "kv_heads", "top_k", "experts", "hidden"):
+        for name in ("ffn", "heads", "kv_heads", "top_k", "experts", "hidden", "loops"):
             object.__setattr__(self, name, _frozen(name, getattr(self, name)))
         if not isinstance(self.skip, list | tuple) or not all(_is_count(layer) or layer == 0 for layer in self.skip):
             raise BudgetError(f"skip is {self.skip!r}: expected numbers of layers, from 0")
         object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
+        if isinstance(self.loops, tuple) and None in self.loops:
+            raise BudgetError(
+                f"loops is {self.loops!r}: expected a number, or the steps of all loops such as (4, 1, 1)"
+            )
 
     @property
     def full(self) -> bool:
@@ -104,7 +111,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """A budget as commands take it: a JSON file's path, or `ffn=512,heads=4,skip=3+4`; `full` is all of a model.
+        """A budget as commands take it: a JSON file's path, or `ffn=512,loops=4+1+1`; `full` is all of a model.
 
         Raises:
             BudgetError: it is neither.

@@ -54,7 +54,8 @@ def cost(
     """
     small = sub_settings(settings, wanted)
     counts = parameter_counts(small)
-    keys = sum(part.key_heads for part in sub_model(settings, wanted).layers)
+    part = sub_model(settings, wanted)
+    keys = sum(layer.key_heads for layer in part.layers) * len(part.trajectory)
     return Cost(
         counts.total,
         counts.active,

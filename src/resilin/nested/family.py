@@ -15,7 +15,7 @@ from resilin.nested.budgets import Budget, BudgetError
 from resilin.nested.consistency import Consistency, consistency
 from resilin.nested.cost import Cost, Latency, cost, latency
 from resilin.nested.in_place import decoder_in
-from resilin.nested.mix_n_match import ladder
+from resilin.nested.loop_record import LoopRecord
 from resilin.nested.record import Kind, NestRecord
 from resilin.nouns import Batch
 
@@ -76,9 +76,9 @@ class Evaluated:
 
 
 def members_of(
-    settings: DecoderSettings, record: NestRecord, *, between: int = 1, more: Sequence[Budget] = ()
+    settings: DecoderSettings, record: NestRecord | LoopRecord, *, between: int = 1, more: Sequence[Budget] = ()
 ) -> list[Member]:
-    """The sizes of a record, some mixtures of neighbouring ones, and further budgets; by rising cost, the whole last.
+    """The sizes (or loops) of a record, some mixtures of neighbouring ones, and further budgets; by rising cost.
 
     Args:
         settings: of the full model.
@@ -91,7 +91,7 @@ def members_of(
     """
     if between < 0:
         raise BudgetError(f"{between} mixtures between two sizes: expected 0 or more")
-    rungs, layers = ladder(settings, record.granularities, record.targets), settings.layers
+    rungs, layers = record.rungs(settings), record.rungs_per_size(settings)
     found = []
     for number, (name, wanted) in enumerate(rungs):
         step = number % layers  # how many layers have the larger of two sizes

@@ -63,7 +63,12 @@ def largest_within(
         rungs: by ascending cost.
         measure: the cost of a budget.
         limit: of the cost.
+
+    Raises:
+        BudgetError: the limit is not positive.
     """
+    if limit <= 0:
+        raise BudgetError(f"the limit is {limit:g}: expected more than nothing")
     low, high = 0, len(rungs) - 1
     if measure(rungs[high][1]) <= limit:
         return rungs[high]
@@ -98,8 +103,6 @@ def mix_n_match(
     Raises:
         BudgetError: the limit is not positive, or granularities do not fit the model.
     """
-    if limit <= 0:
-        raise BudgetError(f"the limit is {limit:g} {unit}: expected more than nothing")
     rungs = ladder(settings, granularities, targets)
     return largest_within(rungs, measured_by(settings, unit, sequence_length), limit)[1]
 

@@ -11,6 +11,7 @@ from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.weight_files import read_json, write_atomically
 from resilin.nested.budgets import Budget, BudgetError
 from resilin.nested.granularities import Granularity, Target, budget_at, check_granularities
+from resilin.nested.mix_n_match import ladder
 from resilin.nested.objective import Nested
 from resilin.nested.sub_model import sub_model
 
@@ -65,6 +66,14 @@ class NestRecord:
             return cls(granularities, targets, **tree)
         except (KeyError, TypeError, ValueError) as error:
             raise BudgetError(f"{file}: is no record of a nested model: {error}; remove it, or make it anew") from None
+
+    def rungs(self, settings: DecoderSettings) -> list[tuple[str, Budget]]:
+        """The trained sizes and all mixtures of neighbouring ones, by rising size, with names."""
+        return ladder(settings, self.granularities, self.targets)
+
+    def rungs_per_size(self, settings: DecoderSettings) -> int:
+        """How many rungs there are from one trained size to the next."""
+        return settings.layers
 
     def kind(self, settings: DecoderSettings, wanted: Budget) -> Kind:
         """Whether a budget is one of the trained sizes, mixes them by layer, or was never trained.

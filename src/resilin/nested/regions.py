@@ -5,7 +5,8 @@ Running in place, extracting, and what is tested of gradients all read what is s
 With sizes d (hidden), m (neurons), and the kept heads' rows: embedding and head [V, :d]; norms [:d]; q, k, v [heads,
 :d]; o [:d, heads]; gate and up [:m, :d]; down [:d, :m]; router [experts, :d]; stacked experts [experts, :m, :d] and
 [experts, :d, :m]. Rows of heads are one run where whole groups are kept, else one run for each key head; experts that
-are named one by one are as many runs as they leave gaps. The shared expert keeps its neurons.
+are named one by one are as many runs as they leave gaps. The shared expert keeps its neurons. What a looped decoder's
+blocks are told is as wide as the stream.
 """
 
 from __future__ import annotations
@@ -74,6 +75,10 @@ def _block_runs(settings: DecoderSettings, part: LayerPart, hidden: int, name: s
         return (neurons, d) if is_weight else (neurons,)
     if stem == "mlp.down":
         return (d, neurons) if is_weight else (d,)
+    if stem == "modulation":  # four maps below each other
+        whole = settings.hidden_size
+        rows = tuple((number * whole, hidden) for number in range(4)) if hidden < whole else ((0, 4 * whole),)
+        return (rows, d) if is_weight else (rows,)
     if stem == "moe.router":
         return (_runs_of(part.experts), d)
     if stem in ("moe.shared_gate", "moe.shared.gate", "moe.shared.up"):
@@ -109,7 +114,9 @@ def regions(settings: DecoderSettings, budget: Budget) -> MappingProxyType[str, 
     for name, shape in shapes_of(settings).items():
         in_block = _BLOCK.fullmatch(name)
         if in_block is None:
-            found[name] = _boxes(shape, (d,) if len(shape) == 1 else (None, d))
+            first = (d, None) if name.endswith("up.weight") else (d, d)  # of what embeds a loop's time
+            plain = first if name.startswith("loop.") else (None, d)
+            found[name] = _boxes(shape, (d,) if len(shape) == 1 else plain)
         elif (layer := int(in_block[1])) in layers:
             found[name] = _boxes(shape, _block_runs(settings, layers[layer], part.hidden, in_block[2]))
     return MappingProxyType(found)
@@ -145,7 +152,7 @@ def cut_for(settings: DecoderSettings, budget: Budget) -> Cut | None:
             blocks.append(None)
             continue
         blocks.append(_block_cut(by_block.get(layer, {}), part.hidden, one, before[layer]))
-    return Cut(part.hidden, tuple(blocks), frozenset(before) - frozenset(kept))
+    return Cut(part.hidden, tuple(blocks), frozenset(before) - frozenset(kept), part.trajectory)
 
 
 def _block_cut(used: Regions, hidden: int, part: LayerPart, whole: LayerPart) -> BlockCut:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from resilin.models.decoder_settings import DecoderSettings, LayerSizes
+from resilin.models.loop_settings import LoopSettings, reduced
 from resilin.nested.budgets import Budget, BudgetError
 
 
@@ -38,10 +39,12 @@ class SubModel:
     Attributes:
         hidden: leading values of the residual stream.
         layers: those that are left, in order.
+        trajectory: steps of the loops they are run in, the smallest whole numbers of their proportion; (1,): once.
     """
 
     hidden: int
     layers: tuple[LayerPart, ...]
+    trajectory: tuple[int, ...] = (1,)
 
 
 def _entry(name: str, value: Any, layer: int, layers: int) -> Any:
@@ -103,13 +106,30 @@ def _experts(layer: int, own: DecoderSettings, chosen: Any, top_k: int | None) -
     return kept, top_k
 
 
+def _trajectory(settings: DecoderSettings, loops: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The steps of the loops that are run."""
+    if loops is None:
+        return settings.trajectory
+    steps = reduced((1,) * loops if isinstance(loops, int) else loops)
+    if settings.loop is None:
+        if steps != (1,):
+            raise BudgetError("loops: the model's blocks are run once (it has no model.loop); leave it out")
+        return steps
+    if settings.loop.condition != "time_and_step" and len(set(steps)) > 1:
+        raise BudgetError(
+            f"loops are the steps {steps}, and this model's blocks do not know of steps (model.loop.condition is "
+            f"{settings.loop.condition!r}): give their number, {len(steps)}"
+        )
+    return steps
+
+
 @lru_cache(maxsize=4096)
 def sub_model(settings: DecoderSettings, budget: Budget) -> SubModel:
     """The sizes that a budget leaves of a decoder.
 
     Raises:
         BudgetError: it names a layer that is not there, exceeds or empties one, does not divide its heads, or names
-            experts of a model that has none.
+            experts or loops of a model that has none.
     """
     layers = settings.layers
     beyond = [layer for layer in budget.skip if layer >= layers]
@@ -139,7 +159,15 @@ def sub_model(settings: DecoderSettings, budget: Budget) -> SubModel:
             kept.append(LayerPart(layer, count, keys, width, numbers, visited))
         else:
             kept.append(LayerPart(layer, count, keys, _at_most("ffn", layer, ffn, own.feed_forward_size)))
-    return SubModel(hidden, tuple(kept))
+    return SubModel(hidden, tuple(kept), _trajectory(settings, budget.loops))
+
+
+def _sub_loop(loop: LoopSettings | None, trajectory: tuple[int, ...]) -> LoopSettings | None:
+    """A trajectory as settings; None: blocks are run once and told nothing, which is an ordinary decoder."""
+    if loop is None or (loop.condition == "none" and len(trajectory) == 1):
+        return None
+    steps = () if len(set(trajectory)) == 1 else trajectory
+    return loop.model_copy(update={"times": len(trajectory), "steps": steps})
 
 
 def _common(values: list[int], default: int) -> int:
@@ -159,6 +187,8 @@ def sub_settings(settings: DecoderSettings, budget: Budget) -> DecoderSettings:
     part, whole = sub_model(settings, budget), sub_model(settings, Budget())
     if part == whole:
         return settings
+    if part.hidden == whole.hidden and part.layers == whole.layers:
+        return settings.model_copy(update={"loop": _sub_loop(settings.loop, part.trajectory)})
     layers = part.layers
     numbers = [one.layer for one in layers]
     dense = [one for one in layers if not one.experts]
@@ -175,6 +205,7 @@ def sub_settings(settings: DecoderSettings, budget: Budget) -> DecoderSettings:
         "head_size": settings.head_width,
         "mlp_size": mlp_size,
         "layer_sizes": (),
+        "loop": _sub_loop(settings.loop, part.trajectory),
     }
     moe = settings.moe
     if moe is not None:

@@ -78,7 +78,8 @@ def in_all(kept: Sequence[Sequence[Sequence[int]]]) -> list[list[list[int]]]:
 def left_to_do(micros: int, kept: Sequence[Sequence[int]]) -> list[list[int]]:
     """Who computes what of a step that is redone: everyone keeps what he has, the rest goes to who has least.
 
-    Orphans are taken in ascending order; of equals the first worker takes one (ElasWave, section 1).
+    Orphans are taken in ascending order; of equals that worker takes one which then has the fewest blocks of the tree
+    more than before, as each block is sent by itself, and of these the first (ElasWave, section 1).
 
     Args:
         micros: micro-batches of the step.
@@ -92,8 +93,12 @@ def left_to_do(micros: int, kept: Sequence[Sequence[int]]) -> list[list[int]]:
     if len(set(seen)) != len(seen) or any(not 0 <= number < micros for number in seen):
         raise ValueError(f"of {micros} micro-batches these are kept: {found}")
     for number in sorted(set(range(micros)) - set(seen)):
-        min(found, key=len).append(number)
-    return [sorted(mine) for mine in found]
+        least = min(map(len, found))
+        able = [mine for mine in found if len(mine) == least]
+        taker = min(able, key=lambda mine: len(blocks_in(sorted([*mine, number]))) - len(blocks_in(mine)))
+        taker.append(number)
+        taker.sort()
+    return found
 
 
 class StretchSums:

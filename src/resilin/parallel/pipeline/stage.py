@@ -160,6 +160,11 @@ def cut(model: nn.Module, split: Split, stages: list[int]) -> list[nn.Module]:
     decoder = decoder_in(model)
     if decoder.sequence is not None:
         raise ParallelError("a model whose sequences are divided already cannot be cut into stages")
+    if decoder.settings.loop is not None:
+        raise ParallelError(
+            "a looped decoder (model.loop) runs its blocks several times, and stages would pass it round in circles: "
+            "use parallel.pipeline = 1"
+        )
     tied = decoder.head is None
     blocks, embed, norm, head = list(decoder.blocks), decoder.embed, decoder.norm, decoder.head
     # What is beside the decoder (a value head, say) looks at its output.
