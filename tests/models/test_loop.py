@@ -269,3 +269,31 @@ def test_activations_are_estimated_for_all_loops():
 def test_settings_that_mean_nothing_are_refused(tree, says):
     with pytest.raises(SettingsError, match=says):
         parse_settings(DecoderSettings, {"loop": tree}, "x.toml")
+
+
+def test_what_a_block_makes_of_a_loop_is_made_once_for_a_text():
+    model, calls = looped(3), []
+    for block in model.blocks:
+        block.modulation.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        for _ in range(2):  # every text anew: weights may have changed
+            calls.clear()
+            cache = KVCache.of(model, 2, 8)
+            for place in range(7):
+                logits(model, TOKENS[:, place : place + 1], cache=cache)
+            assert len(calls) == 3 * 2
+    calls.clear()
+    cache = KVCache.of(model, 2, 8)
+    for part in (TOKENS[:, :4], TOKENS[:, 4:]):  # with gradients nothing is kept
+        logits(model, part, cache=cache)
+    assert len(calls) == 2 * 3 * 2
+
+
+def test_compiled_blocks_read_a_cache():
+    model = looped(3)
+    expected = logits(model)
+    compile_model(model, "blocks", "default", backend="aot_eager")
+    with torch.no_grad():
+        cache = KVCache.of(model, 2, 8)
+        parts = [logits(model, part, cache=cache) for part in (TOKENS[:, :4], TOKENS[:, 4:5], TOKENS[:, 5:])]
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-9)

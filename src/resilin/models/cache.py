@@ -7,13 +7,16 @@ Shapes: B rows, T new tokens, K key heads, C capacity, D head size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from resilin.models.decoder import Decoder
+
+T = TypeVar("T")
 
 
 class KVCache:
@@ -47,6 +50,7 @@ class KVCache:
         self.ragged = False
         self._first = 0  # entry of the first layer in the loop that is now computed
         self._loops = 1
+        self._kept: dict[tuple[Hashable, ...], Any] = {}
         self._read_with: list[tuple[int, int]] = []  # (tokens before, loops of those from there on), ever fewer loops
 
     @staticmethod
@@ -86,6 +90,23 @@ class KVCache:
                 "further loops are missing; read the text anew"
             )
         self._first, self._loops = loop * self.layers, of
+
+    def once(self, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
+        """What is the same for every token, such as what a looped block is told: made for the first one and kept.
+
+        Weights do not change while a cache is in use: its keys are theirs. Nothing is kept that a gradient may flow to.
+
+        Args:
+            key: of what is made; the loop that was begun is part of it.
+            make: it.
+        """
+        if torch.is_grad_enabled():
+            return make()
+        key = (*key, self._first)
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: T = self._kept[key]
+        return found
 
     @property
     def length(self) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D hidden size, E experts, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Hashable
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
@@ -99,14 +100,18 @@ class Block(nn.Module):
         slots_BT: Tensor | None = None,
         cut: BlockCut | None = None,
         told_D: Tensor | None = None,
+        told_as: tuple[Hashable, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream after this block, and the router's logits where the block has experts.
 
         With a cut, of that part of the block; it is an argument so that a block that is computed again is cut again.
-        In a looped decoder `told_D` is what the block is told of the loop.
+        In a looped decoder `told_D` is what the block is told of the loop; with a cache, what it makes of that is kept
+        there under `told_as`.
         """
         if told_D is not None:
-            return self._told(x_BTD, turn, mask, keys, cache, slots_BT, cut, modulated(self.modulation, told_D, cut))
+            make = partial(modulated, self.modulation, told_D, cut)
+            loop = make() if cache is None else cache.once((*told_as, self.layer), make)
+            return self._told(x_BTD, turn, mask, keys, cache, slots_BT, cut, loop)
         normed = self._normed(self.attention_norm, x_BTD, cut, "attention_norm.weight")
         how = (cut,) if cut is not None and cut.in_attention else ()
         mixed = self.attention(normed, turn, mask, cache, slots_BT, *how)
@@ -485,14 +490,17 @@ class Decoder(nn.Module):
         masks = {window: cached_mask(slots_BT, reach, ragged, window) for window in windows}
         x_BTD = self._columns(self.embed(tokens_BT).to(self.stream_dtype), cut)
         routers = []
-        told = self._told(cut)
+        cache.begin_loop(0, of=len(self._trajectory(cut)))
+        told_as = (self._trajectory(cut), self.settings.hidden_size if cut is None else cut.hidden)
+        told = cache.once(told_as, partial(self._told, cut))
         for loop, told_D in enumerate(told):
             cache.begin_loop(loop, of=len(told))
             for layer, block in enumerate(self.blocks):
                 if cut is not None and layer in cut.skipped:
                     continue
                 mask = masks[self.settings.window_of(layer)]
-                x_BTD, router = block(x_BTD, turn, mask, None, *_more(cut, layer, told_D, cache, slots_BT))
+                more = _more(cut, layer, told_D, cache, slots_BT)
+                x_BTD, router = block(x_BTD, turn, mask, None, *more, *(() if told_D is None else (told_as,)))
                 if router is not None:
                     routers.append(router)
         cache.advance(real_BT, T)
