@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -151,3 +153,34 @@ def test_a_connection_to_the_store_is_ready_before_it_is_needed_and_is_cut_alone
     assert store.get("key") == b"value"
     stores.close()
     assert not stores.is_ready
+
+
+def drops(rank: int, port: int) -> list[str]:
+    store = store_at(port)
+    links = Links(StoreConnections(store), 0, rank, 4)
+    group = links.group("everyone", range(2))
+    if rank == 1:
+        store.get("over")
+        return []
+    work = dist.all_reduce(torch.ones(1), group=group.process_group, async_op=True)  # the other one never takes part
+    ended: list[str] = []
+
+    def waits() -> None:
+        with suppress(RuntimeError):
+            work.wait()
+        ended.append("timed out")
+
+    waiting = threading.Thread(target=waits)
+    waiting.start()
+    links._sockets.clear()  # a message that is lost sight of notices no end of a connection
+    links.cut()
+    del links, group
+    gc.collect()
+    ended.append("dropped")
+    waiting.join()
+    store.set("over", "")
+    return ended
+
+
+def test_who_drops_a_group_in_which_a_message_was_lost_sight_of_does_not_wait_for_it(port: int):
+    assert run_ranks(2, drops, port, connect=False)[0] == ["dropped", "timed out"]

@@ -188,7 +188,7 @@ def test_sampled_speculation_has_the_verifiers_distribution():
     """Over many seeds, the first two tokens are distributed as the verifier alone would draw them."""
     chosen = DecoderSettings(vocab_size=5, hidden_size=8, layers=2, heads=2, mlp_size=16, init_std=0.6)
     model, prompt = decoder(chosen), [1, 2]
-    temperature, count = 0.9, 1500
+    temperature, count = 0.9, 500
     first = (logits(model, torch.tensor([prompt]))[0, -1] / temperature).softmax(-1)
     expected = torch.stack(
         [first[a] * (logits(model, torch.tensor([[*prompt, a]]))[0, -1] / temperature).softmax(-1) for a in range(5)]

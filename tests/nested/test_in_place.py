@@ -213,7 +213,7 @@ def test_smaller_budgets_lie_inside_larger_ones(one, two):
     assert set(shapes_of(PLAIN)) == set(inner)
 
 
-@pytest.mark.parametrize("what", ["blocks", "whole"])
+@pytest.mark.parametrize("what", ["blocks", pytest.param("whole", marks=pytest.mark.slow)])
 def test_compiled_models_run_budgets_too(what):
     torch.compiler.reset()
     model = decoder(PLAIN, torch.float32)

@@ -173,6 +173,7 @@ def test_workers_train_the_same_looped_model(place, trained, layout, exact):
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_stages_of_a_pipeline_refuse(place):
     done = workers(place, "runs/stages", "parallel.pipeline=2", "model.layers=2")
     assert done.returncode == 2

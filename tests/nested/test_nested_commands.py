@@ -238,7 +238,7 @@ def test_what_cannot_be_done_is_told(resilin, trained, place, arguments, says):
     ("layout", "exact"),
     [
         ("parallel.data=2", True),
-        ("parallel.pipeline=2", True),
+        pytest.param("parallel.pipeline=2", True, marks=pytest.mark.slow),
         pytest.param("parallel.tensor=2", False, marks=pytest.mark.slow),
         pytest.param("parallel.sharding=fsdp", False, marks=pytest.mark.slow),
     ],

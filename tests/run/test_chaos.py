@@ -80,7 +80,7 @@ def test_a_file_that_holds_no_blows_is_refused(tmp_path: Path):
     ("side", "ends", "why"),
     [
         ("members", True, "is cut off from member 0, 2"),
-        ("all", False, "was not heard of"),
+        pytest.param("all", False, "was not heard of", marks=pytest.mark.slow),
         pytest.param("members", False, "is cut off from member 0, 2", marks=pytest.mark.slow),
         pytest.param("coordinator", True, "", marks=pytest.mark.slow),  # its process ends, or its connection before it
     ],

@@ -90,6 +90,18 @@ def check_chain(tmp_path: Path, model: dict[str, Any], chain: list[Layout], exac
 def test_a_dense_model_goes_from_layout_to_layout(tmp_path):
     chain: list[Layout] = [
         (3, {"data": 3}),
+        (4, {"pipeline": 2, "data": 2, "schedule": "interleaved", "chunks": 2}),
+        (1, {}),
+        (2, {"tensor": 2}),
+        (1, {}),
+    ]
+    check_chain(tmp_path, DENSE, chain, exact_until=3)
+
+
+@pytest.mark.slow
+def test_a_dense_model_goes_through_many_layouts(tmp_path):
+    chain: list[Layout] = [
+        (3, {"data": 3}),
         (2, {"pipeline": 2}),
         (4, {"pipeline": 2, "data": 2, "schedule": "interleaved", "chunks": 2}),
         (1, {}),

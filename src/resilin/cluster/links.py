@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import queue
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -27,6 +29,39 @@ from resilin.cluster.store_connections import StoreConnections
 from resilin.parallel.group import Group
 
 _making = threading.Lock()
+_POLL = 0.5
+
+
+class _Old:
+    """Groups that were cut, each kept until nobody else has it, and ended in a thread of its own.
+
+    Whoever drops the last reference to a group waits for all that is under way in it; for a message that was lost sight
+    of that is until the timeout. It must not be the thread that trains, at whatever moment garbage is collected.
+    """
+
+    def __init__(self) -> None:
+        self._groups: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def take(self, groups: list[Any]) -> None:
+        """Have these end some time; the list is empty afterwards."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._go, name="resilin-old-links", daemon=True)
+                self._thread.start()
+        while groups:
+            self._groups.put(groups.pop())
+
+    def _go(self) -> None:
+        while True:
+            group = self._groups.get()
+            while sys.getrefcount(group) > 2:  # this thread's own, and that of the call
+                time.sleep(_POLL)
+            del group
+
+
+_old = _Old()
 
 
 class LinksCutError(RuntimeError):
@@ -176,7 +211,7 @@ class Links:
             if self._before is not None:  # a group is being made, and waits for somebody who may never come
                 self._sockets |= self._new(self._before)
             self._end_sockets()
-            self._groups.clear()
+            _old.take(self._groups)
             after, self._after = self._after, []
         for then in after:
             then()
