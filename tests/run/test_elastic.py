@@ -14,9 +14,12 @@ import torch
 from elastic_checks import changes, check_same, equal, events, states
 from elastic_runs import STEPS, check_met, go, settings_of
 
+from resilin.checkpoint.errors import CheckpointError
 from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
+from resilin.cluster.links import LinksCutError
 from resilin.parallel.errors import ParallelError
+from resilin.run.elastic import _own
 from resilin.run.events import Cluster, Event, StepDone
 from resilin.run.run import Run
 from resilin.run.saving import Saving
@@ -239,3 +242,10 @@ def test_a_save_that_one_worker_has_to_begin_anew_is_begun_by_all():
     run.saving.again = True
     assert run._agreed(0) == 0
     assert (len(saved), asked[2:]) == (2, [500, 0])
+
+
+def test_a_save_that_was_cut_off_with_its_links_is_no_failure_of_the_worker_s_own():
+    cut = CheckpointError("rank 0: the ranks that save this checkpoint lost each other")
+    cut.__cause__ = LinksCutError("the links of epoch 0 were cut")
+    assert not _own(cut)
+    assert _own(CheckpointError("the disk is full"))

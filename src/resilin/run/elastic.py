@@ -480,4 +480,9 @@ class Elastic:
 
 def _own(error: BaseException) -> bool:
     """Whether an error is this worker's own, and not what a change looks like from here."""
-    return not isinstance(error, _CHANGED) and kind_of(error) == "reason"
+    cause: BaseException | None = error
+    while cause is not None:  # a save that was cut says so in its own words
+        if isinstance(cause, _CHANGED):
+            return False
+        cause = cause.__cause__
+    return kind_of(error) == "reason"

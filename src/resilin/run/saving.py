@@ -149,6 +149,7 @@ class Saving:
         try:
             yield
         except CheckpointError as error:
+            self.again = True  # where the run goes on all the same, as workers have changed only
             if error is not self._told:
                 self._told = error
                 self._run.tell(Failure(step=self._run.step, kind="save", message=str(error)))
