@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import sys
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from commands import Done, run_command
 
 SETTINGS = """
 name = "tiny"
@@ -59,36 +56,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1"}
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended: what a shell would see."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run_command(workplace: Path, arguments: tuple[str, ...]) -> Done:
-    """`resilin ARGUMENTS` through its real entry point, in this process: starting Python takes most of the time."""
-    from resilin.cli.main import main
-
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        contextlib.chdir(workplace),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setattr(sys, "argv", ["resilin", *arguments])
-        patch.setenv("COLUMNS", "200")
-        patch.setenv("NO_COLOR", "1")
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from commands import Done, run_command
 
 from resilin.run.open_model import open_model
 
@@ -54,12 +52,6 @@ live = false
 """
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("place")
@@ -71,26 +63,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def resilin(place) -> Callable[..., Done]:
-    from resilin.cli.main import main
-
-    def run(*arguments: str) -> Done:
-        out, err, code = io.StringIO(), io.StringIO(), 0
-        with (
-            contextlib.chdir(place),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            pytest.MonkeyPatch.context() as patch,
-        ):
-            patch.setattr(sys, "argv", ["resilin", *arguments])
-            patch.setenv("COLUMNS", "200")
-            patch.setenv("NO_COLOR", "1")
-            try:
-                main()
-            except SystemExit as end:
-                code = int(end.code or 0)
-        return Done(code, out.getvalue(), err.getvalue())
-
-    return run
+    return lambda *arguments: run_command(place, arguments)
 
 
 def events(run: Path) -> list[dict]:
@@ -100,7 +73,7 @@ def events(run: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def trained(resilin, place):
     done = resilin("train", "looped.toml", "--folder", "runs/looped")
-    assert done.code == 0, done.err
+    assert done.returncode == 0, done.stderr
     return place / "runs" / "looped"
 
 
@@ -110,24 +83,24 @@ def test_a_run_logs_its_parts_and_resumes_to_the_bit(resilin, place, trained):
     assert len({e["logs"]["loops"] for e in steps}) == 3
     last = [e for e in events(trained) if e.get("name") == "validation"][-1]["metrics"]
     assert {f"loss_at_{m}" for m in (1, 2, 3, 4)} <= last.keys()
-    assert resilin("train", "looped.toml", "--folder", "runs/cut").code == 0
+    assert resilin("train", "looped.toml", "--folder", "runs/cut").returncode == 0
     shutil.rmtree(place / "runs" / "cut" / "checkpoints" / "step-00000020")
-    assert resilin("train", "looped.toml", "--folder", "runs/cut", "--resume").code == 0
+    assert resilin("train", "looped.toml", "--folder", "runs/cut", "--resume").returncode == 0
     one, two = (open_model(run, device="cpu").model for run in (trained, place / "runs" / "cut"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
 def test_the_family_of_a_looped_model_is_its_loops(resilin, place, trained):
     shown = resilin("family", str(trained), "--no-timed", "--budget", "loops=2+1+1", "--plot", "loops.png")
-    assert shown.code == 0, shown.err
-    assert all(word in shown.out for word in ("1 loop", "3 loops", "loops 2 2x1", "mix", "agreement"))
-    told = json.loads(resilin("family", str(trained), "--no-timed", "--json").out)["members"]
+    assert shown.returncode == 0, shown.stderr
+    assert all(word in shown.stdout for word in ("1 loop", "3 loops", "loops 2 2x1", "mix", "agreement"))
+    told = json.loads(resilin("family", str(trained), "--no-timed", "--json").stdout)["members"]
     assert [one["name"] for one in told] == ["1 loop", "2 loops", "3 loops", "4 loops"]
     assert [one["kind"] for one in told] == ["trained", "trained", "mix", "trained"]
     assert [one["kv_bytes_per_token"] // told[0]["kv_bytes_per_token"] for one in told] == [1, 2, 3, 4]
     assert told[-1]["agreement"] == 1.0
-    assert resilin("export", str(trained), "whole").code == 0
-    of_folder = json.loads(resilin("family", "whole", "--no-timed", "--json").out)["members"]
+    assert resilin("export", str(trained), "whole").returncode == 0
+    of_folder = json.loads(resilin("family", "whole", "--no-timed", "--json").stdout)["members"]
     assert [one["kind"] for one in of_folder] == ["untrained", "untrained", "untrained", "trained"]
 
 
@@ -135,15 +108,17 @@ def test_generating_with_fewer_loops_is_what_the_extracted_model_writes(resilin,
     options = ("-p", "import ", "-n", "12", "--temperature", "0", "--json")
     for name, text in (("two", "loops=2"), ("uneven", "loops=2+1+1")):
         done = resilin("extract", str(trained), name, "--budget", text)
-        assert done.code == 0, done.err
-        assert "layers are looped" in done.out
-        one = json.loads(resilin("generate", str(trained), "--budget", text, *options).out)
-        assert one == json.loads(resilin("generate", name, *options).out) | {"logprobs": one["logprobs"]}
+        assert done.returncode == 0, done.stderr
+        assert "layers are looped" in done.stdout
+        one = json.loads(resilin("generate", str(trained), "--budget", text, *options).stdout)
+        assert one == json.loads(resilin("generate", name, *options).stdout) | {"logprobs": one["logprobs"]}
     whole = resilin("generate", str(trained), *options[:-1])
     drafted = resilin("generate", str(trained), "--draft", "loops=1", *options[:-1])
-    assert drafted.out.rstrip() == whole.out.rstrip()
-    per_loop = json.loads(resilin("family", str(trained), "--no-timed", "--json").out)["members"][1]["flops_per_token"]
-    assert resilin("extract", str(trained), "fits", "--flops", str(per_loop)).code == 0
+    assert drafted.stdout.rstrip() == whole.stdout.rstrip()
+    per_loop = json.loads(resilin("family", str(trained), "--no-timed", "--json").stdout)["members"][1][
+        "flops_per_token"
+    ]
+    assert resilin("extract", str(trained), "fits", "--flops", str(per_loop)).returncode == 0
     assert open_model(place / "fits", device="cpu").model.settings.loop.times == 2
 
 

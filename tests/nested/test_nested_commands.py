@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from commands import run_command
 
 from resilin.models.huggingface import load_pretrained
 from resilin.nested import Budget, budget, cost, extract
@@ -54,12 +53,6 @@ live = false
 """
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("place")
@@ -73,32 +66,13 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def resilin(place):
-    from resilin.cli.main import main
-
-    def run(*arguments: str) -> Done:
-        out, err, code = io.StringIO(), io.StringIO(), 0
-        with (
-            contextlib.chdir(place),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            pytest.MonkeyPatch.context() as patch,
-        ):
-            patch.setattr(sys, "argv", ["resilin", *arguments])
-            patch.setenv("COLUMNS", "200")
-            patch.setenv("NO_COLOR", "1")
-            try:
-                main()
-            except SystemExit as end:
-                code = int(end.code or 0)
-        return Done(code, out.getvalue(), err.getvalue())
-
-    return run
+    return lambda *arguments: run_command(place, arguments)
 
 
 @pytest.fixture(scope="module")
 def trained(resilin, place) -> Path:
     done = resilin("train", "run.toml", "--folder", "runs/nested")
-    assert done.code == 0, done.err
+    assert done.returncode == 0, done.stderr
     return place / "runs" / "nested"
 
 
@@ -124,23 +98,23 @@ def test_a_run_logs_the_sizes_it_computes_and_evaluates_all(trained):
 
 def test_resuming_gives_the_same_bits(resilin, trained, place):
     first = resilin("train", "run.toml", "train.steps=40", "--folder", "runs/again")
-    assert first.code == 0, first.err
+    assert first.returncode == 0, first.stderr
     one, two = (open_model(run, device="cpu").model for run in (trained, place / "runs" / "again"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     import shutil
 
     shutil.rmtree(place / "runs" / "again" / "checkpoints" / "step-00000040")
-    assert resilin("train", "run.toml", "--folder", "runs/again", "--resume").code == 0
+    assert resilin("train", "run.toml", "--folder", "runs/again", "--resume").returncode == 0
     two = open_model(place / "runs" / "again", device="cpu").model
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
 def test_the_family_is_a_table_json_and_a_picture(resilin, trained, place):
     shown = resilin("family", str(trained), "--no-timed", "--budget", "ffn=5")
-    assert shown.code == 0, shown.err
-    assert all(word in shown.out for word in ("0.125", "trained", "mix", "untrained", "agreement"))
-    assert "1 of these were not trained" in shown.err
-    told = json.loads(resilin("family", str(trained), "--between", "2", "--plot", "f.png", "--json").out)
+    assert shown.returncode == 0, shown.stderr
+    assert all(word in shown.stdout for word in ("0.125", "trained", "mix", "untrained", "agreement"))
+    assert "1 of these were not trained" in shown.stderr
+    told = json.loads(resilin("family", str(trained), "--between", "2", "--plot", "f.png", "--json").stdout)
     members = told["members"]
     assert len(members) == 4 + 3 * 2
     assert [m["kind"] for m in members].count("trained") == 4
@@ -157,20 +131,20 @@ def test_extracting_takes_the_budget_or_the_largest_that_fits(resilin, trained, 
     model = open_model(trained, device="cpu").model
     tokens = torch.arange(20)[None]
     done = resilin("extract", str(trained), "small", "--budget", "ffn=16")
-    assert done.code == 0, done.err
-    assert not done.err
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
     with budget(model, Budget(ffn=16)):
         torch.testing.assert_close(logits(load_pretrained(place / "small"), tokens), logits(model, tokens))
     limit = cost(model.settings, Budget(ffn=(16, 16, 32))).parameters
     done = resilin("extract", str(trained), "mixed", "--params", f"{limit / 1e3}k")
-    assert "transformers does not" in done.out
+    assert "transformers does not" in done.stdout
     assert load_pretrained(place / "mixed").settings == extract(model, Budget(ffn=(16, 16, 32))).settings
     done = resilin("extract", str(trained), "slow", "--latency", "100s")
     assert load_pretrained(place / "slow").settings.feed_forward_size == 64
     done = resilin("extract", str(trained), "odd", "--budget", "ffn=5")
-    assert "Nothing tells that the model was trained at this size" in done.err
+    assert "Nothing tells that the model was trained at this size" in done.stderr
     done = resilin("extract", "small", "smaller", "--budget", "ffn=8,skip=1")  # of a folder, by slices
-    assert done.code == 0, done.err
+    assert done.returncode == 0, done.stderr
     with budget(model, Budget(ffn=8, skip=(1,))):
         torch.testing.assert_close(logits(load_pretrained(place / "smaller"), tokens), logits(model, tokens))
 
@@ -178,18 +152,18 @@ def test_extracting_takes_the_budget_or_the_largest_that_fits(resilin, trained, 
 def test_generating_with_a_part_is_what_the_extracted_model_writes(resilin, trained, place):
     resilin("extract", str(trained), "part", "--budget", "ffn=16")
     options = ("-p", "import ", "-n", "12", "--temperature", "0", "--json")
-    one = json.loads(resilin("generate", str(trained), "--budget", "ffn=16", *options).out)
-    assert one == json.loads(resilin("generate", "part", *options).out) | {"logprobs": one["logprobs"]}
+    one = json.loads(resilin("generate", str(trained), "--budget", "ffn=16", *options).stdout)
+    assert one == json.loads(resilin("generate", "part", *options).stdout) | {"logprobs": one["logprobs"]}
     whole = resilin("generate", str(trained), *options[:-1])
     drafted = resilin("generate", str(trained), "--draft", "ffn=8", *options[:-1])
-    assert drafted.out.rstrip() == whole.out.rstrip()
-    assert "drafted tokens kept" in drafted.err
+    assert drafted.stdout.rstrip() == whole.stdout.rstrip()
+    assert "drafted tokens kept" in drafted.stderr
 
 
 def test_nesting_a_trained_model_keeps_it_and_says_how_to_go_on(resilin, trained, place):
     done = resilin("nest", str(trained), "ordered", "--text", "text/heapq.py.txt", "--granularities", "0.25,0.5,1")
-    assert done.code == 0, done.err
-    assert "granularities = [0.25, 0.5, 1]" in done.out
+    assert done.returncode == 0, done.stderr
+    assert "granularities = [0.25, 0.5, 1]" in done.stdout
     tokens = torch.arange(20)[None]
     model = open_model(trained, device="cpu").model
     torch.testing.assert_close(
@@ -202,7 +176,7 @@ def test_nesting_a_trained_model_keeps_it_and_says_how_to_go_on(resilin, trained
     text = text.replace("[model]", '[model]\nuse = "resilin.models.pretrained:Pretrained"\npath = "ordered"')
     (place / "on.toml").write_text(text.replace('tokenizer = { kind = "bytes" }', 'tokenizer = { path = "ordered" }'))
     done = resilin("train", "on.toml", "train.steps=4", "--folder", "runs/on")
-    assert done.code == 0, done.err
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -227,11 +201,11 @@ def test_nesting_a_trained_model_keeps_it_and_says_how_to_go_on(resilin, trained
 )
 def test_what_cannot_be_done_is_told(resilin, trained, place, arguments, says):
     if not (place / "plain").exists():
-        assert resilin("export", str(trained), "plain").code == 0
+        assert resilin("export", str(trained), "plain").returncode == 0
     done = resilin(*(str(trained) if one == "RUN" else one for one in arguments))
-    assert done.code == 2, done.out
-    assert says in done.err
-    assert "Traceback" not in done.err
+    assert done.returncode == 2, done.stdout
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
