@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
 
 import pytest
 import torch
-from forked import run_ranks
 from nested_cases import decoder
 from pydantic import ValidationError
+from split_steps import SEED, batch_of, check_micro_batches, check_two_workers, keys_at
 
 from resilin.config import parse_settings
-from resilin.keys import Keys
 from resilin.layout import missing
 from resilin.layout.region import Region
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
-from resilin.models.settings import ModelContext
 from resilin.nested import Budget, BudgetError, budget, regions
 from resilin.nested.objective import Nested
-from resilin.nouns import Batch
 from resilin.objective.next_token import NextToken
-from resilin.optim.adamw import AdamW
-from resilin.parallel.assemble import assemble
-from resilin.parallel.blueprint import Blueprint
-from resilin.parallel.degrees import Degrees
-from resilin.parallel.step import OneProcess, gradient_of_step
-from resilin.parallel.workers import WholeModel
-from resilin.parallel.world import World
 
 SIZES = DecoderSettings(vocab_size=37, hidden_size=16, layers=2, heads=4, kv_heads=2, mlp_size=32, init_std=0.2)
-T, SEED = 8, 7
-
-
-def batch_of(slots, step=0):
-    rows = [torch.randint(0, 37, (T + 1,), generator=torch.Generator().manual_seed(1000 * step + s)) for s in slots]
-    rows = torch.stack(rows) if rows else torch.zeros(0, T + 1, dtype=torch.int64)
-    return Batch(torch.tensor(list(slots), dtype=torch.int64), {"tokens": rows[:, :-1], "labels": rows[:, 1:]})
 
 
 def gradients(model, objective, keys, batch=None):
@@ -45,10 +27,6 @@ def gradients(model, objective, keys, batch=None):
     loss = objective(model, batch, keys)
     loss.sum.backward()
     return loss, {name: p.grad for name, p in model.named_parameters()}
-
-
-def keys_at(step, count=4):
-    return Keys(SEED, step, torch.arange(count))
 
 
 def test_sizes_are_drawn_by_seed_and_step_alone_and_as_often_as_asked():
@@ -125,55 +103,12 @@ def test_per_layer_draws_a_size_for_each_layer():
 
 @pytest.mark.parametrize("mode", ["sample", "joint-sum", "per-layer"])
 def test_micro_batches_change_nothing(mode):
-    objective = Nested(mode=mode).build()
-    found = []
-    for micro in (4, 2, 1):
-        model = decoder(SIZES)
-        told = gradient_of_step(
-            model, objective, batch_of(range(4)), keys_at(3), micro_batch_size=micro, clip_norm=0.0,
-            device=torch.device("cpu"), autocast=nullcontext,
-        )  # fmt: skip
-        found.append((told, [p.grad for p in model.parameters()]))
-    for told, grads in found[1:]:
-        assert told.loss == pytest.approx(found[0][0].loss)
-        for mine, theirs in zip(grads, found[0][1], strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-
-
-def steps_of(model, made, engine, steps, count):
-    told = []
-    for step in range(steps):
-        batch = batch_of(engine.slots(count, step), step)
-        made.zero_grad()
-        gradient = engine.gradient(batch, Keys(SEED, step, batch.slots_B), count)
-        made.step(step)
-        told.append((gradient.loss, gradient.norm, sorted(gradient.logs)))
-    return told, {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def together(rank, mode):
-    torch.set_num_threads(1)
-    world, cpu, degrees = World(Degrees(data=2), rank), torch.device("cpu"), Degrees(data=2)
-    model, objective, settings = SIZES.build(ModelContext(SEED, 37)), Nested(mode=mode).build(), AdamW(lr=1e-2)
-    made = assemble(
-        world,
-        WholeModel(model, objective, model, device=cpu, autocast=nullcontext),
-        Blueprint.uncut(model, degrees, settings.keeps_whole(model)),
-        lambda owned: settings.build_owned(model, 6, owned),
-        objective=objective, micro_batch_size=2, clip_norm=0.5, exact=True, device=cpu, autocast=nullcontext,
-    )  # fmt: skip
-    return steps_of(model, made.optimizer, made.engine, 6, 8)
+    check_micro_batches(lambda: decoder(SIZES), Nested(mode=mode).build())
 
 
 @pytest.mark.parametrize("mode", ["sample", "joint-sum", "per-layer"])
 def test_two_workers_give_the_bits_of_one(mode):
-    model, cpu = SIZES.build(ModelContext(SEED, 37)), torch.device("cpu")
-    objective = Nested(mode=mode).build()
-    engine = OneProcess(model, objective, micro_batch_size=2, clip_norm=0.5, device=cpu, autocast=nullcontext)
-    told, weights = steps_of(model, AdamW(lr=1e-2).build(model, 6), engine, 6, 8)
-    for theirs, its_weights in run_ranks(2, together, mode):
-        assert theirs == told
-        assert all(torch.equal(its_weights[name], tensor) for name, tensor in weights.items())
+    check_two_workers(SIZES, Nested(mode=mode), 6)
 
 
 def test_evaluation_reads_all_sizes_and_gives_the_whole_model_s_loss():

@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from contextlib import nullcontext
 from fractions import Fraction
 
 import pytest
 import torch
-from forked import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from split_steps import SEED, T, batch_of, check_micro_batches, check_two_workers, keys_at
 
 from resilin.config import parse_settings
 from resilin.keys import Keys
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.loop_settings import LoopSettings
-from resilin.models.settings import ModelContext
 from resilin.nested import Budget, BudgetError, budget
 from resilin.nested.loop_record import LoopRecord
 from resilin.nested.shortcut import Shortcut
 from resilin.nested.trajectories import compositions, sequential, uniform
 from resilin.nouns import Batch
 from resilin.objective.next_token import NextToken
-from resilin.optim.adamw import AdamW
-from resilin.parallel.assemble import assemble
-from resilin.parallel.blueprint import Blueprint
-from resilin.parallel.degrees import Degrees
-from resilin.parallel.step import OneProcess, gradient_of_step
-from resilin.parallel.workers import WholeModel
-from resilin.parallel.world import World
 
-T, SEED, L = 8, 7, 4
+L = 4
 
 
 def sizes(**loop) -> DecoderSettings:
@@ -46,16 +37,6 @@ def sizes(**loop) -> DecoderSettings:
 
 def model_of(dtype=torch.float64, **loop) -> Decoder:
     return Decoder(sizes(**loop), seed=3).to(dtype)
-
-
-def batch_of(slots, step=0):
-    rows = [torch.randint(0, 37, (T + 1,), generator=torch.Generator().manual_seed(1000 * step + s)) for s in slots]
-    rows = torch.stack(rows) if rows else torch.zeros(0, T + 1, dtype=torch.int64)
-    return Batch(torch.tensor(list(slots), dtype=torch.int64), {"tokens": rows[:, :-1], "labels": rows[:, 1:]})
-
-
-def keys_at(step, count=4):
-    return Keys(SEED, step, torch.arange(count))
 
 
 def gradients(model, objective, keys, batch=None):
@@ -189,53 +170,11 @@ def test_dropout_of_the_full_pass_is_that_of_ordinary_training():
 
 
 def test_micro_batches_change_nothing():
-    objective, found = Shortcut().build(), []
-    for micro in (4, 2, 1):
-        model = model_of()
-        told = gradient_of_step(
-            model, objective, batch_of(range(4)), keys_at(3), micro_batch_size=micro, clip_norm=0.0,
-            device=torch.device("cpu"), autocast=nullcontext,
-        )  # fmt: skip
-        found.append((told, [p.grad for p in model.parameters()]))
-    for told, grads in found[1:]:
-        assert told.loss == pytest.approx(found[0][0].loss)
-        for mine, theirs in zip(grads, found[0][1], strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-
-
-def steps_of(model, made, engine, steps, count):
-    told = []
-    for step in range(steps):
-        batch = batch_of(engine.slots(count, step), step)
-        made.zero_grad()
-        gradient = engine.gradient(batch, Keys(SEED, step, batch.slots_B), count)
-        made.step(step)
-        told.append((gradient.loss, gradient.norm, sorted(gradient.logs)))
-    return told, {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def together(rank):
-    torch.set_num_threads(1)
-    world, cpu, degrees = World(Degrees(data=2), rank), torch.device("cpu"), Degrees(data=2)
-    model, objective, optimizer = sizes().build(ModelContext(SEED, 37)), Shortcut().build(), AdamW(lr=1e-2)
-    made = assemble(
-        world,
-        WholeModel(model, objective, model, device=cpu, autocast=nullcontext),
-        Blueprint.uncut(model, degrees, optimizer.keeps_whole(model)),
-        lambda owned: optimizer.build_owned(model, 5, owned),
-        objective=objective, micro_batch_size=2, clip_norm=0.5, exact=True, device=cpu, autocast=nullcontext,
-    )  # fmt: skip
-    return steps_of(model, made.optimizer, made.engine, 5, 8)
+    check_micro_batches(model_of, Shortcut().build())
 
 
 def test_two_workers_give_the_bits_of_one():
-    model, cpu = sizes().build(ModelContext(SEED, 37)), torch.device("cpu")
-    objective = Shortcut().build()
-    engine = OneProcess(model, objective, micro_batch_size=2, clip_norm=0.5, device=cpu, autocast=nullcontext)
-    told, weights = steps_of(model, AdamW(lr=1e-2).build(model, 5), engine, 5, 8)
-    for theirs, its_weights in run_ranks(2, together):
-        assert theirs == told
-        assert all(torch.equal(its_weights[name], tensor) for name, tensor in weights.items())
+    check_two_workers(sizes(), Shortcut(), 5)
 
 
 def test_held_out_data_is_read_at_every_number_of_loops():
