@@ -45,18 +45,32 @@ def _report(answers: list[Continuation], seconds: float) -> None:
     typer.secho(f"[{tokens} tokens, {rate}; ended by: {ends}]", err=True, dim=True)
 
 
-def _write(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    shown: list[str],
-    stop: StopRule,
-    sampling: Sampling,
-    headed: bool,
-) -> list[Continuation]:
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be written.
+
+    Attributes:
+        model: that writes.
+        tokenizer: its own.
+        prompts: token ids of each.
+        shown: the text of each that stands before its answer.
+        stop: when an answer ends.
+        sampling: how tokens are chosen.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer
+    prompts: list[list[int]]
+    shown: list[str]
+    stop: StopRule
+    sampling: Sampling
+
+
+def _write(asked: _Asked) -> list[Continuation]:
     """Generate, writing the first unfinished answer as it grows and the others as their turn comes."""
     from resilin.inference.generate import Continuation, stream
 
+    prompts, headed = asked.prompts, len(asked.prompts) > 1
     answers = [Continuation() for _ in prompts]
     waiting = [""] * len(prompts)
     done = [False] * len(prompts)
@@ -65,10 +79,10 @@ def _write(
     def begin(row: int) -> None:
         if headed:
             typer.secho(f"── {row + 1} of {len(prompts)} " + "─" * 40, dim=True)
-        typer.secho(shown[row], nl=False, dim=True)
+        typer.secho(asked.shown[row], nl=False, dim=True)
 
     begin(0)
-    for piece in stream(model, prompts, stop, sampling=sampling, tokenizer=tokenizer):
+    for piece in stream(asked.model, prompts, asked.stop, sampling=asked.sampling, tokenizer=asked.tokenizer):
         answer = answers[piece.row]
         answer.tokens.append(piece.token)
         answer.logprobs.append(piece.logprob)
@@ -136,25 +150,17 @@ def _as_json(prompt: str, sample: int, answer: Continuation) -> str:
     return json.dumps(line, ensure_ascii=False)
 
 
-def _speculate(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    shown: list[str],
-    stop: StopRule,
-    sampling: Sampling,
-    how: tuple[Budget, Budget, int],
-) -> None:
+def _speculate(asked: _Asked, verifier: Budget, draft: Budget, ahead: int) -> None:
     """Write one answer after the other, drafted and verified inside the model; tell how many drafts were kept."""
     from resilin.nested.speculative import Speculation
 
-    verifier, draft, ahead = how
+    stop = asked.stop
     began, written, proposed, accepted = time.perf_counter(), 0, 0, 0
-    for row, (prompt, text) in enumerate(zip(prompts, shown, strict=True)):
+    for row, (prompt, text) in enumerate(zip(asked.prompts, asked.shown, strict=True)):
         typer.secho(text, nl=False, dim=True)
-        own = sampling.model_copy(update={"seed": sampling.seed + row})
-        answer = Speculation(model, prompt, draft, stop.max_new_tokens, verifier, ahead, own, stop.ids)
-        words = tokenizer.stream_decoder()
+        own = asked.sampling.model_copy(update={"seed": asked.sampling.seed + row})
+        answer = Speculation(asked.model, prompt, draft, stop.max_new_tokens, verifier, ahead, own, stop.ids)
+        words = asked.tokenizer.stream_decoder()
         for token in answer:
             written += 1
             if token not in stop.ids:
@@ -196,6 +202,31 @@ class SamplingOptions:
         from resilin.inference.sampling import Sampling
 
         return parse_settings(Sampling, asdict(self), "generate")
+
+
+def _parts(model: Decoder, budget: str | None, draft: str | None) -> tuple[Budget | None, Budget | None]:
+    """The part of the model that writes, and the one that proposes.
+
+    Raises:
+        BudgetError: one does not fit the model.
+    """
+    from resilin.nested.budgets import Budget
+    from resilin.nested.sub_model import sub_model
+
+    part, proposing = (None if text is None else Budget.parse(text) for text in (budget, draft))
+    for one in (part, proposing):
+        if one is not None:
+            sub_model(model.settings, one)
+    return part, proposing
+
+
+def _ids_of(words: Tokenizer, text: str, chat: bool, system: str | None) -> list[int]:
+    from resilin.inference.prompts import prompt_tokens
+
+    if not chat:
+        return prompt_tokens(words, text)
+    before = [{"role": "system", "content": system}] if system else []
+    return list(words.chat([*before, {"role": "user", "content": text}], add_generation_prompt=True).ids)
 
 
 @with_option_groups
@@ -260,10 +291,8 @@ def generate(
     """
     from resilin.inference.generate import StopRule
     from resilin.inference.generate import generate as answers_to
-    from resilin.inference.prompts import prompt_tokens
     from resilin.nested.budgets import Budget
     from resilin.nested.in_place import budget as run_part
-    from resilin.nested.sub_model import sub_model
 
     sampling = choosing.settings()
     if system is not None and not chat:
@@ -276,25 +305,15 @@ def generate(
     if chat and words.chat_template is None:
         strings = (*strings, "<|im_end|>")  # of ChatML, the form used where the tokenizer brings none
     rule = StopRule(max_new_tokens, opened.end_ids, strings)
-    part, proposing = (None if text is None else Budget.parse(text) for text in (budget, draft))
-    if part is not None or proposing is not None:
-        for one in (part, proposing):
-            sub_model(opened.model.settings, one or Budget())
-        if proposing is not None and (chat or stop or as_json):
-            raise UserError("--draft writes plain answers: leave out --chat, --stop and --json")
+    part, proposing = _parts(opened.model, budget, draft)
+    if proposing is not None and (chat or stop or as_json):
+        raise UserError("--draft writes plain answers: leave out --chat, --stop and --json")
     running = nullcontext() if part is None else run_part(opened.model, part)
     if talking:
         with running:
             _chat(opened.model, words, system, rule, sampling, texts)
         return
-    before = [{"role": "system", "content": system}] if system else []
-    ids = [
-        list(words.chat([*before, {"role": "user", "content": text}], add_generation_prompt=True).ids)
-        if chat
-        else prompt_tokens(words, text)
-        for text in texts
-        for _ in range(samples)
-    ]
+    ids = [_ids_of(words, text, chat, system) for text in texts for _ in range(samples)]
     if as_json:
         with running:
             answers = answers_to(opened.model, ids, rule, sampling=sampling, tokenizer=words)
@@ -303,9 +322,10 @@ def generate(
         return
     began = time.perf_counter()
     shown = ["" if chat else text for text in texts for _ in range(samples)]
+    asked = _Asked(opened.model, words, ids, shown, rule, sampling)
     if proposing is not None:
-        _speculate(opened.model, words, ids, shown, rule, sampling, (part or Budget(), proposing, ahead))
+        _speculate(asked, part or Budget(), proposing, ahead)
         return
     with running:
-        answers = _write(opened.model, words, ids, shown, rule, sampling, len(ids) > 1)
+        answers = _write(asked)
     _report(answers, time.perf_counter() - began)
