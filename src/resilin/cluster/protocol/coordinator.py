@@ -38,22 +38,19 @@ from resilin.cluster.protocol.messages import (
     Message,
     Pause,
     Prepare,
-    Probe,
     Probed,
     Ready,
     Signal,
     Warm,
 )
 from resilin.cluster.protocol.newest import Copies, holding, newest_whole
-from resilin.cluster.protocol.reach import Round, cut_off
+from resilin.cluster.protocol.reach import Probing
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.view import View
 from resilin.parallel.pipeline.errors import ScheduleError
 from resilin.parallel.stretches import in_all
 
 _PUNCTUAL = 0.25  # of `Rules.silence`: a clock that is later than that did not run
-_ANSWER = 3  # times `Rules.silence`, within which a probe is answered
-_LONGEST = 64  # times `Rules.silence`, between two probes of members that only take their time
 
 Phase = Literal["gathering", "running", "pausing", "halting", "adopting", "ended"]
 
@@ -108,10 +105,7 @@ class Coordinator:
         self._known: set[int] = set()  # all numbers that ever were
         self._wished = False  # whether the change under way is a join or a leave
         self._explained = False  # whether somebody was lost in it, or else all are known to reach each other
-        self._round: Round | None = None  # who reaches whom is being asked
-        self._rounds = 0
-        self._quiet_until = 0.0  # before that it need not be asked again
-        self._wait = rules.silence  # seconds between two such questions while nothing new is begun
+        self._probing = Probing(rules.silence)
         self._ticked: float | None = None
         self._computed = False  # and whether all come out before they exchange a step's gradients
         self._epoch = -1
@@ -214,8 +208,7 @@ class Coordinator:
             member.committed = message
             self._took(message, now)
         elif isinstance(message, Probed):
-            if self._round is not None and message.number == self._round.number:
-                self._round.answers[number] = message.lacking
+            if self._probing.answered(number, message):
                 self._judge(now)
         elif isinstance(message, Done):
             if self.view is not None and message.epoch == self.view.epoch:
@@ -235,7 +228,8 @@ class Coordinator:
         if self.view is None or message.epoch != self.view.epoch:
             return
         begins = message.version > self.version
-        self.version, self._wait = max(self.version, message.version), self.rules.silence
+        self.version = max(self.version, message.version)
+        self._probing.new_begun()
         if self._start is None:
             self._start = message.version
         if self._resumed is None:
@@ -372,7 +366,9 @@ class Coordinator:
         if any(self.members[number].halted is None for number in left):
             return
         if not self._wished and not self._explained and len(left) > 1:
-            self._ask(left, now)  # a connection has ended between two that live: do they still reach each other?
+            self._out += self._probing.ask(
+                left, now
+            )  # a connection has ended between two that live: do they still reach each other?
             return
         self._times.halted = now
         self._aborted += not self._wished
@@ -507,24 +503,16 @@ class Coordinator:
 
     # -- who reaches whom ---------------------------------------------------------------------------------------
 
-    def _ask(self, members: Iterable[int], now: float) -> None:
-        if self._round is None:
-            self._rounds += 1
-            self._round = Round(self._rounds, tuple(members), now)
-            for number in self._round.asked:
-                self._out.append(Tell(number, Probe(self._rounds, self._round.asked)))
-
     def _suspect(self, now: float) -> None:
         """Where nobody has begun anything new for long, messages between members may not get through."""
         view = {"running": self.view, "pausing": self.view, "adopting": self._next}.get(self.phase)
-        if self._round is not None:
-            if now - self._round.begun > _ANSWER * self.rules.silence:
-                self._judge(now, late=True)
-        elif view is not None and now >= self._quiet_until:
+        if self._probing.overdue(now):
+            self._judge(now, late=True)
+        elif view is not None and self._probing.may_ask(now):
             there = [number for number in view.members if number in self.members]
             if len(there) > 1 and all(self._stands(self.members[number], now) for number in there):
                 self._note("probe", why=f"nobody has begun anything new for {self.rules.silence:g} s", members=there)
-                self._ask(there, now)
+                self._out += self._probing.ask(there, now)
 
     def _stands(self, member: _Member, now: float) -> bool:
         return member.beat is not None and member.beat.seconds + now - member.heard > self.rules.silence
@@ -536,17 +524,9 @@ class Coordinator:
             now: seconds.
             late: who has not told by now is not waited for, and goes.
         """
-        asked = self._round
-        if asked is None or self._over:
+        gone = None if self._over else self._probing.verdict(self.members, late)
+        if gone is None:
             return
-        there = [number for number in asked.asked if number in self.members]
-        missing = [number for number in there if number not in asked.answers]
-        if missing and not late:
-            return
-        self._round = None
-        gone = [(number, "did not tell whom it reaches") for number in missing]
-        for number, others in cut_off([n for n in there if n not in missing], asked.answers):
-            gone.append((number, f"is cut off from member {', '.join(map(str, others))}"))
         for left, (number, why) in enumerate(reversed(gone)):
             self._out.append(Fence(number, why))
             self._lose(number, why, now, more=left < len(gone) - 1)
@@ -556,8 +536,7 @@ class Coordinator:
             self._explained = True
             self._decide(now)
         else:
-            self._wait = min(2 * self._wait, _LONGEST * self.rules.silence)
-            self._quiet_until = now + self._wait
+            self._probing.all_take_their_time(now)
 
     # -- the end ------------------------------------------------------------------------------------------------
 
