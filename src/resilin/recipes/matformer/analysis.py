@@ -105,116 +105,111 @@ def _rising(study: Study) -> list[float]:
 
 def claims(study: Study) -> list[Claim]:
     """What the paper says, and what the specification of the method adds."""
+    return [*_of_sizes(study), *_of_mixtures(study), *_of_training(study)]
+
+
+def _near(name: str, statement: str, gains: list[float]) -> Claim:
+    """That a whole nested model is not much behind another one."""
+    mean = statistics.fmean(gains) if gains else math.inf
+    return Claim(name=name, statement=statement, holds=mean <= NEAR, evidence=f"{mean:+.4f} over {len(gains)} seeds")
+
+
+def _of_sizes(study: Study) -> list[Claim]:
     small, loss = SIZES[0], {size: measured(study, "nested", size) for size in SIZES}
-    found = [
+    cut = _claim(
+        "better than a cut",
+        "the smallest size of the nested model is better than the same cut of a model trained alone",
+        _gains(loss[small], measured(study, "plain", small)),
+        0.0,
+        "loss of the cut less that of the nested model's",
+    )
+    against_alone = [
         _claim(
-            "better than a cut",
-            "the smallest size of the nested model is better than the same cut of a model trained alone",
-            _gains(loss[small], measured(study, "plain", small)),
+            f"{NAMES[size]} as good as alone",
+            f"{NAMES[size]} of the nested model has a lower loss than a model of its size trained alone",
+            _gains(loss[size], alone(study, size)),
             0.0,
-            "loss of the cut less that of the nested model's",
-        ),
+            "loss alone less that of the nested model's",
+        )
+        for size in SIZES[:-1]
     ]
-    for size in SIZES[:-1]:
-        found.append(
-            _claim(
-                f"{NAMES[size]} as good as alone",
-                f"{NAMES[size]} of the nested model has a lower loss than a model of its size trained alone",
-                _gains(loss[size], alone(study, size)),
-                0.0,
-                "loss alone less that of the nested model's",
-            )
-        )
-    near = _gains(alone(study, "1"), loss["1"])
-    mean = statistics.fmean(near) if near else math.inf
-    found.append(
-        Claim(
-            name="XL near alone",
-            statement=f"the whole nested model ends within {NEAR} nat/token of one trained alone",
-            holds=mean <= NEAR,
-            evidence=f"{mean:+.4f} over {len(near)} seeds",
-        )
+    near = _near(
+        "XL near alone",
+        f"the whole nested model ends within {NEAR} nat/token of one trained alone",
+        _gains(alone(study, "1"), loss["1"]),
     )
-    longer = _gains(measured(study, "plain_long", "1"), loss["1"])
-    mean = statistics.fmean(longer) if longer else math.inf
-    found.append(
-        Claim(
-            name="XL near as many steps alone",
-            statement=f"... and within {NEAR} nat/token of one trained alone for as many steps, with twice the compute",
-            holds=mean <= NEAR,
-            evidence=f"{mean:+.4f} over {len(longer)} seeds",
-        )
+    near_longer = _near(
+        "XL near as many steps alone",
+        f"... and within {NEAR} nat/token of one trained alone for as many steps, with twice the compute",
+        _gains(measured(study, "plain_long", "1"), loss["1"]),
     )
-    agreement = measured(study, "nested", small, "agreement")
-    found.append(
-        _claim(
-            "agrees more",
-            "S says what XL says more often inside the nested model than two models trained alone do",
-            _gains(alone(study, small, "agreement"), agreement),
-            0.0,
-            "share of tokens",
-        )
+    agrees = _claim(
+        "agrees more",
+        "S says what XL says more often inside the nested model than two models trained alone do",
+        _gains(alone(study, small, "agreement"), measured(study, "nested", small, "agreement")),
+        0.0,
+        "share of tokens",
     )
+    return [cut, *against_alone, near, near_longer, agrees]
+
+
+def _of_mixtures(study: Study) -> list[Claim]:
     under = [gap for t in study.select(arm="nested") if (gap := _under_the_line(t.record)) is not None]
-    found.append(
+    middle = measured(study, "nested", "0.25 x2, 0.5 x2")
+    return [
         _claim(
             "mixtures on the line",
             "mixtures by layer lie on or under the line between the trained sizes beside them",
             under,
             -0.005,
             "nat/token below the line",
-        )
-    )
-    found.append(
+        ),
         _claim(
             "larger sizes behind",
             "mixtures with larger sizes in deeper layers are better than with them in front",
             _rising(study),
             0.0,
             "nat/token",
-        )
-    )
-    middle = measured(study, "nested", "0.25 x2, 0.5 x2")
-    found.append(
+        ),
         _claim(
             "neighbouring sizes",
             "a mixture of the two middle sizes is better than one of the smallest and the largest, which is larger",
             _gains(middle, measured(study, "nested", "skewed")),
             0.0,
             "nat/token",
+        ),
+    ]
+
+
+def _of_training(study: Study) -> list[Claim]:
+    loss = {size: measured(study, "nested", size) for size in SIZES}
+    each_layer = [
+        _claim(
+            f"{NAMES[size]} better than per layer",
+            f"{NAMES[size]} is better when all layers have one size in a step than when each has its own",
+            _gains(loss[size], measured(study, "per_layer", size)),
+            0.0,
+            "nat/token",
         )
-    )
-    for size in (small, "1"):
-        found.append(
-            _claim(
-                f"{NAMES[size]} better than per layer",
-                f"{NAMES[size]} is better when all layers have one size in a step than when each has its own",
-                _gains(loss[size], measured(study, "per_layer", size)),
-                0.0,
-                "nat/token",
-            )
-        )
+        for size in (SIZES[0], "1")
+    ]
     joint = [_gains(loss[size], measured(study, "joint", size)) for size in SIZES]
     by_seed = [statistics.fmean(column) for column in zip(*joint, strict=True)] if all(joint) else []
-    found.append(
-        _claim(
-            "sampling better than joint",
-            "one size a step is better, over the four sizes, than all sizes in a quarter of the steps",
-            by_seed,
-            0.0,
-            "nat/token",
-        )
+    sampling = _claim(
+        "sampling better than joint",
+        "one size a step is better, over the four sizes, than all sizes in a quarter of the steps",
+        by_seed,
+        0.0,
+        "nat/token",
     )
-    found.append(
-        _claim(
-            "more weight on XL",
-            "drawing larger sizes more often makes the whole model better",
-            _gains(measured(study, "large", "1"), loss["1"]),
-            0.0,
-            "nat/token",
-        )
+    weight = _claim(
+        "more weight on XL",
+        "drawing larger sizes more often makes the whole model better",
+        _gains(measured(study, "large", "1"), loss["1"]),
+        0.0,
+        "nat/token",
     )
-    return found
+    return [*each_layer, sampling, weight]
 
 
 def _mean(values: Values) -> float | None:
