@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from offline import one_thread
 from torch import nn
 
 from resilin.adapt.attach import adapter_parameters, attach
@@ -11,16 +10,7 @@ from resilin.adapt.settings import AdapterSettings
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]
 
 
 class One(nn.Module):

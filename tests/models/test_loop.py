@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looped_cases import looped_settings
 from torch.utils.flop_counter import FlopCounterMode
 
 from resilin.config import parse_settings
@@ -29,21 +30,8 @@ TOKENS = torch.tensor([[1, 5, 9, 2, 30, 4, 11], [3, 3, 36, 7, 0, 12, 8]])
 CONDITIONS = ("time_and_step", "index", "none")
 
 
-def sizes(loop: LoopSettings | None, **more) -> DecoderSettings:
-    tree = {
-        "vocab_size": 37,
-        "hidden_size": 16,
-        "layers": 2,
-        "heads": 4,
-        "kv_heads": 2,
-        "mlp_size": 24,
-        "init_std": 0.3,
-    }
-    return DecoderSettings(**{**tree, **more}, loop=loop)
-
-
 def looped(times: int = 3, dtype=torch.float64, more=None, **loop) -> Decoder:
-    return Decoder(sizes(LoopSettings(times=times, start="small", **loop), **(more or {})), seed=3).to(dtype)
+    return Decoder(looped_settings(LoopSettings(times=times, start="small", **loop), **(more or {})), seed=3).to(dtype)
 
 
 def logits(model, tokens=TOKENS, **more):
@@ -106,8 +94,8 @@ def test_sinusoids_are_of_raw_times():
 
 def test_one_loop_that_is_told_nothing_is_the_plain_decoder_bit_for_bit():
     for more in ({}, {"dropout": 0.2}, {"moe": MoESettings(experts=4, expert_size=8)}):
-        plain = Decoder(sizes(None, **more), seed=3)
-        once = Decoder(sizes(LoopSettings(times=1, condition="none"), **more), seed=3)
+        plain = Decoder(looped_settings(None, **more), seed=3)
+        once = Decoder(looped_settings(LoopSettings(times=1, condition="none"), **more), seed=3)
         keys = Keys(0, 1, torch.arange(2))
         found = []
         for model in (plain, once):
@@ -119,7 +107,7 @@ def test_one_loop_that_is_told_nothing_is_the_plain_decoder_bit_for_bit():
 
 
 def test_loops_that_are_told_nothing_are_as_many_layers_with_the_same_weights():
-    model, deep = looped(3, condition="none"), Decoder(sizes(None, layers=6), seed=0).double()
+    model, deep = looped(3, condition="none"), Decoder(looped_settings(None, layers=6), seed=0).double()
     for name, parameter in deep.named_parameters():
         match name.split("."):
             case ["blocks", layer, *rest]:
@@ -141,9 +129,9 @@ def test_with_a_constant_condition_it_is_the_plain_loop():
 
 @pytest.mark.parametrize("condition", ["time_and_step", "index"])
 def test_it_starts_as_the_identity_unless_it_starts_small(condition):
-    model = Decoder(sizes(LoopSettings(times=4, condition=condition)), seed=3)
+    model = Decoder(looped_settings(LoopSettings(times=4, condition=condition)), seed=3)
     assert torch.equal(model(TOKENS).hidden_BTD, model.norm(model.embed(TOKENS)))
-    small = Decoder(sizes(LoopSettings(times=4, condition=condition, start="small"), hidden_size=64), seed=3)
+    small = Decoder(looped_settings(LoopSettings(times=4, condition=condition, start="small"), hidden_size=64), seed=3)
     assert float(small.blocks[0].modulation.weight.detach().std()) == pytest.approx(0.3, rel=0.05)
     assert float(small.blocks[1].attention.o.weight.detach().std()) == pytest.approx(0.3 / 2, rel=0.05)
     assert float(small.blocks[1].mlp.down.weight.detach().std()) == pytest.approx(0.3 / 2, rel=0.1)
@@ -159,7 +147,7 @@ def test_a_cache_changes_nothing(loop, windowed, mixture):
         "sliding_window": 3 if windowed else None,
         "moe": MoESettings(experts=4, expert_size=8) if mixture else None,
     }
-    model = Decoder(sizes(loop, **more), seed=3).double()
+    model = Decoder(looped_settings(loop, **more), seed=3).double()
     with torch.no_grad():
         whole, cache = logits(model), KVCache.of(model, 2, 8)
         assert len(cache.keys_LBKCD) == 2 * loop.times
@@ -170,15 +158,15 @@ def test_a_cache_changes_nothing(loop, windowed, mixture):
 @settings(max_examples=30, deadline=None)
 @given(LOOPS, st.booleans(), st.sampled_from([None, MoESettings(experts=4, expert_size=8, shared_size=8)]))
 def test_parameters_and_operations_are_counted_exactly(loop, tie, moe):
-    chosen = sizes(loop, tie_embeddings=tie, moe=moe)
+    chosen = looped_settings(loop, tie_embeddings=tie, moe=moe)
     model = Decoder(chosen, seed=None, device="meta")
     held = {name: parameter.numel() for name, parameter in model.named_parameters()}
     counts = parameter_counts(chosen)
     assert counts.total == sum(held.values())
     assert counts.non_embedding == sum(n for name, n in held.items() if name not in ("embed.weight", "head.weight"))
-    once = parameter_counts(sizes(loop.model_copy(update={"times": 1}), tie_embeddings=tie, moe=moe))
+    once = parameter_counts(looped_settings(loop.model_copy(update={"times": 1}), tie_embeddings=tie, moe=moe))
     assert counts == once  # however many loops
-    flops = [forward_flops_per_token(sizes(loop.model_copy(update={"times": m})), 9) for m in (1, 2, 3)]
+    flops = [forward_flops_per_token(looped_settings(loop.model_copy(update={"times": m})), 9) for m in (1, 2, 3)]
     assert flops[2] - flops[1] == flops[1] - flops[0] > 0
 
 
@@ -246,13 +234,13 @@ def test_saved_and_opened_it_is_the_same(tmp_path, condition, moe):
 
 def test_activations_are_estimated_for_all_loops():
     def kept(**more):
-        chosen = sizes(LoopSettings(times=more.pop("times"), condition="none"), **more)
+        chosen = looped_settings(LoopSettings(times=more.pop("times"), condition="none"), **more)
         return activation_bytes(chosen, 2, 8)
 
     for recompute in ("none", "selective", "block"):
         one, two, three = (kept(times=n, recompute=recompute) for n in (1, 2, 3))
         assert three - two == two - one > 0
-    deep = activation_bytes(sizes(None, layers=6), 2, 8)
+    deep = activation_bytes(looped_settings(None, layers=6), 2, 8)
     assert kept(times=3) == deep
 
 

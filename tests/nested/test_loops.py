@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looped_cases import looped_settings
 from nested_cases import decoder
 
 from resilin.layout import missing
@@ -27,17 +28,7 @@ L = 4
 
 
 def sizes(condition="time_and_step", times=L, **more) -> DecoderSettings:
-    loop = LoopSettings(times=times, condition=condition, start="small")
-    tree = {
-        "vocab_size": 37,
-        "hidden_size": 16,
-        "layers": 2,
-        "heads": 4,
-        "kv_heads": 2,
-        "mlp_size": 24,
-        "init_std": 0.3,
-    }
-    return DecoderSettings(**{**tree, **more}, loop=loop)
+    return looped_settings(LoopSettings(times=times, condition=condition, start="small"), **more)
 
 
 def logits(model, tokens=TOKENS, **more):
