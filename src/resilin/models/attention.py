@@ -57,7 +57,7 @@ class Attention(nn.Module):
         q_BTW, k_BTW, v_BTW = (
             cut.linear(x_BTD, one, f"attention.{name}") for name, one in (("q", self.q), ("k", self.k), ("v", self.v))
         )
-        norms = [None if n is None else partial(self._cut_norm, cut, n, s) for n, s in self._norms()]
+        norms = [None if n is None else partial(cut.norm, norm=n, name=s) for n, s in self._norms()]
         q_BTHD, k_BTKD = (
             self._heads(x, count, norm)
             for x, count, norm in zip((q_BTW, k_BTW), (cut.heads, cut.key_heads), norms, strict=True)
@@ -66,14 +66,6 @@ class Attention(nn.Module):
 
     def _norms(self) -> tuple[tuple[nn.Module | None, str], ...]:
         return (self.q_norm, "attention.q_norm.weight"), (self.k_norm, "attention.k_norm.weight")
-
-    @staticmethod
-    def _cut_norm(cut: BlockCut, norm: nn.Module, name: str, x: Tensor) -> Tensor:
-        if name not in cut.regions:
-            whole: Tensor = norm(x)
-            return whole
-        part: Tensor = norm(x, cut.vector(norm.weight, name))  # type: ignore[arg-type]
-        return part
 
     def forward(
         self,

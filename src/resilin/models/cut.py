@@ -116,6 +116,14 @@ class BlockCut:
         parts = [view_of(vector, box) for box in boxes]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def norm(self, x: Tensor, norm: nn.Module, name: str) -> Tensor:
+        """A norm of the used part of its width, whose weight has this name in the block."""
+        if name not in self.regions:
+            whole: Tensor = norm(x)
+            return whole
+        part: Tensor = norm(x, self.vector(norm.weight, name))  # type: ignore[arg-type]
+        return part
+
     def stack(self, stack: Tensor | None, name: str) -> Tensor | None:
         """The used part of stacked matrices whose first dimension is whole."""
         boxes = self.regions.get(name)

@@ -84,11 +84,8 @@ class Block(nn.Module):
 
     @staticmethod
     def _normed(norm: nn.Module, x: Tensor, cut: BlockCut | None, name: str) -> Tensor:
-        if cut is None or name not in cut.regions:
-            whole: Tensor = norm(x)
-            return whole
-        part: Tensor = norm(x, cut.vector(norm.weight, name))  # type: ignore[arg-type]
-        return part
+        found: Tensor = norm(x) if cut is None else cut.norm(x, norm, name)
+        return found
 
     def forward(
         self,
