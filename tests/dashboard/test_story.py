@@ -16,7 +16,7 @@ from resilin.dashboard.changes import PARTS
 from resilin.dashboard.cluster_map import map_of_settings, map_of_view, runs, runs_of_micros
 from resilin.dashboard.follower import Follower
 from resilin.dashboard.story import Story
-from resilin.parallel.workers import in_runs
+from resilin.parallel.micro_batches import in_runs
 from resilin.run.events import Evaluated, Event, Failure, RunEnded, Saved
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from resilin.cluster.protocol.coordinator import Coordinator
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.view import View
-from resilin.parallel.workers import in_runs
+from resilin.parallel.micro_batches import in_runs
 
 _NOWHERE: dict[str, Any] = {"stage": None, "layers": None, "micros": None, "slots": None}
 _NOBODY = {**_NOWHERE, "host": "", "state": "awaited", "step": "", "seconds": 0.0, "holders": []}

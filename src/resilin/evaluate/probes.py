@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from resilin.config import component
 from resilin.keys import Keys
 from resilin.models.attention_core import AttentionCore
-from resilin.models.decoder import Block, Decoder, DecoderOutput
+from resilin.models.block import Block
+from resilin.models.decoder import Decoder, DecoderOutput
 from resilin.models.mask import Mask
 from resilin.nouns import Batch, Log, Loss, Max, Mean, Objective
 from resilin.objective.settings import ObjectiveContext, ObjectiveSettings

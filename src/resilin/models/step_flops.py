@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from resilin.models.decoder import Block, Decoder
+from resilin.models.block import Block
+from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.flops import keys_seen
 from resilin.models.moe import Experts

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from resilin.config import UserError
 from resilin.inference.scoring import evaluating
 from resilin.models.attention import Attention
-from resilin.models.decoder import Block, Decoder
+from resilin.models.block import Block
+from resilin.models.decoder import Decoder
 from resilin.models.linear import Linear
 from resilin.models.mlp import MLP
 from resilin.models.moe import Experts, MoE

@@ -21,6 +21,7 @@ from resilin.parallel.errors import ParallelError
 from resilin.parallel.exchange import add_up_all, largest, share
 from resilin.parallel.group import Group
 from resilin.parallel.messages import tell_all
+from resilin.parallel.micro_batches import Dealt, along_data, even_batches, micro_batches
 from resilin.parallel.reduction import Reduced
 from resilin.parallel.report import Report, Summed
 from resilin.parallel.sharded import Gathered
@@ -168,62 +169,6 @@ class Trained:
     given_by: Giver | None = None
     counted: bool = True
     row: int = 0
-
-
-def micro_batches(count: int, size: int, workers: int) -> list[range]:
-    """The slots of every micro-batch of a step.
-
-    Args:
-        count: slots of the step.
-        size: slots of a micro-batch; 0: a worker's share of the step.
-        workers: of the data axis.
-    """
-    size = size or -(-count // workers)
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def even_batches(count: int, size: int, workers: int) -> list[range]:
-    """The slots of every micro-batch of a step, cut for so many workers: no share is more than one slot larger.
-
-    Dealt in runs, each worker has one share of the slots, in micro-batches as few and as equal as can be (ElasWave,
-    section 4: reshaped micro-batches).
-
-    Args:
-        count: slots of the step.
-        size: the most of a micro-batch; 0: a worker's share.
-        workers: of the data axis.
-    """
-    each = -(-count // (workers * size)) if size else 1
-    shares = in_runs(count, workers)
-    return [share[cut.start : cut.stop] for share in shares for cut in in_runs(len(share), each) if len(cut)]
-
-
-Dealt = Callable[[int, int], Sequence[Sequence[int]]]
-"""How a step's micro-batches, so many of them, are dealt: to each worker, by rank, ascending numbers. Workers that
-compute different parts of the model may have the same ones."""
-
-
-def run_of(micros: int, workers: int, dp: int) -> range:
-    """Which of so many micro-batches a worker of the data axis computes."""
-    base, more = divmod(micros, workers)
-    first = dp * base + min(dp, more)
-    return range(first, first + base + (dp < more))
-
-
-def in_runs(micros: int, workers: int) -> list[range]:
-    """Every worker's run of neighbours."""
-    return [run_of(micros, workers, dp) for dp in range(workers)]
-
-
-def along_data(world: World) -> Dealt:
-    """Runs of neighbours, by the data axis."""
-    places = world.mesh.coordinates()["dp"].tolist()
-
-    def dealt(_: int, micros: int) -> list[range]:
-        runs = in_runs(micros, world.axis("dp"))
-        return [runs[place] for place in places]
-
-    return dealt
 
 
 class Workers:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from resilin.cluster.protocol.messages import Adopt
+from resilin.parallel.micro_batches import in_runs
 from resilin.parallel.stretches import left_to_do
-from resilin.parallel.workers import in_runs
 
 Owners = tuple[tuple[tuple[int, ...], ...], ...]
 """By stage and member ascending numbers."""

@@ -15,13 +15,13 @@ from resilin.models.settings import ModelContext
 from resilin.nouns import Source
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.dtypes import DTYPES
+from resilin.parallel.micro_batches import micro_batches, run_of
 from resilin.parallel.part import Cutting, cutting_of, schedule_of
 from resilin.parallel.pipeline.messages import lower
 from resilin.parallel.pipeline.schedule import F, I, Schedule
 from resilin.parallel.pipeline.simulate import simulate
 from resilin.parallel.pipeline.tied import heads_kept
 from resilin.parallel.tied_ends import adds_tied_in_order
-from resilin.parallel.workers import micro_batches, run_of
 from resilin.parallel.world import World
 from resilin.run.build import build_sources, steps_of
 from resilin.run.divided import check_division, tokens_of

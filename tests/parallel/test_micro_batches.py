@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilin.parallel.workers import even_batches, in_runs, micro_batches
+from resilin.parallel.micro_batches import even_batches, in_runs, micro_batches
 
 
 @given(st.integers(1, 200), st.integers(0, 20), st.integers(1, 17))
