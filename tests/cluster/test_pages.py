@@ -90,7 +90,7 @@ def test_shared_pages_that_were_damaged_are_found_when_they_are_read():
         server.close()
 
 
-def test_what_cannot_be_mapped_is_sent():
+def test_what_cannot_be_mapped_is_sent(capsys: pytest.CaptureFixture[str]):
     pool = Pool(2)
     server = PeerServer(pool, "s")
     try:
@@ -103,6 +103,7 @@ def test_what_cannot_be_mapped_is_sent():
             kept = pool.get(1, 0, version)
             assert kept.pages.own
             assert kept.head() == made.head()
+        assert capsys.readouterr().err.count("are sent from now on") == 1, "which is said once"
     finally:
         server.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -211,8 +212,10 @@ class Peer:
         if self._near and copy.pages.handle is not None:
             try:
                 self._ask({"do": "share", "head": copy.head(), "pages": copy.pages.handle.json()})
-            except PagesError:
-                self._near = False  # another machine, or as good as
+            except PagesError as error:  # another machine, or as good as
+                self._near = False
+                where = f"{self._address.host}:{self._address.port}"
+                sys.stderr.write(f"copies for the member at {where} are sent from now on: {error}\n")
             else:
                 return
         self._ask({"do": "put", "head": copy.head()}, _bytes(copy.data))
