@@ -54,11 +54,14 @@ class _Old:
             self._groups.put(groups.pop())
 
     def _go(self) -> None:
+        kept: list[Any] = []
         while True:
-            group = self._groups.get()
-            while sys.getrefcount(group) > 2:  # this thread's own, and that of the call
-                time.sleep(_POLL)
-            del group
+            while not kept or not self._groups.empty():
+                kept.append(self._groups.get())
+            time.sleep(_POLL)
+            for place in reversed(range(len(kept))):
+                if sys.getrefcount(kept[place]) <= 2:  # the list's, and that of the call
+                    del kept[place]
 
 
 _old = _Old()
