@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.hybrid_settings import HybridSettings
 from resilin.models.tiled import tile_count
 
 
@@ -51,9 +52,40 @@ def _mlp_kept(s: DecoderSettings, layer: int) -> int:
     return kept + moe.experts_per_token * (2 * s.hidden_size + branches * moe.expert_size)
 
 
+def _mamba_kept(s: HybridSettings) -> int:
+    """Values that a token leaves in a Mamba-2 layer."""
+    m = s.mamba
+    convolved = m.width + 2 * m.state_width
+    # norm input and output; inputs of the convolution, of silu and of what follows; B and C as they are multiplied; the
+    # masked products of a chunk and what they are made of; inputs, outputs and gates of the scan and of the norm; the
+    # states between chunks; steps and decays
+    inside = (2 * m.heads + m.groups) * m.chunk + 10 * m.width + 5 * m.heads
+    states = 2 * m.width * m.state_size // m.chunk
+    return 2 * s.hidden_size + 4 * convolved + 4 * m.state_width + inside + states
+
+
+def _hybrid_kept(s: HybridSettings, layer: int) -> int:
+    kind = s.kind_of(layer)
+    kept = _mamba_kept(s) if kind == "mamba" else _attention_kept(s) if kind == "attention" else _mlp_kept(s, layer)
+    return kept + (2 * s.hidden_size if s.dropout else 0)
+
+
+def _hybrid_selective_kept(s: HybridSettings, layer: int) -> int:
+    kind, m = s.kind_of(layer), s.mamba
+    if kind == "mamba":
+        states = m.width * m.state_size // m.chunk
+        return 2 * s.hidden_size + 4 * m.width + 2 * m.state_width + m.heads + m.groups * m.chunk + states
+    if kind == "mlp":
+        return 2 * s.hidden_size + (2 if s.gated else 1) * s.feed_forward_size
+    query, key = s.heads * s.head_width, s.key_heads * s.head_width
+    return 2 * s.hidden_size + 2 * query + 2 * key + s.heads
+
+
 def _block_kept(s: DecoderSettings, layer: int) -> int:
     """Values a token leaves in one block when nothing is recomputed."""
     s = s.at(layer)
+    if isinstance(s, HybridSettings):
+        return _hybrid_kept(s, layer)
     masks = 2 * 2 * s.hidden_size if s.dropout else 0
     branches = 2 * s.hidden_size if s.told else 0  # for the gradients of their gates
     return _attention_kept(s) + _mlp_kept(s, layer) + masks + branches
@@ -62,6 +94,8 @@ def _block_kept(s: DecoderSettings, layer: int) -> int:
 def _selective_kept(s: DecoderSettings, layer: int) -> int:
     """Values a token leaves in one block when only matrix products and attention are kept."""
     s = s.at(layer)
+    if isinstance(s, HybridSettings):
+        return _hybrid_selective_kept(s, layer)
     query, key = s.heads * s.head_width, s.key_heads * s.head_width
     kept = s.hidden_size + 2 * query + 2 * key + s.heads + s.hidden_size
     branches = 2 if s.gated else 1

@@ -17,7 +17,6 @@ from types import MappingProxyType
 
 from resilin.layout import Region
 from resilin.models.cut import BlockCut, Cut, Regions
-from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.nested.budgets import Budget
 from resilin.nested.sub_model import LayerPart, sub_model
@@ -30,7 +29,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 @lru_cache(maxsize=64)
 def shapes_of(settings: DecoderSettings) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a decoder, by name."""
-    outline = Decoder(settings, seed=None, device="meta")
+    outline = settings.on_meta()
     return {name: tuple(parameter.shape) for name, parameter in outline.named_parameters()}
 
 
