@@ -146,7 +146,7 @@ class MoE(nn.Module):
     def __init__(self, settings: DecoderSettings, moe: MoESettings, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.settings = moe
-        self.router = Linear(settings.hidden_size, moe.experts, bias=False, device=device)
+        self.router = Linear(settings.hidden_size, moe.experts, bias=moe.router_bias, device=device)
         self.experts = Experts(settings, moe, device)
         self.shared = MLP(settings, moe.shared_size, device) if moe.shared_size else None
         self.shared_gate = Linear(settings.hidden_size, 1, bias=False, device=device) if moe.shared_gate else None
