@@ -8,7 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from joined_cases import IN_MEMORY, KINDS, anchor_model, logits, rows_of, tokens, train, trained_expert, weights, written_anchor
+from joined_cases import (
+    IN_MEMORY,
+    KINDS,
+    anchor_model,
+    logits,
+    rows_of,
+    tokens,
+    train,
+    trained_expert,
+    weights,
+    written_anchor,
+)
 
 from resilin.joined import JoinedRecord, beside_anchor, expert_of, join, join_models, without
 from resilin.joined.anchor import Anchor
