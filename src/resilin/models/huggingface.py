@@ -1,5 +1,5 @@
-"""Decoders from and to Hugging Face folders (config.json + safetensors): Llama, Mistral, Mixtral, Qwen2/2.5/3, the
-Qwen mixtures of experts, and Nemotron-H.
+"""Decoders from and to Hugging Face folders (config.json + safetensors): Llama, Mistral, Mixtral, Qwen2/2.5/3, and
+the Qwen mixtures of experts, OLMo 2, FlexOlmo and Nemotron-H.
 """
 
 from __future__ import annotations
@@ -7,8 +7,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,15 @@ def fill_targets(folder: Path, targets: Mapping[str, Target], settings: DecoderS
     Args:
         folder: with safetensors, whole or sharded.
         targets: every parameter of the model.
-        settings: of the model; where they tie the head to the embedding, some writers store it twice.
+        settings: of the model; where the head is the embedding, some writers store it twice.
 
     Raises:
         ModelFolderError: what is missing, broken or superfluous, by name.
     """
     filled = dict.fromkeys(targets, 0)
-    known = hybrid_parts(settings) if isinstance(settings, HybridSettings) else parts_of
+    known: Callable[[str], list[Part] | None] = partial(parts_of, norms_after=settings.norm_place == "after")
+    if isinstance(settings, HybridSettings):
+        known = hybrid_parts(settings)
     for stored in open_tensors(folder):
         if stored.name == "lm_head.weight" and settings.tie_embeddings:
             continue
@@ -170,14 +173,27 @@ def load_pretrained(
     return model
 
 
-def _described(settings: DecoderSettings, dtype: str, special_ids: Mapping[str, int | None] | None) -> dict[str, Any]:
-    """The content of `config.json`; one of our own where no family has such a model."""
-    hybrid = isinstance(settings, HybridSettings)
-    if settings.sizes_differ or settings.loop is not None or (hybrid and settings.tie_embeddings):
-        return own_config(settings, dtype, special_ids)
-    if isinstance(settings, HybridSettings):
-        return hybrid_config(settings, dtype, special_ids)
-    return config_from_settings(settings, dtype, special_ids)
+def folder_config(
+    settings: DecoderSettings, dtype: torch.dtype, special_ids: Mapping[str, int | None] | None = None
+) -> dict[str, Any]:
+    """The content of a folder's `config.json`: of a stock architecture, or of our own for what no family has.
+
+    Args:
+        settings: of the decoder.
+        dtype: of the stored tensors.
+        special_ids: as in `save_pretrained`.
+
+    Raises:
+        ModelFolderError: the settings fit no family.
+    """
+    name, hybrid = str(dtype).removeprefix("torch."), isinstance(settings, HybridSettings)
+    # No family has blocks of different sizes, loops, or offsets of experts, nor a hybrid with a tied head.
+    ours = settings.sizes_differ or settings.loop is not None or (hybrid and settings.tie_embeddings)
+    ours = ours or (settings.moe is not None and settings.moe.router_bias)
+    if isinstance(settings, HybridSettings) and not ours:
+        return hybrid_config(settings, name, special_ids)
+    describe = own_config if ours else config_from_settings
+    return describe(settings, name, special_ids)
 
 
 @torch.no_grad()
@@ -191,10 +207,11 @@ def save_pretrained(
     special_ids: Mapping[str, int | None] | None = None,
 ) -> list[Path]:
     """Write a decoder as a Hugging Face folder that `transformers` opens; where its blocks have different sizes or are
-    looped, as a folder with a config of our own (`resilin.models.own_config`), which only `load_pretrained` opens.
+    looped, or its experts have offsets, as a folder with a config of our own (`resilin.models.own_config`), which only
+    `load_pretrained` opens.
 
     Args:
-        model: a decoder whose settings fit one of the families, or whose blocks differ in size or are looped.
+        model: a decoder whose settings fit one of the families, or that `folder_config` describes otherwise.
         folder: made where it does not exist.
         tokenizer_files: copied beside the weights.
         dtype: of the stored tensors; None: the parameters' own.
@@ -209,7 +226,7 @@ def save_pretrained(
     """
     folder = Path(folder)
     stored = dtype or model.embed.weight.dtype
-    config = _described(model.settings, str(stored).removeprefix("torch."), special_ids)
+    config = folder_config(model.settings, stored, special_ids)
     folder.mkdir(parents=True, exist_ok=True)
     named = (
         hybrid_tensors(model, model.settings)

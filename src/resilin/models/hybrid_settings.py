@@ -122,6 +122,8 @@ class HybridSettings(DecoderSettings):
         for name in ("moe", "loop", "rope_scaling", "sliding_window"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: a hybrid decoder has none; leave it out")
+        if self.norm_place != "before":
+            raise ValueError("norm_place: a hybrid decoder norms what its layers read; leave it out")
         if self.mlp_tiles != 1:
             raise ValueError("mlp_tiles: a hybrid decoder computes its feed-forwards whole; leave it out")
         for layer, own in enumerate(self.layer_sizes):
