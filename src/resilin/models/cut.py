@@ -101,6 +101,14 @@ class BlockCut:
             total = total + product(share, view_of(map_.weight, box))
         return total
 
+    def gathered(self, x: Tensor, map_: nn.Linear, name: str) -> Tensor:
+        """As `linear`, for boxes below each other, which are copied together first: the bits of a map of these rows."""
+        boxes = self.regions.get(f"{name}.weight", ())
+        if len(boxes) < 2 or type(map_) is not Linear:
+            return self.linear(x, map_, name)
+        weight_OI = torch.cat([view_of(map_.weight, box) for box in boxes])
+        return product(x, weight_OI, None if map_.bias is None else self.vector(map_.bias, f"{name}.bias"))
+
     def _biases(self, bias: Tensor, name: str, boxes: tuple[Region, ...]) -> tuple[Tensor | None, ...]:
         of_bias = self.regions.get(f"{name}.bias")
         if of_bias is None:

@@ -32,6 +32,8 @@ class MoESettings(Settings):
     """Weights of the chosen experts: from a softmax over all experts, or over the chosen ones only."""
     normalise_weights: bool = True
     """Whether the chosen experts' weights are made to sum to 1 (with `topk_softmax` they always do)."""
+    router_bias: bool = False
+    """Whether each expert has an offset that is added to its logit."""
     shared_size: NonNegativeInt = 0
     """Hidden width of an expert that every token visits; 0: none."""
     shared_gate: bool = False
@@ -93,6 +95,8 @@ class DecoderSettings(ModelSettings):
     """Whether the feed-forward is `down(act(gate(x)) * up(x))` (SwiGLU with silu) or `down(act(up(x)))`."""
     norm: Literal["rms", "layer"] = "rms"
     """Root-mean-square norm, or layer norm without bias."""
+    norm_place: Literal["before", "after"] = "before"
+    """Whether a branch's input is normed, or its output (OLMo 2: `x + norm(attention(x))`)."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the mean square (variance) inside the norms."""
     qk_norm: Literal["none", "rms", "layer", "transplant"] = "none"
@@ -252,6 +256,8 @@ class DecoderSettings(ModelSettings):
                     raise ValueError(
                         f"rope_scaling.{name} has {len(divisors)} values; half a head needs {self.head_width // 2}"
                     )
+        if self.norm_place == "after" and self.told:
+            raise ValueError("norm_place = 'after': blocks that are told of loops are normed before: leave it out")
         if self.moe is not None and self.mlp_bias:
             raise ValueError("mlp_bias: experts have no biases; set it to false")
         self._check_layer_sizes()

@@ -71,7 +71,9 @@ def _block_matrices(settings: DecoderSettings, layer: int, *, active: bool) -> i
 
 def _block_vectors(settings: DecoderSettings, layer: int) -> int:
     settings = settings.at(layer)
-    mlp = 0 if settings.is_moe_layer(layer) else _mlp_vectors(settings)
+    mlp = _mlp_vectors(settings)
+    if settings.moe is not None and settings.is_moe_layer(layer):
+        mlp = settings.moe.experts if settings.moe.router_bias else 0
     # The map of what a block is told is no matrix that tokens meet: one vector passes it in each loop.
     width = settings.hidden_size
     scales = 4 * width * (width + 1) if settings.told else 2 * width

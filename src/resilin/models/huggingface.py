@@ -1,5 +1,5 @@
 """Decoders from and to Hugging Face folders (config.json + safetensors): Llama, Mistral, Mixtral, Qwen2/2.5/3, and
-the Qwen mixtures of experts.
+the Qwen mixtures of experts, OLMo 2 and FlexOlmo.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,22 +103,22 @@ def fill_part(targets: Mapping[str, Target], part: Part, stored: StoredTensor) -
 
 
 @torch.no_grad()
-def fill_targets(folder: Path, targets: Mapping[str, Target], tied: bool) -> None:
+def fill_targets(folder: Path, targets: Mapping[str, Target], settings: DecoderSettings) -> None:
     """Read a folder's weights into parameters, or parts of them: no more bytes of a file than they take.
 
     Args:
         folder: with safetensors, whole or sharded.
         targets: every parameter of the model.
-        tied: whether the head is the embedding; some writers store it twice.
+        settings: of the model; where the head is the embedding, some writers store it twice.
 
     Raises:
         ModelFolderError: what is missing, broken or superfluous, by name.
     """
     filled = dict.fromkeys(targets, 0)
     for stored in open_tensors(folder):
-        if stored.name == "lm_head.weight" and tied:
+        if stored.name == "lm_head.weight" and settings.tie_embeddings:
             continue
-        parts = parts_of(stored.name)
+        parts = parts_of(stored.name, norms_after=settings.norm_place == "after")
         if parts is None:
             raise ModelFolderError(f"{folder}: tensor {stored.name!r} is not part of any model family known here")
         for part in parts:
@@ -158,8 +159,28 @@ def load_pretrained(
     settings = folder_settings(folder)
     model = Decoder(settings, seed=None, device="meta").to(dtype).to_empty(device=device)
     targets = {name: Target.whole(parameter.data) for name, parameter in model.named_parameters()}
-    fill_targets(folder, targets, settings.tie_embeddings)
+    fill_targets(folder, targets, settings)
     return model
+
+
+def folder_config(
+    settings: DecoderSettings, dtype: torch.dtype, special_ids: Mapping[str, int | None] | None = None
+) -> dict[str, Any]:
+    """The content of a folder's `config.json`: of a stock architecture, or of our own for what no family has.
+
+    Args:
+        settings: of the decoder.
+        dtype: of the stored tensors.
+        special_ids: as in `save_pretrained`.
+
+    Raises:
+        ModelFolderError: the settings fit no family.
+    """
+    # No family has blocks of different sizes, loops, or offsets of experts.
+    ours = settings.sizes_differ or settings.loop is not None
+    ours = ours or (settings.moe is not None and settings.moe.router_bias)
+    describe = own_config if ours else config_from_settings
+    return describe(settings, str(dtype).removeprefix("torch."), special_ids)
 
 
 @torch.no_grad()
@@ -173,10 +194,11 @@ def save_pretrained(
     special_ids: Mapping[str, int | None] | None = None,
 ) -> list[Path]:
     """Write a decoder as a Hugging Face folder that `transformers` opens; where its blocks have different sizes or are
-    looped, as a folder with a config of our own (`resilin.models.own_config`), which only `load_pretrained` opens.
+    looped, or its experts have offsets, as a folder with a config of our own (`resilin.models.own_config`), which only
+    `load_pretrained` opens.
 
     Args:
-        model: a decoder whose settings fit one of the families, or whose blocks differ in size or are looped.
+        model: a decoder whose settings fit one of the families, or that `folder_config` describes otherwise.
         folder: made where it does not exist.
         tokenizer_files: copied beside the weights.
         dtype: of the stored tensors; None: the parameters' own.
@@ -191,10 +213,7 @@ def save_pretrained(
     """
     folder = Path(folder)
     stored = dtype or model.embed.weight.dtype
-    # No family has blocks of different sizes, or loops: such a folder has a config of our own.
-    ours = model.settings.sizes_differ or model.settings.loop is not None
-    describe = own_config if ours else config_from_settings
-    config = describe(model.settings, str(stored).removeprefix("torch."), special_ids)
+    config = folder_config(model.settings, stored, special_ids)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: tensor.to(device="cpu", dtype=stored).contiguous()

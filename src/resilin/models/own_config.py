@@ -1,5 +1,5 @@
-"""A `config.json` of our own, for decoders that no Hugging Face family describes: those whose blocks differ in size, or
-are looped.
+"""A `config.json` of our own, for decoders that no Hugging Face family describes: those whose blocks differ in size or
+are looped, or whose experts have offsets.
 
     {"model_type": "resilin", "architectures": ["ResilinDecoder"], "dtype": "float32",
      "settings": {...},                        a decoder's settings as in a run's [model], without what is usual

@@ -97,5 +97,5 @@ def extract_folder(
             targets[name] = Target(tensor, shape, pieces_of(used[name]))
         else:
             targets[name] = Target(torch.empty(0), shape, ())  # of a skipped layer: known, and not read
-    fill_targets(folder, targets, settings.tie_embeddings)
+    fill_targets(folder, targets, settings)
     return small
