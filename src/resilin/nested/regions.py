@@ -3,10 +3,10 @@
 Running in place, extracting, and what is tested of gradients all read what is said here.
 
 With sizes d (hidden), m (neurons), and the kept heads' rows: embedding and head [V, :d]; norms [:d]; q, k, v [heads,
-:d]; o [:d, heads]; gate and up [:m, :d]; down [:d, :m]; router [experts, :d]; stacked experts [experts, :m, :d] and
-[experts, :d, :m]. Rows of heads are one run where whole groups are kept, else one run for each key head; experts that
-are named one by one are as many runs as they leave gaps. The shared expert keeps its neurons. What a looped decoder's
-blocks are told is as wide as the stream.
+:d]; o [:d, heads]; gate and up [:m, :d]; down [:d, :m]; router [experts, :d] and its bias [experts]; stacked experts
+[experts, :m, :d] and [experts, :d, :m]. Rows of heads are one run where whole groups are kept, else one run for each
+key head; experts that are named one by one are as many runs as they leave gaps. The shared expert keeps its neurons.
+What a looped decoder's blocks are told is as wide as the stream.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from types import MappingProxyType
 
 from resilin.layout import Region
 from resilin.models.cut import BlockCut, Cut, Regions
-from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.nested.budgets import Budget
 from resilin.nested.sub_model import LayerPart, sub_model
@@ -30,7 +29,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 @lru_cache(maxsize=64)
 def shapes_of(settings: DecoderSettings) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a decoder, by name."""
-    outline = Decoder(settings, seed=None, device="meta")
+    outline = settings.on_meta()
     return {name: tuple(parameter.shape) for name, parameter in outline.named_parameters()}
 
 
@@ -80,7 +79,7 @@ def _block_runs(settings: DecoderSettings, part: LayerPart, hidden: int, name: s
         rows = tuple((number * whole, hidden) for number in range(4)) if hidden < whole else ((0, 4 * whole),)
         return (rows, d) if is_weight else (rows,)
     if stem == "moe.router":
-        return (_runs_of(part.experts), d)
+        return (_runs_of(part.experts), d) if is_weight else (_runs_of(part.experts),)
     if stem in ("moe.shared_gate", "moe.shared.gate", "moe.shared.up"):
         return (None, d)
     if stem == "moe.shared.down":
