@@ -1,7 +1,8 @@
 """Long runs on machines that fail, come back, are taken away or are slow: simulated event by event, way by way. Pure.
 
-A trace says what happens to which machine when (`trace`, `draw`); a way to go on says what the run makes of it (`ways`);
-`engine` plays one against the other and accounts for every second (`outcome`). `study` does that for a file of settings.
+A trace says what happens to which machine when (`trace`, `draw`); a way to go on says what the run makes of it
+(`ways`); `engine` plays one against the other and accounts for every second (`outcome`). `study` does that for a file
+of settings.
 """
 
 from resilin.planner.long_run.course import Course

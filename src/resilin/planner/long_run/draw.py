@@ -1,7 +1,8 @@
 """Traces drawn from laws of failure: machines by themselves, whole racks, spot machines taken away, slow machines.
 
 Every kind of event is a renewal process for each machine (or rack) alone: it lasts, then it fails, then it is repaired.
-Numbers are keyed by (seed, round, machine), so that more machines or a longer time change nothing of what was there.
+Numbers are keyed by (seed, number of the failure, machine), so that more machines or a longer time change nothing of
+what was there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from resilin.planner.long_run.laws import Law, uniform
 from resilin.planner.long_run.trace import EVICT, FAIL, SLOW, Floats, Ints, Trace
 
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-MOST_ROUNDS = 1_000_000
+MOST_ROUNDS, ROUNDS = 1_000_000, 16  # of one machine; of them so many are drawn at once
 
 
 class MachineFailures(Law):
@@ -59,7 +60,8 @@ class Failures(Settings):
     slow: Stragglers | None = None
 
     def rate(self, machines: int) -> float:
-        """Interruptions a second of a run on so many machines, all of them being there; what is only slow does not count.
+        """Interruptions a second of a run on so many machines, all of them being there; what is only slow does not
+        count.
 
         The rate of renewals in the long run: one over the mean time from one failure to the next (without the repair,
         during which a machine cannot fail).
@@ -116,22 +118,25 @@ def draw(failures: Failures, machines: int, seconds: float, seed: int) -> Trace:
 
 
 def _renewals(up: Law, down: Law, count: int, seconds: float, seed: int, name: str) -> tuple[Ints, Floats, Floats]:
-    """(which, from when, until when) of all failures of `count` machines before `seconds`, machine by machine's round."""
+    """(which, from when, until when) of all failures of `count` machines before `seconds`, machine by machine's
+    round.
+    """
     now_N, alive_N = np.zeros(count), np.arange(count, dtype=np.int64)
     found: list[tuple[Ints, Floats, Floats]] = []
-    for number in range(MOST_ROUNDS):
+    for number in range(MOST_ROUNDS // ROUNDS):
         keys = Keys.of_step(seed, number).fold("failures").fold(name)
-        at_N = now_N + up.seconds(uniform(keys.fold("up"), alive_N))
-        inside = at_N < seconds
-        alive_N, at_N = alive_N[inside], at_N[inside]
+        up_NK = up.seconds(uniform(keys.fold("up"), alive_N, ROUNDS))
+        down_NK = down.seconds(uniform(keys.fold("down"), alive_N, ROUNDS))
+        until_NK = now_N[:, None] + np.cumsum(up_NK + down_NK, axis=1)
+        at_NK = until_NK - down_NK
+        inside_NK = at_NK < seconds
+        which_NK = np.broadcast_to(alive_N[:, None], at_NK.shape)
+        found.append((which_NK[inside_NK], at_NK[inside_NK], until_NK[inside_NK]))
+        on_N = until_NK[:, -1] < seconds
+        now_N, alive_N = until_NK[on_N, -1], alive_N[on_N]
         if not len(alive_N):
             break
-        until_N = at_N + down.seconds(uniform(keys.fold("down"), alive_N))
-        found.append((alive_N, at_N, until_N))
-        now_N = until_N
     else:
-        raise ValueError(f"more than {MOST_ROUNDS} failures of one machine in {seconds:g} s: are the hours meant as such?")
-    if not found:
-        return np.empty(0, dtype=np.int64), np.empty(0), np.empty(0)
+        raise ValueError(f"more than {MOST_ROUNDS} failures of one machine in {seconds:g} s: are hours meant as hours?")
     columns = list(zip(*found, strict=True))
     return np.concatenate(columns[0]), np.concatenate(columns[1]), np.concatenate(columns[2])

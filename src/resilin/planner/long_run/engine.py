@@ -125,7 +125,9 @@ class _Player:
             cycle = interval + cost
             pace = speed / course.step_seconds
             at = self.at
-            head, offset = (at, 0.0) if at < interval else (0.0, cycle - at)  # the second: in the middle of a checkpoint
+            head, offset = (
+                (at, 0.0) if at < interval else (0.0, cycle - at)
+            )  # the second: in the middle of a checkpoint
             work = (course.steps - self.steps) / pace
             passed = max(math.ceil((head + work) / interval * (1 - _EARLIER)) - 1, 0) if interval < math.inf else 0
             wall = offset + work + passed * cost
@@ -140,10 +142,10 @@ class _Player:
                 now += wall
             else:
                 total = at + left
-                cycles = int(total // cycle) if interval < math.inf else 0
-                rest = total - cycles * cycle
+                cycles = int(total // cycle)  # 0 where there are no checkpoints, and infinity times 0 would be none
+                rest, done_in = (total - cycles * cycle, cycles * interval) if cycles else (total, 0.0)
                 inside = min(rest, interval)
-                work = cycles * interval + inside - min(at, interval)
+                work = done_in + inside - min(at, interval)
                 self.working += work
                 self.saving += left - work
                 self.slower += work * (1 - speed)
@@ -167,7 +169,8 @@ class _Player:
         self.diary.saves += [now - head + cycle * number for number in range(1, more + 1)]
 
     def _loses(self, machines: list[int], noticed: float) -> None:
-        empty, replaced = [], []
+        empty: list[int] = []
+        replaced: list[int] = []
         for machine in machines:
             self.down[machine] += 1
             if self.down[machine] > 1:
@@ -228,7 +231,7 @@ class _Player:
         course = self.course
         if any(stop.back for stop in stops):
             self.restarts += 1
-            if self.diary is not None:
+            if self.diary is not None and self.steps > self.saved:
                 self.diary.back.append((self.now, self.diary.saves[-1] if self.diary.saves else 0.0))
             self.lost += self.steps - self.saved
             self.steps, self.at = self.saved, 0.0

@@ -18,8 +18,8 @@ class Law(Settings):
     """A distribution of hours."""
 
     law: Literal["exponential", "weibull", "fixed"] = "exponential"
-    """`exponential`: no memory. `weibull`: with `shape` below 1 what has just been repaired fails soonest. `fixed`: always
-    the mean."""
+    """`exponential`: no memory. `weibull`: with `shape` below 1 what has just been repaired fails soonest. `fixed`:
+    always the mean."""
     mean_hours: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     shape: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Of `weibull`; with 1 it is exponential. About 0.7 to 0.8 in clusters' records."""
@@ -29,19 +29,19 @@ class Law(Settings):
         """In seconds."""
         return 3600 * self.mean_hours
 
-    def seconds(self, uniform_N: Floats) -> Floats:
-        """The law's quantiles: (N,) seconds of numbers that are uniform in (0, 1)."""
+    def seconds(self, uniform: Floats) -> Floats:
+        """The law's quantiles: seconds of numbers that are uniform in (0, 1), of the same shape."""
         if self.law == "fixed":
-            return np.full_like(uniform_N, self.mean)
-        unit_N = -np.log(uniform_N)
+            return np.full_like(uniform, self.mean)
+        unit = -np.log(uniform)
         if self.law == "exponential" or self.shape == 1.0:
-            return self.mean * unit_N
-        scaled_N: Floats = self.mean / math.gamma(1 + 1 / self.shape) * unit_N ** (1 / self.shape)
-        return scaled_N
+            return self.mean * unit
+        scaled: Floats = self.mean / math.gamma(1 + 1 / self.shape) * unit ** (1 / self.shape)
+        return scaled
 
 
-def uniform(keys: Keys, slots_N: Ints) -> Floats:
-    """(N,) numbers in (0, 1) of 52 bits, one for each slot: equal slots have equal numbers, however many there are."""
-    words_N4 = Keys(keys.seed, keys.step, torch.from_numpy(slots_N), keys.path).bits((2,)).numpy()
-    high_N, low_N = words_N4[:, 0].astype(np.float64), (words_N4[:, 1] >> 12).astype(np.float64)
-    return (high_N * 2.0**20 + low_N + 0.5) * 2.0**-52
+def uniform(keys: Keys, slots_N: Ints, count: int) -> Floats:
+    """(N, count) numbers in (0, 1) of 52 bits: equal slots have equal numbers, however many slots there are."""
+    words_NK2 = Keys(keys.seed, keys.step, torch.from_numpy(slots_N), keys.path).bits((count, 2)).numpy()
+    high_NK, low_NK = words_NK2[..., 0].astype(np.float64), (words_NK2[..., 1] >> 12).astype(np.float64)
+    return (high_NK * 2.0**20 + low_NK + 0.5) * 2.0**-52

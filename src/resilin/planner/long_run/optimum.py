@@ -26,8 +26,8 @@ def daly(save: float, apart: float) -> float:
 def expected(work: float, interval: float, save: float, restart: float, apart: float) -> float:
     """Daly's expected seconds of a run: apart e^(restart/apart) (e^((interval + save)/apart) - 1) work / interval.
 
-    Exact where every interval is saved and a failure may strike checkpoints and restarts too; only that the last interval
-    needs no checkpoint is left out.
+    Exact where every interval is saved and a failure may strike checkpoints and restarts too; only that the last
+    interval needs no checkpoint is left out.
     """
     if not math.isfinite(apart):
         return work * (1 + save / interval)

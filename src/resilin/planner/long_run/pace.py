@@ -1,15 +1,15 @@
 """How long a step takes with the members that there are: asked of the scheduler that an elastic run itself has.
 
-`resilin.cluster.axes.decide` replays the pipeline's own orders. Where all members' passes are few enough it is asked about
-all of them. Where they are more, it is asked about a slice of two or three replicas of every stage in which the busiest has
-as much to do as the busiest of all (`resilin bench run simulator` tells how near that comes); what is slow does as if it
-had more to do.
+`resilin.cluster.axes.decide` replays the pipeline's own orders. Where all members' passes are few enough it is asked
+about all of them. Where they are more, it is asked about a slice of two or three replicas of every stage in which the
+busiest has as much to do as the busiest of all (`resilin bench run simulator` tells how near that comes); what is slow
+does as if it had more to do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Protocol
@@ -48,7 +48,9 @@ class Paces(Protocol):
         """With so many members of each stage, the slowest of each by such factors; None: they cannot compute a step."""
 
     def level(self, members: int) -> int:
-        """A number for what `of` knows of the members of one stage: where it is equal for all stages, so is the answer."""
+        """A number for what `of` knows of the members of one stage: where it is equal for all stages, so is the
+        answer.
+        """
 
     def move(self, before: Split | None, after: Split | None, members: tuple[int, ...]) -> float:
         """Seconds that it takes until layers are where they are to be."""
@@ -73,7 +75,7 @@ class Job:
     replicas: int
     ticks: int
     micro: int = 1
-    machine: Machine = Machine()
+    machine: Machine = field(default_factory=Machine)
     horizon: int = 50
 
     @cached_property
@@ -100,7 +102,9 @@ class Job:
         Raises:
             PlanError: it does not fit into memory.
         """
-        step = step_of(_slice(self, (self.replicas,) * self.stages, (1.0,) * self.stages, False), self.layers, self.machine)
+        step = step_of(
+            _slice(self, (self.replicas,) * self.stages, (1.0,) * self.stages, False), self.layers, self.machine
+        )
         if step is None:
             raise PlanError("a step does not fit into the machines' memory even when nobody is missing")
         return float(step.seconds)
@@ -114,7 +118,9 @@ class Job:
             embedding=float(self.layers.embedding) * factor,
             head=float(self.layers.head) * factor,
         )
-        return replace(self, layers=layers, machine=replace(self.machine, transfer=float(self.machine.transfer) * factor))
+        return replace(
+            self, layers=layers, machine=replace(self.machine, transfer=float(self.machine.transfer) * factor)
+        )
 
 
 class ScheduledPaces:
@@ -261,7 +267,7 @@ class MeasuredPaces:
         seconds: by number of members: `resilin.planner.budget.StepTimes`, or any other function.
     """
 
-    seconds: "CallableSeconds"
+    seconds: CallableSeconds
 
     def of(self, members: tuple[int, ...], slow: tuple[float, ...]) -> Pace | None:
         """See `Paces`."""

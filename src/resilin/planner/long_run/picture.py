@@ -34,8 +34,8 @@ def _save(figure: Any, path: Path) -> None:
 def timeline(study: Study, path: Path) -> None:
     """Write a picture of all runs of a study to one scale, a row for each way.
 
-    The height of the blue is the speed of useful work. Orange: noticing, joining, restarting. Grey: too few machines. A red
-    line goes from where a run was to what it had saved.
+    The height of the blue is the speed of useful work. Orange: noticing, joining, restarting. Grey: too few machines. A
+    red line goes from where a run was to what it had saved.
 
     Args:
         study: played with diaries.
@@ -49,7 +49,9 @@ def timeline(study: Study, path: Path) -> None:
         raise UserError("there is nothing to draw: play the study with diaries=True")
     most = max(len(line.diary.stretches) for line in lines if line.diary is not None)
     if most > _MOST_STRETCHES:
-        raise UserError(f"{most:,} stretches of one run are too many for a picture: draw a shorter run, or a smaller cluster")
+        raise UserError(
+            f"{most:,} stretches of one run are too many for a picture: draw a shorter run, or a smaller cluster"
+        )
     context, figure, axes = _figure(12, 0.62 * len(lines) + 0.9, len(lines))
     longest = max(line.outcome.seconds for line in lines) / 86400
     with context:
@@ -80,7 +82,11 @@ def _row(axes: Any, line: Line, longest: float) -> None:
             )  # fmt: skip
         else:
             axes.broken_barh(
-                [span[:2] for span in spans], (0, 1), facecolors=_COLOURS[kind], edgecolors=_COLOURS[kind], linewidth=0.6
+                [span[:2] for span in spans],
+                (0, 1),
+                facecolors=_COLOURS[kind],
+                edgecolors=_COLOURS[kind],
+                linewidth=0.6,
             )
     for at, to in line.diary.back:
         axes.plot([to / 86400, at / 86400], [0.06, 0.06], color="#cb181d", linewidth=1.2, solid_capstyle="butt")
@@ -93,7 +99,11 @@ def _row(axes: Any, line: Line, longest: float) -> None:
 
 
 def curves(
-    points: Mapping[str, Sequence[tuple[float, float]]], path: Path, label: str, title: str = "", upright: str = "goodput"
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    path: Path,
+    label: str,
+    title: str = "",
+    upright: str = "goodput",
 ) -> None:
     """Write a picture of goodput against something, a line for each way, on a logarithmic scale.
 
@@ -115,8 +125,8 @@ def curves(
         marks = "os^vD<>pP*Xh"
         for number, (name, row) in enumerate(points.items()):
             place.plot(
-                [x for x, _ in row], [y for _, y in row], marker=marks[number % len(marks)], markersize=4, linewidth=1.2,
-                label=name,
+                [x for x, _ in row], [y for _, y in row], marker=marks[number % len(marks)], markersize=4,
+                linewidth=1.2, label=name,
             )  # fmt: skip
         place.set_xscale("log")
         place.set_ylim(0, 1.02)

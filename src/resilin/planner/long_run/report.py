@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from resilin.planner.report import short_time
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 PARTS = ("slower", "again", "saving", "stopped", "standing")
 
@@ -20,33 +22,32 @@ def _share(seconds: float, whole: float) -> str:
     return "" if not seconds else f"{share:.2g}" if abs(share) < 10 else f"{share:.0f}"
 
 
-def cells(line: Line, study: Study) -> list[str]:
-    """One line of the table."""
-    outcome = line.outcome
-    bill = study.settings.cluster
+def results(line: Line, study: Study) -> list[str]:
+    """A way's line of the first table."""
+    outcome, cluster = line.outcome, study.settings.cluster
     return [
         line.name,
-        f"{100 * outcome.goodput:.2f}",
+        f"{100 * outcome.goodput:.2f} %",
         short_time(outcome.seconds) if outcome.finished else f"not in {short_time(outcome.seconds)}",
-        *(_share(getattr(outcome, part), outcome.seconds) for part in PARTS),
         f"{outcome.losses}",
         f"{outcome.restarts}" if outcome.restarts else "",
-        short_number(line.cost) if bill.price else "",
-        short_number(line.energy) if bill.watts else "",
+        short_number(line.cost) if cluster.price else "",
+        short_number(line.energy) if cluster.watts else "",
     ]
 
 
-HEAD = ("way", "goodput %", "time", *(f"{part} %" for part in PARTS), "losses", "restarts", "cost", "kWh")
+def shares(line: Line) -> list[str]:
+    """A way's line of the second table: where the time that was not useful went, in per cent of all."""
+    return [line.name, *(_share(getattr(line.outcome, part), line.outcome.seconds) for part in PARTS)]
+
+
+RESULTS = ("way", "goodput", "time", "losses", "restarts", "cost", "kWh")
+SHARES = ("% of the time", *PARTS)
 
 
 def report(study: Study, console: Console) -> None:
     """Print a study's table and what it was of."""
-    from rich import box
-    from rich.table import Table
-
     settings = study.settings
-    lines = [cells(line, study) for line in study.lines]
-    kept = [at for at in range(len(HEAD)) if any(line[at] for line in lines)]
     spares = f" and {settings.cluster.spares} spare ones" if settings.cluster.spares else ""
     console.print(
         f"{settings.cluster.machines} machines{spares}, {settings.workers} workers: {settings.job.stages} stages of "
@@ -55,17 +56,28 @@ def report(study: Study, console: Console) -> None:
     )
     where = f"from {settings.trace}" if settings.trace else f"drawn with seed {settings.seed}"
     console.print(f"{len(study.trace):,} events in {short_time(study.trace.seconds)}, {where}")
+    best = max(study.lines, key=lambda line: (line.outcome.finished, line.outcome.goodput))
+    at = study.lines.index(best)
+    console.print(_table(RESULTS, [results(line, study) for line in study.lines], at))
+    console.print(_table(SHARES, [shares(line) for line in study.lines], at))
+    console.print(
+        "slower: fewer or slower machines computed; again: computed, lost, and computed again; stopped: noticing, "
+        "joining, restarting; standing: too few machines were there"
+    )
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]], best: int) -> Table:
+    """Columns that nothing stands in are left out."""
+    from rich import box
+    from rich.table import Table
+
+    kept = [at for at in range(len(head)) if any(line[at] for line in lines)]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for at in kept:
-        table.add_column(HEAD[at], justify="right" if at else "left", no_wrap=True)
-    best = max(study.lines, key=lambda line: (line.outcome.finished, line.outcome.goodput))
-    for line, row in zip(study.lines, lines, strict=True):
-        table.add_row(*(row[at] for at in kept), style="bold green" if line is best else None)
-    console.print(table)
-    console.print(
-        "slower: fewer or slower machines computed; again: computed, lost, and computed again; stopped: noticing, joining, "
-        "restarting; standing: too few machines were there"
-    )
+        table.add_column(head[at], justify="right" if at else "left", no_wrap=True)
+    for number, line in enumerate(lines):
+        table.add_row(*(line[at] for at in kept), style="bold green" if number == best else None)
+    return table
 
 
 def json_of(study: Study) -> dict[str, Any]:

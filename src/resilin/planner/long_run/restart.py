@@ -57,7 +57,8 @@ class Restart:
         stood = self.speed == 0
         if not full and not stood:
             return seat, NOTHING
-        before, _ = self._running, self._go()
+        before = self._running
+        self._go()
         if self._running == before and not stood:
             return seat, NOTHING
         if not self.speed:

@@ -1,4 +1,4 @@
-"""Replicas as rows of machines, one for each stage: which are whole; and torchft's way, which leaves out those that are not."""
+"""Replicas as rows of machines, one for each stage, and torchft's way: those that are not whole are left out."""
 
 from __future__ import annotations
 

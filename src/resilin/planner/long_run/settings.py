@@ -35,6 +35,9 @@ class ClusterSettings(Settings):
 
     machines: Count
     """That compute."""
+    machine: str = ""
+    """Which kind, by name or file as for `resilin plan --cluster`: gives devices, price, watts, how often machines fail
+    and how long a restart takes, wherever this file does not."""
     devices: Count = 8
     """Workers on each."""
     spares: Annotated[int, Field(ge=0)] = 0
@@ -51,7 +54,9 @@ class ClusterSettings(Settings):
     @model_validator(mode="after")
     def _watts(self) -> ClusterSettings:
         if self.idle_watts > self.watts:
-            raise ValueError(f"idle_watts ({self.idle_watts:g}) are more than watts ({self.watts:g}) of a device at work")
+            raise ValueError(
+                f"idle_watts ({self.idle_watts:g}) are more than watts ({self.watts:g}) of a device at work"
+            )
         return self
 
 
@@ -130,9 +135,10 @@ class WaySettings(Settings):
     """One way to go on."""
 
     use: WayName
-    """`restart`: from a checkpoint. `spares`: some replicas wait for the loss of others. `torchft`: without the replicas that lost somebody. `recycle`: their micro-batches go
-    whole to others of their stage. `oobleck`: pipelines made anew from templates. `elaswave-...`: one axis of its
-    scheduler; `elaswave`: all. `resilin`: an elastic run with the same bits; `resilin-fast`: one that cuts micro-batches."""
+    """`restart`: from a checkpoint. `spares`: some replicas wait for the loss of others. `torchft`: without the
+    replicas that lost somebody. `recycle`: their micro-batches go whole to others of their stage. `oobleck`: pipelines
+    made anew from templates. `elaswave-...`: one axis of its scheduler; `elaswave`: all. `resilin`: an elastic run with
+    the same bits; `resilin-fast`: one that cuts micro-batches."""
     interval: Positive | Literal["young", "daly", "least", "none"] | None = None
     """Seconds of work between two checkpoints; by Young or Daly; `least`: where the expected time is least."""
     seconds: Share | None = None

@@ -63,7 +63,9 @@ class Sharing:
         self._lost = False  # states of some layers: only a checkpoint has them
         usual = paces.of((width * members,) * stages, (1.0,) * stages)
         if usual is None:
-            raise ValueError("the members of an intact run cannot compute a step: it has too few micro-batches for them")
+            raise ValueError(
+                "the members of an intact run cannot compute a step: it has too few micro-batches for them"
+            )
         self._usual, self._pace = usual.seconds, usual
         self._levels = [paces.level(width * members)] * stages
         self.speed, self.heat = 1.0, usual.heat
@@ -218,7 +220,7 @@ class Sharing:
     def _settle(self) -> float:
         found = self._ask(self.machines)
         if found is None:
-            self.speed, self._levels = 0.0, [None] * self._stages
+            self.speed, self._levels = 0.0, [-1] * self._stages
             return 0.0
         members = tuple([count * self._each for count in self._counts])
         self._levels = [self._paces.level(count) for count in members]

@@ -196,9 +196,7 @@ class Ways:
                 return Dropping(seats, stages, seconds, redo, way.least, restart)
             if way.use == "oobleck":
                 shortest = way.shortest if way.shortest is not None else -(-stages // 2)
-                return Reshaping(
-                    seats, Templates(self.job, members), stages, shortest, seconds, joining, redo, restart
-                )
+                return Reshaping(seats, Templates(self.job, members), stages, shortest, seconds, joining, redo, restart)
             full = way.use == "recycle"  # every replica has all states: optimizers are not divided
             habits = Habits(
                 seconds,
@@ -237,7 +235,8 @@ def trace_of(settings: StudySettings, seconds: float) -> Trace:
         raise UserError(str(error)) from None
     if found.machines != machines:
         raise UserError(
-            f"{settings.trace} is of {found.machines} machines; cluster.machines and cluster.spares are {machines} together"
+            f"{settings.trace} is of {found.machines} machines; cluster.machines and cluster.spares are {machines} "
+            "together"
         )
     return found
 
@@ -245,7 +244,8 @@ def trace_of(settings: StudySettings, seconds: float) -> Trace:
 def study(settings: StudySettings, tell: Tell | None = None, diaries: bool = False) -> Study:
     """Play every way.
 
-    Drawn failures are drawn for as long as the longest run needs; a trace that is read ends where it ends, and runs with it.
+    Drawn failures are drawn for as long as the longest run needs; a trace that is read ends where it ends, and runs
+    with it.
 
     Args:
         settings: of the study.

@@ -18,7 +18,8 @@ def scaled(settings: StudySettings, quantity: Quantity, value: float) -> StudySe
 
     Args:
         settings: of the study.
-        quantity: `rate`: everything that may happen does so `value` times as often; `machines`: about so many compute (the
+        quantity: `rate`: everything that may happen does so `value` times as often; `machines`: about so many compute
+        (the
             nearest number that the stages divide), each replica doing what it did.
         value: of it.
 

@@ -1,16 +1,16 @@
 """Oobleck's way: pipelines of unlike numbers of machines, each from a template, that share the batch as they are quick.
 
-A machine lost makes its pipeline one stage shorter; one that would be too short borrows a machine from the longest, or is
-given up and its machines lengthen others. The step under way is lost (arXiv 2309.08125).
+A machine lost makes its pipeline one stage shorter; one that would be too short borrows a machine from the longest, or
+is given up and its machines lengthen others. The step under way is lost (arXiv 2309.08125).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from resilin.parallel.pipeline import balanced
 from resilin.planner.long_run.pace import Job
 from resilin.planner.long_run.way import Slowness, Stop
-from resilin.parallel.pipeline import ScheduleError, balanced
 
 
 class Templates:
@@ -153,10 +153,10 @@ class Reshaping:
         self._slow.set(seat, factor)
         self._go()
 
-    def _resize(self, row: int, edit: object) -> None:
+    def _resize(self, row: int, edit: Callable[[set[int]], None]) -> None:
         mine = self._in[row]
         self._sized[len(mine)].discard(row)
-        edit(mine)  # type: ignore[operator]
+        edit(mine)
         if mine:
             self._sized[len(mine)].add(row)
 

@@ -9,8 +9,8 @@ each further line is one event, ascending in time:
     7200,evict,5,10800,120,1
     9000,slow,2,9600,0,1.5
 
-`fail`: a machine is gone, from `time` to `until` (`inf`: for good). `evict`: likewise, announced `notice` seconds before.
-`slow`: it takes `factor` times as long as the others meanwhile. Machines are counted from 0.
+`fail`: a machine is gone, from `time` to `until` (`inf`: for good). `evict`: likewise, announced `notice` seconds
+before. `slow`: it takes `factor` times as long as the others meanwhile. Machines are counted from 0.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +66,18 @@ class Trace:
         if len({array.shape for array in arrays}) != 1 or self.time_E.ndim != 1:
             raise TraceError(f"arrays of a trace are of one length, not {[array.shape for array in arrays]}")
         if self.machines < 1 or not (0 < self.seconds < math.inf):
-            raise TraceError(f"a trace covers a machine at least, and a time: {self.machines}, {self.seconds:g} seconds")
+            raise TraceError(
+                f"a trace covers a machine at least, and a time: {self.machines}, {self.seconds:g} seconds"
+            )
         for wrong, said in (
             (~(np.isfinite(self.time_E) & (self.time_E >= 0)), "happens at no time from 0 on"),
             (self.time_E > self.seconds, f"happens after the {self.seconds:g} seconds that are covered"),
             (np.diff(self.time_E, prepend=0.0) < 0, "happens before the one above it"),
             ((self.kind_E < FAIL) | (self.kind_E > SLOW), "is none of fail, evict and slow"),
-            ((self.machine_E < 0) | (self.machine_E >= self.machines), f"is of none of machines 0 to {self.machines - 1}"),
+            (
+                (self.machine_E < 0) | (self.machine_E >= self.machines),
+                f"is of none of machines 0 to {self.machines - 1}",
+            ),
             (~(self.until_E >= self.time_E), "ends before it begins"),
             (~((self.notice_E >= 0) & np.isfinite(self.notice_E)), "is announced at no time before it"),
             ((self.notice_E > 0) & (self.kind_E != EVICT), "is announced, which only an eviction is"),
@@ -132,7 +138,7 @@ class Trace:
             raise TraceError(f"{path}:2: the columns of a trace are {COLUMNS}")
         events = [_event(f"{path}:{number}", line) for number, line in enumerate(lines[2:], 3)]
         times = [event[0] for event in events]
-        for number, (before, time) in enumerate(zip(times, times[1:], strict=False), 4):
+        for number, (before, time) in enumerate(pairwise(times), 4):
             if time < before:
                 raise TraceError(f"{path}:{number}: {time:g} s comes before the line above it: sort events by time")
         try:
