@@ -69,13 +69,13 @@ def work(settings_file: Path, folder: Path, *, give_back: bool) -> None:
     """
     import torch
 
-    from resilin.run import build as start
+    from resilin.run import build
     from resilin.run.start import start_run
 
     place = position()
     torch.set_num_threads(1)
     if give_back:
-        start.keep_freed_memory = _give_back  # type: ignore[attr-defined]
+        build.keep_freed_memory = _give_back  # type: ignore[attr-defined]
         _give_back()
     # What a first backward pass and optimizer load of torch is no part of the model.
     x = torch.ones(4, 4, requires_grad=True)
@@ -87,12 +87,13 @@ def work(settings_file: Path, folder: Path, *, give_back: bool) -> None:
     (folder / f"memory-{rank}.json").write_text(json.dumps(resident("VmHWM") - before), encoding="utf-8")
 
 
-def measure(settings: str, script: str) -> Measured:
+def measure(settings: str, script: str, *, give_back: bool) -> Measured:
     """Run settings with as many workers as they say, and read what they measured.
 
     Args:
         settings: TOML.
         script: of the benchmark; with `--settings FILE --folder FOLDER` it calls `work`.
+        give_back: for measuring memory, not time.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
@@ -102,6 +103,7 @@ def measure(settings: str, script: str) -> Measured:
         parallel = load_settings(RunSettings, file).parallel
         workers = max(parallel.workers, 1)
         command = [sys.executable, script, "--settings", str(file), "--folder", str(folder)]
+        command += ["--give-back"] * give_back
         degrees = parallel.degrees(workers)
         places = [World(degrees, rank).where or "worker" for rank in range(workers)]
         ended = run_workers(command, places, folder / "workers")

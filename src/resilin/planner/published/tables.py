@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,12 @@ from resilin.planner.cost.arrangement import Recompute
 from resilin.planner.search.shapes import load_shape
 
 FOLDER = Path(__file__).parent
+
+
+@lru_cache(maxsize=64)
+def _of_model(model: DecoderSettings, tokens: int) -> Workload:
+    """Rows of one model share what is found out of it."""
+    return Workload(model, tokens, 1)
 
 
 class PublishedRow(Settings):
@@ -72,7 +79,7 @@ class PublishedRow(Settings):
     @property
     def work(self) -> Workload:
         """Model and steps."""
-        return Workload(self.model, self.tokens, self.batch)
+        return _of_model(self.model, self.tokens).with_batch(self.batch)
 
     def arrangement(self, *, sequence: bool, states_divided: bool) -> Arrangement:
         """The layout; stages have equally many blocks where that is possible, as the papers' have.
