@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.hybrid_settings import HybridSettings
 from resilin.models.tiled import tile_count
 
 
@@ -78,9 +79,42 @@ def _mlp_kept(s: DecoderSettings, layer: int, ranks: TensorRanks) -> float:
     return stream + branches * (moe.shared_size + moe.experts_per_token * moe.expert_size) / ranks.count
 
 
+def _mamba_kept(s: HybridSettings) -> int:
+    """Values that a token leaves in a Mamba-2 layer."""
+    m = s.mamba
+    convolved = m.width + 2 * m.state_width
+    # norm input and output; inputs of the convolution, of silu and of what follows; B and C as they are multiplied; the
+    # masked products of a chunk and what they are made of; inputs, outputs and gates of the scan and of the norm; the
+    # states between chunks; steps and decays
+    inside = (2 * m.heads + m.groups) * m.chunk + 10 * m.width + 5 * m.heads
+    states = 2 * m.width * m.state_size // m.chunk
+    return 2 * s.hidden_size + 4 * convolved + 4 * m.state_width + inside + states
+
+
+def _hybrid_kept(s: HybridSettings, layer: int) -> float:
+    masks = 2 * s.hidden_size if s.dropout else 0
+    if s.kind_of(layer) == "mamba":
+        return _mamba_kept(s) + masks
+    own = _attention_kept(s, WHOLE) if s.kind_of(layer) == "attention" else _mlp_kept(s, layer, WHOLE)
+    return own + masks
+
+
+def _hybrid_selective_kept(s: HybridSettings, layer: int) -> int:
+    kind, m = s.kind_of(layer), s.mamba
+    if kind == "mamba":
+        states = m.width * m.state_size // m.chunk
+        return 2 * s.hidden_size + 4 * m.width + 2 * m.state_width + m.heads + m.groups * m.chunk + states
+    if kind == "mlp":
+        return 2 * s.hidden_size + (2 if s.gated else 1) * s.feed_forward_size
+    query, key = s.heads * s.head_width, s.key_heads * s.head_width
+    return 2 * s.hidden_size + 2 * query + 2 * key + s.heads
+
+
 def _block_kept(s: DecoderSettings, layer: int, ranks: TensorRanks = WHOLE) -> float:
     """Values a token leaves in one block when nothing is recomputed."""
     s = s.at(layer)
+    if isinstance(s, HybridSettings):
+        return _hybrid_kept(s, layer)
     masks = 2 * 2 * s.hidden_size if s.dropout else 0
     branches = 2 * s.hidden_size if s.told else 0  # for the gradients of their gates
     return _attention_kept(s, ranks) + _mlp_kept(s, layer, ranks) + ranks.stream(masks + branches)
@@ -89,6 +123,8 @@ def _block_kept(s: DecoderSettings, layer: int, ranks: TensorRanks = WHOLE) -> f
 def _selective_kept(s: DecoderSettings, layer: int, ranks: TensorRanks = WHOLE) -> float:
     """Values a token leaves in one block when only matrix products and attention are kept."""
     s = s.at(layer)
+    if isinstance(s, HybridSettings):
+        return _hybrid_selective_kept(s, layer)
     query, key = s.heads * s.head_width, s.key_heads * s.head_width
     stream = ranks.stream(3 * s.hidden_size) + 2 * ranks.entered(s.hidden_size)
     region = 2 * query + 2 * key + s.heads
