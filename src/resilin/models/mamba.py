@@ -27,6 +27,8 @@ from resilin.models.ssd import scan, step
 class Depthwise(nn.Module):
     """The weights of a convolution of each channel by itself: (C, 1, K), and (C,) of the bias."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, channels: int, size: int, bias: bool, device: torch.device | str | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, size, device=device))
