@@ -128,6 +128,7 @@ class Reshaping:
             self._resize(row, lambda mine, seat=seat: mine.discard(seat))  # type: ignore[misc]
         for row in [row for length in range(1, self._shortest) for row in self._sized[length]]:
             self._mend(row)
+        self._deal()
         return self._stop(noticed)
 
     def replace(self, seats: Sequence[int], noticed: float) -> Stop:
