@@ -201,7 +201,7 @@ def _losses(study: Study, domains: Sequence[str]) -> Table:
 
 def _counts(study: Study, domains: Sequence[str]) -> list[str]:
     total = len(domains) + 1
-    return [f"joined, {count} of {total}" for count in range(1, total + 1)]
+    return [*(f"joined, {count} of {total}" for count in range(1, total)), "joined"]
 
 
 def _choices(study: Study, domains: Sequence[str]) -> Table:
@@ -209,7 +209,8 @@ def _choices(study: Study, domains: Sequence[str]) -> Table:
     rows = []
     for method in _counts(study, domains):
         values = [_mean(measured(study, method, domain)) for domain in everything]
-        rows.append((method.removeprefix("joined, "), *values, _mean(mean_of(study, method, everything))))
+        told = method.removeprefix("joined, ") if method != "joined" else "all"
+        rows.append((told, *values, _mean(mean_of(study, method, everything))))
     return Table(title="Experts that a token visits", columns=("", *everything, "mean"), rows=tuple(rows))
 
 

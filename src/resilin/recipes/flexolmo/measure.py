@@ -35,11 +35,11 @@ from resilin.run.run import Outcome, Run
 from resilin.run.settings import RunSettings
 from resilin.run.start import start_run
 
-BATCHES = 16
+BATCHES = 6
 """Held-out batches of each domain."""
 PROMPT = 32
 """Bytes of a row that are its prompt."""
-EXTRACTED = 16
+EXTRACTED = 8
 """Training rows of each owner that extraction is tried on."""
 
 Score = Callable[[Batch], Tensor]
@@ -136,8 +136,8 @@ def methods(members: Members, tuned: Decoder, *, baselines: bool) -> dict[str, S
         "joined": of_model(joined),
         "tuned": of_model(tuned),
     }
-    for count in everyone:
-        found[f"joined, {count + 1} of {len(names) + 1}"] = of_model(joined, Budget(top_k=count + 1))
+    for count in range(1, len(names) + 1):
+        found[f"joined, {count} of {len(names) + 1}"] = of_model(joined, Budget(top_k=count))
     for number, name in enumerate(names, 1):
         kept = tuple(one for one in everyone if one != number)
         found[f"without {name}"] = of_model(joined, Budget(experts=(kept,) * layers))
@@ -182,6 +182,7 @@ def measured(settings: RunSettings, tuned: Decoder) -> dict[str, float]:
         f"{method}/{name}": loss_of(score, batches[name])
         for method, score in methods(members, tuned, baselines=whole).items()
         for name in sources
+        if not method.startswith("pair ") or method == f"pair {name}"
     }
     joined = members.joined()
     for name in sources:

@@ -1,5 +1,5 @@
-"""The models of the recipe: a public model, each owner's expert beside it, dense models that are trained on, and what is
-made of them. Each is an earlier run (`resilin.recipes.stage`), which the recipe's arms share.
+"""The models of the recipe: a public model, each owner's expert beside it, dense models that are trained on, and what
+is made of them. Each is an earlier run (`resilin.recipes.stage`), which the recipe's arms share.
 """
 
 from __future__ import annotations
