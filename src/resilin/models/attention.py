@@ -70,7 +70,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        turn: Rotation,
+        turn: Rotation | None,
         mask: Mask,
         cache: KVCache | None = None,
         slots_BT: Tensor | None = None,
@@ -78,12 +78,13 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden); with a cache, new keys and values are stored at `slots_BT` first.
 
-        Of a cut block the used heads alone are computed, stored and read.
+        Of a cut block the used heads alone are computed, stored and read. Without `turn` there are no positions.
         """
         B, T, _ = x_BTD.shape
         heads = self.heads if cut is None else cut.heads
         q_BTHD, k_BTKD, v_BTKD = self._projected(x_BTD, cut)
-        q_BTHD, k_BTKD = rotate(q_BTHD, turn), rotate(k_BTKD, turn)
+        if turn is not None:
+            q_BTHD, k_BTKD = rotate(q_BTHD, turn), rotate(k_BTKD, turn)
         if cache is None:
             k_BKSD, v_BKSD = k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
         else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache, partial
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from resilin.models.norm import stream_norm
 from resilin.models.offload import Offload, store_for
 from resilin.models.recompute import run_block
 from resilin.models.rope import depends_on_length, rotation
+from resilin.models.row_states import RowStates
 from resilin.models.sequence_part import SequencePart
 from resilin.models.spans import asked_places, runs_of
 from resilin.models.stage_span import Hidden, StageOutput, StageShape, StageSpan
@@ -78,6 +79,9 @@ class Decoder(nn.Module):
     """
 
     leaves_out_unasked = True
+    block_kind: ClassVar[type[nn.Module]] = Block
+    indivisible: str | None = None
+    """Why its blocks and rows cannot be divided over ranks; None: they can."""
     sequence: SequencePart | None = None
     span: StageSpan | None = None
 
@@ -94,7 +98,7 @@ class Decoder(nn.Module):
             raise ValueError("a Decoder needs settings.vocab_size: it is 0")
         self.settings = settings
         self.embed = Embedding(settings.vocab_size, settings.hidden_size, device=device)
-        self.blocks = nn.ModuleList(Block(settings, layer, device) for layer in range(settings.layers))
+        self.blocks = nn.ModuleList(self.block_kind(settings, layer, device) for layer in range(settings.layers))
         self.norm = stream_norm(settings, device)
         self.loop = LoopCondition(settings, device) if settings.told else None
         self.head: Linear | None = None
@@ -129,7 +133,14 @@ class Decoder(nn.Module):
         """The part of the stream's width that is in use."""
         return x if cut is None or cut.hidden == x.shape[-1] else x[..., : cut.hidden]
 
+    def _embedded(self, tokens_BT: Tensor, cut: Cut | None) -> Tensor:
+        x_BTD = self._columns(self.embed(tokens_BT).to(self.stream_dtype), cut)
+        return x_BTD if cut is None else cut.embedded(x_BTD)
+
     def _last_norm(self, x_BTD: Tensor, cut: Cut | None) -> Tensor:
+        masked = None if cut is None else cut.last_norm(x_BTD, self.norm)
+        if masked is not None:
+            return masked
         if x_BTD.shape[-1] == self.settings.hidden_size:
             whole: Tensor = self.norm(x_BTD)
             return whole
@@ -177,6 +188,10 @@ class Decoder(nn.Module):
         cap = self.settings.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def row_states(self, batch: int) -> RowStates | None:
+        """What recurrent layers remember of rows that have no token yet; None: there are none."""
+        return None
+
     def tensor_plan(self, vocabulary_multiple: int = 1) -> TensorPlan:
         """How it is cut over the ranks of tensor parallelism; see `resilin.parallel.tensor`."""
         return decoder_plan(self.settings, vocabulary_multiple)
@@ -205,7 +220,7 @@ class Decoder(nn.Module):
         for module in self.modules():
             kind: Any = type(module)
             rate: float = getattr(getattr(module, "settings", None), "dropout", 0.0)
-            if rate or (not isinstance(module, Decoder | Block) and _takes_keys(kind)):
+            if rate or (not isinstance(module, (Decoder, self.block_kind)) and _takes_keys(kind)):
                 return True
         return False
 
@@ -332,8 +347,10 @@ class Decoder(nn.Module):
         if self.span is not None:
             self.span.tokens = tokens_BT
         if self.span is None or self.span.first:
-            embedded = self.embed(tokens_BT) if self.span is None else self.span.begin(tokens_BT, self.embed)
-            x_BTD = self._columns(embedded.to(self.stream_dtype), cut)
+            if self.span is None:
+                x_BTD = self._embedded(tokens_BT, cut)
+            else:
+                x_BTD = self._columns(self.span.begin(tokens_BT, self.embed).to(self.stream_dtype), cut)
             x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)
             routers = []
         else:
@@ -349,6 +366,7 @@ class Decoder(nn.Module):
                 if cut is not None and layer in cut.skipped:
                     continue
                 mask, last = masks[self.settings.window_of(layer)], loop == len(told) - 1 and layer == layers[-1]
+                before_BTD = x_BTD
                 x_BTD, router = run_block(
                     self.settings.recompute,
                     self.blocks[layer],
@@ -359,6 +377,7 @@ class Decoder(nn.Module):
                     *_more(cut, layer, told_D, None, None),
                     offload=None if last else offload,
                 )
+                x_BTD = x_BTD if cut is None else cut.passed(layer, before_BTD, x_BTD)
                 if router is not None:
                     routers.append(router)
         if self.span is not None and not self.span.last:
@@ -380,7 +399,7 @@ class Decoder(nn.Module):
         ragged = cache.ragged or real_BT is not None
         windows = {self.settings.window_of(layer) for layer in range(self.settings.layers)}
         masks = {window: cached_mask(slots_BT, reach, ragged, window) for window in windows}
-        x_BTD = self._columns(self.embed(tokens_BT).to(self.stream_dtype), cut)
+        x_BTD = self._embedded(tokens_BT, cut)
         routers = []
         cache.begin_loop(0, of=len(self._trajectory(cut)))
         told_as = (self._trajectory(cut), self.settings.hidden_size if cut is None else cut.hidden)
@@ -391,8 +410,9 @@ class Decoder(nn.Module):
                 if cut is not None and layer in cut.skipped:
                     continue
                 mask = masks[self.settings.window_of(layer)]
-                more = _more(cut, layer, told_D, cache, slots_BT)
+                more, before_BTD = _more(cut, layer, told_D, cache, slots_BT), x_BTD
                 x_BTD, router = block(x_BTD, turn, mask, None, *more, *(() if told_D is None else (told_as,)))
+                x_BTD = x_BTD if cut is None else cut.passed(layer, before_BTD, x_BTD)
                 if router is not None:
                     routers.append(router)
         cache.advance(real_BT, T)

@@ -89,8 +89,8 @@ class DecoderSettings(ModelSettings):
     """Width of one head; None: hidden_size / heads."""
     mlp_size: NonNegativeInt = 0
     """Hidden width of the feed-forward; 0: 8/3 of hidden_size when gated, else 4 times, rounded up to 8s."""
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
-    """Non-linearity of the feed-forward."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu2"] = "silu"
+    """Non-linearity of the feed-forward; relu2 is `max(x, 0)**2`."""
     gated: bool = True
     """Whether the feed-forward is `down(act(gate(x)) * up(x))` (SwiGLU with silu) or `down(act(up(x)))`."""
     norm: Literal["rms", "layer"] = "rms"
@@ -201,7 +201,12 @@ class DecoderSettings(ModelSettings):
     @property
     def sizes_differ(self) -> bool:
         """Whether some blocks have sizes of their own."""
-        return any(own != LayerSizes() for own in self.layer_sizes)
+        return any(own != type(own)() for own in self.layer_sizes)
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The numbers of the blocks that have attention."""
+        return tuple(range(self.layers))
 
     @property
     def trajectory(self) -> tuple[int, ...]:
@@ -291,9 +296,7 @@ class DecoderSettings(ModelSettings):
         Raises:
             ValueError: neither these settings nor the context say how large the vocabulary is.
         """
-        from resilin.models.decoder import Decoder  # the module imports these settings
-
-        return Decoder(self._with_vocabulary(context), seed=context.seed)
+        return self._decoder()(self._with_vocabulary(context), seed=context.seed)
 
     def outline(self, context: ModelContext) -> Decoder:
         """The decoder on the meta device.
@@ -301,11 +304,18 @@ class DecoderSettings(ModelSettings):
         Raises:
             ValueError: as `build`.
         """
-        from resilin.models.decoder import Decoder
+        return self._with_vocabulary(context).on_meta()
 
-        return Decoder(self._with_vocabulary(context), seed=None, device="meta")
+    def on_meta(self) -> Decoder:
+        """The decoder of exactly these settings on the meta device, for a loader to fill."""
+        return self._decoder()(self, seed=None, device="meta")
 
-    def _with_vocabulary(self, context: ModelContext) -> DecoderSettings:
+    def _decoder(self) -> type[Decoder]:
+        from resilin.models.decoder import Decoder  # the module imports these settings
+
+        return Decoder
+
+    def _with_vocabulary(self, context: ModelContext) -> Self:
         if self.vocab_size:
             if context.vocab_size is not None and context.vocab_size > self.vocab_size:
                 raise ValueError(

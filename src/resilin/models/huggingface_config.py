@@ -13,11 +13,13 @@ from pydantic import ValidationError
 
 from resilin.config.errors import explain
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
+from resilin.models.huggingface_hybrid import MODEL_TYPE as HYBRID
+from resilin.models.huggingface_hybrid import hybrid_settings
 from resilin.models.huggingface_rope import read_rope
 from resilin.models.own_config import MODEL_TYPE, own_settings
 from resilin.models.weight_files import ModelFolderError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmo2", "flex_olmo")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmo2", "flex_olmo", HYBRID)
 _OLMO = ("olmo2", "flex_olmo")
 
 _ACTIVATIONS = {
@@ -26,6 +28,7 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }
 
 # Keys that say nothing about what the network computes.
@@ -217,6 +220,8 @@ def settings_from_config(config: Mapping[str, Any]) -> DecoderSettings:
     family = config.get("model_type")
     if family == MODEL_TYPE:
         return own_settings(config)
+    if family == HYBRID:
+        return hybrid_settings(config, _HARMLESS)
     if family not in FAMILIES:
         raise ModelFolderError(f"config.json: model_type {family!r} is not one of {', '.join(FAMILIES)}")
     read = _Reader(config)

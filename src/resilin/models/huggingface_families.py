@@ -22,7 +22,7 @@ _ARCHITECTURES = {
 }
 _MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo")
 _OLMO = ("olmo2", "flex_olmo")
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2"}
 
 
 def _common_blockers(settings: DecoderSettings) -> list[str]:

@@ -55,11 +55,13 @@ class Part(NamedTuple):
         parameter: its name.
         expert: which of the stacked matrices; None for all of the parameter.
         half: (which half, of the stored rows) where gate and up are stored as one; None for the whole tensor.
+        rows: (the first, of how many) stored rows, where several parameters are stored below each other.
     """
 
     parameter: str
     expert: int | None = None
     half: int | None = None
+    rows: tuple[int, int] | None = None
 
 
 def parts_of(name: str, *, norms_after: bool = False) -> list[Part] | None:

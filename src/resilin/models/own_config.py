@@ -1,13 +1,13 @@
 """A `config.json` of our own, for decoders that no Hugging Face family describes: those whose blocks differ in size or
-are looped, or whose experts have offsets.
+are looped, or whose experts have offsets, and hybrids whose head is tied.
 
     {"model_type": "resilin", "architectures": ["ResilinDecoder"], "dtype": "float32",
      "settings": {...},                        a decoder's settings as in a run's [model], without what is usual
      "bos_token_id": ..., "eos_token_id": ..., "pad_token_id": ...}
 
 The weights beside it are safetensors named as in a Llama folder (experts as in Qwen's; of looped decoders also
-`model.loop.*` and `model.layers.*.modulation.*`). `transformers` does not know the model type; `resilin` commands and
-`open_model` open the folder like any other.
+`model.loop.*` and `model.layers.*.modulation.*`), or as in a Nemotron-H folder where the settings have a `pattern`.
+`transformers` does not know the model type; `resilin` commands and `open_model` open the folder like any other.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from resilin.config.errors import explain
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.hybrid_settings import HybridSettings
 from resilin.models.weight_files import ModelFolderError
 
 MODEL_TYPE = "resilin"
@@ -26,11 +27,14 @@ MODEL_TYPE = "resilin"
 
 def own_config(settings: DecoderSettings, dtype: str, special_ids: Mapping[str, int | None] | None) -> dict[str, Any]:
     """The content of `config.json`."""
+    tree = settings.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(settings, HybridSettings):
+        tree["pattern"] = settings.pattern
     return {
         "architectures": ["ResilinDecoder"],
         "model_type": MODEL_TYPE,
         "dtype": dtype,
-        "settings": settings.model_dump(mode="json", exclude_defaults=True),
+        "settings": tree,
         **(special_ids or {}),
     }
 
@@ -47,7 +51,7 @@ def own_settings(config: Mapping[str, Any]) -> DecoderSettings:
             f"config.json: model_type {MODEL_TYPE!r} needs a table 'settings' with a decoder's settings"
         )
     try:
-        found = DecoderSettings.model_validate(tree)
+        found = (HybridSettings if "pattern" in tree else DecoderSettings).model_validate(tree)
     except ValidationError as error:
         raise ModelFolderError(str(explain(error, tree, "config.json, settings"))) from None
     if not found.vocab_size:

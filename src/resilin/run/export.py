@@ -51,7 +51,7 @@ def _check(model: Decoder, folder: Path, dtype: torch.dtype) -> None:
     for name, parameter in rounded.items():
         if not torch.equal(written[name].detach(), parameter):
             raise ExportError(f"{folder}: {name} reads back differently from what was written; is the disk sound?")
-    meant = Decoder(model.settings, seed=None, device="meta")
+    meant = model.settings.on_meta()
     meant.load_state_dict(rounded, assign=True)
     if not torch.equal(_probe_logits(meant), _probe_logits(again)):
         raise ExportError(f"{folder}: the settings read back differently: the model gives other logits")

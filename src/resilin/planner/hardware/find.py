@@ -34,7 +34,7 @@ def load_cluster(where: str | Path, overrides: Sequence[str] = ()) -> Cluster:
             near = closest(str(where), known)
             hint = f"; did you mean {near!r}?" if near else ""
             raise UserError(
-                f"no machine is called {str(where)!r}{hint}; known are {', '.join(known)}; or give a .toml file such "
+                f"no machine is called {str(where)!r}{hint}. Known are {', '.join(known)}; or give a .toml file such "
                 "as `resilin plan calibrate` writes"
             )
         path = known[str(where)]
