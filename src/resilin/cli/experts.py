@@ -367,8 +367,8 @@ def proxies(
 
     domain = Domain(kind=rows, encoder=encoder)
     mine, theirs = (chosen(read_documents(paths), documents) for paths in (own, public))
-    vectors = [document_vectors(domain, texts, None, None, 512) for texts in (mine, theirs)]
-    numbers = found(*vectors, count)
+    own_ND, public_ND = (document_vectors(domain, texts, None, None, 512) for texts in (mine, theirs))
+    numbers = found(own_ND, public_ND, count)
     lines = [json.dumps({"text": theirs[number]}) for number in numbers]
     write_atomically(output, "\n".join(lines) + "\n")
     typer.echo(f"{len(lines)} of {len(theirs)} public documents -> {output}")

@@ -141,4 +141,5 @@ def epsilon(noise: float, share: float, steps: int, delta: float) -> float:
     """
     if not 0 <= share <= 1 or not 0 < delta < 1:
         raise ValueError(f"share is {share} and delta {delta}: expected 0 to 1, and between 0 and 1")
-    return min(steps * renyi(noise, share, order) + math.log(1 / delta) / (order - 1) for order in ORDERS)
+    found: list[float] = [steps * renyi(noise, share, order) + math.log(1 / delta) / (order - 1) for order in ORDERS]
+    return min(found)
