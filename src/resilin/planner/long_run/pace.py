@@ -1,9 +1,9 @@
 """How long a step takes with the members that there are: asked of the scheduler that an elastic run itself has.
 
 `resilin.cluster.axes.decide` replays the pipeline's own orders. Where all members' passes are few enough it is asked
-about all of them. Where they are more, it is asked about a slice of two or three replicas of every stage in which the
-busiest has as much to do as the busiest of all (`resilin bench run simulator` tells how near that comes); what is slow
-does as if it had more to do.
+about all of them. Where they are more, it is asked about a slice of two of every stage (more after heavy losses) in
+which the busiest has as much to do as the busiest of all (`resilin bench run simulator` tells how near that comes);
+what is slow does as if it had more to do.
 """
 
 from __future__ import annotations
@@ -240,7 +240,6 @@ def _slice(job: Job, loads: tuple[Fraction, ...], cut: bool, fine: bool) -> Pipe
     Micro-batches that are cut stay as many; those that are whole stay as large, unless loads are `fine`.
     """
     columns = -(-max(loads).numerator // max(loads).denominator)
-    columns = max(columns + (max(loads) > 1), 1)
     micro = max(FINEST // job.ticks, 1) if cut or fine else 1
     return Pipeline(job.split, tuple(_dealt(load, columns, job.ticks, micro, cut) for load in loads), micro, job.ticks)
 
