@@ -19,7 +19,7 @@ from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.huggingface_config import settings_from_config
 from resilin.models.huggingface_families import config_from_settings
 from resilin.models.huggingface_names import Part, parts_of, stored_tensors
-from resilin.models.own_config import own_config
+from resilin.models.own_config import has_own_config, own_config
 from resilin.models.weight_files import (
     ModelFolderError,
     StoredTensor,
@@ -172,11 +172,13 @@ def save_pretrained(
     max_shard_bytes: int = 5_000_000_000,
     special_ids: Mapping[str, int | None] | None = None,
 ) -> list[Path]:
-    """Write a decoder as a Hugging Face folder that `transformers` opens; where its blocks have different sizes or are
-    looped, as a folder with a config of our own (`resilin.models.own_config`), which only `load_pretrained` opens.
+    """Write a decoder as a Hugging Face folder that `transformers` opens; where its blocks have different sizes, are
+    looped or have chains, as a folder with a config of our own (`resilin.models.own_config`), which only
+    `load_pretrained` opens.
 
     Args:
-        model: a decoder whose settings fit one of the families, or whose blocks differ in size or are looped.
+        model: a decoder whose settings fit one of the families, or whose blocks differ in size, are looped or have
+            chains.
         folder: made where it does not exist.
         tokenizer_files: copied beside the weights.
         dtype: of the stored tensors; None: the parameters' own.
@@ -191,8 +193,7 @@ def save_pretrained(
     """
     folder = Path(folder)
     stored = dtype or model.embed.weight.dtype
-    # No family has blocks of different sizes, or loops: such a folder has a config of our own.
-    ours = model.settings.sizes_differ or model.settings.loop is not None
+    ours = has_own_config(model.settings)
     describe = own_config if ours else config_from_settings
     config = describe(model.settings, str(stored).removeprefix("torch."), special_ids)
     folder.mkdir(parents=True, exist_ok=True)

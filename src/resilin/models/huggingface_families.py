@@ -34,6 +34,8 @@ def _common_blockers(settings: DecoderSettings) -> list[str]:
         found.append("layer_sizes: in all of them all blocks have the same sizes")
     if settings.loop is not None:
         found.append("loop: in all of them blocks are run once")
+    if settings.chains is not None:
+        found.append("chains: in all of them every layer reads the whole stream")
     if settings.qk_norm_over == "width":
         found.append('qk_norm_over = "width": Qwen3 norms each head')
     for name in ("attention_softcap", "logit_softcap"):

@@ -86,6 +86,11 @@ def weight_gradients_later(into: WeightGradients, wanted: bool = True) -> Iterat
         _later = before
 
 
+def postponing() -> bool:
+    """Whether products that are now computed leave the gradients of their weights for later."""
+    return _later is not None
+
+
 class _Postponed(torch.autograd.Function):
     """x W^T + b whose backward pass computes the gradients of x and b only."""
 

@@ -1,12 +1,13 @@
-"""A `config.json` of our own, for decoders that no Hugging Face family describes: those whose blocks differ in size, or
-are looped.
+"""A `config.json` of our own, for decoders that no Hugging Face family describes: those whose blocks differ in size,
+are looped, or have chains.
 
     {"model_type": "resilin", "architectures": ["ResilinDecoder"], "dtype": "float32",
      "settings": {...},                        a decoder's settings as in a run's [model], without what is usual
      "bos_token_id": ..., "eos_token_id": ..., "pad_token_id": ...}
 
 The weights beside it are safetensors named as in a Llama folder (experts as in Qwen's; of looped decoders also
-`model.loop.*` and `model.layers.*.modulation.*`). `transformers` does not know the model type; `resilin` commands and
+`model.loop.*` and `model.layers.*.modulation.*`; of chains one tensor for each, `...q_proj.chains.0.weight`).
+`transformers` does not know the model type; `resilin` commands and
 `open_model` open the folder like any other.
 """
 
@@ -22,6 +23,11 @@ from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.weight_files import ModelFolderError
 
 MODEL_TYPE = "resilin"
+
+
+def has_own_config(settings: DecoderSettings) -> bool:
+    """Whether no family describes such a decoder: it has blocks of different sizes, loops, or chains."""
+    return settings.sizes_differ or settings.loop is not None or settings.chains is not None
 
 
 def own_config(settings: DecoderSettings, dtype: str, special_ids: Mapping[str, int | None] | None) -> dict[str, Any]:

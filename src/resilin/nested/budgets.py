@@ -42,6 +42,7 @@ class Budget:
         top_k: experts that a token visits.
         loops: of a looped decoder, how often its blocks are run, in equal steps; or the steps, in any proportion:
             (4, 1, 1) are three loops of 4/6, 1/6 and 1/6.
+        chains: of a decoder of chains, how many of the first: its scale.
     """
 
     ffn: Sizes = None
@@ -52,9 +53,10 @@ class Budget:
     experts: Experts = None
     top_k: Sizes = None
     loops: int | tuple[int, ...] | None = None
+    chains: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ffn", "heads", "kv_heads", "top_k", "experts", "hidden", "loops"):
+        for name in ("ffn", "heads", "kv_heads", "top_k", "experts", "hidden", "loops", "chains"):
             object.__setattr__(self, name, _frozen(name, getattr(self, name)))
         if not isinstance(self.skip, list | tuple) or not all(_is_count(layer) or layer == 0 for layer in self.skip):
             raise BudgetError(f"skip is {self.skip!r}: expected numbers of layers, from 0")
@@ -165,7 +167,7 @@ def _is_count(value: object) -> bool:
 
 def _frozen(name: str, value: Any, depth: int = 0) -> Any:
     """The value with tuples for lists; refused where it is no size."""
-    deepest = {"hidden": 0, "experts": 2}.get(name, 1)
+    deepest = {"hidden": 0, "chains": 0, "experts": 2}.get(name, 1)
     if value is None:
         return None
     if isinstance(value, list | tuple) and depth < deepest:
