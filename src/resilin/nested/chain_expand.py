@@ -61,6 +61,11 @@ def expanded_settings(
                 + (", or say how many neurons" if name == "mlp_size" else "")
                 + (", or let the chain share keys" if name == "kv_heads" else "")
             )
+    if shares and heads % settings.key_heads:
+        raise BudgetError(
+            f"{heads} new heads are no multiple of the {settings.key_heads} kv_heads that they would share: use a "
+            f"multiple of {settings.key_heads}"
+        )
     new_neurons = settings.feed_forward_size * heads // settings.heads if neurons is None else neurons
     of_mlp = (*settings.widths.mlp, new_neurons)
     chains: dict[str, Any] = {"sizes": (*sizes, heads), "share_keys": shares, "frozen": len(sizes)}

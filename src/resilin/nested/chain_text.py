@@ -68,8 +68,8 @@ class ChainText:
             first = 1 if self.model.settings.shares_keys else self._chains(0)
             self._read(torch.tensor([before], device=device), cache, self.prompt_chains or first)
         for number in range(left):
-            hidden_D = self._read(torch.tensor([[pending]], device=device), cache, self._chains(number))
-            pending = self._chosen(self.model.logits(hidden_D)[None], number)
+            logits_1V = self._read(torch.tensor([[pending]], device=device), cache, self._chains(number))
+            pending = self._chosen(logits_1V, number)
             yield pending
             if pending in self.stop_ids:
                 return
@@ -78,12 +78,11 @@ class ChainText:
         return self.scale if isinstance(self.scale, int) else self.scale(number)
 
     def _read(self, tokens_1T: Tensor, cache: KVCache, chains: int) -> Tensor:
-        """(D,): the last token's state at a scale; all tokens are now in the cache."""
+        """(1, V): the logits of a scale after the last token; all tokens are now in the cache."""
         with evaluating(self.model), budget(self.model, Budget(chains=chains)):
-            states: Tensor = self.model(tokens_1T, cache=cache).hidden_BTD[0, -1]
-        return states
+            logits_1V: Tensor = self.model.logits(self.model(tokens_1T, cache=cache).hidden_BTD[:, -1])
+        return logits_1V
 
-    @torch.no_grad()
     def _chosen(self, logits_1V: Tensor, number: int) -> int:
         if self.sampling.greedy:
             return int(logits_1V.argmax(-1))
