@@ -17,6 +17,7 @@ from resilin.keys import Keys, kept
 from resilin.models.chain_linear import Chained
 from resilin.models.chain_settings import reach_of
 from resilin.models.linear import Embedding, Linear, product
+from resilin.models.rms_norm import rms_norm_of_parts
 
 
 class ChainNorm(Chained):
@@ -27,11 +28,14 @@ class ChainNorm(Chained):
         make: the norm of a chain, told its size.
         dim: -1: a norm of the chain's width; -2: chains are heads, and each is normed by itself, with a scale for the
             heads of its chain.
+        rms_eps: where it is the root-mean-square norm of the width, what is added to the mean square.
     """
 
-    def __init__(self, sizes: tuple[int, ...], make: Callable[[int], nn.Module], dim: int = -1) -> None:
+    def __init__(
+        self, sizes: tuple[int, ...], make: Callable[[int], nn.Module], dim: int = -1, rms_eps: float | None = None
+    ) -> None:
         super().__init__()
-        self.reach, self.dim = reach_of(sizes), dim
+        self.reach, self.dim, self.rms_eps = reach_of(sizes), dim, rms_eps
         self.chains = nn.ModuleList(make(size) for size in sizes)
         self.sizes = sizes
 
@@ -41,6 +45,8 @@ class ChainNorm(Chained):
         if count == 1:
             alone: Tensor = self.chains[0](x)
             return alone
+        if self.rms_eps is not None:
+            return rms_norm_of_parts(x, [norm.weight for norm in self.chains[:count]], self.rms_eps)  # type: ignore[misc]
         parts = x.split(self.sizes[:count], self.dim)
         return torch.cat([norm(part) for norm, part in zip(self.chains, parts, strict=False)], self.dim)
 

@@ -67,7 +67,8 @@ def stream_norm(settings: DecoderSettings, device: torch.device | str | None, *,
     """The norm of the residual stream that the settings ask for; not `scaled`: its scale is given with each call."""
     kind = RMSNorm if settings.norm == "rms" else LayerNorm
     if settings.chains is not None:
-        return ChainNorm(settings.widths.hidden, lambda size: kind(size, settings.norm_eps, device))
+        rms_eps = settings.norm_eps if kind is RMSNorm else None
+        return ChainNorm(settings.widths.hidden, lambda size: kind(size, settings.norm_eps, device), rms_eps=rms_eps)
     return kind(settings.hidden_size, settings.norm_eps, device, scaled=scaled)
 
 
