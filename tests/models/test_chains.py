@@ -132,7 +132,7 @@ def test_all_ways_to_compute_a_map_agree(sizes, into, out, bias, data):
     pull = torch.randn(2, 3, sum(outputs), generator=generator, dtype=torch.float64)
     whole_bias = torch.cat([one.bias for one in map_.chains]) if bias else None
     listed = torch.cat([one(x[..., :r]) for one, r in zip(map_.chains, map_.reach, strict=True)], -1)
-    ways = [map_(x), torch.nn.functional.linear(x, map_.whole_weight(), whole_bias), listed]
+    ways = [map_(x), torch.nn.functional.linear(x, map_.weight, whole_bias), listed]
     wanted = [x, *map_.parameters()]
     gradients = [torch.autograd.grad(way, wanted, pull) for way in ways]
     for way, gradient in zip(ways[1:], gradients[1:], strict=True):
@@ -306,6 +306,7 @@ def test_a_folder_gives_the_same_bits_back(tmp_path_factory, chosen):
         ({"layer_sizes": ({}, {})}, "layer_sizes"),
         ({"loop": {}}, "use loop.condition = 'none'"),
         ({"qk_norm": "rms", "qk_norm_over": "width"}, "use 'head'"),
+        ({"norm_place": "after"}, "use 'before'"),
         ({"mup_base_size": 8}, "mup_base_size"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kept_memory import kept_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
 from resilin.models.decoder import Decoder
@@ -85,23 +86,6 @@ def test_a_window_saves_exactly_the_keys_it_hides():
         DecoderSettings(**base, sliding_window=window), T
     )
     assert saved == pytest.approx(4 * 32 * (full - seen))
-
-
-def kept_bytes(model, tokens):
-    """Bytes of distinct memory that autograd keeps, parameters and the loss's part aside."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    stores = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            stores[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(tokens).hidden_BTD
-    del out
-    return sum(stores.values())
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_broken_folders_are_described(folder, tmp_path):
         ({"pretraining_tp": 2}, "'pretraining_tp' is 2"),
         ({"quantization_config": {"bits": 4}}, "the weights are quantised"),
         ({"auto_map": {"AutoModel": "x.py"}}, "its own code, which Resilin does not run"),
-        ({"hidden_act": "relu2"}, "'hidden_act' is 'relu2'"),
+        ({"hidden_act": "mish"}, "'hidden_act' is 'mish'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "wobble": 3}}, "wobble"),
         ({"num_attention_heads": None}, "lacks 'num_attention_heads'"),
         ({"num_key_value_heads": 3}, "heads (4) is not divisible by kv_heads (3)"),

@@ -65,6 +65,10 @@ FAMILIES = {
     ),
     "qwen3_moe window": ("Qwen3Moe", {**MOE, "use_sliding_window": True, "sliding_window": 5}),
     "qwen2_moe": ("Qwen2Moe", {**MOE, "shared_expert_intermediate_size": 40}),
+    "olmo2": ("Olmo2", {}),
+    "olmo2 grouped, biases": ("Olmo2", {"num_key_value_heads": 2, "attention_bias": True}),
+    "flex_olmo": ("FlexOlmo", {"num_experts": 5, "num_experts_per_tok": 3}),
+    "flex_olmo normalised": ("FlexOlmo", {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}),
     "rope linear": ("Llama", rope("linear", factor=3.0)),
     "rope dynamic": ("Llama", {**rope("dynamic", factor=4.0), "max_position_embeddings": 16}),
     "rope llama3": (

@@ -240,6 +240,7 @@ def test_pipelines_of_two():
             Case(2, {"pipeline": 2, "schedule": "interleaved", "chunks": 2}, exact=True),
             Case(2, {"pipeline": 2, "schedule": "zb-h1"}, exact=True),
             Case(2, {"pipeline": 2, "schedule": "zb-v"}, exact=True),
+            Case(2, {"pipeline": 2, "schedule": "zb-h1"}, model="recomputed", exact=True),
             Case(2, {"pipeline": 2, "layers": (1, 3)}, exact=True, packed=True),
             Case(2, {"pipeline": 2, "reduction": "fast"}, model="tied"),
             Case(2, {"pipeline": 2, "reduction": "fast", "schedule": "zb-v"}, model="tied"),
@@ -303,6 +304,7 @@ def test_each_other_kind_with_two():
 def test_each_other_kind_with_two_and_another_model():
     check(
         [
+            Case(2, {"pipeline": 2, "schedule": "zb-v"}, model="selective", exact=True),
             Case(2, {"tensor": 2}, model="recomputed"),
             Case(2, {"context": 2}, model="recomputed"),
             Case(2, {"tensor": 2}, model="adapted", packed=True),
@@ -338,6 +340,7 @@ def test_fsdp_in_a_pipeline():
         [
             Case(4, sharded, packed=True),
             Case(4, {**sharded, "schedule": "gpipe"}, model="tied"),
+            Case(4, {**sharded, "schedule": "zb-h1"}, model="tied"),
         ]
     )
 
@@ -348,6 +351,10 @@ def test_fsdp_in_a_pipeline_of_any_kind():
     check(
         [
             Case(4, {**sharded, "schedule": "interleaved", "chunks": 2}, model="tied", packed=True),
+            Case(4, {**sharded, "schedule": "zb-v", "chunks": 2}, model="recomputed", packed=True),
+            Case(4, {**sharded, "schedule": "zb-interleaved", "chunks": 2}, model="experts"),
+            Case(4, {**sharded, "schedule": "zb-h1"}, model="recomputed", bf16=True),
+            Case(4, {**sharded, "schedule": "zb-h1"}, model="adapted"),
             Case(4, {**sharded, "gather": "block"}, model="tied"),
             Case(4, {**sharded, "gather": "block", "schedule": "interleaved", "chunks": 2}, model="recomputed"),
             Case(4, sharded, model="tied and recomputed", slots=12),
@@ -371,6 +378,7 @@ def test_fsdp_in_a_pipeline_with_copies_and_with_tensors_in_parts():
                 bf16=True,
             ),
             Case(8, {"pipeline": 2, "data": 2, "tensor": 2, "sharding": "fsdp"}, model="tied"),
+            Case(8, {"pipeline": 2, "data": 2, "tensor": 2, "sharding": "fsdp", "schedule": "zb-h1"}, model="tied"),
         ]
     )
 
@@ -399,6 +407,7 @@ def test_fsdp_with_divided_experts_and_all_else():
     check(
         [
             Case(8, {**sharded, "data": 4, "pipeline": 2}, model="experts"),
+            Case(8, {**sharded, "data": 4, "pipeline": 2, "schedule": "zb-h1"}, model="experts"),
             Case(8, {**sharded, "data": 4, "replicate": 2, "gather": "step"}, model="experts and recomputed"),
             Case(8, {**sharded, "data": 4, "tensor": 2}, model="experts", packed=True),
         ]

@@ -121,6 +121,8 @@ LAYOUTS = [
     {"pipeline": 2, "data": 2},
     {"pipeline": 2, "data": 2, "schedule": "gpipe"},
     {"pipeline": 2, "data": 2, "schedule": "interleaved", "chunks": 2},
+    {"pipeline": 2, "data": 2, "schedule": "zb-h1"},
+    {"pipeline": 2, "data": 2, "schedule": "zb-interleaved", "chunks": 2},
     {"pipeline": 2, "data": 2, "gather": "block"},
     {"data": 4, "gather": "step"},
     {"data": 4},

@@ -166,7 +166,11 @@ def test_a_compiled_model_goes_from_layout_to_layout(tmp_path):
     [
         ({"pipeline": 3}, 3, "cannot be divided over 3 stages"),
         ({"tensor": 3}, 3, "cannot be cut over 3 ranks"),
-        ({"pipeline": 2, "data": 2, "sharding": "fsdp", "schedule": "zb-h1"}, 4, "cuts backward passes in halves"),
+        (
+            {"pipeline": 2, "data": 2, "sharding": "fsdp", "schedule": "zb-h1", "gather": "block"},
+            4,
+            "cuts backward passes in halves",
+        ),
     ],
 )
 def test_what_does_not_fit_is_told_at_every_worker(tmp_path, parallel, workers, message):

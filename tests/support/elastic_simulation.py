@@ -65,6 +65,12 @@ def blocks_of(view: View, stage: int) -> range:
     return range(*view.layers[stage : stage + 2]) if view.layers else range(BLOCKS)
 
 
+def parts_of(view: View, number: int) -> list[int]:
+    """What a member has: of each block of its stage a part."""
+    blocks, part = blocks_of(view, view.stage_of(number)), view.team_of(number).index(number)
+    return [block * view.tensor + part for block in blocks]
+
+
 @dataclass
 class Plan:
     """What is done to a job.
@@ -76,6 +82,7 @@ class Plan:
         events: (virtual second, what, whom): whom is drawn from a number when it happens.
         stages: of the pipeline.
         copies: of every member's states.
+        tensor: members of a team.
     """
 
     seed: int
@@ -84,6 +91,7 @@ class Plan:
     events: list[tuple[float, str, int]] = field(default_factory=list)
     stages: int = 1
     copies: int = 1
+    tensor: int = 1
 
     @classmethod
     def drawn(cls, seed: int) -> Plan:
@@ -115,7 +123,8 @@ class Plan:
             for _ in range(more.choice([1, 1, 2])):
                 what = more.choice(["hold", "apart", "sever", "unplug"])
                 events.append((more.uniform(0.5, 0.35 * steps + 2), what, more.randrange(1 << 20)))
-        return cls(seed, steps, members, sorted(events), stages, copies)
+        tensor = random.Random(-1_000_003 - seed).choice([1, 1, 1, 2, 2, 3])
+        return cls(seed, steps, members * tensor, sorted(events), stages, copies, tensor)
 
 
 @dataclass
@@ -147,7 +156,13 @@ class Sim:
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.count = 0
         self.rules = rules or Rules(
-            members=plan.members, silence=3.0, hang=50.0, stages=plan.stages, copies=plan.copies, micros=MICROS
+            members=plan.members,
+            silence=3.0,
+            hang=50.0,
+            stages=plan.stages,
+            copies=plan.copies,
+            micros=MICROS,
+            tensor=plan.tensor,
         )
         self.costs = tuple(self.draw.choice([1.0, 2.0]) for _ in range(BLOCKS + 1)) if plan.stages > 1 else ()
         self.takes = tuple(self.draw.uniform(0.5, 3.0) * cost for cost in self.costs)  # what they really cost
@@ -156,7 +171,7 @@ class Sim:
         self.exchanges: dict[tuple[int, int], _Exchange] = {}
         self.finish: Finish | None = None
         self.notes: list[Note] = []
-        self.truth: dict[int, tuple[int, ...]] = {0: tuple(range(BLOCKS))}
+        self.truth: dict[int, tuple[int, ...]] = {0: tuple(range(BLOCKS * plan.tensor))}
         self.views: dict[int, str] = {}
         self.committed = self.ended_at = 0
         self.dead_since = 0  # members that died since the last step was taken
@@ -465,7 +480,7 @@ class SimMember:
             here = message.epoch == self.epoch
             self.pausing, self.stopping = here and not message.computed, here and message.computed
         elif isinstance(message, Prepare):
-            if self.phase != "warm" or self.epoch >= 0:
+            if self.phase not in ("warm", "halted"):
                 raise WrongError(f"member {self.number} is told to prepare while it is {self.phase}")
         elif isinstance(message, Go):
             if message.epoch == self.epoch and self.phase == "ready":
@@ -522,7 +537,7 @@ class SimMember:
         ):  # neither groups nor copies are to be had
             self.later(0.02, 0.1, self.place)
             return
-        blocks = blocks_of(adopt.view, adopt.view.stage_of(self.number))
+        blocks = parts_of(adopt.view, self.number)
         if adopt.before is None and self.version:
             raise WrongError(f"member {self.number} is to begin, and has version {self.version}")
         if adopt.before is None:
@@ -682,10 +697,14 @@ class SimMember:
         if what == "step":
             computed = []
             for stage in view.stages:
-                told = [exchange.arrived[number] for number in stage.members]
-                if sorted(m for owned, _ in told for m in owned) != list(range(MICROS)):
-                    raise WrongError(f"step {self.version} of epoch {self.epoch} is taken of {exchange.arrived}")
-                computed.append(sorted(m for _, now in told for m in now))
+                for part in range(view.tensor):
+                    told = [exchange.arrived[number] for number in stage.part(part)]
+                    if sorted(m for owned, _ in told for m in owned) != list(range(MICROS)):
+                        raise WrongError(f"step {self.version} of epoch {self.epoch} is taken of {exchange.arrived}")
+                    computed.append(sorted(m for _, now in told for m in now))
+                for team in stage.teams:
+                    if any(exchange.arrived[number] != exchange.arrived[team[0]] for number in team):
+                        raise WrongError(f"team {team} computes different micro-batches: {exchange.arrived}")
             if any(each != computed[0] for each in computed):
                 raise WrongError(f"stages compute different micro-batches in epoch {self.epoch}: {computed}")
             exchange.done = True

@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from resilin import __version__
-from resilin.cli import adapter, bench, chains, checkpoint, cluster, data, layout, recipes
+from resilin.cli import adapter, bench, chains, checkpoint, cluster, data, experts, layout, plan, recipes
 from resilin.cli.chaos import chaos
 from resilin.cli.evaluate import evaluate
 from resilin.cli.export import export
@@ -20,7 +20,6 @@ from resilin.cli.family import family
 from resilin.cli.generate import generate
 from resilin.cli.inspect import inspect
 from resilin.cli.nest import nest
-from resilin.cli.plan import plan
 from resilin.cli.reproduce import reproduce
 from resilin.cli.stages import dpo, reward, rl, sft
 from resilin.cli.train import train
@@ -73,8 +72,9 @@ app.add_typer(checkpoint.app, name="checkpoint", rich_help_panel=TRAINING)
 app.add_typer(cluster.app, name="cluster", rich_help_panel=TRAINING)
 app.add_typer(adapter.app, name="adapter", rich_help_panel=USING)
 app.add_typer(chains.app, name="chains", rich_help_panel=USING)
+app.add_typer(experts.app, name="experts", rich_help_panel=USING)
 app.add_typer(data.app, name="data", rich_help_panel=METHODS)
-app.command(rich_help_panel=METHODS)(plan)
+app.add_typer(plan.app, name="plan", rich_help_panel=METHODS)
 app.add_typer(layout.app, name="layout", rich_help_panel=METHODS)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=METHODS)
 app.command(rich_help_panel=METHODS)(reproduce)

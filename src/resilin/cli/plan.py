@@ -2,14 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from resilin.cli.arguments import split_settings
+from resilin.cli.default_command import with_default
+from resilin.cli.option_groups import with_option_groups
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    cls=with_default("run"), no_args_is_help=True, help="Choose model size, steps and data, or a layout on a cluster."
+)
+LAYOUT = "The layout on a cluster (--cluster)"
 
 
+class ObjectiveName(StrEnum):
+    """What layouts are ranked by."""
+
+    time = "time"
+    cost = "cost"
+    energy = "energy"
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutOptions:
+    """What a plan of a layout takes beside the settings and `--tokens`."""
+
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=LAYOUT, help="A machine by name (dgx-a100-40, dgx-h100, frontier, ...), or its .toml file."
+        ),
+    ] = None
+    workers: Annotated[int, typer.Option(rich_help_panel=LAYOUT, min=0, help="Devices that may be used.")] = 0
+    model: Annotated[
+        str | None, typer.Option(rich_help_panel=LAYOUT, help="A model by name (gpt-13b, llama3-8b, ...), or a file.")
+    ] = None
+    by: Annotated[ObjectiveName, typer.Option(rich_help_panel=LAYOUT, help="What to rank by.")] = ObjectiveName.time
+    fewer: Annotated[
+        bool, typer.Option("--fewer", rich_help_panel=LAYOUT, help="Fewer devices may be used, by whole nodes.")
+    ] = False
+    cluster_set: Annotated[
+        list[str] | None,
+        typer.Option(rich_help_panel=LAYOUT, metavar="KEY=VALUE", help="Laid over the machine's file."),
+    ] = None
+    write: Annotated[
+        Path | None, typer.Option(rich_help_panel=LAYOUT, help="Write settings that run the best layout.")
+    ] = None
+    top: Annotated[int, typer.Option(rich_help_panel=LAYOUT, min=1, help="How many of the best to print.")] = 5
+
+
+@app.command("run", hidden=True)
+@with_option_groups
 def plan(
     arguments: Annotated[
         list[str] | None,
@@ -40,8 +90,10 @@ def plan(
     floor: Annotated[bool, typer.Option("--floor", help="Fit loss curves with an irreducible part.")] = False,
     batch_tokens: Annotated[int | None, typer.Option(help="b, tokens of a step. Default: the settings' batch.")] = None,
     keep_dropout: Annotated[bool, typer.Option("--keep-dropout", help="Do not set dropout to 0.")] = False,
+    *,
+    layout: LayoutOptions,
 ) -> None:
-    """Choose model size, steps and data together, so that every token is used once.
+    """Choose model size, steps and data together, so that every token is used once; or, on a cluster, the layout.
 
     Prints the candidate sizes with T/P, epochs and flags, the chosen one,
     how much data to ask for where it is short, and the overrides that train
@@ -54,6 +106,15 @@ def plan(
     resilin plan run.toml --adjust --rho 5
     resilin plan run.toml --flops 1e15 --fit runs/small --fit runs/large
     resilin plan --watch runs/small
+
+    With --cluster it chooses how a given model is divided: degrees of
+    parallelism, micro-batch, pipeline schedule, recomputation, precision, for
+    a run of --tokens. Overrides of these are kept as they are said.
+
+    \b
+    resilin plan --model gpt-13b --cluster dgx-a100-40 --workers 24 --tokens 2e11
+    resilin plan run.toml --cluster mine.toml --workers 4 --tokens 1e8 --write planned.toml
+    resilin plan calibrate mine.toml        measures this machine
     """
     from rich.console import Console
 
@@ -66,6 +127,9 @@ def plan(
         watch_run(watch, lambda line: console.print(line, highlight=False), floor)
         return
     file, overrides = split_settings(arguments or [])
+    if layout.cluster is not None:
+        _plan_layout(layout, file, overrides, tokens, batch_tokens, console)
+        return
     if sum(budget is not None for budget in (flops, hours, tokens)) + adjust != 1:
         raise UserError("give one budget: --flops 1e18, --hours 2, --tokens 1e9, or --adjust with a settings file")
     from resilin.planner.report import report
@@ -89,3 +153,40 @@ def plan(
     )
     answer = answer_request(request, adjust, lambda line: console.print(line, highlight=False))
     report(answer.plan, answer.notes, answer.overrides, console)
+
+
+def _plan_layout(
+    layout: LayoutOptions,
+    file: Path | None,
+    overrides: list[str],
+    tokens: float | None,
+    batch_tokens: int | None,
+    console: Console,
+) -> None:
+    from resilin.config.errors import UserError
+    from resilin.planner.search.report import report_layout
+    from resilin.planner.search.request import LayoutRequest, answer_layout, launch_command, settings_of
+
+    if file is not None and layout.model is not None:
+        raise UserError(f"the model is said twice: by --model {layout.model} and by {file}")
+    assert layout.cluster is not None
+    request = LayoutRequest(
+        cluster=layout.cluster,
+        workers=layout.workers,
+        tokens=tokens,
+        model=layout.model if file is None else str(file),
+        overrides=tuple(overrides),
+        cluster_overrides=tuple(layout.cluster_set or ()),
+        batch_tokens=batch_tokens,
+        objective=layout.by.value,
+        fewer=layout.fewer,
+    )
+    answer = answer_layout(request)
+    report_layout(answer, console, top=layout.top)
+    if not answer.found.best:
+        raise typer.Exit(1)
+    best = answer.found.best[0].step
+    if layout.write is not None:
+        layout.write.write_text(settings_of(answer, best), encoding="utf-8")
+        console.print(f"wrote {layout.write}", highlight=False, soft_wrap=True)
+        console.print(f"  {launch_command(answer, best, str(layout.write))}", highlight=False, soft_wrap=True)

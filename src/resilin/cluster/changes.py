@@ -18,33 +18,48 @@ class NobodyLeftError(RuntimeError):
 
 
 def first_view(
-    members: Sequence[int], hosts: Mapping[int, str], stages: int = 1, layers: Sequence[int] = (), copies: int = 1
+    members: Sequence[int],
+    hosts: Mapping[int, str],
+    stages: int = 1,
+    layers: Sequence[int] = (),
+    copies: int = 1,
+    tensor: int = 1,
 ) -> View:
-    """The view that a run begins with: stages get near-equal runs of the members.
+    """The view that a run begins with: stages get near-equal runs of the members, or of teams of them.
 
     Args:
-        members: numbers, in order.
+        members: numbers, in order; who is in no whole team has no place.
         hosts: by member.
         stages: of the pipeline.
         layers: see `View`.
         copies: see `View`.
+        tensor: members of a team.
 
     Raises:
-        NobodyLeftError: there are fewer members than stages.
+        NobodyLeftError: there are fewer members, or teams, than stages.
     """
-    if len(members) < stages:
-        raise NobodyLeftError(f"{len(members)} workers cannot hold {stages} pipeline stages: start {stages} or more")
-    base, more = divmod(len(members), stages)
+    teams = _teams(members, hosts, tensor)
+    if len(teams) < stages:
+        raise NobodyLeftError(
+            f"{len(members)} workers cannot hold {stages} pipeline stages{_of_teams(tensor)}: start {stages * tensor} "
+            "or more"
+        )
+    base, more = divmod(len(teams), stages)
     made, first = [], 0
     for stage in range(stages):
-        mine = tuple(members[first : first + base + (stage < more)])
+        mine = teams[first : first + base + (stage < more)]
         first += len(mine)
-        made.append(Stage(mine, tuple(mine[owner] for owner in deal(VIRTUAL_SHARDS, len(mine)))))
-    return View(0, tuple(made), {number: hosts[number] for number in members}, tuple(layers), copies)
+        owners = deal(VIRTUAL_SHARDS, len(mine))
+        made.append(Stage(sum(mine, ()), tuple(mine[owner][0] for owner in owners), tensor))
+    known = {number: hosts[number] for team in teams for number in team}
+    return View(0, tuple(made), known, tuple(layers), copies)
 
 
 def changed(view: View, gone: Collection[int] = (), come: Mapping[int, str] | None = None) -> View:
     """The next view.
+
+    Whoever's team has lost a member computes no more until there is another team: of those that are left over so, and
+    of new ones.
 
     Args:
         view: the last one.
@@ -52,38 +67,83 @@ def changed(view: View, gone: Collection[int] = (), come: Mapping[int, str] | No
         come: by number the hosts of new ones.
 
     Raises:
-        NobodyLeftError: fewer members than stages would be left.
+        NobodyLeftError: fewer members, or teams, than stages would be left.
     """
     come = dict(come or {})
-    lists = [[number for number in stage.members if number not in gone] for stage in view.stages]
+    lists = [[team for team in stage.teams if not set(gone) & set(team)] for stage in view.stages]
     hosts = {number: host for number, host in view.hosts.items() if number not in gone} | come
-    if len(hosts) < len(lists):
+    whole = {number for teams in lists for team in teams for number in team}
+    parts = {n: part for stage in view.stages for team in stage.teams for part, n in enumerate(team)}
+    fresh = _teams([number for number in sorted(hosts) if number not in whole], hosts, view.tensor, parts)
+    if sum(map(len, lists)) + len(fresh) < len(lists):
         raise NobodyLeftError(
-            f"{len(hosts)} of {len(view.members)} members are left, and the model has {len(lists)} pipeline stages: "
-            "each needs one at least"
+            f"{len(hosts)} of {len(view.members)} members are left, and the model has {len(lists)} pipeline stages"
+            f"{_of_teams(view.tensor)}: each needs one at least"
         )
-    for number in sorted(come):
-        min(lists, key=len).append(number)
+    for team in fresh:
+        min(lists, key=len).append(team)
     for stage in lists:
         if not stage:  # its last member is lost: one of the stage that has most moves here
             stage.append(max(lists, key=len).pop())
-    stages = tuple(
-        Stage(tuple(members), _owners(view.stages[place].shards, members)) for place, members in enumerate(lists)
-    )
-    return View(view.epoch + 1, stages, hosts, view.layers, view.copies)
+    known = {number: hosts[number] for teams in lists for team in teams for number in team}
+    return View(view.epoch + 1, _restaged(view, lists), known, view.layers, view.copies)
 
 
 def moved(view: View) -> View:
     """The same members in stages of near-equal numbers, with as few as possible in another one than before."""
-    lists = [list(stage.members) for stage in view.stages]
+    lists = [list(stage.teams) for stage in view.stages]
     while len(most := max(lists, key=len)) - len(least := min(lists, key=len)) > 1:
         least.append(most.pop())
-    stages = tuple(
-        Stage(tuple(members), _owners(view.stages[place].shards, members)) for place, members in enumerate(lists)
+    return replace(view, stages=_restaged(view, lists))
+
+
+def _restaged(view: View, lists: Sequence[Sequence[tuple[int, ...]]]) -> tuple[Stage, ...]:
+    """Stages of these teams, in which shards stay with whoever has them as far as that is fair."""
+    return tuple(
+        Stage(sum(teams, ()), _owners(stage.shards, [team[0] for team in teams]), view.tensor)
+        for stage, teams in zip(view.stages, lists, strict=True)
     )
-    return replace(view, stages=stages)
 
 
 def _owners(shards: Iterable[int], members: Sequence[int]) -> tuple[int, ...]:
     place = {number: index for index, number in enumerate(members)}
     return tuple(members[owner] for owner in redeal([place.get(number) for number in shards], len(members)))
+
+
+def _teams(
+    members: Sequence[int], hosts: Mapping[int, str], size: int, parts: Mapping[int, int] | None = None
+) -> list[tuple[int, ...]]:
+    """Members in teams, on one machine each where that can be; fewer than a team are left over.
+
+    Args:
+        members: in order.
+        hosts: by member.
+        size: of a team.
+        parts: that members have had in other teams, and keep where that can be.
+    """
+    if size == 1:
+        return [(number,) for number in members]
+    by_host: dict[str, list[int]] = {}
+    for number in members:
+        by_host.setdefault(hosts[number], []).append(number)
+    together, left = [], []
+    for numbers in by_host.values():
+        whole = len(numbers) // size * size
+        together += [numbers[first : first + size] for first in range(0, whole, size)]
+        left += numbers[whole:]
+    left.sort(key=members.index)
+    together += [left[first : first + size] for first in range(0, len(left) // size * size, size)]
+    return sorted((_in_order(team, parts or {}) for team in together), key=lambda team: members.index(team[0]))
+
+
+def _in_order(team: Sequence[int], parts: Mapping[int, int]) -> tuple[int, ...]:
+    found: dict[int, int] = {}
+    for number in team:
+        if (part := parts.get(number, -1)) >= 0:
+            found.setdefault(part, number)
+    others = iter([number for number in team if number not in found.values()])
+    return tuple(found[part] if part in found else next(others) for part in range(len(team)))
+
+
+def _of_teams(tensor: int) -> str:
+    return f" of teams of {tensor} (parallel.tensor)" if tensor > 1 else ""

@@ -15,6 +15,7 @@ from resilin.cluster.changes import moved
 from resilin.cluster.view import View
 from resilin.parallel.pipeline.split import Split, balanced
 
+_WHO = ("members", "teams")
 _SCATTER = 0.05  # of a step: so much less it has to take, by times that are measured, which scatter
 
 
@@ -101,13 +102,13 @@ class Division:
             return None
         found = moved(view)
         try:
-            now = Pipeline.of(Split(view.layers), [stage.members for stage in view.stages], self.micros, 1)
+            now = Pipeline.of(Split(view.layers), [stage.leads for stage in view.stages], self.micros, 1)
             step = step_of(now, self._layers(1.0), Machine())
             if step is None:
                 return None
             decision = decide(
                 now,
-                [stage.members for stage in found.stages],
+                [stage.leads for stage in found.stages],
                 self._layers(float(step.seconds)),
                 Machine(setup=1.0),
                 Rules(assignments=("runs",), graph=not self.fixed, horizon=self.horizon),
@@ -131,12 +132,12 @@ class Division:
             micro: of a micro-batch.
             whole: whether micro-batches stay what they are; else, without stages, they are cut for the members.
         """
-        members = [[stage.members for stage in view.stages] for view in (before, after)]
+        members = [[stage.leads for stage in view.stages] for view in (before, after)]
         if not whole and len(after.stages) == 1:
             shares = [-(-slots // len(stages[0])) for stages in members]
             cut = -(-shares[1] // micro)
             why = (
-                f"{len(members[1][0])} members compute {slots // len(members[1][0])} to {shares[1]} of {slots} slots, "
+                f"{len(members[1][0])} {_WHO[after.tensor > 1]} compute {slots // len(members[1][0])} to {shares[1]} of {slots} slots, "
                 f"in {cut} micro-batches each: equal to rounding"
             )
             seconds = {"before": 1.0, "after": shares[1] / shares[0]}
@@ -162,7 +163,7 @@ class Division:
         """
         if self.clocks is None or len(view.stages) == 1 or not self.costs:
             return None
-        members = [stage.members for stage in view.stages]
+        members = [stage.leads for stage in view.stages]
         try:
             now = Pipeline.of(Split(view.layers), members, self.micros, 1)
             step = step_of(now, self._layers(1.0), Machine())

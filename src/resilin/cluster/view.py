@@ -23,21 +23,39 @@ class ViewError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """The members that hold one stage of the model, each in whole.
+    """The members that hold one stage of the model, each in whole or, with tensor parallelism, each team of them.
 
     Attributes:
-        members: their numbers; micro-batches are dealt to them in this order.
-        shards: (V,) the number of the member that owns each virtual shard of this stage's optimizer states.
+        members: their numbers, team by team; micro-batches are dealt to the teams in this order.
+        shards: (V,) the number of the member that owns each virtual shard of this stage's optimizer states; of a team
+            that of its first member, each of whom owns that shard of its own part.
+        tensor: members of a team, each of which has a part of every matrix.
     """
 
     members: tuple[int, ...]
     shards: tuple[int, ...]
+    tensor: int = 1
+
+    @property
+    def teams(self) -> tuple[tuple[int, ...], ...]:
+        """The members that compute the same micro-batches together, in the order of their parts of matrices."""
+        size = self.tensor
+        return tuple(self.members[first : first + size] for first in range(0, len(self.members), size))
+
+    @property
+    def leads(self) -> tuple[int, ...]:
+        """The first member of each team."""
+        return self.members[:: self.tensor]
 
     @property
     def owners(self) -> tuple[int, ...]:
-        """(V,) the owners as places in `members`."""
-        place = {number: index for index, number in enumerate(self.members)}
+        """(V,) the owners as places in `teams`."""
+        place = {number: index for index, number in enumerate(self.leads)}
         return tuple(place[number] for number in self.shards)
+
+    def part(self, part: int) -> tuple[int, ...]:
+        """Of each team the member that has this part of every matrix."""
+        return self.members[part :: self.tensor]
 
 
 @dataclass(frozen=True)
@@ -67,13 +85,30 @@ class View:
         for number, stage in enumerate(self.stages):
             if not stage.members:
                 raise ViewError(f"epoch {self.epoch}: nobody holds stage {number}")
-            if strangers := set(stage.shards) - set(stage.members):
+            if stage.tensor != self.tensor or len(stage.members) % stage.tensor:
+                raise ViewError(
+                    f"epoch {self.epoch}: the {len(stage.members)} members of stage {number} are no teams of "
+                    f"{self.tensor}"
+                )
+            if strangers := set(stage.shards) - set(stage.leads):
                 raise ViewError(f"epoch {self.epoch}: {min(strangers)} owns a shard of stage {number} and is no member")
 
     def __str__(self) -> str:
-        counts = " + ".join(str(len(stage.members)) for stage in self.stages)
+        counts = " + ".join(str(len(stage.teams)) for stage in self.stages)
+        teams = f" teams of {self.tensor}" if self.tensor > 1 else ""
         blocks = f", blocks {', '.join(f'{a}:{b}' for a, b in pairwise(self.layers))}" if self.layers else ""
-        return f"pipeline stages of {counts}{blocks}"
+        return f"pipeline stages of {counts}{teams}{blocks}"
+
+    @property
+    def tensor(self) -> int:
+        """Members of a team."""
+        return self.stages[0].tensor
+
+    def team_of(self, number: int) -> tuple[int, ...]:
+        """The members that compute together with one, itself among them."""
+        members = self.stages[self.stage_of(number)].members
+        first = members.index(number) // self.tensor * self.tensor
+        return members[first : first + self.tensor]
 
     @cached_property
     def members(self) -> tuple[int, ...]:
@@ -96,16 +131,20 @@ class View:
         """By member those that keep copies of its states (ElasWave, section 7).
 
         The next ones on the ring of its own stage, and then of the following stages; those on other machines first.
+        With teams the rings are of members with the same part; its own team comes last.
         """
         return {number: self._holders_of(number) for number in self.members}
 
     def _holders_of(self, number: int) -> tuple[int, ...]:
-        at = self.stage_of(number)
+        at, team = self.stage_of(number), self.team_of(number)
+        mine = team.index(number)
         ring: list[int] = []
-        for step in range(len(self.stages)):
-            members = self.stages[(at + step) % len(self.stages)].members
-            first = members.index(number) + 1 if not step else 0
-            ring += [one for one in members[first:] + members[:first] if one != number]
+        for part in (mine, *(other for other in range(self.tensor) if other != mine)):
+            for step in range(len(self.stages)):
+                members = self.stages[(at + step) % len(self.stages)].part(part)
+                first = members.index(team[part]) + 1 if not step else 0
+                ring += [one for one in members[first:] + members[:first] if one not in team]
+        ring += [one for one in team if one != number]
         elsewhere = [one for one in ring if self.hosts[one] != self.hosts[number]]
         here = [one for one in ring if self.hosts[one] == self.hosts[number]]
         return tuple((elsewhere + here)[: self.copies])
@@ -122,7 +161,9 @@ class View:
             ViewError: it is something else.
         """
         try:
-            stages = tuple(Stage(tuple(one["members"]), tuple(one["shards"])) for one in told["stages"])
+            stages = tuple(
+                Stage(tuple(one["members"]), tuple(one["shards"]), int(one["tensor"])) for one in told["stages"]
+            )
             hosts = {int(number): str(host) for number, host in told["hosts"].items()}
             return cls(int(told["epoch"]), stages, hosts, tuple(told["layers"]), int(told["copies"]))
         except (KeyError, TypeError, AttributeError) as error:

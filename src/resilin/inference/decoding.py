@@ -156,7 +156,9 @@ class Decoding:
         free = [line for line, row in enumerate(self._row_of) if row not in self._line_of]
         if not self._waiting or (self._line_of and len(free) < _REFILL_SHARE * len(self._row_of)):
             return
-        twins = {self._prompts[row]: line for row, line in self._line_of.items()}
+        # A row that has grown has its prompt's keys still, but no longer its states.
+        kept = self._line_of if self._cache.states is None else {}
+        twins = {self._prompts[row]: line for row, line in kept.items()}
         begun: dict[tuple[int, ...], list[int]] = {}
         for line in free[: len(self._waiting)]:
             row = self._waiting.popleft()

@@ -79,7 +79,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        turn: Rotation,
+        turn: Rotation | None,
         mask: Mask,
         cache: KVCache | None = None,
         slots_BT: Tensor | None = None,
@@ -87,14 +87,15 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden); with a cache, new keys and values are stored at `slots_BT` first.
 
-        Of a cut block the used heads alone are computed, stored and read.
+        Of a cut block the used heads alone are computed, stored and read. Without `turn` there are no positions.
         """
         B, T, _ = x_BTD.shape
         q_BTHD, k_BTKD, v_BTKD = self._projected(x_BTD, cut)
         chains = self._chains_of(q_BTHD.shape[2]) if self.key_width is not None else ()
         if chains:
             q_BTHD = by_key_head(q_BTHD, chains, self.key_heads)
-        q_BTHD, k_BTKD = rotate(q_BTHD, turn), rotate(k_BTKD, turn)
+        if turn is not None:
+            q_BTHD, k_BTKD = rotate(q_BTHD, turn), rotate(k_BTKD, turn)
         if cache is None:
             k_BKSD, v_BKSD = k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
         else:

@@ -29,13 +29,16 @@ from resilin.models.tiled import in_tiles
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; of a looped decoder see `resilin.models.loop`."""
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, or the branches' outputs normed; of a looped decoder see
+    `resilin.models.loop`.
+    """
 
     def __init__(self, settings: DecoderSettings, layer: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         settings = settings.at(layer)
         self.layer = layer
         self.dropout = settings.dropout
+        self.norms_after = settings.norm_place == "after"
         self.attention_norm = stream_norm(settings, device, scaled=not settings.told)
         self.attention = Attention(settings, layer, device)
         self.mlp_norm = stream_norm(settings, device, scaled=not settings.told)
@@ -52,11 +55,11 @@ class Block(nn.Module):
     def _feed_forward(self, x: Tensor, cut: BlockCut | None = None, *, is_normed: bool = False) -> tuple[Tensor, ...]:
         """(..., D), each token by itself -> the branch's output (..., D) and, with experts, the router's logits."""
         how = () if cut is None else (cut,)
-        normed = x if is_normed else self._normed(self.mlp_norm, x, cut, "mlp_norm.weight")
-        if self.has_experts:
-            hidden, router = self.moe(normed, *how)
-            return hidden, router
-        return (self.mlp(normed, *how),)
+        normed = x if is_normed or self.norms_after else self._normed(self.mlp_norm, x, cut, "mlp_norm.weight")
+        hidden, *router = self.moe(normed, *how) if self.has_experts else (self.mlp(normed, *how),)
+        if self.norms_after:
+            hidden = self._normed(self.mlp_norm, hidden, cut, "mlp_norm.weight")
+        return hidden, *router
 
     @staticmethod
     def _normed(norm: nn.Module, x: Tensor, cut: BlockCut | None, name: str) -> Tensor:
@@ -85,9 +88,11 @@ class Block(nn.Module):
             make = partial(modulated, self.modulation, told_D, cut)
             loop = make() if cache is None else cache.once((*told_as, self.layer), make)
             return self._told(x_BTD, turn, mask, keys, cache, slots_BT, cut, loop)
-        normed = self._normed(self.attention_norm, x_BTD, cut, "attention_norm.weight")
+        normed = x_BTD if self.norms_after else self._normed(self.attention_norm, x_BTD, cut, "attention_norm.weight")
         how = (cut,) if cut is not None and cut.in_attention else ()
         mixed = self.attention(normed, turn, mask, cache, slots_BT, *how)
+        if self.norms_after:
+            mixed = self._normed(self.attention_norm, mixed, cut, "attention_norm.weight")
         x_BTD = x_BTD + self._dropped(mixed, keys, "attention")
         if self.tiles == 1:
             hidden, *router = self._feed_forward(x_BTD, cut)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from resilin.models.decoder import Decoder
+    from resilin.models.row_states import RowStates
 
 T = TypeVar("T")
 
@@ -27,6 +28,7 @@ class KVCache:
         length_B: int64 (B,), tokens held by each row.
         reach: no row holds more than this many tokens; known without asking the device.
         ragged: whether rows may differ in length.
+        states: what recurrent layers remember of each row, which cannot be taken back; None: there are none.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         loops: int = 1,
+        states: RowStates | None = None,
     ) -> None:
-        self.capacity, self.layers = capacity, layers
+        self.capacity, self.layers, self.states = capacity, layers, states
         # One slot more than the capacity: padding is written there and never read.
         shape = (layers * loops, batch, heads, capacity + 1, head_size)
         self.keys_LBKCD = torch.zeros(shape, dtype=dtype, device=device)
@@ -58,15 +61,17 @@ class KVCache:
     def of(model: Decoder, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` rows of at most `capacity` tokens, on the model's device."""
         settings, device = model.settings, model.embed.weight.device
+        layers = settings.attention_layers
         return KVCache(
-            settings.layers,
+            len(layers),
             batch,
-            max(settings.at(layer).key_heads for layer in range(settings.layers)),
+            max((settings.at(layer).key_heads for layer in layers), default=0),
             capacity,
             settings.head_width,
             dtype or model.stream_dtype,
             device,
             len(model.trajectory),
+            model.row_states(batch),
         )
 
     def begin_loop(self, loop: int, *, of: int) -> None:
@@ -195,8 +200,10 @@ class KVCache:
         """Forget the last tokens of every row: what is stored next takes their places.
 
         Raises:
-            ValueError: some row may hold fewer.
+            ValueError: some row may hold fewer, or layers have states.
         """
+        if self.states is not None:
+            raise ValueError("tokens cannot be taken back from the states of recurrent layers: read the text anew")
         if tokens > self.reach or (self.ragged and tokens > int(self.length_B.min())):
             raise ValueError(f"{tokens} tokens cannot be taken back: the cache holds at most {self.reach} a row")
         self.length_B = self.length_B - tokens
@@ -217,6 +224,8 @@ class KVCache:
         """Forget what these rows hold; they are read and written like the others until they are filled again."""
         self.length_B = self.length_B.index_fill(0, rows, 0)
         self.ragged = True
+        if self.states is not None:
+            self.states.free(rows)
 
     def fill(self, rows: Tensor, source: KVCache, of_source: Tensor, width: int) -> None:
         """Put the first `width` tokens (fewer where there are fewer) of other rows in place of what these hold.
@@ -226,7 +235,19 @@ class KVCache:
             source: a cache of the same model, or this one.
             of_source: for each of `rows`, the row of `source`.
             width: at most the capacity of either cache.
+
+        Raises:
+            ValueError: layers have states, which are of all tokens of a row, and a row has more than `width`.
         """
+        if self.states is not None:
+            assert source.states is not None
+            longest = int(source.length_B[of_source].max())
+            if longest > width:
+                raise ValueError(
+                    f"a row of {longest} tokens was to be cut to {width}: the states of recurrent layers are of all of "
+                    "it; read the text anew"
+                )
+            self.states.fill(rows, source.states, of_source)
         for one in source._read_with:
             self._note(*one)
         self.keys_LBKCD[:, rows, :, :width] = source.keys_LBKCD[:, of_source, :, :width]
@@ -240,3 +261,5 @@ class KVCache:
         self.keys_LBKCD = self.keys_LBKCD.index_select(1, rows)
         self.values_LBKCD = self.values_LBKCD.index_select(1, rows)
         self.length_B = self.length_B[rows]
+        if self.states is not None:
+            self.states.keep_rows(rows)

@@ -140,7 +140,8 @@ class ChainLinear(Chained):
             and not torch._C._are_functorch_transforms_active()
         )
 
-    def whole_weight(self) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
         """(O, I): the one matrix that this is, zeros where chains read nothing."""
         parts: list[Tensor] = [one.weight for one in self.chains]  # type: ignore[misc]
         return torch.cat([F.pad(part, (0, self.reach[-1] - part.shape[1])) for part in parts])

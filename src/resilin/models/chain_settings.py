@@ -129,6 +129,7 @@ def check_chains(settings: DecoderSettings) -> None:
         "moe: a router reads all chains": settings.moe is not None,
         "layer_sizes: chains are the same in all blocks": bool(settings.layer_sizes),
         "loop: what blocks are told spans all chains; use loop.condition = 'none'": settings.told,
+        "norm_place = 'after': it is not supported for chains; use 'before'": settings.norm_place == "after",
         "qk_norm_over = 'width': it spans all chains; use 'head'": settings.qk_norm_over == "width",
         "mup_base_size: it is not defined for chains": settings.mup_base_size is not None,
     }

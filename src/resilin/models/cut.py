@@ -102,6 +102,14 @@ class BlockCut:
             total = total + product(share, view_of(map_.weight, box))
         return total
 
+    def gathered(self, x: Tensor, map_: nn.Linear, name: str) -> Tensor:
+        """As `linear`, for boxes below each other, which are copied together first: the bits of a map of these rows."""
+        boxes = self.regions.get(f"{name}.weight", ())
+        if len(boxes) < 2 or type(map_) is not Linear:
+            return self.linear(x, map_, name)
+        weight_OI = torch.cat([view_of(map_.weight, box) for box in boxes])
+        return product(x, weight_OI, None if map_.bias is None else self.vector(map_.bias, f"{name}.bias"))
+
     def _biases(self, bias: Tensor, name: str, boxes: tuple[Region, ...]) -> tuple[Tensor | None, ...]:
         of_bias = self.regions.get(f"{name}.bias")
         if of_bias is None:
@@ -125,6 +133,14 @@ class BlockCut:
         part: Tensor = norm(x, self.vector(norm.weight, name))  # type: ignore[arg-type]
         return part
 
+    def masked(self, x: Tensor, name: str) -> Tensor:
+        """An activation of this name as far as it is there; of a cut block all of it is."""
+        return x
+
+    def share(self, name: str) -> Tensor | None:
+        """Which share of a norm's width is there, for each of its groups; None: all of what is computed."""
+        return None
+
     def stack(self, stack: Tensor | None, name: str) -> Tensor | None:
         """The used part of stacked matrices whose first dimension is whole."""
         boxes = self.regions.get(name)
@@ -146,6 +162,18 @@ class Cut:
     blocks: tuple[BlockCut | None, ...]
     skipped: frozenset[int] = field(default_factory=frozenset)
     trajectory: tuple[int, ...] = ()
+
+    def embedded(self, x_BTD: Tensor) -> Tensor:
+        """The stream before the first block."""
+        return x_BTD
+
+    def passed(self, layer: int, before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
+        """The stream after a block that was computed."""
+        return after_BTD
+
+    def last_norm(self, x_BTD: Tensor, norm: nn.Module) -> Tensor | None:
+        """The stream after the last norm; None: as the decoder norms it."""
+        return None
 
 
 _cuts: ContextVar[tuple[tuple[nn.Module, Cut | None], ...]] = ContextVar("cuts", default=())

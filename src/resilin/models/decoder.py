@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache, partial
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from resilin.models.norm import stream_norm
 from resilin.models.offload import Offload, store_for
 from resilin.models.recompute import run_block
 from resilin.models.rope import depends_on_length, rotation
+from resilin.models.row_states import RowStates
 from resilin.models.sequence_part import SequencePart
 from resilin.models.spans import asked_places, runs_of
 from resilin.models.stage_span import Hidden, StageOutput, StageShape, StageSpan
@@ -80,6 +81,9 @@ class Decoder(nn.Module):
     """
 
     leaves_out_unasked = True
+    block_kind: ClassVar[type[nn.Module]] = Block
+    indivisible: str | None = None
+    """Why its blocks and rows cannot be divided over ranks; None: they can."""
     sequence: SequencePart | None = None
     span: StageSpan | None = None
 
@@ -101,7 +105,7 @@ class Decoder(nn.Module):
             self.embed = ChainEmbedding(settings.vocab_size, chains, device)
         else:
             self.embed = Embedding(settings.vocab_size, settings.hidden_size, device=device)
-        self.blocks = nn.ModuleList(Block(settings, layer, device) for layer in range(settings.layers))
+        self.blocks = nn.ModuleList(self.block_kind(settings, layer, device) for layer in range(settings.layers))
         self.norm = stream_norm(settings, device)
         self.loop = LoopCondition(settings, device) if settings.told else None
         self.head: Linear | ChainHead | None = None
@@ -114,6 +118,10 @@ class Decoder(nn.Module):
             fill_parameters(self, settings, seed)
         if settings.chains is not None:
             freeze_chains(self, settings.chains)
+
+    @property
+    def _chained(self) -> bool:
+        return self.settings.chains is not None
 
     @property
     def head_weight(self) -> Tensor:
@@ -143,13 +151,15 @@ class Decoder(nn.Module):
         return x if cut is None or cut.hidden == x.shape[-1] else x[..., : cut.hidden]
 
     def _embedded(self, tokens_BT: Tensor, cut: Cut | None) -> Tensor:
-        if cut is not None and isinstance(self.embed, ChainEmbedding):
-            return self.embed(tokens_BT, cut.hidden)  # type: ignore[no-any-return]
-        embedded: Tensor = self.embed(tokens_BT)
-        return embedded
+        whole = self.embed(tokens_BT, cut.hidden) if cut is not None and self._chained else self.embed(tokens_BT)
+        x_BTD = self._columns(whole.to(self.stream_dtype), cut)
+        return x_BTD if cut is None else cut.embedded(x_BTD)
 
     def _last_norm(self, x_BTD: Tensor, cut: Cut | None) -> Tensor:
-        if x_BTD.shape[-1] == self.settings.hidden_size or self.settings.chains is not None:
+        masked = None if cut is None else cut.last_norm(x_BTD, self.norm)
+        if masked is not None:
+            return masked
+        if x_BTD.shape[-1] == self.settings.hidden_size or self._chained:
             whole: Tensor = self.norm(x_BTD)
             return whole
         part: Tensor = self.norm(x_BTD, self._columns(self.norm.weight, cut))  # type: ignore[arg-type]
@@ -202,6 +212,10 @@ class Decoder(nn.Module):
         cap = self.settings.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def row_states(self, batch: int) -> RowStates | None:
+        """What recurrent layers remember of rows that have no token yet; None: there are none."""
+        return None
+
     def tensor_plan(self, vocabulary_multiple: int = 1) -> TensorPlan:
         """How it is cut over the ranks of tensor parallelism; see `resilin.parallel.tensor`."""
         return decoder_plan(self.settings, vocabulary_multiple)
@@ -230,7 +244,7 @@ class Decoder(nn.Module):
         for module in self.modules():
             kind: Any = type(module)
             rate: float = getattr(getattr(module, "settings", None), "dropout", 0.0)
-            if rate or (not isinstance(module, Decoder | Block) and _takes_keys(kind)):
+            if rate or (not isinstance(module, (Decoder, self.block_kind)) and _takes_keys(kind)):
                 return True
         return False
 
@@ -357,10 +371,12 @@ class Decoder(nn.Module):
         if self.span is not None:
             self.span.tokens = tokens_BT
         if self.span is None or self.span.first:
-            embedded = self._embedded(tokens_BT, cut) if self.span is None else self.span.begin(tokens_BT, self.embed)
-            x_BTD = self._columns(embedded.to(self.stream_dtype), cut)
+            if self.span is None:
+                x_BTD = self._embedded(tokens_BT, cut)
+            else:
+                x_BTD = self._columns(self.span.begin(tokens_BT, self.embed).to(self.stream_dtype), cut)
             if keys is not None and self.settings.dropout:
-                sizes = self.settings.widths.hidden if self.settings.chains is not None else (x_BTD.shape[-1],)
+                sizes = self.settings.widths.hidden if self._chained else (x_BTD.shape[-1],)
                 keep_BTD = chain_kept(x_BTD, self.settings.dropout, keys.fold("embed"), sizes)
                 x_BTD = drop(x_BTD, self.settings.dropout, keep_BTD)
             routers = []
@@ -377,6 +393,7 @@ class Decoder(nn.Module):
                 if cut is not None and layer in cut.skipped:
                     continue
                 mask, last = masks[self.settings.window_of(layer)], loop == len(told) - 1 and layer == layers[-1]
+                before_BTD = x_BTD
                 x_BTD, router = run_block(
                     self.settings.recompute,
                     self.blocks[layer],
@@ -387,6 +404,7 @@ class Decoder(nn.Module):
                     *_more(cut, layer, told_D, None, None),
                     offload=None if last else offload,
                 )
+                x_BTD = x_BTD if cut is None else cut.passed(layer, before_BTD, x_BTD)
                 if router is not None:
                     routers.append(router)
         if self.span is not None and not self.span.last:
@@ -408,7 +426,7 @@ class Decoder(nn.Module):
         ragged = cache.ragged or real_BT is not None
         windows = {self.settings.window_of(layer) for layer in range(self.settings.layers)}
         masks = {window: cached_mask(slots_BT, reach, ragged, window) for window in windows}
-        x_BTD = self._columns(self._embedded(tokens_BT, cut).to(self.stream_dtype), cut)
+        x_BTD = self._embedded(tokens_BT, cut)
         routers = []
         cache.begin_loop(0, of=len(self._trajectory(cut)))
         if isinstance(self.embed, ChainEmbedding) and not self.settings.shares_keys:
@@ -421,8 +439,9 @@ class Decoder(nn.Module):
                 if cut is not None and layer in cut.skipped:
                     continue
                 mask = masks[self.settings.window_of(layer)]
-                more = _more(cut, layer, told_D, cache, slots_BT)
+                more, before_BTD = _more(cut, layer, told_D, cache, slots_BT), x_BTD
                 x_BTD, router = block(x_BTD, turn, mask, None, *more, *(() if told_D is None else (told_as,)))
+                x_BTD = x_BTD if cut is None else cut.passed(layer, before_BTD, x_BTD)
                 if router is not None:
                     routers.append(router)
         cache.advance(real_BT, T)

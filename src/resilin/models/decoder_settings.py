@@ -33,6 +33,8 @@ class MoESettings(Settings):
     """Weights of the chosen experts: from a softmax over all experts, or over the chosen ones only."""
     normalise_weights: bool = True
     """Whether the chosen experts' weights are made to sum to 1 (with `topk_softmax` they always do)."""
+    router_bias: bool = False
+    """Whether each expert has an offset that is added to its logit."""
     shared_size: NonNegativeInt = 0
     """Hidden width of an expert that every token visits; 0: none."""
     shared_gate: bool = False
@@ -88,12 +90,14 @@ class DecoderSettings(ModelSettings):
     """Width of one head; None: hidden_size / heads."""
     mlp_size: NonNegativeInt = 0
     """Hidden width of the feed-forward; 0: 8/3 of hidden_size when gated, else 4 times, rounded up to 8s."""
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
-    """Non-linearity of the feed-forward."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu2"] = "silu"
+    """Non-linearity of the feed-forward; relu2 is `max(x, 0)**2`."""
     gated: bool = True
     """Whether the feed-forward is `down(act(gate(x)) * up(x))` (SwiGLU with silu) or `down(act(up(x)))`."""
     norm: Literal["rms", "layer"] = "rms"
     """Root-mean-square norm, or layer norm without bias."""
+    norm_place: Literal["before", "after"] = "before"
+    """Whether a branch's input is normed, or its output (OLMo 2: `x + norm(attention(x))`)."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the mean square (variance) inside the norms."""
     qk_norm: Literal["none", "rms", "layer", "transplant"] = "none"
@@ -200,7 +204,12 @@ class DecoderSettings(ModelSettings):
     @property
     def sizes_differ(self) -> bool:
         """Whether some blocks have sizes of their own."""
-        return any(own != LayerSizes() for own in self.layer_sizes)
+        return any(own != type(own)() for own in self.layer_sizes)
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The numbers of the blocks that have attention."""
+        return tuple(range(self.layers))
 
     @property
     def trajectory(self) -> tuple[int, ...]:
@@ -265,6 +274,8 @@ class DecoderSettings(ModelSettings):
                     raise ValueError(
                         f"rope_scaling.{name} has {len(divisors)} values; half a head needs {self.head_width // 2}"
                     )
+        if self.norm_place == "after" and self.told:
+            raise ValueError("norm_place = 'after': blocks that are told of loops are normed before: leave it out")
         if self.moe is not None and self.mlp_bias:
             raise ValueError("mlp_bias: experts have no biases; set it to false")
         self._check_layer_sizes()
@@ -299,9 +310,7 @@ class DecoderSettings(ModelSettings):
         Raises:
             ValueError: neither these settings nor the context say how large the vocabulary is.
         """
-        from resilin.models.decoder import Decoder  # the module imports these settings
-
-        return Decoder(self._with_vocabulary(context), seed=context.seed)
+        return self._decoder()(self._with_vocabulary(context), seed=context.seed)
 
     def outline(self, context: ModelContext) -> Decoder:
         """The decoder on the meta device.
@@ -309,11 +318,18 @@ class DecoderSettings(ModelSettings):
         Raises:
             ValueError: as `build`.
         """
-        from resilin.models.decoder import Decoder
+        return self._with_vocabulary(context).on_meta()
 
-        return Decoder(self._with_vocabulary(context), seed=None, device="meta")
+    def on_meta(self) -> Decoder:
+        """The decoder of exactly these settings on the meta device, for a loader to fill."""
+        return self._decoder()(self, seed=None, device="meta")
 
-    def _with_vocabulary(self, context: ModelContext) -> DecoderSettings:
+    def _decoder(self) -> type[Decoder]:
+        from resilin.models.decoder import Decoder  # the module imports these settings
+
+        return Decoder
+
+    def _with_vocabulary(self, context: ModelContext) -> Self:
         if self.vocab_size:
             if context.vocab_size is not None and context.vocab_size > self.vocab_size:
                 raise ValueError(

@@ -2,7 +2,9 @@
 
 Counted are matrix products only, a multiply-add as two operations: 2N per token in the forward pass for N weights
 that meet the token, and in attention 4 * heads * head_size per key seen (q.k and the mix of values), where a token
-sees on average (T + 1) / 2 keys of a text of T tokens (causal), or fewer inside a window. The backward pass costs
+sees on average (T + 1) / 2 keys of a text of T tokens (causal), or fewer inside a window. A Mamba-2 layer costs its
+matrices, its convolution, and 4 * heads * head_size * state_size, to change its state and to read it (that it is
+computed in chunks, which takes more, is no work that the model asks for). The backward pass costs
 twice the forward pass; recomputation is not counted, so that a ratio to the peak is MFU (PaLM, appendix B); nor are
 products that cost the same for any number of tokens, such as those of what looped blocks are told.
 """
@@ -13,6 +15,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.hybrid_settings import HybridSettings, MambaSettings
 
 
 class ParameterCounts(NamedTuple):
@@ -74,8 +77,30 @@ def _moe_matrices(settings: DecoderSettings, experts: int) -> int:
     return router + shared + experts * _mlp_matrices(settings, moe.expert_size)
 
 
+def mamba_matrices(mamba: MambaSettings, hidden_size: int) -> int:
+    """Weights of a Mamba-2 layer that meet a token: its maps, and its convolution."""
+    maps = 3 * mamba.width + 2 * mamba.state_width + mamba.heads
+    return hidden_size * maps + mamba.conv_size * (mamba.width + 2 * mamba.state_width)
+
+
+def state_products(mamba: MambaSettings) -> int:
+    """Operations with which a token changes the state of a Mamba-2 layer and reads it."""
+    return 4 * mamba.width * mamba.state_size
+
+
+def _mamba_vectors(mamba: MambaSettings) -> int:
+    return 3 * mamba.heads + mamba.width + (mamba.width + 2 * mamba.state_width) * mamba.conv_bias
+
+
 def _block_matrices(settings: DecoderSettings, layer: int, *, active: bool) -> int:
     settings = settings.at(layer)
+    if isinstance(settings, HybridSettings):
+        kind = settings.kind_of(layer)
+        if kind == "mamba":
+            return mamba_matrices(settings.mamba, settings.hidden_size)
+        if kind == "attention":
+            return _attention_matrices(settings)
+        return _mlp_matrices(settings, settings.feed_forward_size)
     if not settings.is_moe_layer(layer):
         return _attention_matrices(settings) + _mlp_matrices(settings, settings.feed_forward_size)
     assert settings.moe is not None
@@ -85,7 +110,13 @@ def _block_matrices(settings: DecoderSettings, layer: int, *, active: bool) -> i
 
 def _block_vectors(settings: DecoderSettings, layer: int) -> int:
     settings = settings.at(layer)
-    mlp = 0 if settings.is_moe_layer(layer) else _mlp_vectors(settings)
+    if isinstance(settings, HybridSettings):
+        kind = settings.kind_of(layer)
+        own = _mamba_vectors(settings.mamba) if kind == "mamba" else _attention_vectors(settings)
+        return settings.hidden_size + (_mlp_vectors(settings) if kind == "mlp" else own)
+    mlp = _mlp_vectors(settings)
+    if settings.moe is not None and settings.is_moe_layer(layer):
+        mlp = settings.moe.experts if settings.moe.router_bias else 0
     # The map of what a block is told is no matrix that tokens meet: one vector passes it in each loop.
     width = settings.hidden_size
     scales = 4 * width * (width + 1) if settings.told else 2 * width
@@ -121,6 +152,10 @@ def keys_seen(sequence_length: int, window: int | None) -> float:
 
 def block_flops_per_token(settings: DecoderSettings, layer: int, sequence_length: int) -> float:
     """Operations of one block's forward pass, run once, averaged over the tokens of a text."""
+    if layer not in settings.attention_layers:
+        assert isinstance(settings, HybridSettings)
+        own = state_products(settings.at(layer).mamba) if settings.kind_of(layer) == "mamba" else 0
+        return 2 * _block_matrices(settings, layer, active=True) + own
     seen = keys_seen(sequence_length, settings.window_of(layer))
     attention = 4 * settings.at(layer).heads * settings.head_width * seen
     return 2 * _block_matrices(settings, layer, active=True) + attention

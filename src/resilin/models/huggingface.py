@@ -1,5 +1,5 @@
 """Decoders from and to Hugging Face folders (config.json + safetensors): Llama, Mistral, Mixtral, Qwen2/2.5/3, and
-the Qwen mixtures of experts.
+the Qwen mixtures of experts, OLMo 2, FlexOlmo and Nemotron-H.
 """
 
 from __future__ import annotations
@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,9 @@ from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.huggingface_config import settings_from_config
 from resilin.models.huggingface_families import config_from_settings
+from resilin.models.huggingface_hybrid import hybrid_config, hybrid_parts, hybrid_tensors
 from resilin.models.huggingface_names import Part, parts_of, stored_tensors
+from resilin.models.hybrid_settings import HybridSettings
 from resilin.models.own_config import has_own_config, own_config
 from resilin.models.weight_files import (
     ModelFolderError,
@@ -83,6 +87,8 @@ def fill_part(targets: Mapping[str, Target], part: Part, stored: StoredTensor) -
         shape = shape[1:]
     if part.half is not None:
         shape = (shape[0], 2 * shape[1], *shape[2:])
+    if part.rows is not None:
+        shape = (part.rows[1], *shape[1:])
     if stored.shape != shape:
         raise ModelFolderError(f"tensor {name!r} has shape {stored.shape}; config.json asks for {shape}")
     filled = 0
@@ -96,28 +102,33 @@ def fill_part(targets: Mapping[str, Target], part: Part, stored: StoredTensor) -
         elif part.half is not None:
             behind = part.half * target.shape[1]
             source = (source[0], slice(source[1].start + behind, source[1].stop + behind), *source[2:])
+        elif part.rows is not None:
+            source = (slice(source[0].start + part.rows[0], source[0].stop + part.rows[0]), *source[1:])
         view.copy_(stored.part(source))
         filled += view.numel()
     return filled
 
 
 @torch.no_grad()
-def fill_targets(folder: Path, targets: Mapping[str, Target], tied: bool) -> None:
+def fill_targets(folder: Path, targets: Mapping[str, Target], settings: DecoderSettings) -> None:
     """Read a folder's weights into parameters, or parts of them: no more bytes of a file than they take.
 
     Args:
         folder: with safetensors, whole or sharded.
         targets: every parameter of the model.
-        tied: whether the head is the embedding; some writers store it twice.
+        settings: of the model; where the head is the embedding, some writers store it twice.
 
     Raises:
         ModelFolderError: what is missing, broken or superfluous, by name.
     """
     filled = dict.fromkeys(targets, 0)
+    known: Callable[[str], list[Part] | None] = partial(parts_of, norms_after=settings.norm_place == "after")
+    if isinstance(settings, HybridSettings):
+        known = hybrid_parts(settings)
     for stored in open_tensors(folder):
-        if stored.name == "lm_head.weight" and tied:
+        if stored.name == "lm_head.weight" and settings.tie_embeddings:
             continue
-        parts = parts_of(stored.name)
+        parts = known(stored.name)
         if parts is None:
             raise ModelFolderError(f"{folder}: tensor {stored.name!r} is not part of any model family known here")
         for part in parts:
@@ -156,10 +167,30 @@ def load_pretrained(
     """
     folder = Path(folder)
     settings = folder_settings(folder)
-    model = Decoder(settings, seed=None, device="meta").to(dtype).to_empty(device=device)
+    model = settings.on_meta().to(dtype).to_empty(device=device)
     targets = {name: Target.whole(parameter.data) for name, parameter in model.named_parameters()}
-    fill_targets(folder, targets, settings.tie_embeddings)
+    fill_targets(folder, targets, settings)
     return model
+
+
+def folder_config(
+    settings: DecoderSettings, dtype: torch.dtype, special_ids: Mapping[str, int | None] | None = None
+) -> dict[str, Any]:
+    """The content of a folder's `config.json`: of a stock architecture, or of our own for what no family has.
+
+    Args:
+        settings: of the decoder.
+        dtype: of the stored tensors.
+        special_ids: as in `save_pretrained`.
+
+    Raises:
+        ModelFolderError: the settings fit no family.
+    """
+    name, ours = str(dtype).removeprefix("torch."), has_own_config(settings)
+    if isinstance(settings, HybridSettings) and not ours:
+        return hybrid_config(settings, name, special_ids)
+    describe = own_config if ours else config_from_settings
+    return describe(settings, name, special_ids)
 
 
 @torch.no_grad()
@@ -173,12 +204,11 @@ def save_pretrained(
     special_ids: Mapping[str, int | None] | None = None,
 ) -> list[Path]:
     """Write a decoder as a Hugging Face folder that `transformers` opens; where its blocks have different sizes, are
-    looped or have chains, as a folder with a config of our own (`resilin.models.own_config`), which only
-    `load_pretrained` opens.
+    looped or have chains, or its experts have offsets, as a folder with a config of our own
+    (`resilin.models.own_config`), which only `load_pretrained` opens.
 
     Args:
-        model: a decoder whose settings fit one of the families, or whose blocks differ in size, are looped or have
-            chains.
+        model: a decoder whose settings fit one of the families, or that `folder_config` describes otherwise.
         folder: made where it does not exist.
         tokenizer_files: copied beside the weights.
         dtype: of the stored tensors; None: the parameters' own.
@@ -193,14 +223,14 @@ def save_pretrained(
     """
     folder = Path(folder)
     stored = dtype or model.embed.weight.dtype
-    ours = has_own_config(model.settings)
-    describe = own_config if ours else config_from_settings
-    config = describe(model.settings, str(stored).removeprefix("torch."), special_ids)
+    config = folder_config(model.settings, stored, special_ids)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: tensor.to(device="cpu", dtype=stored).contiguous()
-        for name, tensor in stored_tensors(model, config["model_type"])
-    }
+    named = (
+        hybrid_tensors(model, model.settings)
+        if isinstance(model.settings, HybridSettings)
+        else stored_tensors(model, config["model_type"])
+    )
+    tensors = {name: tensor.to(device="cpu", dtype=stored).contiguous() for name, tensor in named}
     written = write_tensors(folder, tensors, max_shard_bytes)
     for source in tokenizer_files:
         written.append(Path(shutil.copy2(source, folder / Path(source).name)))

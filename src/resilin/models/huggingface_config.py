@@ -13,11 +13,14 @@ from pydantic import ValidationError
 
 from resilin.config.errors import explain
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
+from resilin.models.huggingface_hybrid import MODEL_TYPE as HYBRID
+from resilin.models.huggingface_hybrid import hybrid_settings
 from resilin.models.huggingface_rope import read_rope
 from resilin.models.own_config import MODEL_TYPE, own_settings
 from resilin.models.weight_files import ModelFolderError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmo2", "flex_olmo", HYBRID)
+_OLMO = ("olmo2", "flex_olmo")
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -25,6 +28,7 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }
 
 # Keys that say nothing about what the network computes.
@@ -120,9 +124,9 @@ def _windows(read: _Reader, family: str, layers: int) -> dict[str, Any]:
     if family in ("mistral", "mixtral"):
         kinds = read.get("layer_types")
         return _windows_by_kind(size, kinds) if kinds else {"sliding_window": size}
-    if family == "llama":
+    if family == "llama" or family in _OLMO:
         if size is not None:
-            raise ModelFolderError("config.json: 'sliding_window' is not known for model_type 'llama'")
+            raise ModelFolderError(f"config.json: 'sliding_window' is not known for model_type {family!r}")
         kinds = read.get("layer_types")
         return _windows_by_kind(None, kinds) if kinds else {}
     used = read.get("use_sliding_window", False)
@@ -156,7 +160,7 @@ def _windows_by_kind(size: int | None, kinds: list[str]) -> dict[str, Any]:
 
 
 def _biases(read: _Reader, family: str) -> dict[str, bool]:
-    if family in ("llama", "qwen3", "qwen3_moe"):
+    if family in ("llama", "qwen3", "qwen3_moe", *_OLMO):
         both = bool(read.get("attention_bias", False))
         mlp = bool(read.get("mlp_bias", False)) if family == "llama" else False
         return {"qkv_bias": both, "out_bias": both, "mlp_bias": mlp}
@@ -175,12 +179,20 @@ def _experts(read: _Reader, family: str, layers: int) -> tuple[MoESettings | Non
             expert_size=dense_size,
         )
         return moe, dense_size
-    if not family.endswith("_moe"):
+    if family != "flex_olmo" and not family.endswith("_moe"):
         return None, dense_size
     experts = read.get("num_experts")
     experts = read.get("num_local_experts") if experts is None else experts
     if experts is None:
         raise ModelFolderError("config.json: lacks 'num_experts'")
+    if family == "flex_olmo":
+        moe = MoESettings(
+            experts=experts,
+            experts_per_token=read.get("num_experts_per_tok", 5),
+            expert_size=dense_size,
+            normalise_weights=bool(read.get("norm_topk_prob", False)),
+        )
+        return moe, dense_size
     every = read.get("decoder_sparse_step", 1)
     dense = set(read.get("mlp_only_layers", []))
     dense |= {layer for layer in range(layers) if every < 1 or (layer + 1) % every}
@@ -208,6 +220,8 @@ def settings_from_config(config: Mapping[str, Any]) -> DecoderSettings:
     family = config.get("model_type")
     if family == MODEL_TYPE:
         return own_settings(config)
+    if family == HYBRID:
+        return hybrid_settings(config, _HARMLESS)
     if family not in FAMILIES:
         raise ModelFolderError(f"config.json: model_type {family!r} is not one of {', '.join(FAMILIES)}")
     read = _Reader(config)
@@ -232,8 +246,10 @@ def settings_from_config(config: Mapping[str, Any]) -> DecoderSettings:
                 "head_size": None if head_size is None or head_size * heads == hidden else head_size,
                 "mlp_size": mlp_size,
                 "activation": _ACTIVATIONS[activation],
-                "norm_eps": read.get("rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
-                "qk_norm": "rms" if family in ("qwen3", "qwen3_moe") else "none",
+                "norm_eps": read.get("rms_norm_eps", 1e-5 if family in ("mixtral", "olmo2") else 1e-6),
+                "norm_place": "after" if family in _OLMO else "before",
+                "qk_norm": "rms" if family in ("qwen3", "qwen3_moe", *_OLMO) else "none",
+                "qk_norm_over": "width" if family in _OLMO else "head",
                 "tie_embeddings": bool(read.get("tie_word_embeddings", False)),
                 "init_std": read.get("initializer_range", 0.02) or 0.02,
                 "max_positions": positions,

@@ -17,8 +17,12 @@ _ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "flex_olmo": "FlexOlmoForCausalLM",
 }
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo")
+_OLMO = ("olmo2", "flex_olmo")
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2"}
 
 
 def _common_blockers(settings: DecoderSettings) -> list[str]:
@@ -29,15 +33,15 @@ def _common_blockers(settings: DecoderSettings) -> list[str]:
     if not settings.gated:
         found.append("gated = false: all of them have gated feed-forwards (gated = true)")
     if settings.qk_norm in ("layer", "transplant"):
-        found.append(f'qk_norm = "{settings.qk_norm}": Qwen3 has "rms", the others "none"')
+        found.append(f'qk_norm = "{settings.qk_norm}": Qwen3 and OLMo 2 have "rms", the others "none"')
     if settings.sizes_differ:
         found.append("layer_sizes: in all of them all blocks have the same sizes")
     if settings.loop is not None:
         found.append("loop: in all of them blocks are run once")
     if settings.chains is not None:
         found.append("chains: in all of them every layer reads the whole stream")
-    if settings.qk_norm_over == "width":
-        found.append('qk_norm_over = "width": Qwen3 norms each head')
+    if settings.moe is not None and settings.moe.router_bias:
+        found.append("moe.router_bias = true: none of them has offsets of experts")
     for name in ("attention_softcap", "logit_softcap"):
         if getattr(settings, name) is not None:
             found.append(f"{name} = {getattr(settings, name)}: none of them caps logits")
@@ -55,20 +59,23 @@ def _family_blockers(settings: DecoderSettings, family: str) -> list[str]:
         if not holds:
             found.append(text)
 
-    need((s.moe is not None) == (family in ("mixtral", "qwen2_moe", "qwen3_moe")), "moe" + (" = none" * (not s.moe)))
-    need((s.qk_norm == "rms") == family.startswith("qwen3"), f'qk_norm = "{s.qk_norm}"')
+    need((s.moe is not None) == (family in _MIXTURES), "moe" + (" = none" * (not s.moe)))
+    need((s.qk_norm == "rms") == (family.startswith("qwen3") or family in _OLMO), f'qk_norm = "{s.qk_norm}"')
+    over = "width" if family in _OLMO else "head"
+    need(s.qk_norm == "none" or s.qk_norm_over == over, f'qk_norm_over = "{s.qk_norm_over}"')
+    need((s.norm_place == "after") == (family in _OLMO), f'norm_place = "{s.norm_place}"')
     if family == "qwen2":
         need(s.qkv_bias, "qkv_bias = false")
     if family in ("mistral", "mixtral"):
         need(not s.qkv_bias, "qkv_bias = true")
-    if family in ("llama", "qwen3", "qwen3_moe"):
+    if family in ("llama", "qwen3", "qwen3_moe", *_OLMO):
         need(s.qkv_bias == s.out_bias, "qkv_bias differs from out_bias")
     else:
         need(not s.out_bias, "out_bias = true")
     need(family == "llama" or not s.mlp_bias, "mlp_bias = true")
-    if family == "llama":  # its config is refused by `transformers` otherwise
+    if family == "llama" or family in _OLMO:  # the config is refused by `transformers` otherwise
         need(s.hidden_size % s.heads == 0, f"hidden_size = {s.hidden_size}, no multiple of heads = {s.heads}")
-    need(family != "llama" or s.sliding_window is None, "sliding_window")
+    need(family not in ("llama", *_OLMO) or s.sliding_window is None, "sliding_window")
     if family in ("mistral", "mixtral", "qwen3_moe"):
         need(s.window_layers is None, "window_layers")
     if s.moe is not None:
@@ -77,6 +84,7 @@ def _family_blockers(settings: DecoderSettings, family: str) -> list[str]:
         if family == "mixtral":
             normalised = s.moe.normalise_weights or s.moe.routing == "topk_softmax"
             need(normalised, "moe.normalise_weights = false")
+        if family in ("mixtral", "flex_olmo"):
             need(not s.moe.dense_layers, "moe.dense_layers")
     return found
 
@@ -108,6 +116,13 @@ def _moe_keys(settings: DecoderSettings, family: str) -> dict[str, Any]:
             "num_local_experts": moe.experts,
             "num_experts_per_tok": moe.experts_per_token,
         }
+    if family == "flex_olmo":
+        return {
+            "intermediate_size": moe.expert_size,
+            "num_experts": moe.experts,
+            "num_experts_per_tok": moe.experts_per_token,
+            "norm_topk_prob": moe.normalise_weights or moe.routing == "topk_softmax",
+        }
     keys = {
         "intermediate_size": settings.feed_forward_size,
         "moe_intermediate_size": moe.expert_size,
@@ -125,7 +140,7 @@ def _moe_keys(settings: DecoderSettings, family: str) -> dict[str, Any]:
 def _window_keys(settings: DecoderSettings, family: str) -> dict[str, Any]:
     if family in ("mistral", "mixtral"):
         return {"sliding_window": settings.sliding_window}
-    if family == "llama":
+    if family == "llama" or family in _OLMO:
         return {}
     keys: dict[str, Any] = {
         "use_sliding_window": settings.sliding_window is not None,
@@ -179,7 +194,7 @@ def config_from_settings(
         **_moe_keys(settings, family),
         **_window_keys(settings, family),
     }
-    if family in ("llama", "qwen3", "qwen3_moe"):
+    if family in ("llama", "qwen3", "qwen3_moe", *_OLMO):
         config["attention_bias"] = settings.qkv_bias
     if family == "llama":
         config["mlp_bias"] = settings.mlp_bias

@@ -40,6 +40,8 @@ _PLAIN |= {
     for layer in ("up", "down")
     for kind in ("weight", "bias")
 }
+_NORMS_AFTER = {"post_attention_layernorm": "attention_norm", "post_feedforward_layernorm": "mlp_norm"}
+"""Of families that norm what a branch gives (OLMo 2): one of these names has another meaning elsewhere."""
 _OUT_OF_LAYER = {ours: theirs for theirs, ours in _IN_LAYER.items()}
 _MATRICES = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -55,11 +57,13 @@ class Part(NamedTuple):
         parameter: its name.
         expert: which of the stacked matrices; None for all of the parameter.
         half: (which half, of the stored rows) where gate and up are stored as one; None for the whole tensor.
+        rows: (the first, of how many) stored rows, where several parameters are stored below each other.
     """
 
     parameter: str
     expert: int | None = None
     half: int | None = None
+    rows: tuple[int, int] | None = None
 
 
 def _chained(name: str, chain: str) -> str:
@@ -68,11 +72,16 @@ def _chained(name: str, chain: str) -> str:
     return f"{stem}{chain}.{kind}"
 
 
-def parts_of(name: str) -> list[Part] | None:
-    """What the stored tensor `name` fills: [] for buffers that are computed anew, None for an unknown name."""
+def parts_of(name: str, *, norms_after: bool = False) -> list[Part] | None:
+    """What the stored tensor `name` fills: [] for buffers that are computed anew, None for an unknown name.
+
+    Args:
+        name: of the stored tensor.
+        norms_after: whether the model norms what its branches give, not what they read.
+    """
     chain = _CHAIN.search(name)
     if chain is not None:
-        whole = parts_of(_CHAIN.sub("", name)) or ()
+        whole = parts_of(_CHAIN.sub("", name), norms_after=norms_after) or ()
         return [Part(_chained(part.parameter, chain[0])) for part in whole] or None
     if name in _PLAIN:
         return [Part(_PLAIN[name])]
@@ -92,8 +101,9 @@ def parts_of(name: str) -> list[Part] | None:
     if rest == "mlp.experts.down_proj":
         return [Part(f"{prefix}moe.experts.down")]
     stem, _, kind = rest.rpartition(".")
-    if stem in _IN_LAYER and kind in ("weight", "bias"):
-        return [Part(f"{prefix}{_IN_LAYER[stem]}.{kind}")]
+    ours = _NORMS_AFTER.get(stem) if norms_after and stem.endswith("layernorm") else _IN_LAYER.get(stem)
+    if ours is not None and kind in ("weight", "bias"):
+        return [Part(f"{prefix}{ours}.{kind}")]
     return None
 
 
@@ -117,6 +127,9 @@ def stored_module(name: str) -> str | None:
 def stored_tensors(model: Decoder, family: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model under the name that `family` stores it by; experts one by one, as published."""
     plain = {ours: theirs for theirs, ours in _PLAIN.items()}
+    in_layer = _OUT_OF_LAYER
+    if model.settings.norm_place == "after":
+        in_layer = in_layer | {ours: theirs for theirs, ours in _NORMS_AFTER.items()}
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
         chain = _CHAIN.search(name)
@@ -135,7 +148,7 @@ def stored_tensors(model: Decoder, family: str) -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}block_sparse_moe.gate.weight", tensor
         else:
             stem, _, kind = rest.rpartition(".")
-            yield f"{prefix}{_OUT_OF_LAYER[stem]}.{kind}", tensor
+            yield f"{prefix}{in_layer[stem]}.{kind}", tensor
 
 
 def _stored_experts(prefix: str, matrix: str, stacked: Tensor, family: str) -> Iterator[tuple[str, Tensor]]:

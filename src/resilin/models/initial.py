@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from resilin.keys import Keys
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.hybrid_settings import HybridSettings
+from resilin.models.mamba_initial import mamba_values
 
 # Standard deviation of a unit normal cut at two standard deviations.
 _CUT_STD = 0.8796256610342398
@@ -28,6 +30,10 @@ def truncated_normal(shape: torch.Size, std: float, generator: torch.Generator) 
 
 
 def _values(name: str, shape: torch.Size, settings: DecoderSettings, generator: torch.Generator) -> Tensor:
+    if ".mamba." in name and isinstance(settings, HybridSettings):
+        own = mamba_values(name, shape, settings.mamba, generator)
+        if own is not None:
+            return own
     if name.endswith("bias") or (settings.zero_query_init and name.endswith("attention.q.weight")):
         return torch.zeros(shape)
     if len(shape) == 1:

@@ -6,7 +6,7 @@ in the input's format, or in autocast's, and storage changes nothing but the mem
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,6 +91,22 @@ def postponing() -> bool:
     return _later is not None
 
 
+def left_as_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, leaving gradients of weights where they are left now, whenever it is called.
+
+    For what is computed again in a backward pass, when nobody is inside `weight_gradients_later` any more.
+    """
+    later = _later
+    if later is None:
+        return function
+
+    def leaving(*args: Any) -> Any:
+        with weight_gradients_later(later):
+            return function(*args)
+
+    return leaving
+
+
 class _Postponed(torch.autograd.Function):
     """x W^T + b whose backward pass computes the gradients of x and b only."""
 
@@ -101,13 +117,14 @@ class _Postponed(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             inner = x.to(dtype)
             ctx.save_for_backward(inner, weight_OI)
-            ctx.later, ctx.dtype = later, x.dtype
+            # What is saved comes back as another tensor where it is computed again: only this one has the `.grad`.
+            ctx.weight, ctx.later, ctx.dtype = weight_OI, later, x.dtype
             return F.linear(inner, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI = ctx.saved_tensors
-        ctx.later.add(weight_OI, grad, x)
+        ctx.later.add(ctx.weight, grad, x)
         of_x = (grad @ weight_OI.to(grad.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         of_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return of_x, None, of_bias, None

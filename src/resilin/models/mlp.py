@@ -16,9 +16,11 @@ from resilin.models.linear import Linear
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """The non-linearity called `kind`: silu, gelu (with erf) or gelu_tanh."""
+    """The non-linearity called `kind`: silu, gelu (with erf), gelu_tanh, or relu2 (the square of relu)."""
     if kind == "silu":
         return F.silu(x)
+    if kind == "relu2":
+        return F.relu(x).square()
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 

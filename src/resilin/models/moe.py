@@ -146,7 +146,7 @@ class MoE(nn.Module):
     def __init__(self, settings: DecoderSettings, moe: MoESettings, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.settings = moe
-        self.router = Linear(settings.hidden_size, moe.experts, bias=False, device=device)
+        self.router = Linear(settings.hidden_size, moe.experts, bias=moe.router_bias, device=device)
         self.experts = Experts(settings, moe, device)
         self.shared = MLP(settings, moe.shared_size, device) if moe.shared_size else None
         self.shared_gate = Linear(settings.hidden_size, 1, bias=False, device=device) if moe.shared_gate else None
@@ -159,7 +159,7 @@ class MoE(nn.Module):
             weights_Nk, chosen_Nk = route(router_NE, self.settings)
             out_ND = self.experts(x_ND, weights_Nk, chosen_Nk)
         else:
-            router_NE = cut.linear(x_ND, self.router, "moe.router")
+            router_NE = cut.gathered(x_ND, self.router, "moe.router")
             weights_Nk, chosen_Nk = route(router_NE, self.settings, cut.experts_per_token)
             if cut.experts is not None and cut.experts[-1] >= len(cut.experts):  # not the first ones
                 chosen_Nk = torch.tensor(cut.experts, device=chosen_Nk.device)[chosen_Nk]

@@ -9,7 +9,6 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.settings import ModelContext, ModelSettings
 from resilin.models.weight_files import ModelFolderError
@@ -48,7 +47,7 @@ class Pretrained(ModelSettings):
             from resilin.models.huggingface import load_pretrained
 
             loaded = load_pretrained(self.path)
-        model = Decoder(self._wanted(loaded.settings, context), seed=None, device="meta")
+        model = self._wanted(loaded.settings, context).on_meta()
         with torch.no_grad():
             model.load_state_dict(loaded.state_dict(), assign=True)
         return model
@@ -67,7 +66,7 @@ class Pretrained(ModelSettings):
             from resilin.models.huggingface import folder_settings
 
             stored = folder_settings(self.path)
-        return Decoder(self._wanted(stored, context), seed=None, device="meta")
+        return self._wanted(stored, context).on_meta()
 
     def _wanted(self, stored: DecoderSettings, context: ModelContext) -> DecoderSettings:
         known, asked = stored.vocab_size, context.vocab_size
@@ -79,4 +78,4 @@ class Pretrained(ModelSettings):
         names = ("dropout", "recompute", "offload", "mlp_tiles", "attention_backend")
         wanted = {name: getattr(self, name) for name in names}
         tree = stored.model_dump() | {name: value for name, value in wanted.items() if value is not None}
-        return DecoderSettings.model_validate(tree)
+        return type(stored).model_validate(tree)

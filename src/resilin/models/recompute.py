@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from resilin.models.linear import left_as_now
 from resilin.models.offload import Offload
 
 Recompute = Literal["none", "block", "selective"]
@@ -68,6 +69,7 @@ def run_block(kind: Recompute, block: Callable[..., Any], *args: Any, offload: O
     """
     if kind == "none" or not torch.is_grad_enabled():
         return block(*args)
+    block = left_as_now(block)
     if kind == "block":
         with offload.keeping_away(args[0]) if offload is not None else nullcontext():
             return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def _normed(x: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y and r of `_RMSNormOnCPU`."""
+    """The normed y and its factor r, of `_RMSNormOnCPU`."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     rsqrt = (norm * norm / x.shape[-1] + eps).rsqrt()
     return torch.mul(x, rsqrt, out=out).mul_(weight_D), rsqrt
@@ -25,7 +25,7 @@ def _normed(x: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = None) 
 def _pulled(
     grad: Tensor, x: Tensor, weight_D: Tensor, rsqrt: Tensor, wanted: tuple[bool, bool], out: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dw of `_RMSNormOnCPU`, as far as they are wanted."""
+    """The gradients dx and dw of `_RMSNormOnCPU`, as far as they are wanted."""
     grad_x = grad_weight = None
     product_ND = (grad * x).reshape(-1, x.shape[-1])
     # `mv`, unlike `@`, stays in float32 when the backward pass is run under autocast.
@@ -80,7 +80,8 @@ class _PartsOnCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count = len(ctx.sizes)
-        x, weights, factors = ctx.saved_tensors[0], ctx.saved_tensors[1 : 1 + count], ctx.saved_tensors[1 + count :]
+        x, *rest = ctx.saved_tensors
+        weights, factors = rest[:count], rest[count:]
         xs, grads = x.split(ctx.sizes, -1), grad.split(ctx.sizes, -1)
         if torch.is_grad_enabled():
             # A gradient of this gradient is wanted: go through operations that have one.
@@ -91,9 +92,9 @@ class _PartsOnCPU(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         of_weights = []
         for number, into in enumerate(grad_x.split(ctx.sizes, -1)):
-            wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[2 + number])
+            needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[2 + number])
             part = (grads[number], xs[number], weights[number], factors[number])
-            of_weights.append(_pulled(*part, wanted, into)[1])
+            of_weights.append(_pulled(*part, needed, into)[1])
         return grad_x if ctx.needs_input_grad[0] else None, None, *of_weights
 
 

@@ -12,10 +12,14 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from resilin.models.attention import Attention
 from resilin.models.block import Block
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
-from resilin.models.flops import keys_seen
+from resilin.models.flops import keys_seen, state_products
+from resilin.models.hybrid import HybridBlock
+from resilin.models.hybrid_settings import HybridSettings
+from resilin.models.mamba import Mamba2
 from resilin.models.moe import Experts
 
 
@@ -56,10 +60,9 @@ def step_flops_per_token(model: Decoder, sequence_length: int) -> float:
         total += sum(2 * count * (1 + trained + flows) for count, trained in _matrices(there, own))
         flows = flows or _trained(*there)
 
-    for layer, block in [*enumerate(model.blocks)] * len(settings.trajectory):
-        assert isinstance(block, Block)
-        attention, own = block.attention, settings.at(layer)
-        through(block.attention_norm)
+    def attend(attention: Attention, layer: int) -> None:
+        """Count the attention of a block."""
+        nonlocal total, flows
         q, k = (flows or _trained(*pair) for pair in ((attention.q, attention.q_norm), (attention.k, attention.k_norm)))
         v = flows or _trained(attention.v)
         through(attention.q, attention.k, attention.v)
@@ -68,6 +71,33 @@ def step_flops_per_token(model: Decoder, sequence_length: int) -> float:
         total += product * (2 + v + (q or k) + q + k)
         flows = flows or q or k
         through(attention.o)
+
+    def scan(mamba: Mamba2) -> None:
+        """Count a Mamba-2 layer."""
+        nonlocal total, flows
+        through(mamba.z, mamba.x, mamba.B, mamba.C, mamba.dt)
+        through(mamba.conv_x, mamba.conv_B, mamba.conv_C)
+        flows = flows or any(p.requires_grad for p in (mamba.A_log, mamba.D, mamba.dt_bias))
+        assert isinstance(own, HybridSettings)
+        total += state_products(own.mamba) * (1 + 2 * flows)
+        through(mamba.norm)
+        through(mamba.out)
+
+    for layer, block in [*enumerate(model.blocks)] * len(settings.trajectory):
+        own = settings.at(layer)
+        if isinstance(block, HybridBlock):
+            through(block.norm)
+            if block.kind == "mamba":
+                scan(block.mamba)
+            elif block.kind == "attention":
+                attend(block.attention, layer)
+            else:
+                through(block.mlp.gate, block.mlp.up)
+                through(block.mlp.down)
+            continue
+        assert isinstance(block, Block)
+        through(block.attention_norm)
+        attend(block.attention, layer)
         through(block.mlp_norm)
         if block.has_experts:
             through(block.moe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,24 @@ def open_tensors(folder: Path) -> Iterator[StoredTensor]:
             raise ModelFolderError(f"{path}: not a whole safetensors file: {error}") from None
 
 
-def _shards(tensors: Mapping[str, Tensor], most_bytes: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A tensor that is made when it is written, so that a model need not be in memory to be written.
+
+    Attributes:
+        nbytes: its size.
+        make: gives it, contiguous and on the CPU.
+    """
+
+    nbytes: int
+    make: Callable[[], Tensor]
+
+
+Writable = Tensor | Pending
+
+
+def _shards(tensors: Mapping[str, Writable], most_bytes: int) -> list[dict[str, Writable]]:
+    shards: list[dict[str, Writable]] = [{}]
     used = 0
     for name, tensor in tensors.items():
         if shards[-1] and used + tensor.nbytes > most_bytes:
@@ -139,8 +155,10 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[Path]:
+def write_tensors(folder: Path, tensors: Mapping[str, Writable], max_shard_bytes: int) -> list[Path]:
     """Write tensors as one safetensors file, or as numbered ones with an index where they exceed the limit.
+
+    Tensors that are pending are made file by file.
 
     Weight files of an earlier export that the new set does not use are removed: `transformers` would prefer them.
     """
@@ -150,7 +168,8 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
     weight_map: dict[str, str] = {}
     for name, shard in zip(names, shards, strict=True):
         temporary = folder / (name + ".part")
-        save_file(shard, temporary, metadata={"format": "pt"})
+        made = {one: tensor.make() if isinstance(tensor, Pending) else tensor for one, tensor in shard.items()}
+        save_file(made, temporary, metadata={"format": "pt"})
         temporary.replace(folder / name)
         weight_map.update(dict.fromkeys(shard, name))
     written = [folder / name for name in names]

@@ -43,6 +43,9 @@ class Budget:
         loops: of a looped decoder, how often its blocks are run, in equal steps; or the steps, in any proportion:
             (4, 1, 1) are three loops of 4/6, 1/6 and 1/6.
         chains: of a decoder of chains, how many of the first: its scale.
+        mamba_heads: of Mamba-2 layers, equally many of every group.
+        mamba_head_size: channels of each of those heads.
+        state_size: numbers of their state.
     """
 
     ffn: Sizes = None
@@ -54,9 +57,12 @@ class Budget:
     top_k: Sizes = None
     loops: int | tuple[int, ...] | None = None
     chains: int | None = None
+    mamba_heads: Sizes = None
+    mamba_head_size: Sizes = None
+    state_size: Sizes = None
 
     def __post_init__(self) -> None:
-        for name in ("ffn", "heads", "kv_heads", "top_k", "experts", "hidden", "loops", "chains"):
+        for name in (field.name for field in fields(self) if field.name != "skip"):
             object.__setattr__(self, name, _frozen(name, getattr(self, name)))
         if not isinstance(self.skip, list | tuple) or not all(_is_count(layer) or layer == 0 for layer in self.skip):
             raise BudgetError(f"skip is {self.skip!r}: expected numbers of layers, from 0")

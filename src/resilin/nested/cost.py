@@ -14,6 +14,7 @@ from resilin.models.cache import KVCache
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.flops import forward_flops_per_token, parameter_counts
+from resilin.models.hybrid_settings import HybridSettings
 from resilin.nested.budgets import Budget
 from resilin.nested.in_place import budget, decoder_in
 from resilin.nested.sub_model import sub_model, sub_settings
@@ -29,6 +30,8 @@ class Cost:
         non_embedding: `parameters` without embedding and head.
         flops: operations of the forward pass, for a token of a text of the given length.
         kv_bytes: of the keys and values of one token.
+        state_bytes: of what Mamba-2 layers remember of a text, however long: their states in float32, and the last
+            inputs of their convolutions.
     """
 
     parameters: int
@@ -36,6 +39,15 @@ class Cost:
     non_embedding: int
     flops: float
     kv_bytes: int
+    state_bytes: int = 0
+
+
+def _state_bytes(small: DecoderSettings, value_bytes: int) -> int:
+    if not isinstance(small, HybridSettings):
+        return 0
+    sizes = [small.at(layer).mamba for layer in small.layers_of("mamba")]
+    inputs = sum((one.conv_size - 1) * (one.width + 2 * one.state_width) for one in sizes)
+    return inputs * value_bytes + sum(one.width * one.state_size for one in sizes) * max(4, value_bytes)
 
 
 def cost(
@@ -62,6 +74,7 @@ def cost(
         counts.non_embedding,
         forward_flops_per_token(small, sequence_length or settings.max_positions),
         2 * keys * settings.head_width * value_bytes,
+        _state_bytes(small, value_bytes),
     )
 
 

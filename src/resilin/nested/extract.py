@@ -57,7 +57,7 @@ def extract(model: nn.Module, wanted: Budget) -> Decoder:
         BudgetError: the budget does not fit.
     """
     full = decoder_in(model)
-    small = Decoder(sub_settings(full.settings, wanted), seed=None, device="meta")
+    small = sub_settings(full.settings, wanted).on_meta()
     weight = full.embed.weight
     small = _empty(small, weight.dtype, weight.device).train(full.training)
     targets, sources = dict(small.named_parameters()), dict(full.named_parameters())
@@ -89,7 +89,7 @@ def extract_folder(
     """
     folder = Path(folder)
     settings = folder_settings(folder)
-    small = _empty(Decoder(sub_settings(settings, wanted), seed=None, device="meta"), dtype, device)
+    small = _empty(sub_settings(settings, wanted).on_meta(), dtype, device)
     parameters = dict(small.named_parameters())
     new_layer = {part.layer: new for new, part in enumerate(sub_model(settings, wanted).layers)}
     used, targets = regions(settings, wanted), {}
@@ -99,5 +99,5 @@ def extract_folder(
             targets[name] = Target(tensor, shape, pieces_of(used[name]))
         else:
             targets[name] = Target(torch.empty(0), shape, ())  # of a skipped layer: known, and not read
-    fill_targets(folder, targets, settings.tie_embeddings)
+    fill_targets(folder, targets, settings)
     return small

@@ -5,12 +5,13 @@ heads within their group may stand in any order.
 
 How important a neuron is: with data, the mean of |its activation| times the norm of its column of `down`, which is what
 it adds to the stream; without, the product of the norms of its weights. Of a head the same, over its values and columns
-of `o`.
+of `o`. Heads of a Mamba-2 layer stay in their group, whose B and C they share, and the order of channels is the same in
+all heads. Nemotron Elastic's own scores are in `resilin.nested.ranking`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from resilin.config import UserError
 from resilin.inference.scoring import evaluating
 from resilin.models.attention import Attention
-from resilin.models.block import Block
 from resilin.models.decoder import Decoder
 from resilin.models.linear import Linear
+from resilin.models.mamba import Depthwise, Mamba2
 from resilin.models.mlp import MLP
 from resilin.models.moe import Experts, MoE
 from resilin.nested.in_place import full
@@ -68,13 +69,31 @@ def _neurons_by_weight(mlp: MLP) -> Tensor:
     return score if mlp.gate is None else score * _rows(_plain(mlp.gate, "mlp.gate").weight)
 
 
-def _heads_by_weight(attention: Attention) -> Tensor:
-    return _rows(_plain(attention.o, "attention.o").weight.t())
+def parts_of(model: Decoder) -> Iterator[tuple[str, Attention | MLP | MoE | Mamba2]]:
+    """The parts of all blocks, by name, whose insides may stand in any order."""
+    for layer, block in enumerate(model.blocks):
+        for kind in ("attention", "mamba", "mlp", "moe"):
+            part = getattr(block, kind, None)
+            if part is not None:
+                yield f"blocks.{layer}.{kind}", part
+
+
+def _back(name: str, part: Attention | MLP | Mamba2) -> tuple[nn.Module, str]:
+    """A part's map back to the stream, and its name."""
+    found, last = (
+        (part.o, "o")
+        if isinstance(part, Attention)
+        else (part.down, "down")
+        if isinstance(part, MLP)
+        else (part.out, "out")
+    )
+    return found, f"{name}.{last}"
 
 
 @torch.no_grad()
 def importance(model: Decoder, batches: Iterable[Batch] | None = None) -> dict[str, Tensor]:
-    """Scores of neurons (`blocks.0.mlp`, (F,)) and of columns of heads (`blocks.0.attention`, (H * head size,)).
+    """Scores of neurons (`blocks.0.mlp`, (F,)) and of columns of heads (`blocks.0.attention`, `blocks.0.mamba`,
+    (H * head size,)).
 
     Args:
         model: whole and plain.
@@ -91,19 +110,15 @@ def importance(model: Decoder, batches: Iterable[Batch] | None = None) -> dict[s
     seen: dict[str, tuple[_MeanInput, Linear]] = {}
     scores: dict[str, Tensor] = {}
     with ExitStack() as hooks:
-        for layer, block in enumerate(model.blocks):
-            assert isinstance(block, Block)
-            inputs = {f"blocks.{layer}.attention": _plain(block.attention.o, f"blocks.{layer}.attention.o")}
-            scores[f"blocks.{layer}.attention"] = _heads_by_weight(block.attention)
-            if block.has_experts:
-                scores[f"blocks.{layer}.moe.experts"] = _experts_by_weight(block.moe.experts)
-            else:
-                inputs[f"blocks.{layer}.mlp"] = _plain(block.mlp.down, f"blocks.{layer}.mlp.down")
-                scores[f"blocks.{layer}.mlp"] = _neurons_by_weight(block.mlp)
-            for name, linear in inputs.items():
-                if batches is not None:
-                    seen[name] = (_MeanInput(linear), linear)
-                    hooks.callback(seen[name][0].handle.remove)
+        for name, part in parts_of(model):
+            if isinstance(part, MoE):
+                scores[f"{name}.experts"] = _experts_by_weight(part.experts)
+                continue
+            linear = _plain(*_back(name, part))
+            scores[name] = _neurons_by_weight(part) if isinstance(part, MLP) else _rows(linear.weight.t())
+            if batches is not None:
+                seen[name] = (_MeanInput(linear), linear)
+                hooks.callback(seen[name][0].handle.remove)
         if batches is not None:
             device = model.embed.weight.device
             with evaluating(model), full(model):
@@ -135,19 +150,21 @@ def put_in_order(model: Decoder, scores: dict[str, Tensor], *, heads: bool = Tru
     Args:
         model: whole and plain.
         scores: as `importance` gives them.
-        heads: whether heads too: query heads within their group, and groups by the sum of theirs.
+        heads: whether heads too: query heads within their group, and groups by the sum of theirs; of Mamba-2 layers
+            heads within their group, and channels.
     """
-    for layer, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        if block.has_experts:
-            _order_experts(block.moe, scores[f"blocks.{layer}.moe.experts"])
-        else:
-            _order_mlp(block.mlp, _sorted(scores[f"blocks.{layer}.mlp"]))
-        if heads:
-            _order_heads(block.attention, scores[f"blocks.{layer}.attention"])
+    for name, part in parts_of(model):
+        if isinstance(part, MoE):
+            _order_experts(part, scores[f"{name}.experts"])
+        elif isinstance(part, MLP):
+            _order_mlp(part, _sorted(scores[name]))
+        elif heads and isinstance(part, Attention):
+            _order_heads(part, scores[name])
+        elif heads and isinstance(part, Mamba2):
+            _order_mamba(part, scores[name])
 
 
-def _permute(linear: Linear, order: Tensor, dim: int) -> None:
+def _permute(linear: Linear | Depthwise, order: Tensor, dim: int) -> None:
     linear.weight.copy_(linear.weight.index_select(dim, order))
     if dim == 0 and linear.bias is not None:
         linear.bias.copy_(linear.bias[order])
@@ -166,6 +183,30 @@ def _order_experts(moe: MoE, scores_EF: Tensor) -> None:
         if stack is not None:
             place = order_EF[:, :, None] if dim == 1 else order_EF[:, None, :]
             stack.copy_(stack.gather(dim, place.expand_as(stack)))
+
+
+def _order_mamba(mamba: Mamba2, scores: Tensor) -> None:
+    """Channels by the size of their scores over all heads; heads, within their group, over the better half of those.
+
+    (Nemotron Elastic, section 3.1.)
+    """
+    scores_HP = scores.view(mamba.heads, -1)
+    channels_P = _sorted(torch.linalg.vector_norm(scores_HP, dim=0))
+    best = channels_P[: -(-len(channels_P) // 2)]
+    of_head_GR = torch.linalg.vector_norm(scores_HP[:, best], dim=1).view(mamba.groups, -1)
+    first_G1 = torch.arange(mamba.groups, device=scores.device)[:, None] * of_head_GR.shape[1]
+    heads_H = (first_G1 + _sorted(of_head_GR)).flatten()
+    rows = (heads_H[:, None] * len(channels_P) + channels_P).flatten()
+    for linear, order, dim in ((mamba.z, rows, 0), (mamba.x, rows, 0), (mamba.dt, heads_H, 0), (mamba.out, rows, 1)):
+        _permute(_plain(linear, "mamba"), order, dim)
+    _permute(mamba.conv_x, rows, 0)
+    for vector, order in (
+        (mamba.A_log, heads_H),
+        (mamba.D, heads_H),
+        (mamba.dt_bias, heads_H),
+        (mamba.norm.weight, rows),
+    ):
+        vector.copy_(vector[order])
 
 
 def _order_heads(attention: Attention, scores: Tensor) -> None:

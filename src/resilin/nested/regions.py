@@ -3,11 +3,13 @@
 Running in place, extracting, and what is tested of gradients all read what is said here.
 
 With sizes d (hidden), m (neurons), and the kept heads' rows: embedding and head [V, :d]; norms [:d]; q, k, v [heads,
-:d]; o [:d, heads]; gate and up [:m, :d]; down [:d, :m]; router [experts, :d]; stacked experts [experts, :m, :d] and
-[experts, :d, :m]. Rows of heads are one run where whole groups are kept, else one run for each key head; experts that
-are named one by one are as many runs as they leave gaps. The shared expert keeps its neurons. What a looped decoder's
-blocks are told is as wide as the stream. Of a decoder of chains, each of which has parameters of its own, those of the
-first chains are used whole.
+:d]; o [:d, heads]; gate and up [:m, :d]; down [:d, :m]; router [experts, :d] and its bias [experts]; stacked experts
+[experts, :m, :d] and [experts, :d, :m]. Rows of heads are one run where whole groups are kept, else one run for each
+key head; experts that are named one by one are as many runs as they leave gaps. The shared expert keeps its neurons.
+What a looped decoder's blocks are told is as wide as the stream. Of a Mamba-2 layer, with the kept channels of the kept
+heads of each group: z, x [channels, :d], the convolution of x and the norm [channels], out [:d, channels]; B and C
+[state, :d], the first numbers of each group; dt [heads, :d]; A_log, D, dt_bias [heads]. Of a decoder of chains, each of
+which has parameters of its own, those of the first chains are used whole.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from resilin.layout import Region
 from resilin.models.chain_freeze import chain_of
 from resilin.models.chain_settings import reach_of
 from resilin.models.cut import BlockCut, Cut, Regions
-from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.hybrid_settings import HybridSettings
 from resilin.nested.budgets import Budget
 from resilin.nested.sub_model import LayerPart, sub_model
 
@@ -33,7 +35,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 @lru_cache(maxsize=64)
 def shapes_of(settings: DecoderSettings) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a decoder, by name."""
-    outline = Decoder(settings, seed=None, device="meta")
+    outline = settings.on_meta()
     return {name: tuple(parameter.shape) for name, parameter in outline.named_parameters()}
 
 
@@ -58,13 +60,50 @@ def _head_rows(settings: DecoderSettings, part: LayerPart) -> tuple[Runs, Runs]:
     return tuple((key * group * width, kept * width) for key in range(part.key_heads)), keys
 
 
+def _joined(runs: Runs) -> Runs:
+    """Runs that touch, as one."""
+    found: list[tuple[int, int]] = []
+    for first, count in runs:
+        if found and sum(found[-1]) == first:
+            found[-1] = (found[-1][0], found[-1][1] + count)
+        else:
+            found.append((first, count))
+    return tuple(found)
+
+
+def _mamba_runs(settings: HybridSettings, part: LayerPart, hidden: int, name: str) -> tuple[Runs | None, ...]:
+    """As `_block_runs`, of a Mamba-2 layer."""
+    mamba, d = settings.at(part.layer).mamba, ((0, hidden),)
+    size, state, group = mamba.head_size, mamba.state_size, mamba.heads // mamba.groups
+    kept = part.mamba_heads // mamba.groups
+    heads = _joined(tuple((first * group, kept) for first in range(mamba.groups)))
+    numbers = [first + number for first, count in heads for number in range(count)]
+    channels = _joined(tuple((number * size, part.mamba_head_size) for number in numbers))
+    states = _joined(tuple((number * state, part.state_size) for number in range(mamba.groups)))
+    stem, _, kind = name.removeprefix("mamba.").rpartition(".")
+    rows = {"z": channels, "x": channels, "B": states, "C": states, "dt": heads}
+    if stem in rows:
+        return rows[stem], d
+    if stem.startswith("conv_"):
+        own = rows[stem.removeprefix("conv_")]
+        return (own, None, None) if kind == "weight" else (own,)
+    if stem == "norm":
+        return (channels,)
+    if stem == "out":
+        return d, channels
+    return (heads,)
+
+
 def _block_runs(settings: DecoderSettings, part: LayerPart, hidden: int, name: str) -> tuple[Runs | None, ...]:
     """What is used in each dimension of a block's parameter; None: all."""
+    if name.startswith("mamba."):
+        assert isinstance(settings, HybridSettings)
+        return _mamba_runs(settings, part, hidden, name)
     stem, _, kind = name.rpartition(".")
     d, neurons = ((0, hidden),), ((0, part.ffn),)
-    queries, keys = _head_rows(settings, part)
+    queries, keys = _head_rows(settings, part) if part.heads else ((), ())
     is_weight = kind == "weight"
-    if stem in ("attention_norm", "mlp_norm"):
+    if stem in ("attention_norm", "mlp_norm", "norm"):
         return (d,)
     if stem in ("attention.q_norm", "attention.k_norm"):
         rows = queries if stem.endswith("q_norm") else keys
@@ -83,7 +122,7 @@ def _block_runs(settings: DecoderSettings, part: LayerPart, hidden: int, name: s
         rows = tuple((number * whole, hidden) for number in range(4)) if hidden < whole else ((0, 4 * whole),)
         return (rows, d) if is_weight else (rows,)
     if stem == "moe.router":
-        return (_runs_of(part.experts), d)
+        return (_runs_of(part.experts), d) if is_weight else (_runs_of(part.experts),)
     if stem in ("moe.shared_gate", "moe.shared.gate", "moe.shared.up"):
         return (None, d)
     if stem == "moe.shared.down":

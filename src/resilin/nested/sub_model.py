@@ -8,6 +8,7 @@ from typing import Any
 
 from resilin.models.chain_settings import ChainSettings
 from resilin.models.decoder_settings import DecoderSettings, LayerSizes
+from resilin.models.hybrid_settings import HybridLayerSizes, HybridSettings
 from resilin.models.loop_settings import LoopSettings, reduced
 from resilin.nested.budgets import Budget, BudgetError
 
@@ -23,6 +24,9 @@ class LayerPart:
         ffn: neurons of the feed-forward or of each expert.
         experts: their numbers; () where the layer has none.
         top_k: experts that a token visits; 0 where there are none.
+        mamba_heads: heads of a Mamba-2 layer, equally many of each group; 0, like the next two, where it is none.
+        mamba_head_size: their leading channels.
+        state_size: leading numbers of their states.
     """
 
     layer: int
@@ -31,6 +35,9 @@ class LayerPart:
     ffn: int
     experts: tuple[int, ...] = ()
     top_k: int = 0
+    mamba_heads: int = 0
+    mamba_head_size: int = 0
+    state_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,39 @@ def _experts(layer: int, own: DecoderSettings, chosen: Any, top_k: int | None) -
     return kept, top_k
 
 
+def _hybrid_part(layer: int, own: HybridSettings, budget: Budget) -> LayerPart:
+    """What is used of one layer of a hybrid decoder."""
+
+    def asked(name: str) -> int | None:
+        size: int | None = _entry(name, getattr(budget, name), layer, own.layers)
+        return size
+
+    kind, mamba = own.kind_of(layer), own.mamba
+    if kind == "mlp":
+        return LayerPart(layer, 0, 0, _at_most("ffn", layer, asked("ffn"), own.feed_forward_size))
+    if kind == "attention":
+        return LayerPart(layer, *_heads(layer, own, asked("heads"), asked("kv_heads")), 0)
+    heads = _at_most("mamba_heads", layer, asked("mamba_heads"), mamba.heads)
+    if heads % mamba.groups:
+        options = ", ".join(str(n) for n in range(mamba.groups, mamba.heads + 1, mamba.groups))
+        raise BudgetError(
+            f"mamba_heads of layer {layer} is {heads}, which {mamba.groups} groups cannot share equally: use one of "
+            f"{options}"
+        )
+    size = _at_most("mamba_head_size", layer, asked("mamba_head_size"), mamba.head_size)
+    state = _at_most("state_size", layer, asked("state_size"), mamba.state_size)
+    return LayerPart(layer, 0, 0, 0, mamba_heads=heads, mamba_head_size=size, state_size=state)
+
+
+def _check_kinds(settings: DecoderSettings, budget: Budget) -> None:
+    """Refuse sizes of what the model has none of."""
+    if settings.moe is None and (budget.experts is not None or budget.top_k is not None):
+        raise BudgetError("experts and top_k: the model has no experts; leave them out")
+    named = [name for name in ("mamba_heads", "mamba_head_size", "state_size") if getattr(budget, name) is not None]
+    if named and not (isinstance(settings, HybridSettings) and settings.layers_of("mamba")):
+        raise BudgetError(f"{named[0]}: the model has no Mamba-2 layers; leave it out")
+
+
 def _trajectory(settings: DecoderSettings, loops: int | tuple[int, ...] | None) -> tuple[int, ...]:
     """The steps of the loops that are run."""
     if loops is None:
@@ -163,8 +203,7 @@ def sub_model(settings: DecoderSettings, budget: Budget) -> SubModel:
         raise BudgetError(f"skip names layer {beyond[0]}; layers count from 0 to {layers - 1}")
     if len(budget.skip) == layers:
         raise BudgetError(f"skip names all {layers} layers: leave at least one")
-    if settings.moe is None and (budget.experts is not None or budget.top_k is not None):
-        raise BudgetError("experts and top_k: the model has no experts; leave them out")
+    _check_kinds(settings, budget)
     hidden = budget.hidden or settings.hidden_size
     if hidden > settings.hidden_size:
         raise BudgetError(f"hidden is {hidden}, and the model's is {settings.hidden_size}: use at most that")
@@ -178,6 +217,10 @@ def sub_model(settings: DecoderSettings, budget: Budget) -> SubModel:
     kept = []
     for layer in range(layers):
         own = settings.at(layer)
+        if isinstance(own, HybridSettings):
+            if layer not in budget.skip:
+                kept.append(_hybrid_part(layer, own, budget))
+            continue
         ffn, heads, key_heads, experts, top_k = (
             _entry(name, getattr(budget, name), layer, layers)
             for name in ("ffn", "heads", "kv_heads", "experts", "top_k")
@@ -218,6 +261,47 @@ def _common(values: list[int], default: int) -> int:
     return max(values) if values else default
 
 
+def _sub_hybrid(settings: HybridSettings, part: SubModel) -> HybridSettings:
+    """The settings of a hybrid decoder of some sizes."""
+    kinds = {one.layer: settings.kind_of(one.layer) for one in part.layers}
+    usual = {
+        "heads": ("attention", "heads", settings.heads),
+        "kv_heads": ("attention", "key_heads", settings.key_heads),
+        "mlp_size": ("mlp", "ffn", settings.feed_forward_size),
+        "mamba_heads": ("mamba", "mamba_heads", settings.mamba.heads),
+        "mamba_head_size": ("mamba", "mamba_head_size", settings.mamba.head_size),
+        "state_size": ("mamba", "state_size", settings.mamba.state_size),
+    }
+    common = {
+        name: _common([getattr(one, size) for one in part.layers if kinds[one.layer] == kind], default)
+        for name, (kind, size, default) in usual.items()
+    }
+    if common["heads"] % common["kv_heads"]:
+        common["heads"] = common["kv_heads"] * -(-common["heads"] // common["kv_heads"])
+    own = []
+    for one in part.layers:
+        sizes = {name: getattr(one, size) for name, (kind, size, _) in usual.items() if kind == kinds[one.layer]}
+        own.append(HybridLayerSizes(**{name: size for name, size in sizes.items() if size != common[name]}))
+    changes: dict[str, Any] = {
+        "hidden_size": part.hidden,
+        "layers": len(part.layers),
+        "pattern": "".join(settings.pattern[one.layer] for one in part.layers),
+        "heads": common["heads"],
+        "kv_heads": common["kv_heads"],
+        "head_size": settings.head_width,
+        "mlp_size": common["mlp_size"],
+        "mamba": settings.mamba.model_copy(
+            update={
+                "heads": common["mamba_heads"],
+                "head_size": common["mamba_head_size"],
+                "state_size": common["state_size"],
+            }
+        ),
+        "layer_sizes": tuple(own) if any(one != HybridLayerSizes() for one in own) else (),
+    }
+    return HybridSettings.model_validate(settings.model_copy(update=changes).model_dump())
+
+
 @lru_cache(maxsize=4096)
 def sub_settings(settings: DecoderSettings, budget: Budget) -> DecoderSettings:
     """The settings of an ordinary decoder of the sizes that a budget leaves.
@@ -232,6 +316,8 @@ def sub_settings(settings: DecoderSettings, budget: Budget) -> DecoderSettings:
         return settings
     if part.hidden == whole.hidden and part.layers == whole.layers:
         return settings.model_copy(update={"loop": _sub_loop(settings.loop, part.trajectory)})
+    if isinstance(settings, HybridSettings):
+        return _sub_hybrid(settings, part)
     layers = part.layers
     numbers = [one.layer for one in layers]
     dense = [one for one in layers if not one.experts]

@@ -161,6 +161,7 @@ class Muon(ScheduledSettings):
             name
             for name, p in model.named_parameters()
             if p.ndim in (2, 3)
+            and not (p.ndim == 3 and p.shape[1] == 1)  # a convolution of each channel by itself is no matrix
             and not is_vector(name, p)
             and p is not head
             and name not in embeddings

@@ -62,4 +62,4 @@ def read_folder(
         if target.wanted < parameter.numel():  # padding
             parameter.data.zero_()
         targets[name] = target
-    fill_targets(Path(folder), targets, settings.tie_embeddings)
+    fill_targets(Path(folder), targets, settings)

@@ -91,6 +91,20 @@ class Gathered:
         root.set_requires_gradient_sync(last)
         root.set_reshard_after_backward(last)
 
+    def sum_up(self, chunk: int) -> None:
+        """Sum a chunk's gradients, and give its weights up, where no backward pass of autograd's ends the step.
+
+        A schedule that cuts backward passes in halves ends with gradients of weights, which hooks of FSDP do not see:
+        they are told so by hand, as `torch.distributed.pipelining` does it.
+        """
+        root = self._chunks[chunk]
+        self.before_backward(chunk, last=True)
+        state = fully_shard.state(root)  # type: ignore[attr-defined]
+        for inner in state._state_ctx.all_states:
+            for group in inner._fsdp_param_groups:
+                group.post_backward()
+        state._root_post_backward_final_callback()
+
     def give_up(self) -> None:
         """Keep this worker's share only: after passes that no backward pass follows."""
         for chunk in self._chunks:

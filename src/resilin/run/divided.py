@@ -258,10 +258,10 @@ def _check_sharded_stages(settings: RunSettings, model: nn.Module) -> None:
     Raises:
         ParallelError: what it is.
     """
-    if splits_backward(settings.parallel.schedule):
+    if splits_backward(settings.parallel.schedule) and settings.parallel.gather == "block":
         raise ParallelError(
-            f"parallel.schedule = {settings.parallel.schedule!r} cuts backward passes in halves, and sharding = 'fsdp' "
-            "takes gradients when a whole one ends: use gpipe, 1f1b or interleaved, or sharding = 'zero1'"
+            f"parallel.schedule = {settings.parallel.schedule!r} cuts backward passes in halves, and gather = 'block' "
+            "takes gradients when a whole one ends: use gather = 'step', or gpipe, 1f1b or interleaved"
         )
     if not isinstance(model, Decoder):
         raise ParallelError(

@@ -10,30 +10,32 @@ from resilin.parallel.micro_batches import in_runs
 from resilin.parallel.stretches import left_to_do
 
 Owners = tuple[tuple[tuple[int, ...], ...], ...]
-"""By stage and member ascending numbers."""
+"""By stage and member, or team of members, ascending numbers."""
 
 
 class Dealing:
     """The dealing of one view.
 
-    Runs of neighbours at every stage; a step that is redone leaves everyone what it has finished.
+    Runs of neighbours at every stage; a step that is redone leaves everyone what it has finished. Members of a team
+    compute the same.
 
     Args:
         change: that made the view.
     """
 
     def __init__(self, change: Adopt) -> None:
-        self._stages = tuple(stage.members for stage in change.view.stages)
+        self._stages = tuple(stage.leads for stage in change.view.stages)
+        self._tensor = change.view.tensor
         self._version, self._kept = change.version, {member: tuple(m) for member, m in change.kept.items() if m}
         self._last = 0
 
     def of_step(self, step: int, micros: int) -> list[tuple[int, ...]]:
         """By rank, which of so many micro-batches of a step are whose."""
         self._last = micros
-        return [mine for stage in self._owned(step, micros) for mine in stage]
+        return [mine for stage in self._owned(step, micros) for mine in stage for _ in range(self._tensor)]
 
     def todo(self, step: int) -> Owners:
-        """By stage and member, what is left to be computed of the step that `of_step` was asked for last."""
+        """By stage and team, what is left to be computed of the step that `of_step` was asked for last."""
         owned, kept = self._owned(step, self._last), self._kept_of(step)
         return tuple(
             tuple(
@@ -44,7 +46,7 @@ class Dealing:
         )
 
     def evaluated(self, batches: int) -> Owners:
-        """By stage and member, which of so many held-out batches are whose."""
+        """By stage and team, which of so many held-out batches are whose."""
         return _runs(tuple(map(len, self._stages)), batches)
 
     def _kept_of(self, step: int) -> Mapping[int, Sequence[int]]:

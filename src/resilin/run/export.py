@@ -51,13 +51,13 @@ def _check(model: Decoder, folder: Path, dtype: torch.dtype) -> None:
     for name, parameter in rounded.items():
         if not torch.equal(written[name].detach(), parameter):
             raise ExportError(f"{folder}: {name} reads back differently from what was written; is the disk sound?")
-    meant = Decoder(model.settings, seed=None, device="meta")
+    meant = model.settings.on_meta()
     meant.load_state_dict(rounded, assign=True)
     if not torch.equal(_probe_logits(meant), _probe_logits(again)):
         raise ExportError(f"{folder}: the settings read back differently: the model gives other logits")
 
 
-def _put_in_place(staged: Path, output: Path) -> list[Path]:
+def put_in_place(staged: Path, output: Path) -> list[Path]:
     """Move the staged files over those of an earlier export; other files there are left alone."""
     output.mkdir(parents=True, exist_ok=True)
     for old in (*output.glob("model*.safetensors"), *output.glob("model*.safetensors.index.json")):
@@ -119,7 +119,7 @@ def export_model(
             if tokenizer is not None:
                 tokenizer.save(staged)
             _check(model, staged, dtype)
-            return _put_in_place(staged, output)
+            return put_in_place(staged, output)
     except ModelFolderError as error:
         raise ExportError(f"{output}: cannot be written as a Hugging Face folder: {error}") from None
     except OSError as error:

@@ -53,13 +53,13 @@ def _outline_of(settings: RunSettings, path: Path) -> nn.Module:
     try:
         model = settings.model.outline(ModelContext(settings.seed, None))
     except ValueError:  # the model has as many tokens as the source's tokenizer
-        model = settings.model.outline(ModelContext(settings.seed, _vocabulary(settings, path)))
+        model = settings.model.outline(ModelContext(settings.seed, vocabulary_of(settings, path)))
     if model is None:
         raise UserError(f"{path}: a {type(settings.model).__name__} cannot be outlined without building it")
     return model
 
 
-def _vocabulary(settings: RunSettings, path: Path) -> int:
+def vocabulary_of(settings: RunSettings, path: Path) -> int:
     """How many tokens the source's tokenizer has, or will have; no data is opened to learn it."""
     stored = RunFolder(path).tokenizer
     if path.is_dir() and (stored / TOKENIZER_FILE).is_file():

@@ -222,7 +222,7 @@ def open_outline(path: Path | str, tokenizer: Path | str | None = None) -> Opene
     words_at = tokenizer or own
     words = Tokenizer.load(words_at) if words_at else None
     try:
-        model = Decoder(folder_settings(path), seed=None, device="meta").eval()
+        model = folder_settings(path).on_meta().eval()
     except ModelFolderError as error:
         raise OpenModelError(str(error)) from None
     ends = _end_ids(path / "generation_config.json")

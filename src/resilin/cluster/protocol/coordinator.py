@@ -246,22 +246,29 @@ class Coordinator:
         return self._resumed is not None and self.version > self._resumed
 
     def _part(self) -> None:
-        """Let those go whose states, and whose copies of others', are elsewhere by now."""
+        """Let those go whose states, and whose copies of others', are elsewhere by now; who has lost its team waits."""
         assert self.view is not None
         for number in self._in():
-            if number not in self.view.members:
+            if number in self.view.members:
+                continue
+            if self.members[number].leaving:
                 self._out.append(Tell(number, End(0, "its states are elsewhere now")))
                 del self.members[number]
+            else:
+                member = self.members[number]
+                member.epoch, member.halted = -1, None
+                self._note("spare", member=number, why=f"its team was broken up, and {self.rules.tensor} make one")
 
     # -- changes ------------------------------------------------------------------------------------------------
 
     def _go_home(self) -> bool:
         """Where too few would stay, nobody leaves: the run is saved while all states are there, and ends."""
         view = self._next
-        if view is None or sum(m.warm and not m.leaving for m in self.members.values()) >= self.rules.least:
+        least = max(self.rules.least, self.rules.stages * self.rules.tensor)
+        if view is None or sum(m.warm and not m.leaving for m in self.members.values()) >= least:
             return False
         self.homeward = True
-        self._note("homeward", why=f"fewer than {self.rules.least} would stay")
+        self._note("homeward", why=f"fewer than {least} would stay")
         for number in view.members:
             if number in self.members:
                 self.members[number].leaving = False
@@ -291,6 +298,7 @@ class Coordinator:
             assert self.view is not None
             # A row of newcomers, one after the other, must not keep the others from their work.
             news = [n for n, member in self.members.items() if member.warm and member.epoch < 0] if self._moving else []
+            news = news[: len(news) // self.rules.tensor * self.rules.tensor]
             leaving = [n for n in self.view.members if n in self.members and self.members[n].leaving]
             better = self.dividing.better(self.view) if self._moving and not news and not leaving else None
             if news or leaving or better is not None:
@@ -408,16 +416,21 @@ class Coordinator:
         before = self.view
         if before is None or before.layers != view.layers:
             return {}
-        stages = []
+        alike = []
         for old, new in zip(before.stages, view.stages, strict=True):
-            told = {n: h for n in new.members if n in old.members and (h := self.members[n].halted) is not None}
-            kept = [told[n].kept if n in told and told[n].step == version else () for n in new.members]
-            if any(count > 1 for count in Counter(micro for mine in kept for micro in mine).values()):
-                return {}
-            stages.append(kept)
-        members = [number for stage in view.stages for number in stage.members]
-        found = [mine for stage in in_all(stages) for mine in stage]
+            for part in range(view.tensor):
+                kept = [self._kept_by(team[part], version) if team in old.teams else () for team in new.teams]
+                if any(count > 1 for count in Counter(micro for mine in kept for micro in mine).values()):
+                    return {}
+                alike.append(kept)
+        found = [mine for each in in_all(alike) for mine in each]
+        members = [number for each in _alike(view) for number in each]
         return {number: tuple(mine) for number, mine in zip(members, found, strict=True) if mine}
+
+    def _kept_by(self, number: int, version: int) -> Sequence[int]:
+        """The micro-batches of a step that a member has finished."""
+        halted = self.members[number].halted
+        return halted.kept if halted is not None and halted.step == version else ()
 
     def _at_the_start(self, numbers: Iterable[int]) -> bool:
         """Whether everybody still has what the run began with: then no copies are needed.
@@ -429,7 +442,7 @@ class Coordinator:
 
     def _begin(self, numbers: list[int], hosts: Mapping[int, str], now: float) -> None:
         try:
-            view = first_view(numbers, hosts, self.rules.stages, (), self.rules.copies)
+            view = first_view(numbers, hosts, self.rules.stages, (), self.rules.copies, self.rules.tensor)
             view = replace(view, layers=self.dividing.layers(view))
         except (NobodyLeftError, ScheduleError) as error:
             self._end(False, str(error))
@@ -466,8 +479,8 @@ class Coordinator:
         ready = {number: self.members[number].ready for number in view.members}
         if any(one is None for one in ready.values()):
             return
-        for stage in view.stages:
-            told = {number: (one.view, one.state) for number in stage.members if (one := ready[number]) is not None}
+        for alike in _alike(view):
+            told = {number: (one.view, one.state) for number in alike if (one := ready[number]) is not None}
             if len(set(told.values())) > 1 or any(digest != view.digest for digest, _ in told.values()):
                 self._end(False, f"epoch {view.epoch}: members of one stage have different states or views: {told}")
                 return
@@ -547,8 +560,8 @@ class Coordinator:
         if len(done) < len(there):
             return
         told = [
-            {one.digest for n in stage.members if n in self.members and (one := self.members[n].done) is not None}
-            for stage in self.view.stages
+            {one.digest for n in alike if n in self.members and (one := self.members[n].done) is not None}
+            for alike in _alike(self.view)
         ]
         if any(len(digests) > 1 for digests in told):
             self._end(False, f"members of one stage ended with different weights: {list(map(sorted, told))}")
@@ -567,6 +580,11 @@ class Coordinator:
 
     def _note(self, what: str, **facts: Any) -> None:
         self._out.append(Note(what, facts))
+
+
+def _alike(view: View) -> list[tuple[int, ...]]:
+    """Members that have the same weights: of each stage those with the same part of every matrix."""
+    return [stage.part(part) for stage in view.stages for part in range(view.tensor)]
 
 
 def _moved(before: View | None, after: View) -> int:

@@ -49,7 +49,7 @@ class Dividing:
         Raises:
             ScheduleError: there are fewer blocks than stages.
         """
-        return self.division.layers([len(stage.members) for stage in view.stages])
+        return self.division.layers([len(stage.teams) for stage in view.stages])
 
     def better(self, view: View) -> Better | None:
         """See `Division.better`: looked for once in each view, and again when it is known what its stages take."""

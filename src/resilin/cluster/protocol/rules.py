@@ -15,6 +15,7 @@ class Rules:
         members: how many begin together.
         least: below how many the job ends.
         stages: of the pipeline.
+        tensor: members of a team, who compute the same micro-batches with a part of every matrix each.
         layers: blocks of each stage, where they are not to follow their costs.
         micros: micro-batches of a step.
         copies: of every member's states in others' memory.
@@ -32,6 +33,7 @@ class Rules:
     members: int
     least: int = 1
     stages: int = 1
+    tensor: int = 1
     layers: tuple[int, ...] = ()
     micros: int = 1
     copies: int = 1

@@ -306,11 +306,14 @@ class PipelinePasses:
         number, micro = action.stage, action.micro
         flight = walk.flights[number, micro]
         if action.kind is I:
+            if self._gathered is not None:
+                self._gathered.before_backward(self._chunk[number], last=False)
             self._set_aside(number, flight, lambda: self._to_the_input(walk, number, micro))
             return
         walk.left[number] -= 1
-        if self._gathered is not None:
-            self._gathered.before_backward(self._chunk[number], last=not walk.left[number])
+        ends = self._gathered is not None and not walk.left[number]
+        if self._gathered is not None and action.kind is B:
+            self._gathered.before_backward(self._chunk[number], last=ends)
         apart: AbstractContextManager[None] = nullcontext()
         if walk.tied is not None and self._stages[number].span.last:
             assert flight.tokens is not None
@@ -321,6 +324,8 @@ class PipelinePasses:
             for parameter, grad in flight.early:
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             flight.later.compute()
+        if self._gathered is not None and ends and action.kind is W:
+            self._gathered.sum_up(self._chunk[number])
         walk.collect(self._chunk[number], micro)
         del walk.flights[number, micro]
 

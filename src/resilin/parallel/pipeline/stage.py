@@ -31,6 +31,8 @@ def decoder_in(model: nn.Module) -> Decoder:
             f"a pipeline divides the blocks of a Decoder, but this {type(model).__name__} has {len(found)} of them: "
             "use parallel.pipeline = 1"
         )
+    if found[0].indivisible is not None:
+        raise ParallelError(f"{found[0].indivisible}: use parallel.pipeline = 1")
     return found[0]
 
 

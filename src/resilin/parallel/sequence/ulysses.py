@@ -61,6 +61,8 @@ def undivided(model: nn.Module) -> tuple[Decoder, list[Attention]]:
             f"rows are divided over ranks inside a Decoder, but this {type(model).__name__} has {len(decoders)} of them"
         )
     (decoder,) = decoders
+    if decoder.indivisible is not None:
+        raise ParallelError(f"{decoder.indivisible}: use parallel.context = 1")
     if decoder.sequence is not None:
         raise ParallelError("the rows of this model are divided over ranks already")
     return decoder, [module for module in decoder.modules() if isinstance(module, Attention)]

@@ -50,7 +50,7 @@ class ReadAtLoss(ObjectiveTransform):
         """The inner loss; without keys (evaluation) with those of the parts in the logs."""
         whole = self.inner(model, batch, keys)
         if keys is not None:
-            return whole  # type: ignore[no-any-return]
+            return whole
         logs: dict[str, Log] = dict(whole.logs)
         for number, part in enumerate(self.parts, 1):
             with budget(model, part):
@@ -94,7 +94,7 @@ class Grown(ModelSettings):
             adapters = {"default": AdapterSettings(method="lora", rank=self.rank)}
             return Adapted(model=stage, adapters=adapters).build(context)
         model = stage.build(context)
-        return widened(decoder_in(model), self.heads, context.seed) if self.by == "width" else model  # type: ignore[no-any-return]
+        return widened(decoder_in(model), self.heads, context.seed) if self.by == "width" else model
 
 
 @torch.no_grad()

@@ -1,0 +1,218 @@
+"""How many bytes the fullest rank needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from resilin.models.memory import TensorRanks, activation_bytes
+from resilin.objective.cross_entropy import chunk_rows
+from resilin.parallel.pipeline import METHODS, Schedule, peak_in_flight
+from resilin.parallel.reduction import BUCKET_BYTES
+from resilin.planner.cost.arrangement import Arrangement, Workload
+from resilin.planner.cost.device_time import BYTES
+from resilin.planner.cost.parameters import LocalParameters
+from resilin.planner.cost.stack import Stack
+
+WHOLE_LOGITS = 10
+"""Bytes for each logit that is held whole: 16 bits from the product, float32, and the gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes:
+        weights: of its part of the model.
+        gradients: of it.
+        states: of the optimizer, and an owner's copies.
+        gathered: weights and gradients that FSDP has put together for a time.
+        activations: of the micro-batches under way, and the logits.
+        buffers: of messages.
+    """
+
+    weights: float
+    gradients: float
+    states: float
+    gathered: float
+    activations: float
+    buffers: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Of everything."""
+        return self.weights + self.gradients + self.states + self.gathered + self.activations + self.buffers
+
+    @property
+    def largest(self) -> str:
+        """Which of them is largest."""
+        return max(self.__slots__, key=lambda name: float(getattr(self, name)))
+
+
+def memory_of(
+    work: Workload, plan: Arrangement, stack: Stack, device_type: str = "cuda", *, exact: bool = True
+) -> Memory:
+    """The memory of the fullest rank.
+
+    Args:
+        work: model and steps.
+        plan: how it is divided.
+        stack: by which system.
+        device_type: decides how many logits the loss holds at once.
+        exact: count activations along the pipeline's schedule; else by the closed form of its kind.
+
+    Raises:
+        ParallelError: it cannot be divided so.
+    """
+    return max(memory_of_ranks(work, plan, stack, device_type, exact=exact), key=lambda one: one.total)
+
+
+def memory_of_ranks(
+    work: Workload, plan: Arrangement, stack: Stack, device_type: str = "cuda", *, exact: bool = True
+) -> list[Memory]:
+    """The memory of a rank of each pipeline stage, the fullest of those that share it; see `memory_of`."""
+    degrees = plan.degrees
+    split, rank_of = plan.stages(work)
+    parameters = work.local(degrees.tensor, degrees.expert)
+    tied = work.model.tie_embeddings and degrees.pipeline > 1
+    kept = [_kept_once(work, plan, stack, split.layers_of(stage), device_type) for stage in range(split.stages)]
+    sizes = [each for each, _ in kept]
+    if degrees.pipeline == 1:
+        held: Sequence[float] = sizes
+    elif exact:
+        held = [float(peak) for peak in peak_in_flight(_short(plan, work), sizes)]
+    else:
+        held = [_closed(plan, work, rank) * _share(sizes, rank_of, rank) for rank in range(degrees.pipeline)]
+    found = []
+    for rank in range(degrees.pipeline):
+        stages = [stage for stage, owner in enumerate(rank_of) if owner == rank]
+        dense, experts, largest = 0, 0, 0
+        for stage in stages:
+            own, own_experts = parameters.of_stage(split, stage, tied)
+            dense, experts = dense + own, experts + own_experts
+            layers = split.layers_of(stage)
+            largest = max([largest, *(sum(parameters.blocks[layer]) for layer in layers)])
+        transient = max(once for stage, (_, once) in enumerate(kept) if stage in stages)
+        found.append(_of_rank(work, plan, stack, parameters, (dense, experts, largest), held[rank] + transient))
+    return found
+
+
+def _short(plan: Arrangement, work: Workload) -> Schedule:
+    """The schedule of so few micro-batches that more would not be held at once."""
+    p, v = plan.degrees.pipeline, plan.parallel.chunks
+    micros = plan.micros(work)
+    if plan.parallel.schedule not in METHODS or plan.parallel.schedule == "gpipe" or micros <= 4 * p * v:
+        return plan.schedule(work)
+    few = 4 * p * v + micros % p
+    return plan.schedule(work.with_batch(few * plan.replicas * plan.micro))
+
+
+def _share(sizes: Sequence[float], rank_of: Sequence[int], rank: int) -> float:
+    return sum(size for size, owner in zip(sizes, rank_of, strict=True) if owner == rank)
+
+
+def _closed(plan: Arrangement, work: Workload, rank: int) -> float:
+    """How many micro-batches a rank holds, in its whole share of one (Narayanan et al. 2021, section 2.2)."""
+    p, v, micros = plan.degrees.pipeline, plan.parallel.chunks, plan.micros(work)
+    name = plan.parallel.schedule
+    if name == "gpipe":
+        return micros
+    if name in ("interleaved", "zb-interleaved") and v > 1:
+        return min(micros * v, 2 * (p - rank - 1) + (v - 1) * p + 1) / v
+    return min(micros, p if name == "zb-v" else p - rank)
+
+
+def _kept_once(work: Workload, plan: Arrangement, stack: Stack, layers: range, device_type: str) -> tuple[float, float]:
+    """`_kept`, found once for all stages and layouts that keep the same."""
+    d = plan.degrees
+    how = (plan.micro, plan.recompute, plan.offload, plan.compute, d.tensor, d.context, plan.parallel.sequence)
+    kinds = tuple(work.kind_of(layer) for layer in layers)
+    key = ("kept", how, stack, device_type, kinds, bool(layers) and layers[-1] == work.model.layers - 1)
+    return work.once(key, lambda: _kept(work, plan, stack, layers, device_type))
+
+
+def _kept(work: Workload, plan: Arrangement, stack: Stack, layers: range, device_type: str) -> tuple[float, float]:
+    """Bytes that one micro-batch leaves at a stage until its backward pass, and those needed once beside them."""
+    model = work.model.model_copy(update={"recompute": plan.recompute, "offload": plan.offload})
+    ranks = TensorRanks(plan.degrees.tensor, plan.parallel.sequence, stack.regathers)
+    value, context = BYTES[plan.compute], plan.degrees.context
+
+    def of(settings: object, blocks: range | None) -> float:
+        return (
+            activation_bytes(
+                settings,  # type: ignore[arg-type]
+                plan.micro,
+                work.tokens,
+                value_bytes=value,
+                logit_rows=0,
+                blocks=blocks,
+                ranks=ranks,
+            )
+            / context
+        )
+
+    whole = of(model, layers)
+    if not stack.fused_attention and plan.recompute != "block":
+        scores = plan.micro * work.tokens**2 * model.heads / plan.degrees.tensor / context
+        whole += len(layers) * scores * 5  # 16 bits before and after the softmax, and a mask
+    once = 0.0
+    if plan.recompute == "block":
+        bare = model.model_copy(update={"recompute": "none", "offload": "none"})
+        once = of(bare, range(layers[0], layers[0] + 1)) if len(layers) else 0.0
+        if not stack.fused_attention:
+            once += plan.micro * work.tokens**2 * model.heads / plan.degrees.tensor / context * 5
+        ends = 3 * model.hidden_size * plan.micro * work.tokens * value / context
+        whole = max(whole - once, 0.0) + min(ends, once)
+    if len(layers) and layers[-1] == model.layers - 1:
+        tokens = plan.micro * work.tokens / context
+        if stack.whole_logits:
+            once += tokens * model.vocab_size / plan.degrees.tensor * WHOLE_LOGITS
+        else:
+            rows = min(tokens, chunk_rows(model.vocab_size, device_type))
+            once += 2 * rows * model.vocab_size / plan.degrees.tensor * 4
+    return whole, once
+
+
+def _of_rank(
+    work: Workload,
+    plan: Arrangement,
+    stack: Stack,
+    parameters: LocalParameters,
+    counts: tuple[int, int, int],
+    activations: float,
+) -> Memory:
+    dense, experts, largest = counts
+    degrees = plan.degrees
+    sharing = degrees.replicate * degrees.data * degrees.context
+    copies = max(sharing // degrees.expert, 1)
+    if plan.parallel.sharding == "fsdp":
+        shards, expert_shards = degrees.data * degrees.context, max(degrees.data * degrees.context // degrees.expert, 1)
+        local = dense / shards + experts / expert_shards
+        if plan.parallel.gathers_by_step(degrees.pipeline):
+            gathered = (dense + experts) * (stack.sent_weight + stack.gradients)
+        else:
+            # The block at work and the next one are gathered, the gradients of one are summed; embedding and head
+            # belong to the root, which stays gathered.
+            ends = parameters.embedding + parameters.head
+            gathered = (2 * largest + ends) * stack.sent_weight + (largest + ends) * stack.sent_gradient
+        return Memory(stack.weights * local, stack.gradients * local, stack.states * local, gathered, activations)
+    divided = plan.states_divided
+    states = stack.states * (dense / (sharing if divided else 1) + experts / (copies if divided else 1))
+    beside = stack.beside * (dense / sharing + experts / copies) if sharing > 1 and stack.beside else 0.0
+    sums = _sums_held(plan, work) if stack.name == "Resilin" else 1
+    buffers = 4 * BUCKET_BYTES if sharing > 1 and stack.beside else 0.0
+    return Memory(
+        stack.weights * (dense + experts),
+        sums * stack.gradients * (dense + experts),
+        states + beside,
+        0.0,
+        activations,
+        min(buffers, 4.0 * 4 * (dense + experts)),
+    )
+
+
+def _sums_held(plan: Arrangement, work: Workload) -> int:
+    """How many sums of gradients the canonical tree holds at once while micro-batches are added (`GradientSum`)."""
+    micros = plan.micros(work)
+    return max(1, math.ceil(math.log2(micros))) if micros > 1 else 1

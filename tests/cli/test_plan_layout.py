@@ -1,0 +1,114 @@
+"""`resilin plan --cluster` as a user calls it, to the run that it writes settings for."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from resilin.cli.main import app
+
+TEXT = "resilin makes insect joints elastic and keeps a run going\n" * 60
+RUN = """
+name = "planned"
+[model]
+hidden_size = 16
+layers = 4
+heads = 2
+[source]
+paths = ["text.txt"]
+sequence_length = 16
+[source.tokenizer]
+kind = "bytes"
+[source.held_out]
+fraction = 0
+[train]
+batch_size = 8
+steps = 2
+device = "cpu"
+[evaluation]
+every = 0
+[log]
+tensorboard = false
+live = false
+"""
+
+
+def call(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "run.toml").write_text(RUN, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        ("parallel.pipeline=2",),
+        pytest.param(("parallel.tensor=2", "parallel.pipeline=2"), marks=pytest.mark.slow),
+        pytest.param(("parallel.data=4", "parallel.sharding=fsdp"), marks=pytest.mark.slow),
+        pytest.param(("parallel.data=2", "parallel.pipeline=2", "model.recompute=block"), marks=pytest.mark.slow),
+    ],
+)
+def test_the_written_settings_run_unchanged(
+    place: Path, fixed: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    workers = 2 if len(fixed) == 1 else 4
+    said = call(
+        "run.toml", *fixed, "--cluster", "laptop", "--workers", workers, "--tokens", 256, "--write", "planned.toml"
+    )
+    assert "resilin train planned.toml" in said
+    written = tomllib.loads((place / "planned.toml").read_text(encoding="utf-8"))
+    for override in fixed:
+        (table, name), value = override.partition("=")[0].split("."), override.partition("=")[2]
+        assert str(written[table][name]) == value
+    command = [sys.executable, "-m", "resilin", "train", "planned.toml"]
+    ended = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    events = (place / "runs" / "planned" / "events.jsonl").read_text(encoding="utf-8")
+    assert len(re.findall(r'"event": ?"step"', events)) == 2
+    assert f"{workers} workers" in events
+
+
+def test_the_best_few_are_told_with_what_binds_them_and_the_pareto_set() -> None:
+    said = call("--model", "gpt-13b", "--cluster", "dgx-a100-40", "--workers", 24, "--tokens", 2e11)
+    assert re.search(r"Ranked by time", said)
+    assert re.search(r"bubble \d+%", said)
+    assert "Pareto set" in said
+    assert "USD" in said
+    assert "MWh" in said
+    assert "failures in that time" in said
+
+
+def test_a_model_that_fits_nowhere_is_told_with_the_smallest_cluster() -> None:
+    said = " ".join(
+        call("--model", "gpt-6.7b", "--cluster", "dgx-a100-40", "--workers", 2, "--tokens", 3e11, code=1).split()
+    )
+    assert "Nothing fits." in said
+    assert re.search(r"smallest cluster of these devices that would do has \d+: ", said)
+
+
+def test_a_price_laid_over_the_file_changes_the_cost() -> None:
+    arguments = ("--model", "gpt-1.3b", "--cluster", "dgx-a100-40", "--workers", 8, "--tokens", 1e10, "--top", 1)
+    plain, free = call(*arguments), call(*arguments, "--cluster-set", "price.device_hour=0")
+    assert "0.00 USD" in free
+    assert "0.00 USD" not in plain
+
+
+def test_help_and_the_budget_plan_are_where_they_were() -> None:
+    assert "--available-tokens" in call("--help")
+    assert "Candidates for" in call("--flops", "1e18")
