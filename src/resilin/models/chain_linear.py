@@ -4,8 +4,8 @@ Matrices of their own can be frozen, left out of weight decay, adapted and store
 computed follows from the width of what comes in: no other way of saying it is needed.
 
 Of the ways to compute it, measured on one core (64 to 2048 rows, widths 64 to 1024, two to four chains, forward and
-backward): one product for each chain, with the input's gradient gathered in place, takes 0.65 to 0.8 of the time of the
-dense product where that is 256 wide or more. The same products left to autograd take up to 1.4 times as long, as it
+backward): one product for each chain, with the input's gradient gathered in place, takes 0.6 to 0.9 of the time of the
+dense product where that is 256 wide or more. The same products left to autograd take up to 1.3 times as long, as it
 makes the input's gradient of a slice a whole tensor each time; one product with a matrix filled up with zeros is never
 quicker than the dense one.
 
