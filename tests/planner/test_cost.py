@@ -22,7 +22,7 @@ from resilin.parallel.world import World
 from resilin.planner.cost import Arrangement, Workload, memory_of, predict
 from resilin.planner.cost.blocks import Pricing, block_times
 from resilin.planner.cost.links import Span, all_to_all_seconds, gather_seconds, message_seconds, span_of
-from resilin.planner.cost.memory import memory_of_ranks
+from resilin.planner.cost.memory import _short, memory_of_ranks
 from resilin.planner.cost.stack import MEGATRON_2021, RESILIN
 from resilin.planner.hardware import load_cluster
 
@@ -74,6 +74,18 @@ def test_activations_follow_the_schedule_of_the_runtime() -> None:
         held = max(peak_in_flight(plan.schedule(work)))
         found = max(one.activations for one in memory_of_ranks(work, plan, RESILIN))
         assert found == pytest.approx(float(held) * kept, rel=0.15), schedule
+
+
+def test_a_short_schedule_holds_as_much_as_the_whole_one() -> None:
+    for schedule, chunks in (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb-h1", 1), ("zb-v", 1)):
+        for micros in (3, 12, 17, 40):
+            work = Workload(DENSE.model_copy(update={"layers": 16}), 16, micros)
+            plan = arranged(1, pipeline=4, schedule=schedule, chunks=chunks)
+            kept = [one.activations for one in memory_of_ranks(work, plan, RESILIN)]
+            sizes = [1.0] * len(plan.stages(work)[1])
+            whole, short = (peak_in_flight(one, sizes) for one in (plan.schedule(work), _short(plan, work)))
+            assert whole == short, (schedule, chunks, micros)
+            assert len(kept) == 4
 
 
 def test_closed_form_and_schedule_agree_about_memory_and_time() -> None:

@@ -190,3 +190,28 @@ def _plan_layout(
         layout.write.write_text(settings_of(answer, best), encoding="utf-8")
         console.print(f"wrote {layout.write}", highlight=False, soft_wrap=True)
         console.print(f"  {launch_command(answer, best, str(layout.write))}", highlight=False, soft_wrap=True)
+
+
+@app.command("calibrate")
+def calibrate_command(
+    file: Annotated[Path, typer.Argument(help="The .toml file to write, which --cluster then takes.")],
+    processes: Annotated[int, typer.Option(min=2, help="Processes that exchange tensors.")] = 2,
+    folder: Annotated[Path, typer.Option(help="On the disk that checkpoints go to.")] = Path(),
+) -> None:
+    """Measure this machine, and write its description: products, memory, links, disk, and a model's passes.
+
+    Takes about a minute; nothing else should run meanwhile. Prices, power
+    and failures are not measured: add them to the file.
+
+    \b
+    resilin plan calibrate mine.toml
+    resilin plan run.toml --cluster mine.toml --workers 2 --tokens 1e7
+    """
+    from resilin.config import UserError, settings_to_toml
+    from resilin.planner.calibrate import calibrate
+
+    if file.suffix != ".toml":
+        raise UserError(f"{file}: a machine's file ends in .toml")
+    found = calibrate(folder, processes, typer.echo)
+    file.write_text(settings_to_toml(found), encoding="utf-8")
+    typer.echo(f"wrote {file}")

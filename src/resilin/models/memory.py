@@ -185,7 +185,9 @@ def activation_bytes(
         inputs = loops * len(layers) if settings.offload == "none" else min(loops * len(layers), 4)
         kept = ranks.stream(inputs * settings.hidden_size) + at_work
     else:
-        kept = loops * sum(_selective_kept(settings, layer, ranks) for layer in layers) + at_work
+        # What is kept is not there a second time while the rest of its block is computed again.
+        again = max(_block_kept(settings, layer, ranks) - _selective_kept(settings, layer, ranks) for layer in layers)
+        kept = loops * sum(_selective_kept(settings, layer, ranks) for layer in layers) + max(again, 0.0)
     ends = 3 * settings.hidden_size  # embedded tokens, input and output of the final norm
     logits = 2 * min(tokens, logit_rows) * settings.vocab_size * 4 if layers[-1] == settings.layers - 1 else 0
     return int(tokens * (kept + ends) * value_bytes) + logits // ranks.count

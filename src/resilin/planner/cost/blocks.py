@@ -127,7 +127,7 @@ def block_times(pricing: Pricing, layer: int) -> PassTimes:
     if plan.recompute == "block":
         back = back + forward
     elif plan.recompute == "selective":
-        back = back + Seconds(traffic=passing)
+        back = back + Seconds(products=stack.recomputed * ahead.products, traffic=passing)
     return PassTimes(forward, back, right) * len(work.model.trajectory)
 
 
@@ -163,6 +163,9 @@ def _attention(pricing: Pricing, model: DecoderSettings, layer: int, width: floa
     """Forward and backward of scores and the mix of values, by heads of so much width at one rank."""
     tokens, rows, cluster = pricing.work.tokens, pricing.rows, pricing.cluster
     seen = keys_seen(tokens, model.window_of(layer))
+    context = pricing.arrangement.degrees.context
+    if not pricing.stack.balanced:
+        seen *= (2 * context - 1) / context  # whoever has the end of a row sees all of it, and the others wait
     if pricing.stack.fused_attention:
         flops = 4 * rows * seen * width
         ahead = attention_seconds(cluster, flops, pricing.arrangement.compute)

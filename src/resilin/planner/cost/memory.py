@@ -100,11 +100,11 @@ def memory_of_ranks(
 
 def _short(plan: Arrangement, work: Workload) -> Schedule:
     """The schedule of so few micro-batches that more would not be held at once."""
-    p, v = plan.degrees.pipeline, plan.parallel.chunks
-    micros = plan.micros(work)
-    if plan.parallel.schedule not in METHODS or plan.parallel.schedule == "gpipe" or micros <= 4 * p * v:
+    p, micros = plan.degrees.pipeline, plan.micros(work)
+    # At most 2 (p - 1) + (v - 1) p forwards of p v stages' chunks come before the first backward.
+    few = 3 * p + micros % p
+    if plan.parallel.schedule not in METHODS or plan.parallel.schedule == "gpipe" or micros <= few:
         return plan.schedule(work)
-    few = 4 * p * v + micros % p
     return plan.schedule(work.with_batch(few * plan.replicas * plan.micro))
 
 
@@ -153,6 +153,9 @@ def _kept(work: Workload, plan: Arrangement, stack: Stack, layers: range, device
         )
 
     whole = of(model, layers)
+    if plan.recompute == "selective" and stack.recomputed:
+        least = of(model.model_copy(update={"recompute": "block"}), layers)
+        whole = (1 - stack.recomputed) * whole + stack.recomputed * least
     if not stack.fused_attention and plan.recompute != "block":
         scores = plan.micro * work.tokens**2 * model.heads / plan.degrees.tensor / context
         whole += len(layers) * scores * 5  # 16 bits before and after the softmax, and a mask

@@ -7,7 +7,7 @@ pass of one block, in values of the format that is computed in. A backward pass 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,8 @@ class Stack:
         hidden_tensor: share of tensor parallelism's sums that computing hides.
         regathers: with sequence parallelism the gathered input of a region is gathered again in the backward pass.
         whole_logits: all logits of a micro-batch are held, in float32.
+        recomputed: share of products that selective recomputation computes again rather than keeps.
+        balanced: context parallelism gives every rank the same number of keys to see (pieces from both ends).
         headroom: share of the memory that is not to be counted on: fragments, buffers of communication.
     """
 
@@ -58,6 +60,8 @@ class Stack:
     hidden_tensor: float = 0.0
     regathers: bool = False
     whole_logits: bool = False
+    recomputed: float = 0.0
+    balanced: bool = True
     headroom: float = 0.08
 
 
@@ -112,8 +116,10 @@ TORCHTITAN = Stack(
     hidden=0.9,
     regathers=True,
     whole_logits=True,
+    recomputed=0.5,
+    balanced=False,
 )
-"""bf16 over sharded float32 masters, FSDP2; operations of torch as they stand."""
+"""bf16 over sharded float32 masters, FSDP2; operations of torch as they stand; every second product recomputed."""
 
 TORCHTITAN_COMPILED = Stack(
     "TorchTitan, compiled",
@@ -126,6 +132,8 @@ TORCHTITAN_COMPILED = Stack(
     hidden=0.9,
     regathers=True,
     whole_logits=True,
+    recomputed=0.5,
+    balanced=False,
 )
 """The same with torch.compile for each block."""
 
@@ -146,12 +154,18 @@ NANOTRON = Stack(
 )
 """bf16 with float32 gradients, flash attention, ZeRO-1."""
 
+MEGATRON_DEEPSPEED = replace(MEGATRON_2021, name="Megatron-DeepSpeed", fused_attention=True, stream=14)
+"""fp16 with flash attention, ZeRO-1; kernels translated for AMD."""
+
 STACKS = {
     "resilin": RESILIN,
     "megatron-2021": MEGATRON_2021,
+    "megatron-2021-unscattered": replace(MEGATRON_2021, scattered=False),
+    "megatron-deepspeed": MEGATRON_DEEPSPEED,
     "megatron-core": MEGATRON_CORE,
     "torchtitan": TORCHTITAN,
     "torchtitan-compiled": TORCHTITAN_COMPILED,
+    "torchtitan-async": replace(TORCHTITAN_COMPILED, hidden_tensor=0.5),
     "nanotron": NANOTRON,
 }
 """By the name that tables of published runs use."""

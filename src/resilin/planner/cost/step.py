@@ -19,7 +19,7 @@ from resilin.planner.cost.seconds import Seconds
 from resilin.planner.cost.stack import RESILIN, Stack
 from resilin.planner.hardware import Cluster
 
-MOST_ACTIONS = 20_000
+MOST_ACTIONS = 8_000
 """Longer schedules are replayed with fewer micro-batches, twice, and the rest of them added: once a pipeline is full,
 each further micro-batch takes as long as the one before it."""
 

@@ -141,6 +141,8 @@ def answer_layout(request: LayoutRequest) -> LayoutAnswer:
     workers = request.workers or cluster.workers
     if workers < 1:
         raise UserError(f"how many devices of {cluster.name} are there? say --workers, or `workers` in its file")
+    if cluster.workers and workers > cluster.workers and _device_type(cluster) != "cpu":
+        raise UserError(f"--workers {workers} is more than the {cluster.workers} devices that {cluster.name} has")
     if cluster.reach and workers > cluster.reach:
         raise UserError(
             f"--workers {workers} is more than the {cluster.reach} devices that {cluster.name}'s outermost level joins"
@@ -187,7 +189,7 @@ def search(
         node = min(cluster.node, workers)
         counts += list(range(node, workers, node))[-15:]
         counts += [n for n in range(1, node) if node % n == 0]
-    cores = cluster.workers or None
+    shared = cluster.workers if _device_type(cluster) == "cpu" and cluster.workers < workers else None
     return find(
         work,
         cluster,
@@ -196,7 +198,7 @@ def search(
         fixed,
         objective,
         device_type=_device_type(cluster),
-        cores=cores if cores is not None and cores < workers else None,
+        cores=shared or None,
     )
 
 
