@@ -253,3 +253,31 @@ def test_a_run_whose_anchor_changed_is_not_packed(joined, resilin, place):
     done = run_command(place, ("train", "news.toml", "model.path=anchor2", "--folder", "runs/x"))
     assert done.returncode == 2
     assert "was made for another anchor" in done.stderr
+
+
+def test_an_expert_can_be_trained_with_differential_privacy(joined, resilin, place):
+    objective = """
+[objective]
+use = "resilin.objective.private:Private"
+noise = 0.5
+[objective.objective]
+load_balance = 0.0
+"""
+    before, _, rest = (place / "news.toml").read_text().partition("[objective]\nload_balance = 0.0\n")
+    (place / "private.toml").write_text(before + objective + rest)
+    asked = ("train.steps=3", "train.clip_norm=0", "train.micro_batch_size=2")
+    resilin("train", "private.toml", *asked, "--folder", "runs/private")
+    expert = resilin("experts", "pack", "runs/private", "private-expert")
+    assert "expert news" in expert.stdout
+    steps = [json.loads(line) for line in (place / "runs" / "private" / "events.jsonl").read_text().splitlines()]
+    assert all(0 <= e["logs"]["clipped"] <= 1 for e in steps if e["event"] == "step")
+    told = resilin("experts", "privacy", "--noise", "1", "--batch", "10", "--samples", "1000", "--steps", "100")
+    assert told.stdout.startswith("epsilon ")
+    assert "delta 0.0001" in told.stdout
+
+
+def test_proxies_are_public_documents(resilin, place):
+    resilin("experts", "proxies", "--own", "code", "--public", "public", "--count", "1", "-o", "proxies.jsonl")
+    (line,) = (place / "proxies.jsonl").read_text().splitlines()
+    public = {file.read_text() for file in (place / "public").iterdir()}
+    assert json.loads(line)["text"] in public

@@ -337,3 +337,62 @@ def retuned(
 
     files = written(run, output, step=step, tuned_on=tuned_on, force=force)
     tell_files(f"{run} -> {output}", files)
+
+
+@app.command()
+def proxies(
+    output: OutputOption,
+    own: Annotated[list[Path], typer.Option(help="The owner's documents: files, folders, JSONL, Parquet.")],
+    public: Annotated[list[Path], typer.Option(help="Public documents to choose among.")],
+    count: Annotated[int, typer.Option(min=1, help="How many proxies.")] = 1000,
+    rows: Annotated[
+        Literal["ngrams", "encoder"], typer.Option(help="What the classifier reads.", rich_help_panel=ROWS)
+    ] = "ngrams",
+    encoder: Annotated[
+        Path | None, typer.Option(help="Of --rows encoder: a sentence encoder's folder.", rich_help_panel=ROWS)
+    ] = None,
+    documents: Annotated[int, typer.Option(min=1, help="At most so many of each side.", rich_help_panel=ROWS)] = 20000,
+) -> None:
+    """Find public documents that look like an owner's, to tune a joined router on; at the owner's.
+
+    A classifier tells the owner's documents from public ones. OUTPUT is a JSONL file of public documents: nothing of
+    the owner's is in it, but which ones were chosen says what its data are like.
+
+    \b
+    resilin experts proxies --own news/ --public public/ --count 500 -o news-proxies.jsonl
+    """
+    from resilin.joined.domain import Domain, chosen, document_vectors, read_documents
+    from resilin.joined.proxies import proxies as found
+    from resilin.models.weight_files import write_atomically
+
+    domain = Domain(kind=rows, encoder=encoder)
+    mine, theirs = (chosen(read_documents(paths), documents) for paths in (own, public))
+    own_ND, public_ND = (document_vectors(domain, texts, None, None, 512) for texts in (mine, theirs))
+    numbers = found(own_ND, public_ND, count)
+    lines = [json.dumps({"text": theirs[number]}) for number in numbers]
+    write_atomically(output, "\n".join(lines) + "\n")
+    typer.echo(f"{len(lines)} of {len(theirs)} public documents -> {output}")
+
+
+@app.command()
+def privacy(
+    noise: Annotated[float, typer.Option(min=0.0, help="Sigma of objective.noise.")],
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a step.")],
+    samples: Annotated[int, typer.Option(min=1, help="Samples (rows) of the owner's data.")],
+    steps: Annotated[int, typer.Option(min=1, help="Of the run.")],
+    delta: Annotated[float | None, typer.Option(help="Default: a tenth of one over --samples.")] = None,
+) -> None:
+    """Say what privacy training with `resilin.objective.private:Private` gives each sample: its epsilon and delta.
+
+    \b
+    resilin experts privacy --noise 1.0 --batch 256 --samples 100000 --steps 2000
+    """
+    from resilin.config.errors import UserError
+    from resilin.objective.private import epsilon
+
+    delta = 0.1 / samples if delta is None else delta
+    try:
+        value = epsilon(noise, min(1.0, batch / samples), steps, delta)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    typer.echo(f"epsilon {value:.3f} at delta {delta:g}")

@@ -1,6 +1,6 @@
 """An expert in training beside a frozen anchor: two feed-forwards, both always computed, mixed by a router of two rows.
 
-The expert learns to be of use beside the model that it will be joined with (FlexOlmo, section 3.2). What is frozen are
+The expert learns to be of use beside the model that it will be joined with (FlexOlmo). What is frozen are
 parameters of their own without a gradient: no optimizer, weight decay or stale momentum touches them.
 
 Shapes: B batch, T tokens, D hidden size, L layers.

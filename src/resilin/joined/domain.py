@@ -1,4 +1,4 @@
-"""Rows of the router from documents: what a domain looks like, as one vector (FlexOlmo, section 3.2).
+"""Rows of the router from documents: what a domain looks like, as one vector (FlexOlmo).
 
 A row starts as the mean of its documents' vectors, each of length 1. The paper takes vectors of a large document
 embedder whose width is the model's. Here:

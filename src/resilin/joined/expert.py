@@ -208,3 +208,36 @@ def expert_of_dense(
             tensors[f"layers.{layer}.{part.removesuffix('.weight')}"] = parameter.detach().clone()
         tensors[f"layers.{layer}.row"] = rows_LD[layer].detach().clone()
     return Expert(name, anchor, tensors, None, card or {})
+
+
+@torch.no_grad()
+def expert_at(
+    model: Decoder, number: int, name: str, *, anchor: str = "", card: Mapping[str, Any] | None = None
+) -> Expert:
+    """One expert of a joined model in memory, as its owner handed it over.
+
+    Args:
+        model: with experts in every layer.
+        number: of the expert; 0 is the anchor's own.
+        name: to call it by.
+        anchor: digest of the anchor.
+        card: of it and its data.
+
+    Raises:
+        JoinError: the model has no such expert.
+    """
+    moe = model.settings.moe
+    if moe is None or not 0 <= number < moe.experts:
+        raise JoinError(f"there is no expert {number}: the model has {0 if moe is None else moe.experts}")
+    check_name(name)
+    tensors: dict[str, Tensor] = {}
+    for layer, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        for matrix in ("gate", "up", "down"):
+            stack = getattr(block.moe.experts, matrix)
+            if stack is not None:
+                tensors[f"layers.{layer}.{matrix}"] = stack[number].detach().clone()
+        tensors[f"layers.{layer}.row"] = block.moe.router.weight[number].detach().clone()
+        if moe.router_bias:
+            tensors[f"layers.{layer}.offset"] = block.moe.router.bias[number].detach().clone()
+    return Expert(name, anchor, tensors, None, card or {})

@@ -1,4 +1,4 @@
-"""Joining: the router's rows stacked, the feed-forwards stacked, and nothing trained (FlexOlmo, section 3.3).
+"""Joining: the router's rows stacked, the feed-forwards stacked, and nothing trained (FlexOlmo).
 
 An expert may also be added to a model that is joined already.
 

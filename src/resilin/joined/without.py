@@ -1,4 +1,4 @@
-"""Taking experts out of a joined model: opting out is a budget that does not name them (FlexOlmo, section 3.3).
+"""Taking experts out of a joined model: opting out is a budget that does not name them (FlexOlmo).
 
 What is written is what joining would have written without them. Where only the anchor is left it is an ordinary dense
 model again, the anchor's own bits.

@@ -1,9 +1,12 @@
-"""Other text than code that every machine with Resilin has: Python's language reference, and torch's C++ headers."""
+"""Other text than Python code that every machine with Resilin has: Python's language reference, torch's C++ headers,
+and what packages say of themselves.
+"""
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.metadata
 import importlib.util
 import sys
 import sysconfig
@@ -23,7 +26,7 @@ from resilin.keys import hash64
 from resilin.recipes.byte_text import byte_document, byte_shards, whole_documents
 
 Texts = Sequence[bytes]
-Kind = Literal["manual", "headers"]
+Kind = Literal["manual", "headers", "descriptions"]
 
 
 def manual() -> list[bytes]:
@@ -59,11 +62,26 @@ def headers() -> list[bytes]:
     return [path.read_bytes() for path in files[:1000]]
 
 
+def descriptions() -> list[bytes]:
+    """What installed packages say of themselves (Markdown, mostly), in a hashed order.
+
+    Raises:
+        DataError: for an environment without installed packages.
+    """
+    found = {text.encode() for one in importlib.metadata.distributions() if (text := one.read_text("METADATA"))}
+    if not found:
+        raise DataError("no installed package has a description here")
+    return sorted(found, key=lambda raw: hashlib.sha256(raw).digest())
+
+
+TEXTS = {"manual": manual, "headers": headers, "descriptions": descriptions}
+
+
 class InstalledText(PackedSettings):
-    """English or C++ text of the installed Python and torch, one token a byte."""
+    """English or C++ text of the installed Python, torch and other packages, one token a byte."""
 
     kind: Kind = "manual"
-    """The language reference, or torch's headers."""
+    """The language reference, torch's headers, or descriptions of packages."""
     bytes: Annotated[int, Field(gt=0)] = 600_000
     """How much text to take, whole documents only."""
     skip: Annotated[int, Field(ge=0)] = 0
@@ -80,7 +98,7 @@ class InstalledText(PackedSettings):
 
     def shards(self) -> TokenShards:
         """The token shards, written where they are missing."""
-        texts = manual() if self.kind == "manual" else headers()
+        texts = TEXTS[self.kind]()
         parts = [hashlib.sha256(text).hexdigest() for text in texts]
         parts += [sys.version, str(self.bytes), str(self.skip), str(self.scrambled)]
         name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
