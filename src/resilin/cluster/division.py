@@ -137,8 +137,8 @@ class Division:
             shares = [-(-slots // len(stages[0])) for stages in members]
             cut = -(-shares[1] // micro)
             why = (
-                f"{len(members[1][0])} {_WHO[after.tensor > 1]} compute {slots // len(members[1][0])} to {shares[1]} of {slots} slots, "
-                f"in {cut} micro-batches each: equal to rounding"
+                f"{len(members[1][0])} {_WHO[after.tensor > 1]} compute {slots // len(members[1][0])} to {shares[1]} of "
+                f"{slots} slots, in {cut} micro-batches each: equal to rounding"
             )
             seconds = {"before": 1.0, "after": shares[1] / shares[0]}
             return [{"axis": "dataflow", "decision": "even", "why": why, "seconds": seconds}]

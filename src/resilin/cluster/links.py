@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,7 +163,11 @@ class Links:
         with self._lock:
             self._refuse_if_cut()
             self._groups.append(group)
-        return Group(ranks, index, group, _Waiter(self).wait)
+        return Group(ranks, index, group, _Waiter(self).wait, partial(self._within, name))
+
+    def _within(self, name: str, ranks: tuple[int, ...]) -> Group:
+        """A group of some ranks of another."""
+        return self.group(f"{name}/{'-'.join(map(str, ranks))}", ranks)
 
     def _options(self) -> Any:
         gloo: Any = dist.ProcessGroupGloo

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 
 from resilin.cluster.restore import Owners
 from resilin.cluster.view import View
-from resilin.layout import Layout, ParamSpec, Place, merge
+from resilin.layout import Layout, Mesh, ParamSpec, Place, merge
 from resilin.layout import rank as rank_place
 from resilin.parallel.blueprint import DENSE, Blueprint
 from resilin.parallel.degrees import Degrees
@@ -52,7 +52,7 @@ class ViewBlueprint:
         return tuple(
             replace(
                 self.whole,
-                degrees=Degrees(data=len(stage.members)),
+                degrees=Degrees(data=len(stage.teams), tensor=stage.tensor),
                 virtual={DENSE: stage.owners},
                 keep_whole=self.whole.keep_whole & {*self.names(number)},
             )
@@ -73,13 +73,17 @@ class ViewBlueprint:
             first += len(stage.members)
         return parts[0] if len(parts) == 1 else merge(*parts)
 
-    def owners(self) -> list[Owners]:
-        """By stage who owns what of its parameters."""
-        found = []
+    def owners(self, part: int = 0) -> list[Owners]:
+        """By stage who owns what of its parameters.
+
+        Args:
+            part: of every matrix that a team divides; only those who have it have those elements.
+        """
+        found, mesh = [], Mesh((("tp", self.view.tensor),))
         for number, (stage, blueprint) in enumerate(zip(self.view.stages, self.stages, strict=True)):
             names = self.names(number)
-            sizes = tuple(math.prod(self.specs[name].shape) for name in names)
+            sizes = tuple(math.prod(self.specs[name].local_shapes(mesh)[part] or ()) for name in names)
             whole = tuple(blueprint.whole_owners.get(name) for name in names)
-            ownership = Ownership(sizes, blueprint.table(DENSE), whole, len(stage.members))
-            found.append(Owners(names, ownership, stage.members))
+            ownership = Ownership(sizes, blueprint.table(DENSE), whole, len(stage.teams))
+            found.append(Owners(names, ownership, stage.part(part)))
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 
 from resilin.checkpoint.process_group import ProcessGroup
@@ -12,14 +13,15 @@ from resilin.parallel.errors import ParallelError
 from resilin.parallel.group import Group
 from resilin.parallel.world import World
 
-_ALONE = {"rep", "cp", "tp", "ep"}  # axes of one worker each
+_ALONE = {"rep", "cp", "ep"}  # axes of one worker each
 _DATA = {"dp", "edp"}
 
 
 class ViewWorld(World):
     """The members of a view, as one of them sees them: its groups are of the view's epoch.
 
-    Stages may have unlike numbers of members, so there is no mesh of all. This member's data axis is its own stage.
+    Stages may have unlike numbers of members, so there is no mesh of all. This member's data axis is its own stage, or
+    those there who have the same part of every matrix; its tensor axis is its team.
 
     Args:
         view: who there is.
@@ -31,10 +33,14 @@ class ViewWorld(World):
         self.view, self.member, self.links = view, member, links
         self.stage = view.stage_of(member)
         self._mine = view.stages[self.stage].members
+        self._team = view.team_of(member)
+        self._part = self._team.index(member)
+        self._alike = view.stages[self.stage].part(self._part)
+        self._made: dict[tuple[int, ...], Group] = {}
         super().__init__(Degrees(data=len(view.members)), view.members.index(member))
 
     def __str__(self) -> str:
-        if len(self.view.stages) == 1:
+        if len(self.view.stages) == self.view.tensor == 1:
             return super().__str__()
         return f"{self.size} workers ({self.view})"
 
@@ -44,31 +50,34 @@ class ViewWorld(World):
         said = [f"member {self.member}"]
         if len(self.view.stages) > 1:
             said.append(f"pipeline stage {self.stage}")
-        if len(self._mine) > 1:
+        if len(self._alike) > 1:
             said.append(f"data {self.coordinate('dp')}")
+        if len(self._team) > 1:
+            said.append(f"tensor {self._part}")
         return ", ".join(said)
 
     @cached_property
-    def stage_ranks(self) -> tuple[int, ...]:
-        """The ranks of this member's stage."""
-        first = sum(len(stage.members) for stage in self.view.stages[: self.stage])
-        return tuple(range(first, first + len(self._mine)))
+    def _ranks(self) -> dict[int, int]:
+        return {number: rank for rank, number in enumerate(self.view.members)}
+
+    def _ranks_of(self, members: Iterable[int]) -> tuple[int, ...]:
+        return tuple(self._ranks[number] for number in members)
 
     def coordinate(self, axis: str) -> int:
-        """Where this worker stands: the place in its stage, or the stage."""
+        """Where this worker stands: the place in its stage or in its team, or the stage."""
         if axis in _DATA:
-            return self._mine.index(self.member)
-        return self.stage if self._known(axis) == "pp" else 0
+            return self._alike.index(self.member)
+        return {"pp": self.stage, "tp": self._part}.get(self._known(axis), 0)
 
     def axis(self, axis: str) -> int:
-        """How many members this worker's stage has, or how many stages there are."""
+        """How many teams this worker's stage has, how many members a team has, or how many stages there are."""
         if axis in _DATA:
-            return len(self._mine)
-        return len(self.view.stages) if self._known(axis) == "pp" else 1
+            return len(self._alike)
+        return {"pp": len(self.view.stages), "tp": len(self._team)}.get(self._known(axis), 1)
 
     @staticmethod
     def _known(axis: str) -> str:
-        if axis not in {*_ALONE, *_DATA, "pp"}:
+        if axis not in {*_ALONE, *_DATA, "pp", "tp"}:
             raise ParallelError(f"there is no axis {axis!r}")
         return axis
 
@@ -79,8 +88,9 @@ class ViewWorld(World):
 
     @cached_property
     def line(self) -> Group:
-        """All members, for what goes from stage to stage."""
-        return self.links.group("stages", range(self.size))
+        """All members with the same part of every matrix, for what goes from stage to stage."""
+        ranks = self._ranks_of(number for stage in self.view.stages for number in stage.part(self._part))
+        return self.links.group(f"stages{self._part}", ranks)
 
     def saving(self) -> ProcessGroup | None:
         """Of saves, which go on beside the training; None where one worker saves. All members call together."""
@@ -88,8 +98,14 @@ class ViewWorld(World):
         return None if group.process_group is None else ProcessGroup(group.process_group, group.wait)
 
     def members(self, *axes: str) -> list[tuple[int, ...]]:
-        """The ranks of this worker's stage, or this one by itself."""
-        return [self.stage_ranks if _DATA & set(axes) else (self.rank,)]
+        """The ranks of this worker's stage, of its team, or this one by itself."""
+        return [self._ranks_of(self._along(axes))]
+
+    def _along(self, axes: tuple[str, ...]) -> tuple[int, ...]:
+        data, tensor = bool(_DATA & set(axes)), "tp" in axes
+        if data and tensor:
+            return self._mine
+        return self._alike if data else self._team if tensor else (self.member,)
 
     def _connected(self) -> None:
         return None
@@ -97,10 +113,9 @@ class ViewWorld(World):
     def _make(self, axes: tuple[str, ...]) -> Group:
         if "pp" in map(self._known, axes):
             raise ParallelError("stages with unlike numbers of members have no groups along the pipeline")
-        return self._together if _DATA & set(axes) else Group.alone(self.rank)
-
-    @cached_property
-    def _together(self) -> Group:
-        """The members of this stage."""
-        whole = len(self.stage_ranks) == self.size
-        return self.everyone if whole else self.links.group(f"stage{self.stage}", self.stage_ranks)
+        (ranks,) = self.members(*axes)
+        if len(ranks) == self.size:
+            return self.everyone
+        if ranks not in self._made:  # several axes may be one and the same
+            self._made[ranks] = self.links.group(f"of{'-'.join(map(str, ranks))}", ranks)
+        return self._made[ranks]

@@ -87,25 +87,44 @@ def largest(tensor: Tensor, group: Group) -> Tensor:
     return tensor
 
 
-def add_up_all(tensors: Sequence[Tensor], group: Group, bucket_bytes: int = 25 << 20) -> None:
-    """The sums of many tensors over a group, in place, a bucket of them at a time."""
+def add_up_all(
+    tensors: Sequence[Tensor], group: Group, bucket_bytes: int = 25 << 20, *, in_order: bool = False
+) -> None:
+    """The sums of many tensors over a group, in place, a bucket of them at a time.
+
+    Args:
+        tensors: of one shape each at all ranks.
+        group: the ranks.
+        bucket_bytes: of what travels together.
+        in_order: whether every element is the sum in the order of ranks, wherever it lies in its bucket.
+    """
     if group.size == 1:
         return
     pending: list[Tensor] = []
     size = 0
     for tensor in tensors:
         if pending and (tensor.dtype != pending[0].dtype or size + tensor.nbytes > bucket_bytes):
-            _add_up_bucket(pending, group)
+            _add_up_bucket(pending, group, in_order)
             pending, size = [], 0
         pending.append(tensor)
         size += tensor.nbytes
-    _add_up_bucket(pending, group)
+    _add_up_bucket(pending, group, in_order)
 
 
-def _add_up_bucket(tensors: Sequence[Tensor], group: Group) -> None:
+def _add_up_bucket(tensors: Sequence[Tensor], group: Group, in_order: bool) -> None:
+    add = _add_up_in_order if in_order and group.size > 2 else add_up  # of two, one order is the other
     if len(tensors) == 1 and tensors[0].is_contiguous():
-        add_up(tensors[0], group)
+        add(tensors[0], group)
     elif tensors:
-        flat = add_up(torch.cat([tensor.reshape(-1) for tensor in tensors]), group)
+        flat = add(torch.cat([tensor.reshape(-1) for tensor in tensors]), group)
         parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])
+
+
+def _add_up_in_order(tensor: Tensor, group: Group) -> Tensor:
+    parts = [tensor if rank == group.index else torch.empty_like(tensor) for rank in range(group.size)]
+    share(parts, group)()
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return tensor.copy_(total)

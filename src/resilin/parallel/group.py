@@ -22,12 +22,14 @@ class Group:
         index: which of them this process is.
         process_group: what torch's collectives take; None where there is one rank only, who needs none.
         wait: for a collective, or a message, of this group that is under way.
+        make: another group of such ranks, called by all of them; None: by torch's default groups.
     """
 
     ranks: tuple[int, ...]
     index: int
     process_group: dist.ProcessGroup | None = None
     wait: Callable[[Any], object] = field(default=_until_done, compare=False)
+    make: Callable[[tuple[int, ...]], Group] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < len(self.ranks):
@@ -64,6 +66,20 @@ class Group:
     def rank(self) -> int:
         """This process's number in the whole job."""
         return self.ranks[self.index]
+
+    def among(self, members: Sequence[int]) -> Group:
+        """The group of some of these ranks, this one among them, made by all of them together.
+
+        Args:
+            members: their places here, ascending.
+        """
+        if len(members) == self.size:
+            return self
+        ranks = tuple(self.ranks[member] for member in members)
+        if self.make is not None:
+            return self.make(ranks)
+        made = dist.new_group(list(ranks), use_local_synchronization=True, group_desc="copies")
+        return Group(ranks, list(members).index(self.index), made)
 
     @classmethod
     def alone(cls, rank: int = 0) -> Group:

@@ -166,7 +166,7 @@ def divide_decoder(
         for part in parts:
             part.fill(values)
     blueprint = Blueprint(world.degrees, specs, trained, frozenset(keep_whole))
-    facts = _facts(parts, tied)
+    facts = facts_of(parts, tied)
     _agree(parts, blueprint, world)
     for module in modules:
         compiled(decoder_in(module))
@@ -274,7 +274,13 @@ def holders_of(decoder: Decoder, model: nn.Module, split: Split, rank_of: Sequen
     return found
 
 
-def _facts(parts: Sequence[LocalModel], tied: TiedEnds | None) -> dict[str, Facts]:
+def facts_of(parts: Sequence[LocalModel], tied: TiedEnds | None = None) -> dict[str, Facts]:
+    """What the parameters of a worker's stages are to the sums over workers, by name.
+
+    Args:
+        parts: the stages, after all axes have cut them.
+        tied: of a weight that is at both ends of a pipeline.
+    """
     found: dict[str, Facts] = {}
     for part in parts:
         for name, known in part.parameters.items():

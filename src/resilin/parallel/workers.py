@@ -336,9 +336,6 @@ class Workers:
                 for name, grad in zip(names, part[number].sum, strict=True):
                     before = leaf.get(name)  # a tied weight of two stages of this worker
                     leaf[name] = grad if before is None else before if grad is None else before + grad
-        for leaf in leaves:
-            for group, names in self._shared:
-                self._add_over(group, names, leaf)
         for reduction in self.reductions.values():
             names = reduction.names if reduction.collects else []
             mine = [
@@ -348,6 +345,10 @@ class Workers:
             if self.kept is not None and reduction.group.size == 1:  # what is kept is added up, and scaled, in place
                 mine = [node._replace(sum=[None if g is None else g.clone() for g in node.sum]) for node in mine]
             reduction.reduce(mine, self._blocks_in(reduction.group, step, count))
+        for group, names in self._shared:  # who has a part of the sums owns the same elements of it
+            reductions = [self.reductions[self.trained[name].reduction] for name in names]
+            sums = [part for r, name in zip(reductions, names, strict=True) for part in r.sums_of(name)]
+            add_up_all(sums, group, in_order=self._exact)
         for name, entry in self.trained.items():
             if entry.given_by is not None:
                 self._give(self.reductions[entry.reduction], name, entry.given_by)
@@ -370,12 +371,6 @@ class Workers:
                 if group.size > 1 and self.reductions[entry.reduction].collects:
                     found.setdefault(group.ranks, (group, []))[1].append(name)
         return list(found.values())
-
-    def _add_over(self, group: Group, names: Sequence[str], leaf: dict[str, Tensor | None]) -> None:
-        for name in names:
-            if leaf[name] is None:
-                leaf[name] = torch.zeros_like(self.trained[name].parameter)
-        add_up_all([grad for name in names if (grad := leaf[name]) is not None], group)
 
     def _tell(self, losses: Mapping[int, Loss], micros: int) -> StepGradient:
         context, part = self.world.axis("cp"), self.world.coordinate("cp")

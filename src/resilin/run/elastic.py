@@ -222,7 +222,9 @@ class Elastic:
         Raises:
             HaltedError: something has changed before that.
         """
-        digest = self._digest(run, self.blueprint.firsts(self.world.stage))
+        trained = self.made.engine.trained
+        firsts = [name for name in self.blueprint.firsts(self.world.stage) if trained[name].counted]
+        digest = self._digest(run, firsts)
         with activity.waiting((-1,), "waiting for the others to end"):
             self._agent.done(run.step, digest)
 
@@ -267,8 +269,9 @@ class Elastic:
         """Read what this newcomer is going to need, while the others compute the step before which they stood."""
         activity.doing("reading its states from copies, before it has a place")
         began, members = time.monotonic(), told.before.members
+        part = told.view.team_of(self.number).index(self.number)
         before, after = (
-            ViewBlueprint(self._placing.whole, view, self._placing.holders(view)).owners()
+            ViewBlueprint(self._placing.whole, view, self._placing.holders(view)).owners(part)
             for view in (told.before, told.view)
         )
         mine = after[told.view.stage_of(self.number)]
@@ -334,7 +337,7 @@ class Elastic:
         version = None if self._fresh else -1 if self._weights.version is None else self._weights.version
         micros = kept.micros if kept is not None else ()
         with activity.waiting((-1,), "waiting for its place in the next view"):
-            return self._agent.halted(error, version, step, self.pool.versions(), micros)
+            return self._agent.halted(error, version, step, self.pool.versions(), micros, self._prepare)
 
     def _take_place(self, change: Adopt) -> None:
         """Groups, engine and optimizer of a view."""
@@ -416,8 +419,9 @@ class Elastic:
         activity.doing("reading its states from copies")
         self._parts.begin("plan")
         holders = self._placing.holders(change.before)
-        before = ViewBlueprint(self._placing.whole, change.before, holders).owners()
-        after = self.blueprint.owners()[self.world.stage]
+        part = self.world.coordinate("tp")
+        before = ViewBlueprint(self._placing.whole, change.before, holders).owners(part)
+        after = self.blueprint.owners(part)[self.world.stage]
         if self._weights.version != change.version:
             self._weights.version, self._weights.names = None, frozenset()
         lacking = [name for name in after.names if name not in self._weights.names]
@@ -460,7 +464,8 @@ class Elastic:
         total = 0
         for name, parameter in run.model.named_parameters():
             if name in (self._rows if names is None else names):
-                mark = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") | 1
+                which = f"{name}#{self.world.coordinate('tp')}" if self.world.axis("tp") > 1 else name
+                mark = int.from_bytes(hashlib.blake2b(which.encode(), digest_size=8).digest(), "little") | 1
                 total += mark * sum64(parameter.detach().cpu())
         return f"{total % 2**64:016x}"
 

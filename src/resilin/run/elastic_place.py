@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,14 +21,17 @@ from resilin.nouns import Objective, Source
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.errors import ParallelError
-from resilin.parallel.part import holders_of
+from resilin.parallel.local_model import LocalModel
+from resilin.parallel.part import facts_of, holders_of, specs_of_decoder
 from resilin.parallel.pipeline.member_orders import MemberOrders
 from resilin.parallel.pipeline.passes import PipelinePasses
 from resilin.parallel.pipeline.simulate import Costs
 from resilin.parallel.pipeline.split import Split
 from resilin.parallel.pipeline.stage import Stage, cut, decoder_in
 from resilin.parallel.settings import ParallelSettings
+from resilin.parallel.tensor.parallelise import parallelise, plan_of
 from resilin.parallel.workers import Passes, WholeModel
+from resilin.parallel.world import World
 from resilin.precision.autocast import Precision
 from resilin.run.divided import Divided, assembled, tokens_of
 from resilin.run.elastic import Elastic, Placed
@@ -41,11 +45,19 @@ def elastic_degrees(parallel: ParallelSettings) -> Degrees:
     Raises:
         ParallelError: the workers cannot be divided so.
     """
-    workers, stages = parallel.workers, parallel.pipeline
-    if parallel.data == "auto" and isinstance(stages, int):
-        if workers < stages:
-            raise ParallelError(f"{workers} workers cannot hold {stages} pipeline stages: start {stages} or more")
-        workers = -(-workers // stages) * stages
+    workers, stages, tensor = parallel.workers, parallel.pipeline, parallel.tensor
+    if parallel.data == "auto" and isinstance(stages, int) and isinstance(tensor, int):
+        if workers % tensor:
+            raise ParallelError(
+                f"{workers} workers are no whole teams of {tensor} (parallel.tensor): start "
+                f"{workers // tensor * tensor} or {-(-workers // tensor) * tensor}"
+            )
+        if workers < stages * tensor:
+            teams = f" of teams of {tensor}" if tensor > 1 else ""
+            raise ParallelError(
+                f"{workers} workers cannot hold {stages} pipeline stages{teams}: start {stages * tensor} or more"
+            )
+        workers = -(-workers // (stages * tensor)) * stages * tensor
     return parallel.degrees(workers)
 
 
@@ -56,10 +68,15 @@ def check_elastic(settings: RunSettings, degrees: Degrees, device: torch.device)
         ParallelError: what it is.
     """
     parallel = settings.parallel
-    if degrees.workers != degrees.data * degrees.pipeline or degrees.expert > 1:
+    if degrees.workers != degrees.data * degrees.pipeline * degrees.tensor or degrees.expert > 1:
         raise ParallelError(
-            f"workers come and go with parallel.data and parallel.pipeline alone, not {degrees}; other kinds of "
-            "parallelism need elastic = false"
+            f"workers come and go with parallel.data, parallel.pipeline and parallel.tensor, not {degrees}; other "
+            "kinds of parallelism need elastic = false"
+        )
+    if degrees.tensor > 1 and settings.precision.compile:
+        raise ParallelError(
+            "compiled code of parallel.tensor knows the groups it was made with, which an elastic run replaces: set "
+            "precision.compile = false, or parallel.tensor = 1"
         )
     if parallel.sharding != "zero1":
         raise ParallelError(f"an elastic run keeps parallel.sharding = 'zero1', not {parallel.sharding!r}")
@@ -132,9 +149,10 @@ class WholePlacing:
 
 
 class StagePlacing:
-    """Every worker has one stage of a decoder, of which there may be another division in every view.
+    """Every worker has one stage of a decoder, or a part of it, of which there may be another division in every view.
 
-    Blocks that a worker has already stay the objects they are, compiled code and all.
+    Blocks that a worker has already stay the objects they are, compiled code and all. Where matrices are cut over a
+    team, modules talk to its members, and are made anew around the same parameters.
 
     Args:
         settings: of the run; its steps are known.
@@ -161,7 +179,8 @@ class StagePlacing:
         precision: Precision,
     ) -> None:
         decoder = decoder_in(model)
-        if decoder.head is None and decoder.embed.weight.requires_grad:
+        degrees = elastic_degrees(settings.parallel)
+        if degrees.pipeline > 1 and decoder.head is None and decoder.embed.weight.requires_grad:
             raise ParallelError(
                 "a decoder with tied embeddings trains them at both ends of a pipeline, which an elastic one does not "
                 "do yet: set model.tie_embeddings = false, freeze them, or use parallel.pipeline = 1"
@@ -178,13 +197,18 @@ class StagePlacing:
             values = dict(model.named_parameters())
             self._initial = lambda name, shape: values[name].detach()
             self._outline = copy.deepcopy(model).to("meta")
-        self.whole = Blueprint.uncut(self._outline, Degrees(), settings.optimizer.keeps_whole(self._outline))
+        whole = Blueprint.uncut(self._outline, Degrees(), settings.optimizer.keeps_whole(self._outline))
+        if degrees.tensor > 1:
+            alone = Degrees(tensor=degrees.tensor)
+            whole = replace(whole, degrees=alone, specs=specs_of_decoder(self._outline, World(alone)))
+        self.whole = whole
         tokens, shape = tokens_of(source, model), decoder.settings
         self.costs = (
             *(block_flops_per_token(shape, layer, tokens) for layer in range(shape.layers)),
             head_flops_per_token(shape),
         )
         self._module: nn.Module | None = None
+        self._part = 0  # of every matrix, that this worker has
 
     def holders(self, view: View) -> Mapping[str, tuple[int, ...]]:
         """By parameter its stage."""
@@ -193,29 +217,32 @@ class StagePlacing:
 
     def build(self, world: ViewWorld, blueprint: Blueprint, dealing: Dealing, *, begins: bool) -> Placed:
         """This worker's stage, with engine and optimizer."""
-        module, fresh = self._stage(world.view, world.stage)
+        tensor = world.axis("tp")
+        local, fresh = self._stage_part(world) if tensor > 1 else self._stage(world.view, world.stage)
+        module = local.module
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 # What is frozen is as it was in the beginning: no copy has it.
                 if name in fresh and (begins or not parameter.requires_grad):
-                    parameter.copy_(self._initial(name, tuple(parameter.shape)))
+                    parameter.copy_(local.part(name, self._initial(name, local.parameters[name].spec.shape)))
                     fresh.remove(name)
         self._module = module
         costs = Split(world.view.layers).costs(self.costs[:-1], 0.0, self.costs[-1])
         orders = MemberOrders(
-            [len(stage.members) for stage in world.view.stages],
-            world.rank,
+            [len(stage.teams) for stage in world.view.stages],
+            world.line.index,
             dealing.todo,
             dealing.evaluated,
             Costs(forward=costs, input=costs, weight=costs),
         )
         passes = PipelinePasses(
-            [Stage(world.stage, module)],
+            [Stage(world.stage, module, tensor if self._settings.parallel.sequence else 1)],
             orders,
             self._objective,
-            peers=range(world.size),
-            number=world.rank,
+            peers=world.line.ranks,
+            number=world.line.index,
             group=world.line,
+            speaks=world.coordinate("tp") == 0,
             device=self._device,
             autocast=self._precision.autocast,
         )
@@ -228,10 +255,32 @@ class StagePlacing:
             self._objective,
             device=self._device,
             precision=self._precision,
+            facts=facts_of([local]) if tensor > 1 else None,
         )
         return Placed(module, made, frozenset(fresh), passes.pace)
 
-    def _stage(self, view: View, stage: int) -> tuple[nn.Module, set[str]]:
+    def _stage_part(self, world: ViewWorld) -> tuple[LocalModel, set[str]]:
+        """This worker's part of a stage, and the names of its parameters that have no values yet."""
+        module = cut(copy.deepcopy(self._outline), Split(world.view.layers), [world.stage])[0]
+        local = parallelise(
+            LocalModel.of(module), plan_of(module), world.group("tp"), sequence=self._settings.parallel.sequence
+        )
+        same = self._module is not None and self._part == world.coordinate("tp")
+        known = dict(self._module.named_parameters()) if self._module is not None and same else {}
+        self._part = world.coordinate("tp")
+        fresh = set()
+        for name, parameter in list(module.named_parameters()):
+            owner, _, own = name.rpartition(".")
+            if name not in known:
+                fresh.add(name)
+                made = nn.Parameter(torch.zeros_like(parameter, device=self._device), parameter.requires_grad)
+                made.__dict__.update(parameter.__dict__)
+            else:
+                made = known[name]
+            setattr(module.get_submodule(owner), own, made)
+        return local, fresh
+
+    def _stage(self, view: View, stage: int) -> tuple[LocalModel, set[str]]:
         """The module of a stage, and the names of its parameters that have no values yet."""
         module = cut(copy.deepcopy(self._outline), Split(view.layers), [stage])[0]
         decoder = decoder_in(module)
@@ -256,7 +305,7 @@ class StagePlacing:
                 setattr(module.get_submodule(owner), own, made)
         if news:
             self._compiled(nn.ModuleDict({"blocks": nn.ModuleList(news)}))
-        return module, fresh
+        return LocalModel.of(module), fresh
 
 
 def first_place(
@@ -290,7 +339,7 @@ def first_place(
         ParallelError: the model cannot be divided so.
     """
     place = partial(WholePlacing, settings, model, objective)
-    if settings.parallel.pipeline == 1:
+    if settings.parallel.pipeline == settings.parallel.tensor == 1:
         elastic.first(place(compiled, device=device, precision=precision), store)
     else:
         stages = StagePlacing(settings, model, objective, source, blocks, device=device, precision=precision)
@@ -300,4 +349,6 @@ def first_place(
 
 def starts_as_stage(settings: RunSettings) -> bool:
     """Whether an elastic worker draws the initial weights of its stage, and never has the whole model."""
-    return type(settings.model) is DecoderSettings and settings.parallel.pipeline != 1
+    return type(settings.model) is DecoderSettings and (
+        settings.parallel.pipeline != 1 or settings.parallel.tensor != 1
+    )

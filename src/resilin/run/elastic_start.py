@@ -79,7 +79,7 @@ def launch(
     hook = clocks_hook(settings.cluster.clocks_hook) if settings.cluster.clocks_hook else None
     degrees = elastic_degrees(settings.parallel)
     check_elastic(settings, degrees, choose_device(settings.train.device))
-    divided = settings.parallel.model_copy(update={"pipeline": degrees.pipeline})
+    divided = settings.parallel.model_copy(update={"pipeline": degrees.pipeline, "tensor": degrees.tensor})
     settings = settings.model_copy(update={"parallel": divided})
     settings = settle(settings, folder, resume=resume)
     folder.prepare(settings, resume=resume, accept_changes=accept_changes)
@@ -93,6 +93,7 @@ def launch(
     rules = Rules(
         members=settings.parallel.workers,
         stages=degrees.pipeline,
+        tensor=degrees.tensor,
         layers=settings.parallel.layers,
         micros=-(-settings.train.batch_size // settings.train.micro_batch_size),
         least=cluster.least,

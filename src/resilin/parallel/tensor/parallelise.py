@@ -192,12 +192,8 @@ class _Work:
 
     def _shared(self, members: tuple[int, ...]) -> Group:
         """The group of those ranks that hold copies of a cut parameter."""
-        if len(members) == self.group.size:
-            return self.group
         if members not in self._groups:
-            ranks = tuple(self.group.ranks[member] for member in members)
-            made = torch.distributed.new_group(list(ranks), use_local_synchronization=True, group_desc="copies")
-            self._groups[members] = Group(ranks, members.index(self.group.index), made)
+            self._groups[members] = self.group.among(members)
         return self._groups[members]
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
