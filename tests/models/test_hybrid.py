@@ -271,7 +271,7 @@ def test_a_run_trains_one_and_its_export_generates(tmp_path):
     (tmp_path / "run.toml").write_text(
         """
 name = "hybrid"
-train = { steps = 6, batch_size = 4, device = "cpu" }
+train = { steps = 6, batch_size = 4, device = "cpu", threads = 1 }
 optimizer.lr = 1e-2
 log.tensorboard = false
 [source]

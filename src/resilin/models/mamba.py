@@ -144,7 +144,7 @@ class Mamba2(nn.Module):
         wide = torch.promote_types(u_BTD.dtype, torch.float32)
         with torch.autocast(u_BTD.device.type, enabled=False):
             x_BTI, B_BTW, C_BTW = convolved_BTC.to(wide).split(widths, -1)
-            x_BTI = x_BTI if cut is None else cut.masked(x_BTI, "mamba.x")
+            x_BTI = x_BTI if cut is None else cut.masked(x_BTI, "mamba.scanned")
             H, G = len(A_log_H), self.groups
             x_BTHP = x_BTI.unflatten(-1, (H, -1))
             B_BTGN, C_BTGN = (one.unflatten(-1, (G, -1)) for one in (B_BTW, C_BTW))
