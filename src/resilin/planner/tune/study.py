@@ -1,14 +1,15 @@
 """Trying layouts one after another, the likeliest to be best first (Dash et al. 2023, arXiv 2312.12705, section 4).
 
 The first trials are the best of the cost model and some at random; then optuna's TPE proposes, from all that have been
-tried. Only layouts that the runtime takes are proposed, none twice. A layout that fails counts as the worst that has
-been seen, so that its neighbours are avoided too. Every trial has a sampler of its own seed and is written down at
-once: a study that is interrupted goes on as if it had not been.
+tried, and of its proposals that one is taken whose like did best. Only layouts that the runtime takes are tried, none
+twice. A layout that fails counts as the worst that has been seen, so that its neighbours are avoided too. Every trial
+has a sampler of its own seed and is written down at once: a study that is interrupted goes on as if it had not been.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from resilin.planner.tune.features import choices, values
 
 Status = Literal["ok", "oom", "crash", "timeout"]
 _ASKS = 64
-"""Proposals of the sampler that may be impossible, or known, before the nearest possible one is taken."""
+"""Proposals of the sampler for one trial, many of which are impossible, or known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +163,29 @@ def _proposed(study: Study, known: dict[str, list[Any]], left: list[Arrangement]
         value = trial.outcome.rate if trial.outcome.status == "ok" else worst
         chosen = {name: trial.choices[name] for name in known}
         asked.add_trial(optuna.trial.create_trial(params=chosen, distributions=distributions, value=value))
-    wanted: dict[str, Any] = {}
+    by_choice = {tuple(choices(plan)[name] for name in known): plan for plan in left}
+    proposed = {}
     for _ in range(_ASKS):
         wanted = asked.ask(distributions).params
-        for plan in left:
-            own = choices(plan)
-            if all(own[name] == value for name, value in wanted.items()):
-                return plan
-    # Of what is left, that which shares most with the last proposal; of equals the best of the cost model.
-    return max(left, key=lambda plan: sum(choices(plan)[name] == value for name, value in wanted.items()))
+        key = tuple(wanted[name] for name in known)
+        if key in by_choice:
+            proposed[key] = by_choice[key]
+    # Of what the sampler proposes and can be (of all that is left, where nothing can), the one whose like did best.
+    return max((proposed or by_choice).values(), key=lambda plan: _like(plan, study))
+
+
+def _like(plan: Arrangement, study: Study) -> float:
+    """The mean rate of what was tried, those that are alike counting most; failures count as no rate."""
+    own, total, weights = choices(plan), 0.0, 0.0
+    for trial in study.trials:
+        apart = sum(_apart(own[name], value) for name, value in trial.choices.items())
+        weights += 4.0**-apart
+        total += 4.0**-apart * trial.outcome.rate
+    return total / weights
+
+
+def _apart(one: int | str, other: int | str) -> float:
+    """How far two values of a choice are: degrees and rows by their doublings, names by whether they differ."""
+    if isinstance(one, int) and isinstance(other, int):
+        return abs(math.log2(one / other))
+    return float(one != other)
