@@ -12,6 +12,7 @@ import typer
 from resilin.cli.arguments import split_settings
 from resilin.cli.default_command import with_default
 from resilin.cli.option_groups import with_option_groups
+from resilin.cli.plan_budget import budget
 from resilin.cli.plan_failures import failures
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ app = typer.Typer(
     cls=with_default("run"), no_args_is_help=True, help="Choose model size, steps and data, or a layout on a cluster."
 )
 app.command()(failures)
+app.command()(budget)
 LAYOUT = "The layout on a cluster (--cluster)"
 
 
