@@ -24,6 +24,7 @@ from joined_cases import (
 from resilin.joined import JoinedRecord, beside_anchor, expert_of, join, join_models, make_anchor, without
 from resilin.joined.anchor import Anchor
 from resilin.joined.beside import BesideAnchor
+from resilin.joined.stored import StoredModel
 from resilin.joined.training import router_only
 from resilin.joined.verify import verify
 from resilin.models.huggingface import load_pretrained
@@ -135,6 +136,21 @@ def test_nothing_of_an_expert_is_left_in_the_folder(place):
         assert raw not in left, name
     assert b"news" in there
     assert b"news" not in left
+
+
+def test_taking_out_reads_no_matrix_of_what_goes(place, monkeypatch):
+    folder, _, _ = place
+    read = []
+    whole = StoredModel.feed_forward
+
+    def watched(self, layer, matrix, expert):
+        read.append((layer, expert))
+        return whole(self, layer, matrix, expert)
+
+    monkeypatch.setattr(StoredModel, "feed_forward", watched)
+    without(folder / "joined", ["code"], folder / "watched")
+    assert set(read) == {(layer, expert) for layer in range(2) for expert in (0, 1, 3)}
+    assert len(read) == len(set(read)) * 3  # gate, up and down, each once
 
 
 def test_the_order_of_joining_changes_rounding_only(place):
