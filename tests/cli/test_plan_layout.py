@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from resilin.cli.main import app
 
+PAGE = Path(__file__).parents[2] / "docs" / "plan-a-layout.md"
 TEXT = "resilin makes insect joints elastic and keeps a run going\n" * 60
 RUN = """
 name = "planned"
@@ -40,7 +41,7 @@ live = false
 
 
 def call(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "120"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, result.output
@@ -84,22 +85,21 @@ def test_the_written_settings_run_unchanged(
     assert f"{workers} workers" in events
 
 
-def test_the_best_few_are_told_with_what_binds_them_and_the_pareto_set() -> None:
-    said = call("--model", "gpt-13b", "--cluster", "dgx-a100-40", "--workers", 24, "--tokens", 2e11)
-    assert re.search(r"Ranked by time", said)
-    assert re.search(r"bubble \d+%", said)
-    assert "Pareto set" in said
-    assert "USD" in said
-    assert "MWh" in said
-    assert "failures in that time" in said
+def shown(page: str, arguments: str) -> str:
+    found = re.search(rf"\$ resilin plan {re.escape(arguments)}\n((?:.*\n)*?)```", page)
+    assert found is not None
+    return found.group(1)
 
 
-def test_a_model_that_fits_nowhere_is_told_with_the_smallest_cluster() -> None:
-    said = " ".join(
-        call("--model", "gpt-6.7b", "--cluster", "dgx-a100-40", "--workers", 2, "--tokens", 3e11, code=1).split()
-    )
-    assert "Nothing fits." in said
-    assert re.search(r"smallest cluster of these devices that would do has \d+: ", said)
+@pytest.mark.parametrize(
+    ("more", "told"), [("--workers 24 --tokens 2e11 --top 3", "Pareto set"), ("--workers 1 --tokens 2e11", "smallest")]
+)
+def test_the_page_shows_what_the_command_says(more: str, told: str) -> None:
+    arguments = f"--model gpt-13b --cluster dgx-a100-40 {more}"
+    said = call(*arguments.split(), code=0 if told == "Pareto set" else 1)
+    page = shown(PAGE.read_text(encoding="utf-8"), arguments)
+    assert page.split() == said.split()
+    assert told in said
 
 
 def test_a_price_laid_over_the_file_changes_the_cost() -> None:

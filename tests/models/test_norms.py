@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.norm import LayerNorm, RMSNorm, Transplant, head_norm
-from resilin.models.rms_norm import rms_norm
+from resilin.models.rms_norm import rms_norm, rms_norm_of_parts
 
 
 @settings(max_examples=30, deadline=None)
@@ -89,3 +89,19 @@ def test_head_norms_share_one_scale_among_all_heads():
 def test_norms_over_the_width_have_a_scale_for_every_value_of_the_queries_and_of_the_fewer_keys():
     settings = DecoderSettings(hidden_size=64, heads=4, kv_heads=2, qk_norm="layer", qk_norm_over="width")
     assert [tuple(head_norm(settings, heads, None).weight.shape) for heads in (4, 2)] == [(64,), (32,)]
+
+
+def test_norms_of_parts_are_those_of_each_part():
+    """To the bit, with their gradients and the gradients of these."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(n, generator=generator, dtype=torch.float64, requires_grad=True) for n in (2, 1, 4)]
+    pull = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
+    whole = rms_norm_of_parts(x, weights, 1e-5)
+    each = torch.cat([rms_norm(p, w, 1e-5) for p, w in zip(x.split([2, 1, 4], -1), weights, strict=True)], -1)
+    assert torch.equal(whole, each)
+    for mine, theirs in zip(*(torch.autograd.grad(y, [x, *weights], pull) for y in (whole, each)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert torch.autograd.gradgradcheck(lambda x, *w: rms_norm_of_parts(x, w, 1e-5), (x, *weights))
+    with torch.no_grad():
+        assert torch.equal(rms_norm_of_parts(x, weights, 1e-5), whole)

@@ -14,9 +14,12 @@ from resilin.config import parse_settings
 from resilin.keys import Keys
 from resilin.layout import missing
 from resilin.layout.region import Region
+from resilin.models.chain_settings import ChainSettings
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.own_config import own_settings
-from resilin.nested import Budget, budget, regions
+from resilin.nested import Budget, budget, extract, regions
+from resilin.nested.chain_models import Expanded
+from resilin.nested.chain_objective import ChainLosses
 from resilin.nested.objective import Nested
 from resilin.nouns import Batch
 from resilin.objective.next_token import NextToken
@@ -40,7 +43,7 @@ def test_the_first_lines_run():
 
 def test_the_rule_of_ones_own_is_a_rule():
     names = {"ObjectiveTransform": ObjectiveTransform, "Keys": Keys, "Budget": Budget, "budget": budget}
-    exec(blocks("python")[1], names)
+    exec(next(block for block in blocks("python") if "class Halves" in block), names)
     rule, model, skipped = names["Halves"](NextToken().build()), decoder(SETTINGS), set()
     for step in range(12):
         model.zero_grad(set_to_none=True)
@@ -67,3 +70,29 @@ def test_the_settings_and_the_config_are_ones():
         assert name in Nested.model_fields
     found = own_settings(json.loads(blocks("json")[0]))
     assert [found.at(layer).feed_forward_size for layer in range(3)] == [16, 32, 32]
+
+
+def test_what_is_shown_of_chains_runs():
+    import tomllib
+
+    shown = PAGE.partition("## Chains")[2].partition("\n## ")[0]
+    for heading, kind in (("model.chains", ChainSettings), ("ChainLosses", ChainLosses)):
+        table = shown.partition(f"| setting of `{heading}` |")[2].partition("\n\n")[0]
+        told = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+        assert told
+        assert set(told) == set(kind.model_fields)
+    run, grown = (tomllib.loads(found) for found in re.findall(r"```toml\n(.*?)```", shown, re.DOTALL))
+    chosen = parse_settings(DecoderSettings, run["model"], "nested.md")
+    assert run["objective"]["use"] == "resilin.nested.chain_objective:ChainLosses"
+    assert grown["model"].pop("use") == "resilin.nested.chain_models:Expanded"
+    parse_settings(Expanded, grown["model"], "nested.md")
+    sizes = chosen.model_copy(update={"vocab_size": 37, "layers": 1, "max_positions": 64})
+    names = {"model": decoder(sizes), "tokens": TOKENS, "Budget": Budget, "budget": budget, "extract": extract}
+    budgets, text = re.findall(r"```python\n(.*?)```", shown, re.DOTALL)
+    exec(budgets, names)
+    assert names["output"].hidden_BTD.shape[-1] == 32
+    assert names["small"].settings.chains is None
+    shared = sizes.model_copy(update={"chains": ChainSettings(sizes=(2, 2, 4), share_keys=True), "kv_heads": 2})
+    names |= {"model": decoder(shared), "prompt": [1, 2, 3]}
+    exec(text, names)
+    assert isinstance(names["token"], int)

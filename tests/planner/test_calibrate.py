@@ -71,6 +71,7 @@ def test_a_short_call_is_repeated_and_a_long_one_is_not() -> None:
     assert taken < 1e-3
 
 
+@pytest.mark.slow
 def test_processes_measure_their_links_and_decoders_their_passes() -> None:
     found = measure_links(2, sizes=(1 << 12, 1 << 16))
     assert set(found.sums) == set(found.messages) == {1 << 12, 1 << 16}

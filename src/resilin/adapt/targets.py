@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from resilin.adapt.adapter import misfit
 from resilin.adapt.settings import AdapterSettings
 from resilin.config.errors import UserError
+from resilin.models.chain_freeze import chain_of
+from resilin.models.chain_linear import Chained
 from resilin.models.decoder import Decoder
 from resilin.models.huggingface_names import stored_module
 from resilin.models.linear import Linear
 
 ALL = "all-linear"
 _NUMBER = re.compile(r"\.(\d+)\.")
+_CHAIN = re.compile(r"\.chains\.\d+$")
 
 
 class AdapterError(UserError):
@@ -65,13 +68,26 @@ def nearest(patterns: str | tuple[str, ...], names: Iterable[str]) -> str:
     return f"{hint}linear maps here end with: {', '.join(known) or 'none'}"
 
 
-def _used_by_weight(model: nn.Module) -> nn.Module | None:
+def _used_by_weight(model: nn.Module) -> frozenset[nn.Module]:
     """The head: losses compute its product in chunks from the weight itself, so an adapter on it would do nothing."""
-    return model.head if isinstance(model, Decoder) else None
+    head = model.head if isinstance(model, Decoder) else None
+    return frozenset(head.modules()) if head is not None else frozenset()
+
+
+def _frozen_chains(model: nn.Module) -> int:
+    """How many leading chains of a decoder are to stay as they are."""
+    chains = model.settings.chains if isinstance(model, Decoder) else None
+    return 0 if chains is None else chains.frozen
+
+
+def _names_of(model: nn.Module, path: str) -> tuple[str, ...]:
+    """What a module can be asked for by; a chain's part of a map also by the names of the map."""
+    names = (path, other_name(model, path))
+    return tuple(dict.fromkeys((*names, *(_CHAIN.sub("", name) for name in names))))
 
 
 def targeted(model: nn.Module, settings: AdapterSettings, name: str) -> dict[str, nn.Linear]:
-    """The linear maps that an adapter goes to, by name.
+    """The linear maps that an adapter goes to, by name; of a decoder with frozen chains, those of later ones only.
 
     Args:
         model: not changed.
@@ -84,23 +100,23 @@ def targeted(model: nn.Module, settings: AdapterSettings, name: str) -> dict[str
     """
     where = f"adapter {name!r}"
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    names = {path: (path, other_name(model, path)) for path, _ in model.named_modules()}
-    head = _used_by_weight(model)
+    names = {path: _names_of(model, path) for path, _ in model.named_modules()}
+    head, frozen = _used_by_weight(model), _frozen_chains(model)
     everything = settings.targets == ALL
     wanted = _matcher(settings.targets, f"{where}: targets")
     unwanted = _matcher(settings.exclude, f"{where}: exclude") if settings.exclude else (lambda _: False)
     found: dict[str, nn.Linear] = {}
     for path, module in model.named_modules():
-        if not path or ".adapters." in path:
+        if not path or ".adapters." in path or isinstance(module, Chained) or chain_of(f"{path}.") < frozen:
             continue
         if everything:
-            hit = path in linears and module is not head and _last(path) != "router"
+            hit = path in linears and module not in head and _last(path) != "router"
         else:
             hit = any(map(wanted, names[path]))
         hit = hit and (settings.layers is None or layer_of(path) in settings.layers)
         if not hit or any(map(unwanted, names[path])):
             continue
-        if module is head:
+        if module in head:
             raise AdapterError(
                 f"{where}: {path} is the output head, which is used by its weight and not called: an adapter there "
                 "would do nothing; train it in full with modules_to_save = ['head']"

@@ -14,15 +14,12 @@ from resilin.cli.option_groups import with_option_groups
 if TYPE_CHECKING:
     from resilin.models.decoder import Decoder
     from resilin.nested.budgets import Budget
-    from resilin.nested.loop_record import LoopRecord
-    from resilin.nested.record import NestRecord
+    from resilin.nested.family import Record
 
 WHICH = "Which member"
 
 
-def _chosen(
-    model: Decoder, record: NestRecord | LoopRecord, params: str | None, flops: str | None, latency: str | None
-) -> Budget:
+def _chosen(model: Decoder, record: Record, params: str | None, flops: str | None, latency: str | None) -> Budget:
     from resilin.nested.cost import latency as measured
     from resilin.nested.mix_n_match import largest_within, measured_by
     from resilin.nested.quantities import count_of, seconds_of
@@ -74,6 +71,7 @@ def extract(
 
     from resilin.cli.export import READ_BACK, tell_files
     from resilin.config.errors import UserError
+    from resilin.models.own_config import has_own_config
     from resilin.nested.budgets import Budget
     from resilin.nested.cost import cost
     from resilin.nested.extract import extract as taken_out
@@ -104,8 +102,9 @@ def extract(
             fg=typer.colors.YELLOW,
             err=True,
         )
-    if small.settings.sizes_differ or small.settings.loop is not None:
+    if has_own_config(small.settings):
         why = "layers have different sizes" if small.settings.sizes_differ else "layers are looped"
+        why = "layers have chains" if small.settings.chains is not None else why
         typer.echo(f"Its {why}: resilin opens it, transformers does not.")
     if opened.tokenizer is None:
         typer.echo("No tokenizer was found: AutoTokenizer will not open this folder (see --tokenizer).")

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from resilin.nested.chain_record import ChainRecord
+    from resilin.nested.family import Record
     from resilin.nested.loop_record import LoopRecord
-    from resilin.nested.record import NestRecord
     from resilin.nouns import Batch
     from resilin.run.open_model import OpenedModel
 
@@ -32,7 +33,7 @@ class SizeOptions:
         str | None, typer.Option(help="What they cut: ffn, heads or ffn,heads.", rich_help_panel=SIZES)
     ] = None
 
-    def known(self, path: Path, opened: OpenedModel) -> NestRecord | LoopRecord | None:
+    def known(self, path: Path, opened: OpenedModel) -> Record | None:
         """What is known of the sizes; those given here count as trained only where the model was trained at them."""
         from resilin.config.errors import UserError
         from resilin.nested.objective import nested_in
@@ -40,6 +41,9 @@ class SizeOptions:
 
         if opened.model.settings.loop is not None and self.granularities is None and self.targets is None:
             return self._of_loops(opened)
+        chains = opened.model.settings.chains
+        if chains is not None and self.granularities is None and self.targets is None:
+            return self._of_chains(opened, len(chains.sizes))
         told = NestRecord.read(path) if path.is_dir() else None
         if opened.run is not None:
             nested = nested_in(opened.run.settings().objective)
@@ -64,7 +68,15 @@ class SizeOptions:
         objective = None if opened.run is None else shortcut_in(opened.run.settings().objective)
         return LoopRecord() if objective is None else LoopRecord.of(objective)
 
-    def record(self, path: Path, opened: OpenedModel) -> NestRecord | LoopRecord:
+    @staticmethod
+    def _of_chains(opened: OpenedModel, chains: int) -> ChainRecord:
+        from resilin.nested.chain_objective import chain_losses_in
+        from resilin.nested.chain_record import ChainRecord
+
+        objective = None if opened.run is None else chain_losses_in(opened.run.settings().objective)
+        return ChainRecord() if objective is None else ChainRecord.of(objective, chains)
+
+    def record(self, path: Path, opened: OpenedModel) -> Record:
         """The sizes.
 
         Raises:

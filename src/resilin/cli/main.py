@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from resilin import __version__
-from resilin.cli import adapter, bench, checkpoint, cluster, data, experts, layout, plan, recipes
+from resilin.cli import adapter, bench, chains, checkpoint, cluster, data, experts, layout, plan, recipes
 from resilin.cli.chaos import chaos
 from resilin.cli.evaluate import evaluate
 from resilin.cli.export import export
@@ -71,6 +71,7 @@ app.command(rich_help_panel=USING)(extract)
 app.add_typer(checkpoint.app, name="checkpoint", rich_help_panel=TRAINING)
 app.add_typer(cluster.app, name="cluster", rich_help_panel=TRAINING)
 app.add_typer(adapter.app, name="adapter", rich_help_panel=USING)
+app.add_typer(chains.app, name="chains", rich_help_panel=USING)
 app.add_typer(experts.app, name="experts", rich_help_panel=USING)
 app.add_typer(data.app, name="data", rich_help_panel=METHODS)
 app.add_typer(plan.app, name="plan", rich_help_panel=METHODS)

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from resilin.models.attention_core import AttentionCore
 from resilin.models.cache import KVCache
+from resilin.models.chain_keys import by_chain, by_key_head
+from resilin.models.chain_linear import linear_of
+from resilin.models.chain_settings import reach_of
 from resilin.models.cut import BlockCut
 from resilin.models.decoder_settings import DecoderSettings
-from resilin.models.linear import Linear
 from resilin.models.mask import Mask
 from resilin.models.norm import head_norm
 from resilin.models.rope import Rotation, rotate
@@ -28,21 +30,26 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.heads, self.key_heads, self.head_size = settings.heads, settings.key_heads, settings.head_width
-        width, bias = settings.hidden_size, settings.qkv_bias
-        self.q = Linear(width, self.heads * self.head_size, bias=bias, device=device)
-        self.k = Linear(width, self.key_heads * self.head_size, bias=bias, device=device)
-        self.v = Linear(width, self.key_heads * self.head_size, bias=bias, device=device)
-        self.o = Linear(self.heads * self.head_size, width, bias=settings.out_bias, device=device)
-        self.q_norm = head_norm(settings, self.heads, device)
-        self.k_norm = head_norm(settings, self.key_heads, device)
+        bias, chained, (hidden, queries, keys, _) = settings.qkv_bias, settings.chains is not None, settings.widths
+        self.chains = settings.chains.sizes if settings.chains is not None else ()
+        self.key_width = hidden[0] if settings.shares_keys else None
+        """CoLM-Air: keys and values read so much of the stream, the first chain; None: all of it."""
+        read = hidden if self.key_width is None else hidden[:1]
+        self.q = linear_of(chained, hidden, queries, bias, device)
+        self.k = linear_of(chained and self.key_width is None, read, keys, bias, device)
+        self.v = linear_of(chained and self.key_width is None, read, keys, bias, device)
+        self.o = linear_of(chained, queries, hidden, settings.out_bias, device)
+        key_chains = tuple(width // self.head_size for width in keys) if chained and self.key_width is None else ()
+        self.q_norm = head_norm(settings, self.heads, device, self.chains)
+        self.k_norm = head_norm(settings, self.key_heads, device, key_chains)
         self.norm_over_width = settings.qk_norm_over == "width"
         self.core: nn.Module = AttentionCore(settings)
 
-    def _heads(self, x_BTW: Tensor, count: int, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """(B, T, count * D) -> (B, T, count, D), normed over each head or over all of them."""
+    def _heads(self, x_BTW: Tensor, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """(B, T, H * D) -> (B, T, H, D), normed over each head or over all of them."""
         if norm is not None and self.norm_over_width:
             x_BTW = norm(x_BTW)
-        x_BTHD = x_BTW.view(*x_BTW.shape[:2], count, self.head_size)
+        x_BTHD = x_BTW.view(*x_BTW.shape[:2], -1, self.head_size)
         if norm is not None and not self.norm_over_width:
             x_BTHD = norm(x_BTHD)
         return x_BTHD
@@ -51,18 +58,20 @@ class Attention(nn.Module):
         """Queries, keys and values before their rotation: (B, T, H, D), (B, T, K, D) twice."""
         B, T, _ = x_BTD.shape
         if cut is None:
-            q_BTHD = self._heads(self.q(x_BTD), self.heads, self.q_norm)
-            k_BTKD = self._heads(self.k(x_BTD), self.key_heads, self.k_norm)
-            return q_BTHD, k_BTKD, self.v(x_BTD).view(B, T, self.key_heads, self.head_size)
+            read_BTD = x_BTD if self.key_width is None else x_BTD[..., : self.key_width]
+            q_BTHD = self._heads(self.q(x_BTD), self.q_norm)
+            k_BTKD = self._heads(self.k(read_BTD), self.k_norm)
+            return q_BTHD, k_BTKD, self.v(read_BTD).view(k_BTKD.shape)
         q_BTW, k_BTW, v_BTW = (
             cut.linear(x_BTD, one, f"attention.{name}") for name, one in (("q", self.q), ("k", self.k), ("v", self.v))
         )
         norms = [None if n is None else partial(cut.norm, norm=n, name=s) for n, s in self._norms()]
-        q_BTHD, k_BTKD = (
-            self._heads(x, count, norm)
-            for x, count, norm in zip((q_BTW, k_BTW), (cut.heads, cut.key_heads), norms, strict=True)
-        )
+        q_BTHD, k_BTKD = (self._heads(x, norm) for x, norm in zip((q_BTW, k_BTW), norms, strict=True))
         return q_BTHD, k_BTKD, v_BTW.view(B, T, cut.key_heads, self.head_size)
+
+    def _chains_of(self, heads: int) -> tuple[int, ...]:
+        """Query heads of each of the chains that have so many together."""
+        return self.chains[: reach_of(self.chains).index(heads) + 1]
 
     def _norms(self) -> tuple[tuple[nn.Module | None, str], ...]:
         return (self.q_norm, "attention.q_norm.weight"), (self.k_norm, "attention.k_norm.weight")
@@ -81,8 +90,10 @@ class Attention(nn.Module):
         Of a cut block the used heads alone are computed, stored and read. Without `turn` there are no positions.
         """
         B, T, _ = x_BTD.shape
-        heads = self.heads if cut is None else cut.heads
         q_BTHD, k_BTKD, v_BTKD = self._projected(x_BTD, cut)
+        chains = self._chains_of(q_BTHD.shape[2]) if self.key_width is not None else ()
+        if chains:
+            q_BTHD = by_key_head(q_BTHD, chains, self.key_heads)
         if turn is not None:
             q_BTHD, k_BTKD = rotate(q_BTHD, turn), rotate(k_BTKD, turn)
         if cache is None:
@@ -93,6 +104,9 @@ class Attention(nn.Module):
             held = cache.read(self.layer, min(cache.reach + T, cache.capacity), k_BTKD.shape[2])
             k_BKSD, v_BKSD = (x.to(q_BTHD.dtype) for x in held)
         mixed_BHTD = self.core(q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, mask)
-        mixed_BTW = mixed_BHTD.transpose(1, 2).reshape(B, T, heads * self.head_size)
+        mixed_BTHD = mixed_BHTD.transpose(1, 2)
+        if chains:
+            mixed_BTHD = by_chain(mixed_BTHD, chains, self.key_heads)
+        mixed_BTW = mixed_BTHD.reshape(B, T, -1)
         out_BTD: Tensor = self.o(mixed_BTW) if cut is None else cut.linear(mixed_BTW, self.o, "attention.o")
         return out_BTD

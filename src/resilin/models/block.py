@@ -11,10 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from resilin.keys import Keys, drop, kept
+from resilin.keys import Keys, drop
 from resilin.models import uncompiled
 from resilin.models.attention import Attention
 from resilin.models.cache import KVCache
+from resilin.models.chain_modules import chain_kept
 from resilin.models.cut import BlockCut
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.linear import Linear
@@ -47,6 +48,7 @@ class Block(nn.Module):
             self.mlp = MLP(settings, settings.feed_forward_size, device)
         self.has_experts = settings.is_moe_layer(layer)
         self.tiles = settings.mlp_tiles
+        self.widths = settings.widths.hidden
         if settings.told:
             self.modulation = Linear(settings.hidden_size, 4 * settings.hidden_size, device=device)
 
@@ -129,4 +131,7 @@ class Block(nn.Module):
         return drop(x_BTD, self.dropout, uncompiled.outside(self._kept, x_BTD, keys, branch))
 
     def _kept(self, x_BTD: Tensor, keys: Keys, branch: str) -> Tensor:
-        return kept(x_BTD, self.dropout, keys.fold(self.layer).fold(branch))
+        own = keys.fold(self.layer).fold(branch)
+        # A stream of chains is dropped chain by chain; any other, of whatever width, at once.
+        sizes = self.widths if len(self.widths) > 1 else (x_BTD.shape[-1],)
+        return chain_kept(x_BTD, self.dropout, own, sizes)

@@ -54,7 +54,8 @@ class KVCache:
         self._first = 0  # entry of the first layer in the loop that is now computed
         self._loops = 1
         self._kept: dict[tuple[Hashable, ...], Any] = {}
-        self._read_with: list[tuple[int, int]] = []  # (tokens before, loops of those from there on), ever fewer loops
+        self._chains = 1
+        self._read_with: list[tuple[int, int, int]] = []  # (tokens before, loops and chains from there on), ever fewer
 
     @staticmethod
     def of(model: Decoder, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
@@ -95,6 +96,20 @@ class KVCache:
                 "further loops are missing; read the text anew"
             )
         self._first, self._loops = loop * self.layers, of
+
+    def begin_chains(self, chains: int) -> None:
+        """The tokens that follow are read with the first so many chains, each of which stores keys of its own.
+
+        Raises:
+            ValueError: some of the cache's tokens were read with fewer: keys of further chains are missing.
+        """
+        if self._read_with and chains > self._read_with[-1][2]:
+            raise ValueError(
+                f"{chains} chains cannot go on from tokens that were read with {self._read_with[-1][2]}: the keys of "
+                "further chains are missing; read the text anew, or train with model.chains.share_keys, where the "
+                "first chain makes all keys"
+            )
+        self._chains = chains
 
     def once(self, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
         """What is the same for every token, such as what a looped block is told: made for the first one and kept.
@@ -166,13 +181,20 @@ class KVCache:
 
     def advance(self, real_BT: Tensor | None, tokens: int) -> None:
         """Count the tokens just stored."""
-        if not self._read_with or self._loops < self._read_with[-1][1]:
-            self._read_with.append((self.reach, self._loops))
+        self._note(self.reach, self._loops, self._chains)
         self.reach = min(self.reach + tokens, self.capacity)
         if real_BT is None:
             self.length_B = self.length_B + tokens
         else:
             self.length_B = self.length_B + real_BT.sum(1)
+
+    def _note(self, reach: int, loops: int, chains: int) -> None:
+        """Tokens from here on were read with so many loops and chains, or with fewer."""
+        if self._read_with:
+            _, before, others = self._read_with[-1]
+            loops, chains = min(loops, before), min(chains, others)
+        if not self._read_with or (loops, chains) != self._read_with[-1][1:]:
+            self._read_with.append((reach, loops, chains))
 
     def take_back(self, tokens: int) -> None:
         """Forget the last tokens of every row: what is stored next takes their places.
@@ -226,7 +248,8 @@ class KVCache:
                     "it; read the text anew"
                 )
             self.states.fill(rows, source.states, of_source)
-        self._read_with += [one for one in source._read_with if not self._read_with or one[1] < self._read_with[-1][1]]
+        for one in source._read_with:
+            self._note(*one)
         self.keys_LBKCD[:, rows, :, :width] = source.keys_LBKCD[:, of_source, :, :width]
         self.values_LBKCD[:, rows, :, :width] = source.values_LBKCD[:, of_source, :, :width]
         self.length_B = self.length_B.index_copy(0, rows, source.length_B[of_source].clamp(max=width))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from resilin.config import UserError
 from resilin.layout import Region
 from resilin.models import uncompiled
+from resilin.models.chain_linear import ChainLinear
 from resilin.models.linear import Linear, product
 
 Regions = Mapping[str, tuple[Region, ...]]
@@ -69,7 +70,7 @@ class BlockCut:
     experts_per_token: int = 0
     in_attention: bool = True
 
-    def linear(self, x: Tensor, map_: nn.Linear, name: str) -> Tensor:
+    def linear(self, x: Tensor, map_: nn.Linear | ChainLinear, name: str) -> Tensor:
         """What the used part of a linear map gives, (..., I) -> (..., O).
 
         Boxes that lie below each other give their outputs side by side; boxes beside each other read their share of

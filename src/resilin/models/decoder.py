@@ -12,9 +12,11 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from resilin.keys import Keys, dropout
+from resilin.keys import Keys, drop
 from resilin.models.block import Block
 from resilin.models.cache import KVCache
+from resilin.models.chain_freeze import freeze_chains
+from resilin.models.chain_modules import ChainEmbedding, ChainHead, chain_kept, first_part, matrix_of, scale_logits
 from resilin.models.cut import Cut, cut_of
 from resilin.models.decoder_plan import decoder_plan
 from resilin.models.decoder_settings import DecoderSettings
@@ -97,35 +99,50 @@ class Decoder(nn.Module):
         if not settings.vocab_size:
             raise ValueError("a Decoder needs settings.vocab_size: it is 0")
         self.settings = settings
-        self.embed = Embedding(settings.vocab_size, settings.hidden_size, device=device)
+        chains = settings.widths.hidden if settings.chains is not None else ()
+        self.embed: Embedding | ChainEmbedding
+        if chains:
+            self.embed = ChainEmbedding(settings.vocab_size, chains, device)
+        else:
+            self.embed = Embedding(settings.vocab_size, settings.hidden_size, device=device)
         self.blocks = nn.ModuleList(self.block_kind(settings, layer, device) for layer in range(settings.layers))
         self.norm = stream_norm(settings, device)
         self.loop = LoopCondition(settings, device) if settings.told else None
-        self.head: Linear | None = None
+        self.head: Linear | ChainHead | None = None
         if not settings.tie_embeddings:
-            self.head = Linear(settings.hidden_size, settings.vocab_size, bias=False, device=device)
+            if chains:
+                self.head = ChainHead(settings.vocab_size, chains, device)
+            else:
+                self.head = Linear(settings.hidden_size, settings.vocab_size, bias=False, device=device)
         if seed is not None:
             fill_parameters(self, settings, seed)
+        if settings.chains is not None:
+            freeze_chains(self, settings.chains)
+
+    @property
+    def _chained(self) -> bool:
+        return self.settings.chains is not None
 
     @property
     def head_weight(self) -> Tensor:
         """(V, D): the output matrix, the embedding's own where they are tied; of a cut model the columns in use."""
-        weight = self.embed.weight if self.head is None else self.head.weight
-        cut = cut_of(self)
-        return weight if cut is None else self._columns(weight, cut)
+        table, cut = self.embed if self.head is None else self.head, cut_of(self)
+        if isinstance(table, ChainEmbedding | ChainHead):
+            return matrix_of(table, self.settings.hidden_size if cut is None else cut.hidden)
+        return table.weight if cut is None else self._columns(table.weight, cut)
 
     @property
     def stream_dtype(self) -> torch.dtype:
         """The format of the residual stream: that of the norms, whatever format the matrices are stored in."""
         norm = self.norm if self.span is None else self.blocks[self.span.blocks[0]].attention_norm
-        dtype: torch.dtype = norm.weight.dtype  # type: ignore[assignment, union-attr]
+        dtype: torch.dtype = first_part(norm).weight.dtype  # type: ignore[assignment, arg-type]
         return dtype
 
     @property
     def _sample(self) -> Tensor:
         """A matrix that is like all others in device and format."""
         if self.span is None or self.span.first:
-            return self.embed.weight
+            return first_part(self.embed).weight  # type: ignore[return-value]
         return next(p for p in self.blocks[self.span.blocks[0]].parameters() if p.ndim > 1)
 
     @staticmethod
@@ -134,14 +151,15 @@ class Decoder(nn.Module):
         return x if cut is None or cut.hidden == x.shape[-1] else x[..., : cut.hidden]
 
     def _embedded(self, tokens_BT: Tensor, cut: Cut | None) -> Tensor:
-        x_BTD = self._columns(self.embed(tokens_BT).to(self.stream_dtype), cut)
+        whole = self.embed(tokens_BT, cut.hidden) if cut is not None and self._chained else self.embed(tokens_BT)
+        x_BTD = self._columns(whole.to(self.stream_dtype), cut)
         return x_BTD if cut is None else cut.embedded(x_BTD)
 
     def _last_norm(self, x_BTD: Tensor, cut: Cut | None) -> Tensor:
         masked = None if cut is None else cut.last_norm(x_BTD, self.norm)
         if masked is not None:
             return masked
-        if x_BTD.shape[-1] == self.settings.hidden_size:
+        if x_BTD.shape[-1] == self.settings.hidden_size or self._chained:
             whole: Tensor = self.norm(x_BTD)
             return whole
         part: Tensor = self.norm(x_BTD, self._columns(self.norm.weight, cut))  # type: ignore[arg-type]
@@ -183,7 +201,13 @@ class Decoder(nn.Module):
             hidden: after the final norm.
             head: the head's weight, packed, where many products follow each other.
         """
-        logits = product(hidden, self.head_weight) if head is None else head(hidden)
+        table = self.embed if self.head is None else self.head
+        if head is not None:
+            logits = head(hidden)
+        elif isinstance(table, ChainEmbedding | ChainHead):
+            *_, logits = scale_logits(table, hidden)
+        else:
+            logits = product(hidden, self.head_weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.settings.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -351,7 +375,10 @@ class Decoder(nn.Module):
                 x_BTD = self._embedded(tokens_BT, cut)
             else:
                 x_BTD = self._columns(self.span.begin(tokens_BT, self.embed).to(self.stream_dtype), cut)
-            x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)
+            if keys is not None and self.settings.dropout:
+                sizes = self.settings.widths.hidden if self._chained else (x_BTD.shape[-1],)
+                keep_BTD = chain_kept(x_BTD, self.settings.dropout, keys.fold("embed"), sizes)
+                x_BTD = drop(x_BTD, self.settings.dropout, keep_BTD)
             routers = []
         else:
             before = self.span.take()
@@ -402,6 +429,8 @@ class Decoder(nn.Module):
         x_BTD = self._embedded(tokens_BT, cut)
         routers = []
         cache.begin_loop(0, of=len(self._trajectory(cut)))
+        if isinstance(self.embed, ChainEmbedding) and not self.settings.shares_keys:
+            cache.begin_chains(self.embed.scale_of(x_BTD.shape[-1]))
         told_as = (self._trajectory(cut), self.settings.hidden_size if cut is None else cut.hidden)
         told = cache.once(told_as, partial(self._told, cut))
         for loop, told_D in enumerate(told):

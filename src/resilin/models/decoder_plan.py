@@ -49,8 +49,13 @@ def decoder_plan(settings: DecoderSettings, vocabulary_multiple: int = 1) -> Ten
     """The plan of a decoder; the arguments are those of `decoder_rules`.
 
     Raises:
-        UserError: its blocks have different sizes.
+        UserError: its blocks have different sizes, or chains.
     """
+    if settings.chains is not None:
+        raise UserError(
+            "chains (model.chains) cannot be divided among ranks of tensor parallelism, whose parts would be of all "
+            "chains: use data or pipeline parallelism"
+        )
     if settings.sizes_differ:
         raise UserError("blocks of different sizes (layer_sizes) cannot be divided among ranks of tensor parallelism")
     return TensorPlan(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from resilin.config import Settings
+from resilin.models.chain_settings import ChainSettings, Widths, chain_widths, check_chains
 from resilin.models.loop_settings import LoopSettings
 from resilin.models.rope_scaling import LongRopeScaling, RopeScaling
 from resilin.models.settings import ModelContext, ModelSettings
@@ -136,6 +137,8 @@ class DecoderSettings(ModelSettings):
     """Blocks of different sizes: one entry for each block, in order; empty: all are alike."""
     loop: LoopSettings | None = None
     """A looped decoder: its blocks are run several times, with the same weights."""
+    chains: ChainSettings | None = None
+    """Chain-of-Model: every width is an ordered list of chains, and the first ones are a model of their own."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of embedded values and of each branch's outputs set to zero in training."""
     init: Literal["normal", "fan_in"] = "normal"
@@ -218,6 +221,16 @@ class DecoderSettings(ModelSettings):
         """Whether its blocks are told which loop they are in."""
         return self.loop is not None and self.loop.condition != "none"
 
+    @property
+    def widths(self) -> Widths:
+        """The width of each chain; of a decoder without chains, of one."""
+        return chain_widths(self)
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether all chains read the keys and values that the first one makes (CoLM-Air)."""
+        return self.chains is not None and self.chains.share_keys
+
     def window_of(self, layer: int) -> int | None:
         """The sliding window of block `layer`, or None."""
         applies = self.window_layers is None or layer in self.window_layers
@@ -266,6 +279,7 @@ class DecoderSettings(ModelSettings):
         if self.moe is not None and self.mlp_bias:
             raise ValueError("mlp_bias: experts have no biases; set it to false")
         self._check_layer_sizes()
+        check_chains(self)
         return self
 
     def _check_layer_sizes(self) -> None:

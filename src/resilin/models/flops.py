@@ -11,6 +11,7 @@ products that cost the same for any number of tokens, such as those of what loop
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 from resilin.models.decoder_settings import DecoderSettings
@@ -31,20 +32,33 @@ class ParameterCounts(NamedTuple):
     non_embedding: int
 
 
+def chain_weights(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
+    """Weights of a linear map each of whose chains reads those before it too: sum of o_i (i_1 + ... + i_i)."""
+    return sum(size * width for size, width in zip(outputs, accumulate(inputs), strict=True))
+
+
 def _attention_matrices(settings: DecoderSettings) -> int:
-    query, key = settings.heads * settings.head_width, settings.key_heads * settings.head_width
-    return settings.hidden_size * (2 * query + 2 * key)
+    hidden, queries, keys, _ = settings.widths
+    read = hidden[:1] if settings.shares_keys else hidden
+    return chain_weights(hidden, queries) + 2 * chain_weights(read, keys) + chain_weights(queries, hidden)
 
 
 def _attention_vectors(settings: DecoderSettings) -> int:
     query, key = settings.heads * settings.head_width, settings.key_heads * settings.head_width
     count = (query + 2 * key) * settings.qkv_bias + settings.hidden_size * settings.out_bias
-    if settings.qk_norm in ("rms", "layer"):
+    if settings.qk_norm in ("rms", "layer") and settings.chains is not None:
+        chains = len(settings.chains.sizes)
+        count += (chains + (1 if settings.shares_keys else chains)) * settings.head_width
+    elif settings.qk_norm in ("rms", "layer"):
         count += query + key if settings.qk_norm_over == "width" else 2 * settings.head_width
     return count
 
 
 def _mlp_matrices(settings: DecoderSettings, size: int) -> int:
+    if settings.chains is not None:
+        hidden, _, _, neurons = settings.widths
+        up, down = chain_weights(hidden, neurons), chain_weights(neurons, hidden)
+        return (2 if settings.gated else 1) * up + down
     return settings.hidden_size * size * (3 if settings.gated else 2)
 
 

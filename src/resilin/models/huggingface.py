@@ -23,7 +23,7 @@ from resilin.models.huggingface_families import config_from_settings
 from resilin.models.huggingface_hybrid import hybrid_config, hybrid_parts, hybrid_tensors
 from resilin.models.huggingface_names import Part, parts_of, stored_tensors
 from resilin.models.hybrid_settings import HybridSettings
-from resilin.models.own_config import own_config
+from resilin.models.own_config import has_own_config, own_config
 from resilin.models.weight_files import (
     ModelFolderError,
     StoredTensor,
@@ -186,10 +186,7 @@ def folder_config(
     Raises:
         ModelFolderError: the settings fit no family.
     """
-    name, hybrid = str(dtype).removeprefix("torch."), isinstance(settings, HybridSettings)
-    # No family has blocks of different sizes, loops, or offsets of experts, nor a hybrid with a tied head.
-    ours = settings.sizes_differ or settings.loop is not None or (hybrid and settings.tie_embeddings)
-    ours = ours or (settings.moe is not None and settings.moe.router_bias)
+    name, ours = str(dtype).removeprefix("torch."), has_own_config(settings)
     if isinstance(settings, HybridSettings) and not ours:
         return hybrid_config(settings, name, special_ids)
     describe = own_config if ours else config_from_settings
@@ -206,9 +203,9 @@ def save_pretrained(
     max_shard_bytes: int = 5_000_000_000,
     special_ids: Mapping[str, int | None] | None = None,
 ) -> list[Path]:
-    """Write a decoder as a Hugging Face folder that `transformers` opens; where its blocks have different sizes or are
-    looped, or its experts have offsets, as a folder with a config of our own (`resilin.models.own_config`), which only
-    `load_pretrained` opens.
+    """Write a decoder as a Hugging Face folder that `transformers` opens; where its blocks have different sizes, are
+    looped or have chains, or its experts have offsets, as a folder with a config of our own
+    (`resilin.models.own_config`), which only `load_pretrained` opens.
 
     Args:
         model: a decoder whose settings fit one of the families, or that `folder_config` describes otherwise.

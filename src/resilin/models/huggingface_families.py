@@ -38,6 +38,8 @@ def _common_blockers(settings: DecoderSettings) -> list[str]:
         found.append("layer_sizes: in all of them all blocks have the same sizes")
     if settings.loop is not None:
         found.append("loop: in all of them blocks are run once")
+    if settings.chains is not None:
+        found.append("chains: in all of them every layer reads the whole stream")
     if settings.moe is not None and settings.moe.router_bias:
         found.append("moe.router_bias = true: none of them has offsets of experts")
     for name in ("attention_softcap", "logit_softcap"):

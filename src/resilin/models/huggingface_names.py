@@ -45,6 +45,8 @@ _NORMS_AFTER = {"post_attention_layernorm": "attention_norm", "post_feedforward_
 _OUT_OF_LAYER = {ours: theirs for theirs, ours in _IN_LAYER.items()}
 _MATRICES = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_CHAIN = re.compile(r"\.chains\.\d+(?=\.(?:weight|bias)$|$)")
+"""Of decoders of chains, which are in no family: parts are named as the whole is, with their chain."""
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(\w+)\.weight")
 
 
@@ -64,6 +66,12 @@ class Part(NamedTuple):
     rows: tuple[int, int] | None = None
 
 
+def _chained(name: str, chain: str) -> str:
+    """A parameter's name with its chain put in, before the kind of parameter."""
+    stem, _, kind = name.rpartition(".")
+    return f"{stem}{chain}.{kind}"
+
+
 def parts_of(name: str, *, norms_after: bool = False) -> list[Part] | None:
     """What the stored tensor `name` fills: [] for buffers that are computed anew, None for an unknown name.
 
@@ -71,6 +79,10 @@ def parts_of(name: str, *, norms_after: bool = False) -> list[Part] | None:
         name: of the stored tensor.
         norms_after: whether the model norms what its branches give, not what they read.
     """
+    chain = _CHAIN.search(name)
+    if chain is not None:
+        whole = parts_of(_CHAIN.sub("", name), norms_after=norms_after) or ()
+        return [Part(_chained(part.parameter, chain[0])) for part in whole] or None
     if name in _PLAIN:
         return [Part(_PLAIN[name])]
     match = _LAYER.fullmatch(name)
@@ -99,6 +111,10 @@ def stored_module(name: str) -> str | None:
     """What the module of a decoder is called in a Hugging Face model: `blocks.0.attention.q` is
     `model.layers.0.self_attn.q_proj`; None for a module that has no counterpart.
     """
+    chain = _CHAIN.search(name)
+    if chain is not None:
+        stored = stored_module(_CHAIN.sub("", name))
+        return None if stored is None else stored + chain[0]
     whole = {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for theirs, ours in _PLAIN.items()}
     if name in whole:
         return whole[name]
@@ -116,6 +132,11 @@ def stored_tensors(model: Decoder, family: str) -> Iterator[tuple[str, Tensor]]:
         in_layer = in_layer | {ours: theirs for theirs, ours in _NORMS_AFTER.items()}
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
+        chain = _CHAIN.search(name)
+        if chain is not None:
+            stem, _, kind = name.rpartition(".")
+            yield f"{stored_module(stem)}.{kind}", tensor
+            continue
         if name in plain:
             yield plain[name], tensor
             continue

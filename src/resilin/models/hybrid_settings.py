@@ -119,7 +119,7 @@ class HybridSettings(DecoderSettings):
                 f"layers is {self.layers} and the pattern {self.pattern!r} has {len(self.pattern)} signs: leave layers "
                 "out"
             )
-        for name in ("moe", "loop", "rope_scaling", "sliding_window"):
+        for name in ("moe", "loop", "chains", "rope_scaling", "sliding_window"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: a hybrid decoder has none; leave it out")
         if self.norm_place != "before":

@@ -18,6 +18,7 @@ from resilin.models.mamba_initial import mamba_values
 
 # Standard deviation of a unit normal cut at two standard deviations.
 _CUT_STD = 0.8796256610342398
+_CHAIN = re.compile(r"\.chains\.(\d+)(?=\.)")
 _BACK = re.compile(r"(attention\.o|\bdown)\.weight$|experts\.down$")
 """Projections back to the stream."""
 
@@ -61,7 +62,11 @@ def initial_value(name: str, shape: torch.Size, settings: DecoderSettings, seed:
         settings: of the decoder.
         seed: of the run.
     """
-    keys = Keys.of_step(seed, 0).fold("initial weights")
+    chain, keys = _CHAIN.search(name), Keys.of_step(seed, 0).fold("initial weights")
+    if chain is not None:
+        # The first chain starts as a decoder of that chain alone does.
+        name = _CHAIN.sub("", name)
+        keys = keys.fold("chain").fold(int(chain[1])) if int(chain[1]) else keys
     values = _values(name, shape, settings, keys.fold(name).generator())
     if settings.loop is not None and settings.loop.start == "small" and _BACK.search(name):
         values *= (2 * settings.layers) ** -0.5

@@ -86,6 +86,11 @@ def weight_gradients_later(into: WeightGradients, wanted: bool = True) -> Iterat
         _later = before
 
 
+def postponing() -> bool:
+    """Whether products that are now computed leave the gradients of their weights for later."""
+    return _later is not None
+
+
 def left_as_now(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, leaving gradients of weights where they are left now, whenever it is called.
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resilin.models.chain_linear import ChainLinear, linear_of
 from resilin.models.cut import BlockCut
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.linear import Linear
@@ -29,11 +30,14 @@ class MLP(nn.Module):
     def __init__(self, settings: DecoderSettings, size: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.activation = settings.activation
-        self.gate: Linear | None = None
+        chained, bias = settings.chains is not None, settings.mlp_bias
+        hidden = settings.widths.hidden
+        neurons = settings.widths.mlp if chained else (size,)
+        self.gate: Linear | ChainLinear | None = None
         if settings.gated:
-            self.gate = Linear(settings.hidden_size, size, bias=settings.mlp_bias, device=device)
-        self.up = Linear(settings.hidden_size, size, bias=settings.mlp_bias, device=device)
-        self.down = Linear(size, settings.hidden_size, bias=settings.mlp_bias, device=device)
+            self.gate = linear_of(chained, hidden, neurons, bias, device)
+        self.up = linear_of(chained, hidden, neurons, bias, device)
+        self.down = linear_of(chained, neurons, hidden, bias, device)
 
     def forward(self, x: Tensor, cut: BlockCut | None = None, name: str = "mlp") -> Tensor:
         """(..., D) -> (..., D).

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resilin.models.chain_modules import ChainNorm
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.rms_norm import rms_norm
 
@@ -65,19 +66,26 @@ class Transplant(nn.Module):
 def stream_norm(settings: DecoderSettings, device: torch.device | str | None, *, scaled: bool = True) -> nn.Module:
     """The norm of the residual stream that the settings ask for; not `scaled`: its scale is given with each call."""
     kind = RMSNorm if settings.norm == "rms" else LayerNorm
+    if settings.chains is not None:
+        rms_eps = settings.norm_eps if kind is RMSNorm else None
+        return ChainNorm(settings.widths.hidden, lambda size: kind(size, settings.norm_eps, device), rms_eps=rms_eps)
     return kind(settings.hidden_size, settings.norm_eps, device, scaled=scaled)
 
 
-def head_norm(settings: DecoderSettings, heads: int, device: torch.device | str | None) -> nn.Module | None:
+def head_norm(
+    settings: DecoderSettings, heads: int, device: torch.device | str | None, chains: tuple[int, ...] = ()
+) -> nn.Module | None:
     """The norm of queries (or keys) of that many heads; None where the settings ask for none.
 
     Over each head, with one scale of head_size for all of them; or over all heads at once (`qk_norm_over = "width"`),
-    with a scale of heads * head_size.
+    with a scale of heads * head_size. Where they are heads of `chains`, so many of each, each chain has its own scale.
     """
     if settings.qk_norm == "none":
         return None
     if settings.qk_norm == "transplant":
         return Transplant(settings.qk_norm_kappa, settings.norm_eps)
     kind = RMSNorm if settings.qk_norm == "rms" else LayerNorm
+    if chains:
+        return ChainNorm(chains, lambda _: kind(settings.head_width, settings.norm_eps, device), dim=-2)
     size = settings.head_width * (heads if settings.qk_norm_over == "width" else 1)
     return kind(size, settings.norm_eps, device)

@@ -1,13 +1,14 @@
-"""A `config.json` of our own, for decoders that no Hugging Face family describes: those whose blocks differ in size or
-are looped, or whose experts have offsets, and hybrids whose head is tied.
+"""A `config.json` of our own, for decoders that no Hugging Face family describes: those whose blocks differ in size,
+are looped or have chains, or whose experts have offsets, and hybrids whose head is tied.
 
     {"model_type": "resilin", "architectures": ["ResilinDecoder"], "dtype": "float32",
      "settings": {...},                        a decoder's settings as in a run's [model], without what is usual
      "bos_token_id": ..., "eos_token_id": ..., "pad_token_id": ...}
 
 The weights beside it are safetensors named as in a Llama folder (experts as in Qwen's; of looped decoders also
-`model.loop.*` and `model.layers.*.modulation.*`), or as in a Nemotron-H folder where the settings have a `pattern`.
-`transformers` does not know the model type; `resilin` commands and `open_model` open the folder like any other.
+`model.loop.*` and `model.layers.*.modulation.*`; of chains one tensor for each, `...q_proj.chains.0.weight`), or as in
+a Nemotron-H folder where the settings have a `pattern`. `transformers` does not know the model type; `resilin` commands
+and `open_model` open the folder like any other.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ from resilin.models.hybrid_settings import HybridSettings
 from resilin.models.weight_files import ModelFolderError
 
 MODEL_TYPE = "resilin"
+
+
+def has_own_config(settings: DecoderSettings) -> bool:
+    """Whether no family describes such a decoder: it has blocks of different sizes, loops, chains, offsets of experts,
+    or is a hybrid with a tied head.
+    """
+    tied_hybrid = isinstance(settings, HybridSettings) and settings.tie_embeddings
+    offsets = settings.moe is not None and settings.moe.router_bias
+    return settings.sizes_differ or settings.loop is not None or settings.chains is not None or tied_hybrid or offsets
 
 
 def own_config(settings: DecoderSettings, dtype: str, special_ids: Mapping[str, int | None] | None) -> dict[str, Any]:

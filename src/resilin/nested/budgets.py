@@ -42,6 +42,7 @@ class Budget:
         top_k: experts that a token visits.
         loops: of a looped decoder, how often its blocks are run, in equal steps; or the steps, in any proportion:
             (4, 1, 1) are three loops of 4/6, 1/6 and 1/6.
+        chains: of a decoder of chains, how many of the first: its scale.
         mamba_heads: of Mamba-2 layers, equally many of every group.
         mamba_head_size: channels of each of those heads.
         state_size: numbers of their state.
@@ -55,6 +56,7 @@ class Budget:
     experts: Experts = None
     top_k: Sizes = None
     loops: int | tuple[int, ...] | None = None
+    chains: int | None = None
     mamba_heads: Sizes = None
     mamba_head_size: Sizes = None
     state_size: Sizes = None
@@ -171,7 +173,7 @@ def _is_count(value: object) -> bool:
 
 def _frozen(name: str, value: Any, depth: int = 0) -> Any:
     """The value with tuples for lists; refused where it is no size."""
-    deepest = {"hidden": 0, "experts": 2}.get(name, 1)
+    deepest = {"hidden": 0, "chains": 0, "experts": 2}.get(name, 1)
     if value is None:
         return None
     if isinstance(value, list | tuple) and depth < deepest:

@@ -18,8 +18,10 @@ from resilin.nested.regions import regions, shapes_of
 from resilin.nested.sub_model import sub_model, sub_settings
 
 
-def _name_of(name: str, new_layer: Mapping[int, int]) -> str:
+def _name_of(name: str, new_layer: Mapping[int, int], small: Decoder) -> str:
     """What a parameter of the full model is called in the sub-model, whose layers are numbered anew."""
+    if small.settings.chains is None:  # the first chain alone is an ordinary decoder
+        name = name.replace(".chains.0.", ".")
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     return name if match is None else f"blocks.{new_layer[int(match[1])]}.{match[2]}"
 
@@ -61,7 +63,7 @@ def extract(model: nn.Module, wanted: Budget) -> Decoder:
     targets, sources = dict(small.named_parameters()), dict(full.named_parameters())
     new_layer = {part.layer: new for new, part in enumerate(sub_model(full.settings, wanted).layers)}
     for name, boxes in regions(full.settings, wanted).items():
-        target, source = targets[_name_of(name, new_layer)], sources[name]
+        target, source = targets[_name_of(name, new_layer, small)], sources[name]
         if source.dtype != target.dtype:  # norms may be kept wider than matrices
             target.data = target.data.to(source.dtype)
         for taken, place in pieces_of(boxes):
@@ -93,7 +95,7 @@ def extract_folder(
     used, targets = regions(settings, wanted), {}
     for name, shape in shapes_of(settings).items():
         if name in used:
-            tensor: Tensor = parameters[_name_of(name, new_layer)].data
+            tensor: Tensor = parameters[_name_of(name, new_layer, small)].data
             targets[name] = Target(tensor, shape, pieces_of(used[name]))
         else:
             targets[name] = Target(torch.empty(0), shape, ())  # of a skipped layer: known, and not read

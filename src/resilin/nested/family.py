@@ -12,12 +12,15 @@ from torch import nn
 
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.nested.budgets import Budget, BudgetError
+from resilin.nested.chain_record import ChainRecord
 from resilin.nested.consistency import Consistency, consistency
 from resilin.nested.cost import Cost, Latency, cost, latency
 from resilin.nested.in_place import decoder_in
 from resilin.nested.loop_record import LoopRecord
 from resilin.nested.record import Kind, NestRecord
 from resilin.nouns import Batch
+
+Record = NestRecord | LoopRecord | ChainRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ class Evaluated:
 
 
 def members_of(
-    settings: DecoderSettings, record: NestRecord | LoopRecord, *, between: int = 1, more: Sequence[Budget] = ()
+    settings: DecoderSettings, record: Record, *, between: int = 1, more: Sequence[Budget] = ()
 ) -> list[Member]:
     """The sizes (or loops) of a record, some mixtures of neighbouring ones, and further budgets; by rising cost.
 

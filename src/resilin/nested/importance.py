@@ -65,8 +65,8 @@ def _rows(matrix: Tensor) -> Tensor:
 
 
 def _neurons_by_weight(mlp: MLP) -> Tensor:
-    score = _rows(mlp.up.weight) * _rows(mlp.down.weight.t())
-    return score if mlp.gate is None else score * _rows(mlp.gate.weight)
+    score = _rows(_plain(mlp.up, "mlp.up").weight) * _rows(_plain(mlp.down, "mlp.down").weight.t())
+    return score if mlp.gate is None else score * _rows(_plain(mlp.gate, "mlp.gate").weight)
 
 
 def parts_of(model: Decoder) -> Iterator[tuple[str, Attention | MLP | MoE | Mamba2]]:
@@ -100,8 +100,13 @@ def importance(model: Decoder, batches: Iterable[Batch] | None = None) -> dict[s
         batches: of tokens that the scores are measured on; None: by the weights alone. Experts always go by theirs.
 
     Raises:
-        ImportanceError: a part is no plain linear map.
+        ImportanceError: a part is no plain linear map, or the model has chains.
     """
+    if model.settings.chains is not None:
+        raise ImportanceError(
+            "a decoder of chains is nested as it is, and its heads and neurons keep their chain: nothing is to be put "
+            "in order"
+        )
     seen: dict[str, tuple[_MeanInput, Linear]] = {}
     scores: dict[str, Tensor] = {}
     with ExitStack() as hooks:

@@ -8,7 +8,8 @@ With sizes d (hidden), m (neurons), and the kept heads' rows: embedding and head
 key head; experts that are named one by one are as many runs as they leave gaps. The shared expert keeps its neurons.
 What a looped decoder's blocks are told is as wide as the stream. Of a Mamba-2 layer, with the kept channels of the kept
 heads of each group: z, x [channels, :d], the convolution of x and the norm [channels], out [:d, channels]; B and C
-[state, :d], the first numbers of each group; dt [heads, :d]; A_log, D, dt_bias [heads].
+[state, :d], the first numbers of each group; dt [heads, :d]; A_log, D, dt_bias [heads]. Of a decoder of chains, each of
+which has parameters of its own, those of the first chains are used whole.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from functools import lru_cache
 from types import MappingProxyType
 
 from resilin.layout import Region
+from resilin.models.chain_freeze import chain_of
+from resilin.models.chain_settings import reach_of
 from resilin.models.cut import BlockCut, Cut, Regions
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.hybrid_settings import HybridSettings
@@ -142,16 +145,21 @@ def _boxes(shape: tuple[int, ...], runs: tuple[Runs | None, ...]) -> tuple[Regio
 def regions(settings: DecoderSettings, budget: Budget) -> MappingProxyType[str, tuple[Region, ...]]:
     """The regions of each parameter that a budget uses, by name, in the order in which extraction puts them together.
 
-    Parameters of skipped layers are not there.
+    Parameters of skipped layers, and of chains beyond the first ones, are not there.
 
     Raises:
         BudgetError: the budget does not fit.
     """
     part = sub_model(settings, budget)
     layers, d = {one.layer: one for one in part.layers}, ((0, part.hidden),)
-    found = {}
+    chains = None if settings.chains is None else reach_of(settings.widths.hidden).index(part.hidden) + 1
+    found: dict[str, tuple[Region, ...]] = {}
     for name, shape in shapes_of(settings).items():
         in_block = _BLOCK.fullmatch(name)
+        if chains is not None:
+            if chain_of(name) < chains and (in_block is None or int(in_block[1]) in layers):
+                found[name] = (Region.whole(shape),)
+            continue
         if in_block is None:
             first = (d, None) if name.endswith("up.weight") else (d, d)  # of what embeds a loop's time
             plain = first if name.startswith("loop.") else (None, d)
@@ -187,7 +195,7 @@ def cut_for(settings: DecoderSettings, budget: Budget) -> Cut | None:
     blocks: list[BlockCut | None] = []
     for layer in range(settings.layers):
         one = kept.get(layer)
-        if one is None or (one == before[layer] and part.hidden == whole.hidden):
+        if one is None or settings.chains is not None or (one == before[layer] and part.hidden == whole.hidden):
             blocks.append(None)
             continue
         blocks.append(_block_cut(by_block.get(layer, {}), part.hidden, one, before[layer]))

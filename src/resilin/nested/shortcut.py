@@ -26,6 +26,7 @@ from resilin.keys import Keys
 from resilin.models.loop_settings import PositiveInt
 from resilin.nested.budgets import Budget, BudgetError
 from resilin.nested.in_place import budget, decoder_in, full
+from resilin.nested.listening import Listening
 from resilin.nested.trajectories import Trajectory, label_of, sequential, uniform
 from resilin.nouns import Batch, Log, Loss, Mean, StepView, keeps_weights
 from resilin.objective.cross_entropy import CrossEntropyTerms
@@ -80,34 +81,8 @@ class Shortcut(ObjectiveSettings):
         return ShortcutLoss(self, self.objective.build(context))
 
 
-class _Listening(nn.Module):
-    """A model whose outputs are kept; all else that is asked of it, it answers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.outputs: list[Any] = []
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        output = self.model(*arguments, **named)
-        self.outputs.append(output)
-        return output
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("model"), name)
-
-    def hidden(self) -> Tensor:
-        """What it gave, (B, T, D) after the last norm."""
-        if len(self.outputs) != 1:
-            raise BudgetError(
-                f"objective.objective calls its model {len(self.outputs)} times for a batch; hidden states of short "
-                "trajectories can be compared where it does so once: set consistency_weight = 0"
-            )
-        found: Tensor = self.outputs[0].hidden_BTD
-        return found
+def _states(listening: Listening) -> Tensor:
+    return listening.hidden("hidden states of short trajectories can be compared", "set consistency_weight = 0")
 
 
 class ShortcutLoss(ObjectiveTransform):
@@ -169,7 +144,7 @@ class ShortcutLoss(ObjectiveTransform):
         self.check(model)
         settings = decoder_in(model).settings
         loops = self.drawn_at(keys.seed, keys.step, len(settings.trajectory))
-        whole, short = _Listening(model), _Listening(model)
+        whole, short = Listening(model), Listening(model)
         with full(model):
             long = self.inner(whole, batch, keys)
         with budget(model, self._budget(model, loops)):
@@ -185,7 +160,7 @@ class ShortcutLoss(ObjectiveTransform):
         if self.shortcut.short_weight:
             total = total + self.shortcut.short_weight * brief.sum
         if self.shortcut.consistency_weight:
-            distance = self._distance(model, batch, short.hidden(), whole.hidden().detach(), logs)
+            distance = self._distance(model, batch, _states(short), _states(whole).detach(), logs)
             logs["consistency"] = Mean(distance.detach(), long.units)
             total = total + self.shortcut.consistency_weight * distance
         return Loss(total, long.units, logs)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resilin.models.chain_linear import ChainLinear
 from resilin.models.cut import BlockCut, Cut
 from resilin.models.norm import LayerNorm
 
@@ -55,7 +56,7 @@ class MaskedBlock(BlockCut):
     stream_D: Tensor | None = None
     inside: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def linear(self, x: Tensor, map_: nn.Linear, name: str) -> Tensor:
+    def linear(self, x: Tensor, map_: nn.Linear | ChainLinear, name: str) -> Tensor:
         """What the map gives of what is there of its input, as far as its output is there."""
         mask_I = self.inside.get(name)
         y: Tensor = map_(x if mask_I is None else x * mask_I.to(x.dtype))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from resilin.models.chain_settings import ChainSettings
 from resilin.models.decoder_settings import DecoderSettings, LayerSizes
 from resilin.models.hybrid_settings import HybridLayerSizes, HybridSettings
 from resilin.models.loop_settings import LoopSettings, reduced
@@ -163,13 +164,38 @@ def _trajectory(settings: DecoderSettings, loops: int | tuple[int, ...] | None) 
     return steps
 
 
+def _chains(settings: DecoderSettings, budget: Budget) -> int | None:
+    """How many chains are used; None: the model has none."""
+    if settings.chains is None:
+        if budget.chains is not None:
+            raise BudgetError("chains: the model has none (it has no model.chains); leave it out")
+        return None
+    named = [name for name in ("hidden", "heads", "kv_heads", "ffn") if getattr(budget, name) is not None]
+    if named:
+        raise BudgetError(
+            f"{named[0]}: of a decoder of chains, whole chains, layers and loops can be left out: name chains, skip or "
+            "loops"
+        )
+    have = len(settings.chains.sizes)
+    if budget.chains is not None and budget.chains > have:
+        raise BudgetError(f"chains is {budget.chains}, and the model has {have}: use at most that")
+    return budget.chains or have
+
+
+def _chain_sizes(settings: DecoderSettings, chains: int) -> tuple[int, int, int, int]:
+    """Width of the stream, query heads, key heads and neurons of the first chains."""
+    widths = settings.widths.upto(chains)
+    head = settings.head_width
+    return sum(widths.hidden), sum(widths.queries) // head, sum(widths.keys) // head, sum(widths.mlp)
+
+
 @lru_cache(maxsize=4096)
 def sub_model(settings: DecoderSettings, budget: Budget) -> SubModel:
     """The sizes that a budget leaves of a decoder.
 
     Raises:
-        BudgetError: it names a layer that is not there, exceeds or empties one, does not divide its heads, or names
-            experts or loops of a model that has none.
+        BudgetError: it names a layer that is not there, exceeds or empties one, does not divide its heads, names
+            experts, loops or chains of a model that has none, or cuts through chains.
     """
     layers = settings.layers
     beyond = [layer for layer in budget.skip if layer >= layers]
@@ -181,6 +207,13 @@ def sub_model(settings: DecoderSettings, budget: Budget) -> SubModel:
     hidden = budget.hidden or settings.hidden_size
     if hidden > settings.hidden_size:
         raise BudgetError(f"hidden is {hidden}, and the model's is {settings.hidden_size}: use at most that")
+    chains = _chains(settings, budget)
+    if chains is not None:
+        hidden, heads, key_heads, ffn = _chain_sizes(settings, chains)
+        of_chains = tuple(
+            LayerPart(layer, heads, key_heads, ffn) for layer in range(layers) if layer not in budget.skip
+        )
+        return SubModel(hidden, of_chains, _trajectory(settings, budget.loops))
     kept = []
     for layer in range(layers):
         own = settings.at(layer)
@@ -211,6 +244,16 @@ def _sub_loop(loop: LoopSettings | None, trajectory: tuple[int, ...]) -> LoopSet
         return None
     steps = () if len(set(trajectory)) == 1 else trajectory
     return loop.model_copy(update={"times": len(trajectory), "steps": steps})
+
+
+def _sub_chains(settings: DecoderSettings, chains: int) -> ChainSettings | None:
+    """The first chains as settings; None: the first one alone, which is an ordinary decoder."""
+    assert settings.chains is not None
+    if chains == 1:
+        return None
+    sizes = {name: getattr(settings.chains, name)[:chains] for name in ("sizes", "mlp_sizes")}
+    frozen = settings.chains.frozen if settings.chains.frozen < chains else 0
+    return settings.chains.model_copy(update={**sizes, "frozen": frozen})
 
 
 def _common(values: list[int], default: int) -> int:
@@ -305,6 +348,9 @@ def sub_settings(settings: DecoderSettings, budget: Budget) -> DecoderSettings:
                     "dense_layers": tuple(number for number, one in enumerate(layers) if not one.experts),
                 }
             )
+    chains = _chains(settings, budget)
+    if chains is not None:
+        changes["chains"] = _sub_chains(settings, chains)
     if settings.window_layers is not None:
         windowed = tuple(new for new, old in enumerate(numbers) if old in settings.window_layers)
         changes["window_layers"] = windowed or None

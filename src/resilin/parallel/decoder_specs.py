@@ -37,7 +37,7 @@ def decoder_stages(names: Mapping[str, object], settings: DecoderSettings, stage
         block = _BLOCK.match(name)
         if block:
             found[name] = (next(stage for stage, end in enumerate(ends) if int(block[1]) < end),)
-        elif name == "embed.weight":
+        elif name.startswith("embed."):
             found[name] = tuple(sorted({0, stages - 1})) if settings.tie_embeddings else (0,)
         else:
             found[name] = (stages - 1,)

@@ -95,7 +95,9 @@ def _basis(request: PlanRequest) -> _Basis:
 
     run = load_settings(RunSettings, request.file, request.overrides)
     if not isinstance(run.model, DecoderSettings) or isinstance(run.model, HybridSettings):
-        raise UserError(f"{request.file}: plans are made for decoders of alike blocks; model is a {type(run.model).__name__}")
+        raise UserError(
+            f"{request.file}: plans are made for decoders of alike blocks; model is a {type(run.model).__name__}"
+        )
     source: Any = run.source.build(SourceContext(run.seed, "train", run.train.batch_size))
     model = run.model
     if not model.vocab_size and getattr(source, "vocab_size", None):

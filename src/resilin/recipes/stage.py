@@ -29,6 +29,7 @@ from torch import nn
 from resilin.config import Settings, parse_settings
 from resilin.config.errors import UserError
 from resilin.data.settings import SourceContext
+from resilin.models.chain_freeze import trained_again
 from resilin.models.plain import make_plain
 from resilin.models.settings import ModelContext, ModelSettings
 from resilin.recipes.results import hashed_versions
@@ -105,7 +106,7 @@ class Stage(ModelSettings):
             )
         model = settings.model.build(ModelContext(settings.seed, known))
         model.load_state_dict(state)
-        return make_plain(model).train().requires_grad_(True)
+        return trained_again(make_plain(model))
 
 
 def forget_stages(settings: RunSettings) -> None:

@@ -100,7 +100,8 @@ def _stored(run_settings: RunSettings, state: State, run: Path, plain: bool) -> 
     """
     settings = run_settings.model
     # A model that holds a decoder (a policy beside its value model) holds its embedding under a longer name.
-    embedding = next((t for name, t in state.items() if f".{name}".endswith(".embed.weight")), None)
+    ends = (".embed.weight", ".embed.chains.0.weight")
+    embedding = next((t for name, t in state.items() if f".{name}".endswith(ends)), None)
     vocabulary = None if embedding is None else int(embedding.shape[0])
     context = ModelContext(run_settings.seed, vocabulary)
     outline = settings.outline(context) if plain and vocabulary is not None else None

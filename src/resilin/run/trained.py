@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from resilin.models.chain_freeze import trained_again
 from resilin.models.settings import ModelContext, ModelSettings
 from resilin.run.open_model import OpenModelError, open_model
 
@@ -30,4 +31,4 @@ class Trained(ModelSettings):
             raise OpenModelError(
                 f"{self.path}: knows {known} tokens, the source's tokenizer has {asked}: use the tokenizer of that run"
             )
-        return model.train().requires_grad_(True)
+        return trained_again(model)

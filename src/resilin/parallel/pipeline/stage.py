@@ -168,6 +168,11 @@ def cut(model: nn.Module, split: Split, stages: list[int]) -> list[nn.Module]:
             "use parallel.pipeline = 1"
         )
     tied = decoder.head is None
+    if tied and decoder.settings.chains is not None:
+        raise ParallelError(
+            "tied embeddings of a decoder of chains (model.chains) are many weights, and the two ends of a pipeline "
+            "share one: set model.tie_embeddings = false, or use parallel.pipeline = 1"
+        )
     blocks, embed, norm, head = list(decoder.blocks), decoder.embed, decoder.norm, decoder.head
     # What is beside the decoder (a value head, say) looks at its output.
     made = []

@@ -204,7 +204,8 @@ def _of_rank(
     states = stack.states * (dense / (sharing if divided else 1) + experts / (copies if divided else 1))
     beside = stack.beside * (dense / sharing + experts / copies) if sharing > 1 and stack.beside else 0.0
     sums = _sums_held(plan, work) if stack.name == "Resilin" else 1
-    buffers = 4 * BUCKET_BYTES if sharing > 1 and stack.beside else 0.0
+    # Two buckets are under way, each sent and received but for the part that stays.
+    buffers = 4 * BUCKET_BYTES * (sharing - 1) / sharing if stack.beside else 0.0
     return Memory(
         stack.weights * (dense + experts),
         sums * stack.gradients * (dense + experts),
