@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -112,3 +113,25 @@ def test_a_price_laid_over_the_file_changes_the_cost() -> None:
 def test_help_and_the_budget_plan_are_where_they_were() -> None:
     assert "--available-tokens" in call("--help")
     assert "Candidates for" in call("--flops", "1e18")
+
+
+def test_a_study_by_the_cost_model_is_told_and_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    arguments = ("tune", "run.toml", "--cluster", "laptop", "--workers", 4, "--simulate", "--folder", "study")
+    first = call(*arguments, "--trials", 3)
+    assert re.search(r"best of 3 trials, \d+ layouts: ", first)
+    more = call(*arguments, "--trials", 5, "--write", "tuned.toml")
+    assert [line.split()[0] for line in more.splitlines()[:2]] == ["4", "5"]
+    assert len((place / "study" / "trials.jsonl").read_text(encoding="utf-8").splitlines()) == 5
+    assert tomllib.loads((place / "tuned.toml").read_text(encoding="utf-8"))["train"]["steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_study_by_real_runs_finds_a_layout_that_ran(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    said = call(
+        "tune", "run.toml", "--cluster", "laptop", "--workers", 2, "--trials", 2, "--steps", 1, "--folder", "study"
+    )
+    trials = [json.loads(line) for line in (place / "study" / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [trial["outcome"]["status"] for trial in trials] == ["ok", "ok"], trials
+    assert "best of 2 trials" in said

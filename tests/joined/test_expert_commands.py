@@ -281,3 +281,26 @@ def test_proxies_are_public_documents(resilin, place):
     (line,) = (place / "proxies.jsonl").read_text().splitlines()
     public = {file.read_text() for file in (place / "public").iterdir()}
     assert json.loads(line)["text"] in public
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divided", ["data", "pipeline", "tensor"])
+def test_two_workers_train_the_expert_that_one_trains(joined, resilin, place, divided):
+    import subprocess
+    import sys
+
+    degrees = () if divided == "data" else (f"parallel.{divided}=2",)
+    asked = ("news.toml", "train.micro_batch_size=2", "--folder", f"runs/{divided}", "parallel.workers=2", *degrees)
+    command = (sys.executable, "-m", "resilin", "train", *asked)
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    if not (place / "runs" / "alone").exists():
+        resilin("train", "news.toml", "train.micro_batch_size=2", "--folder", "runs/alone")
+        resilin("experts", "pack", "runs/alone", "alone-expert")
+    resilin("experts", "pack", f"runs/{divided}", f"{divided}-expert")
+    alone, found = (Expert.read(place / f"{name}-expert") for name in ("alone", divided))
+    assert found.anchor == alone.anchor
+    if divided != "tensor":
+        assert found.digest == alone.digest
+    for name, tensor in alone.tensors.items():
+        torch.testing.assert_close(found.tensors[name], tensor, atol=1e-4, rtol=1e-3)

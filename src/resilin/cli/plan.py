@@ -12,6 +12,7 @@ import typer
 from resilin.cli.arguments import split_settings
 from resilin.cli.default_command import with_default
 from resilin.cli.option_groups import with_option_groups
+from resilin.cli.plan_budget import budget
 from resilin.cli.plan_failures import failures
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ app = typer.Typer(
     cls=with_default("run"), no_args_is_help=True, help="Choose model size, steps and data, or a layout on a cluster."
 )
 app.command()(failures)
+app.command()(budget)
 LAYOUT = "The layout on a cluster (--cluster)"
 
 
@@ -217,3 +219,58 @@ def calibrate_command(
     found = calibrate(folder, processes, typer.echo)
     file.write_text(settings_to_toml(found), encoding="utf-8")
     typer.echo(f"wrote {file}")
+
+
+@app.command("tune")
+def tune_command(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[SETTINGS.toml] [KEY=VALUE]...", help="Of the run, data included.")
+    ] = None,
+    cluster: Annotated[str, typer.Option(help="The machine: a name or a .toml file.")] = "laptop",
+    workers: Annotated[int, typer.Option(min=1, help="Devices to use.")] = 2,
+    trials: Annotated[int, typer.Option(min=1, help="How many in all, those of the folder included.")] = 12,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a trial that count; two more come first.")] = 4,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a trial has failed.")] = 300.0,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    folder: Annotated[Path, typer.Option(help="Of the study; one that is there goes on.")] = Path("runs/tune"),
+    simulate: Annotated[bool, typer.Option("--simulate", help="Try by the cost model; run nothing.")] = False,
+    write: Annotated[Path | None, typer.Option(help="Write settings that run the best layout.")] = None,
+) -> None:
+    """Find the quickest layout by short real runs: the cost model's best first, then what a surrogate proposes.
+
+    A layout that fails (memory, a crash, --timeout) counts as the worst so
+    far. Trials are written to FOLDER/trials.jsonl at once; the same command
+    goes on where it was interrupted. At the end: which choices mattered.
+
+    \b
+    resilin plan tune run.toml --cluster mine.toml --workers 2 --trials 12
+    """
+    from resilin.planner.search.request import LayoutRequest, overrides_of, settings_of
+    from resilin.planner.tune.request import predicted_of, study_of
+    from resilin.planner.tune.sensitivity import sensitivity
+    from resilin.planner.tune.study import Trial
+
+    file, overrides = split_settings(arguments or [])
+
+    def tell(trial: Trial) -> None:
+        out = trial.outcome
+        said = f"{out.rate:,.0f} tokens/s" if out.status == "ok" else f"{out.status}: {out.reason}"
+        typer.echo(f"{trial.number + 1:3d}  {trial.layout}: {said}")
+
+    request = LayoutRequest(cluster, workers, None, None if file is None else str(file), tuple(overrides))
+    asked, study = study_of(
+        request, folder, trials, steps=steps, timeout=timeout, seed=seed, simulate=simulate, tell=tell
+    )
+    best = study.best
+    if best is None:
+        typer.echo(f"all {len(study.trials)} trials failed; of {len(study.plans)} layouts")
+        raise typer.Exit(1)
+    typer.echo(f"best of {len(study.trials)} trials, {len(study.plans)} layouts: {best.layout}")
+    mattered = sensitivity(study, seed)
+    if mattered:
+        typer.echo("what mattered, tokens/s: " + ", ".join(f"{name} {value:,.0f}" for name, value in mattered.items()))
+    step = predicted_of(asked, study.plan_of(best))
+    typer.echo("  " + " ".join(overrides_of(step)))
+    if write is not None:
+        write.write_text(settings_of(asked, step), encoding="utf-8")
+        typer.echo(f"wrote {write}")

@@ -13,7 +13,8 @@ from resilin.layout import Part, Shard, SpecRule
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.tensor_plan import CutNorm, LocalCount, TensorPlan
 
-_FEED_FORWARD = r"blocks\.\d+\.(mlp|moe\.shared)"
+_FEED_FORWARD = r"blocks\.\d+\.(mlp|moe\.(shared|anchor|own))"
+"""`anchor` and `own` are those of an expert that is trained beside a frozen model (`resilin.joined.beside`)."""
 _UP, _DOWN = r"adapters\.[^.]+\.up", r"adapters\.[^.]+\.down"
 
 
@@ -65,6 +66,7 @@ def decoder_plan(settings: DecoderSettings, vocabulary_multiple: int = 1) -> Ten
             r"blocks\.\d+\.attention\.(o\.bias|[qk]_norm\.weight)",
             _FEED_FORWARD + r"\.down\.bias",
             r"blocks\.\d+\.moe\.(router|shared_gate)\.(weight|bias)",
+            r"blocks\.\d+\.moe\.(anchor_row|row|raw)",
             r"blocks\.\d+\.attention\.[qkv]\." + _DOWN,
             r"blocks\.\d+\.attention\.o\." + _UP,
             _FEED_FORWARD + r"\.(gate|up)\." + _DOWN,

@@ -141,3 +141,45 @@ class Family:
         if keep is not None and keep in self.members and distance(keep) <= distance(best) + slack:
             return keep
         return best
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyCost:
+    """What models of several sizes cost: each trained alone, or cut out of one nested model.
+
+    Attributes:
+        sizes: P of every member, ascending; the largest holds the others.
+        tokens: T of a run.
+    """
+
+    sizes: tuple[float, ...]
+    tokens: float
+
+    def __post_init__(self) -> None:
+        if not self.sizes or min(*self.sizes, self.tokens) <= 0 or list(self.sizes) != sorted(self.sizes):
+            raise ValueError(
+                f"a family has members of ascending, positive sizes and is trained on tokens, unlike {self}"
+            )
+
+    @property
+    def separate(self) -> float:
+        """FLOPs of all members trained alone, 6 P T each; also of a nested model that runs all in every step."""
+        return sum(6 * size * self.tokens for size in self.sizes)
+
+    @property
+    def nested(self) -> float:
+        """FLOPs of one nested model that runs one member a step, drawn evenly (MatFormer), for a single run's steps.
+
+        The weights of a member are trained in every step of it and of a larger one; its own size only in its share.
+        """
+        return self.separate / len(self.sizes)
+
+    @property
+    def largest(self) -> float:
+        """FLOPs of the largest member alone."""
+        return 6 * self.sizes[-1] * self.tokens
+
+    @property
+    def stored(self) -> float:
+        """Parameters to keep, nested over separate."""
+        return self.sizes[-1] / sum(self.sizes)

@@ -1,9 +1,9 @@
 """How long a step takes with the members that there are: asked of the scheduler that an elastic run itself has.
 
 `resilin.cluster.axes.decide` replays the pipeline's own orders. Where all members' passes are few enough it is asked
-about all of them. Where they are more, it is asked about a slice of two or three replicas of every stage in which the
-busiest has as much to do as the busiest of all (`resilin bench run simulator` tells how near that comes); what is slow
-does as if it had more to do.
+about all of them. Where they are more, it is asked about a slice of two of every stage (more after heavy losses) in
+which the busiest has as much to do as the busiest of all (`resilin bench run simulator` tells how near that comes);
+what is slow does as if it had more to do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 from resilin.cluster.axes import Assignment, Decision, Layers, Machine, Pipeline, PlanError, Rules, decide
@@ -102,9 +102,7 @@ class Job:
         Raises:
             PlanError: it does not fit into memory.
         """
-        step = step_of(
-            _slice(self, (self.replicas,) * self.stages, (1.0,) * self.stages, False), self.layers, self.machine
-        )
+        step = step_of(_slice(self, (Fraction(1),) * self.stages, False, False), self.layers, self.machine)
         if step is None:
             raise PlanError("a step does not fit into the machines' memory even when nobody is missing")
         return float(step.seconds)
@@ -139,6 +137,7 @@ class ScheduledPaces:
         self._machine = job.machine if clocks else replace(job.machine, clocks=None)
         self._whole = any(how not in CUT for how in assignments)
         self._cut = any(how in CUT for how in assignments)
+        self._alone = replace(job, replicas=1, machine=self._machine)
         self._known: dict[tuple[object, ...], Pace | None] = {}
         self._levels: dict[int, int] = {}
         self._loads: dict[object, int] = {}
@@ -184,30 +183,40 @@ class ScheduledPaces:
         if min(members) < 1:
             return None
         job = self.job
-        try:
-            if self._small(slow):
-                width = max(job.replicas, *members)
-                numbers = [[width * stage + one for one in range(count)] for stage, count in enumerate(members)]
-                full = [[width * stage + one for one in range(job.replicas)] for stage in range(job.stages)]
+        if self._small(slow):
+            width = max(job.replicas, *members)
+            numbers = [[width * stage + one for one in range(count)] for stage, count in enumerate(members)]
+            full = [[width * stage + one for one in range(job.replicas)] for stage in range(job.stages)]
+            try:
                 now = Pipeline.of(job.split, full, job.micros, job.micro)
-                return self._pace(decide(now, numbers, job.layers, self._machine, self._rules))
-            rules = replace(self._rules, assignments=("whole",))
-            found = []
-            for cut in (False, True):
-                if self._cut if cut else self._whole:
-                    part = _slice(job, members, slow, cut)
-                    found.append(decide(part, part.members, job.layers, self._machine, rules))
-        except PlanError:
-            return None
-        return self._pace(min(found, key=lambda decision: decision.after.seconds))
+                return _pace(decide(now, numbers, job.layers, self._machine, self._rules), self._machine)
+            except PlanError:
+                return None
+        found = []
+        for cut in (False, True):
+            if self._cut if cut else self._whole:
+                loads = tuple(_busiest(job, *of_stage, cut) for of_stage in zip(members, slow, strict=True))
+                found.append(_of_slice(self._alone, loads, cut, max(slow) > 1, self._rules.graph))
+        return min((pace for pace in found if pace is not None), key=lambda pace: pace.seconds, default=None)
 
-    def _pace(self, decision: Decision) -> Pace:
-        clocks = self._machine.clocks
-        heat = 1.0
-        if clocks is not None and decision.clocks:
-            ratios = [float(clock) / float(clocks.base) for clock in decision.clocks]
-            heat = sum(ratio**2 for ratio in ratios) / len(ratios)
-        return Pace(float(decision.after.seconds), decision.pipeline.split, heat)
+
+def _pace(decision: Decision, machine: Machine) -> Pace:
+    heat = 1.0
+    if machine.clocks is not None and decision.clocks:
+        ratios = [float(clock) / float(machine.clocks.base) for clock in decision.clocks]
+        heat = sum(ratio**2 for ratio in ratios) / len(ratios)
+    return Pace(float(decision.after.seconds), decision.pipeline.split, heat)
+
+
+@lru_cache(maxsize=65536)
+def _of_slice(job: Job, loads: tuple[Fraction, ...], cut: bool, fine: bool, graph: bool) -> Pace | None:
+    """What is said of a slice: jobs of any number of replicas share it."""
+    part = _slice(job, loads, cut, fine)
+    rules = Rules(assignments=("whole",), graph=graph, horizon=job.horizon)  # it is dealt already
+    try:
+        return _pace(decide(part, part.members, job.layers, job.machine, rules), job.machine)
+    except PlanError:
+        return None
 
 
 def _busiest(job: Job, count: int, slow: float, cut: bool) -> Fraction:
@@ -225,15 +234,13 @@ def _parts(slow: float) -> int:
     return -(-round(slow * SLOWEST * 1024) // 1024)
 
 
-def _slice(job: Job, members: tuple[int, ...], slow: tuple[float, ...], cut: bool) -> Pipeline:
+def _slice(job: Job, loads: tuple[Fraction, ...], cut: bool, fine: bool) -> Pipeline:
     """A few replicas of every stage, whose busiest has the load of the busiest of all.
 
-    Micro-batches that are cut stay as many; those that are whole stay as large.
+    Micro-batches that are cut stay as many; those that are whole stay as large, unless loads are `fine`.
     """
-    loads = [_busiest(job, count, factor, cut) for count, factor in zip(members, slow, strict=True)]
     columns = -(-max(loads).numerator // max(loads).denominator)
-    columns = max(columns + (max(loads) > 1), 1)
-    micro = max(FINEST // job.ticks, 1) if cut or max(slow) > 1 else 1
+    micro = max(FINEST // job.ticks, 1) if cut or fine else 1
     return Pipeline(job.split, tuple(_dealt(load, columns, job.ticks, micro, cut) for load in loads), micro, job.ticks)
 
 

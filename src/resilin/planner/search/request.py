@@ -131,8 +131,27 @@ def _fixed(tree: dict[str, Any]) -> Fixed:
     )
 
 
-def answer_layout(request: LayoutRequest) -> LayoutAnswer:
-    """The layouts for what a user asked.
+@dataclass(frozen=True)
+class Prepared:
+    """What a request asks for, read and checked.
+
+    Attributes:
+        cluster: on what.
+        work: model and steps.
+        workers: that may be used.
+        fixed: what is not to be chosen.
+        tree: of the run's settings, without its division.
+    """
+
+    cluster: Cluster
+    work: Workload
+    workers: int
+    fixed: Fixed
+    tree: dict[str, Any]
+
+
+def prepare(request: LayoutRequest) -> Prepared:
+    """Reads the files that a request names, and refuses what contradicts itself.
 
     Raises:
         UserError: naming what is missing, unknown or contradicts itself.
@@ -141,7 +160,7 @@ def answer_layout(request: LayoutRequest) -> LayoutAnswer:
     workers = request.workers or cluster.workers
     if workers < 1:
         raise UserError(f"how many devices of {cluster.name} are there? say --workers, or `workers` in its file")
-    if cluster.workers and workers > cluster.workers and _device_type(cluster) != "cpu":
+    if cluster.workers and workers > cluster.workers and device_type(cluster) != "cpu":
         raise UserError(f"--workers {workers} is more than the {cluster.workers} devices that {cluster.name} has")
     if cluster.reach and workers > cluster.reach:
         raise UserError(
@@ -150,7 +169,18 @@ def answer_layout(request: LayoutRequest) -> LayoutAnswer:
     tree, shape, fixed_tree = _parts(request)
     work, fixed = _work(tree, shape, request), _fixed(fixed_tree)
     fixed.check(workers, work, cluster)
-    steps = tree.get("train", {}).get("steps")
+    return Prepared(cluster, work, workers, fixed, tree)
+
+
+def answer_layout(request: LayoutRequest) -> LayoutAnswer:
+    """The layouts for what a user asked.
+
+    Raises:
+        UserError: naming what is missing, unknown or contradicts itself.
+    """
+    asked = prepare(request)
+    cluster, work, workers, fixed = asked.cluster, asked.work, asked.workers, asked.fixed
+    steps = asked.tree.get("train", {}).get("steps")
     tokens = request.tokens or (steps * work.step_tokens if steps else None)
     if not tokens or tokens < work.step_tokens:
         raise UserError(
@@ -160,16 +190,22 @@ def answer_layout(request: LayoutRequest) -> LayoutAnswer:
     gone = None
     if not found.best:
         if found.smallest is None:
-            raise UserError(
-                f"{workers} workers cannot divide the {work.batch} rows of a step, {work.model.heads} heads and "
-                f"{work.model.layers} blocks of this model under what is fixed: use a batch that {workers} divides, "
-                f"such as --batch-tokens {-(-work.batch // workers) * workers * work.tokens}, or fix less"
-            )
-        gone = missing(work, cluster, workers, found.smallest, fixed, device_type=_device_type(cluster))
-    return LayoutAnswer(cluster, work, float(tokens), workers, found, gone, tree, request.objective)
+            raise no_layout(work, workers)
+        gone = missing(work, cluster, workers, found.smallest, fixed, device_type=device_type(cluster))
+    return LayoutAnswer(cluster, work, float(tokens), workers, found, gone, asked.tree, request.objective)
 
 
-def _device_type(cluster: Cluster) -> str:
+def no_layout(work: Workload, workers: int) -> UserError:
+    """That nothing can be divided so, whatever the memory."""
+    return UserError(
+        f"{workers} workers cannot divide the {work.batch} rows of a step, {work.model.heads} heads and "
+        f"{work.model.layers} blocks of this model under what is fixed: use a batch that {workers} divides, "
+        f"such as --batch-tokens {-(-work.batch // workers) * workers * work.tokens}, or fix less"
+    )
+
+
+def device_type(cluster: Cluster) -> str:
+    """Of a machine's devices: "cpu" where each computes one tile at a time."""
     return "cpu" if cluster.device.units == 1 else "cuda"
 
 
@@ -189,7 +225,7 @@ def search(
         node = min(cluster.node, workers)
         counts += list(range(node, workers, node))[-15:]
         counts += [n for n in range(1, node) if node % n == 0]
-    shared = cluster.workers if _device_type(cluster) == "cpu" and cluster.workers < workers else None
+    shared = cluster.workers if device_type(cluster) == "cpu" and cluster.workers < workers else None
     return find(
         work,
         cluster,
@@ -197,13 +233,18 @@ def search(
         tokens,
         fixed,
         objective,
-        device_type=_device_type(cluster),
+        device_type=device_type(cluster),
         cores=shared or None,
     )
 
 
-def settings_of(answer: LayoutAnswer, step: Prediction) -> str:
+def settings_of(answer: LayoutAnswer | Prepared, step: Prediction, tokens: float | None = None) -> str:
     """The TOML of a run with this layout, which `resilin train` takes as it is.
+
+    Args:
+        answer: what was asked for.
+        step: of the layout.
+        tokens: of the run; None: the answer's.
 
     Raises:
         UserError: the settings have no source of data, or cannot be used.
@@ -215,8 +256,11 @@ def settings_of(answer: LayoutAnswer, step: Prediction) -> str:
     tree["source"].setdefault("sequence_length", work.tokens)
     tree["model"] = {**tree["model"], "vocab_size": work.model.vocab_size, "recompute": plan.recompute}
     train = tree.setdefault("train", {})
-    steps = -(-int(answer.tokens) // work.step_tokens)
-    train.update(batch_size=work.batch, micro_batch_size=plan.micro, steps=train.get("steps", steps))
+    if tokens is not None:
+        train["steps"] = -(-int(tokens) // work.step_tokens)
+    elif isinstance(answer, LayoutAnswer):
+        train.setdefault("steps", -(-int(answer.tokens) // work.step_tokens))
+    train.update(batch_size=work.batch, micro_batch_size=plan.micro)
     tree["precision"] = {**tree.get("precision", {}), "compute": plan.compute}
     parallel = plan.parallel.model_dump(mode="json", exclude_defaults=True)
     d = plan.degrees

@@ -114,7 +114,7 @@ def arrangements(work: Workload, cluster: Cluster, workers: int, fixed: Fixed = 
 def _degrees(work: Workload, cluster: Cluster, workers: int, fixed: Fixed) -> Iterator[tuple[int, int, int]]:
     model = work.model
     tensors = [t for t in _divisors(workers) if t <= cluster.node and model.heads % t == 0]
-    if model.sizes_differ:
+    if model.sizes_differ or model.chains is not None:
         tensors = [1]
     contexts = [1]
     if work.tokens >= LONG:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from resilin.recipes.findings import Claim, Findings, Line, Plot, Row, Study, Table
+from resilin.recipes.gains import Values, gain_claim, gain_of
 
 ARM = "flexolmo"
 PUBLIC = "public"
@@ -40,9 +41,6 @@ TITLES = {
     "unrestricted": "one mixture trained on everybody's data",
 }
 
-Values = dict[int, float]
-"""By seed."""
-
 
 def domains_of(study: Study) -> tuple[str, ...]:
     """The owners, as the runs name them."""
@@ -68,20 +66,6 @@ def mean_of(study: Study, method: str, domains: Sequence[str], arm: str = ARM) -
     return {seed: statistics.fmean(one[seed] for one in each) for seed in sorted(seeds)}
 
 
-def _gains(better: Values, worse: Values) -> list[float]:
-    return [worse[seed] - better[seed] for seed in sorted(set(better) & set(worse))]
-
-
-def _claim(name: str, statement: str, gains: Sequence[float], least: float, told: str) -> Claim:
-    """Whether a gain, by seed, exceeds `least` by more than its standard error."""
-    if not gains:
-        return Claim(name=name, statement=statement, holds=False, evidence="no seed measured both")
-    mean = statistics.fmean(gains)
-    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-    evidence = f"{told}: {mean:+.4f} (standard error {error:.4f} over {len(gains)} seeds)"
-    return Claim(name=name, statement=statement, holds=mean - error > least, evidence=evidence)
-
-
 def _within(name: str, statement: str, excess: Sequence[float], most: float) -> Claim:
     """Whether an excess stays at or under `most` on average."""
     mean = statistics.fmean(excess) if excess else math.inf
@@ -104,16 +88,16 @@ def _of_domains(study: Study, domains: Sequence[str]) -> list[Claim]:
     found = []
     for name in domains:
         joined = measured(study, "joined", name)
-        gains = _gains(joined, measured(study, PUBLIC, name))
+        gains = gain_of(joined, measured(study, PUBLIC, name))
         statement = f"the joined model has a lower loss on {name} than the public model"
-        found.append(_claim(f"{name} better than public", statement, gains, 0.0, "nat/byte"))
-        excess = _gains(measured(study, f"pair {name}", name), joined)
+        found.append(gain_claim(f"{name} better than public", statement, gains, 0.0, "nat/byte"))
+        excess = gain_of(measured(study, f"pair {name}", name), joined)
         relative = [
             more / one for more, one in zip(excess, measured(study, f"pair {name}", name).values(), strict=True)
         ]
         statement = f"... and within {NEAR:.0%} of that of the owner's own expert beside the anchor"
         found.append(_within(f"{name} near its pair", statement, relative, NEAR))
-    kept = _gains(measured(study, PUBLIC, PUBLIC), measured(study, "joined", PUBLIC))
+    kept = gain_of(measured(study, PUBLIC, PUBLIC), measured(study, "joined", PUBLIC))
     public = measured(study, PUBLIC, PUBLIC)
     relative = [more / one for more, one in zip(kept, public.values(), strict=True)]
     statement = f"on public text the joined model stays within {NEAR:.0%} of the public model's loss"
@@ -126,15 +110,15 @@ def _of_methods(study: Study, domains: Sequence[str], everything: Sequence[str])
     found = []
     for method in ("soup", "weighted soup", "btm", "prompt routing", "btx", "no coordination"):
         statement = f"joined experts have a lower mean loss over all domains than: {TITLES[method]}"
-        gains = _gains(joined, mean_of(study, method, everything))
-        found.append(_claim(f"better than {method}", statement, gains, 0.0, "nat/byte"))
-    tuned = _gains(mean_of(study, "tuned", everything), joined)
-    found.append(_claim("tuning helps", "tuning the router lowers the mean loss further", tuned, 0.0, "nat/byte"))
-    whole = _gains(mean_of(study, "unrestricted", everything), joined)
+        gains = gain_of(joined, mean_of(study, method, everything))
+        found.append(gain_claim(f"better than {method}", statement, gains, 0.0, "nat/byte"))
+    tuned = gain_of(mean_of(study, "tuned", everything), joined)
+    found.append(gain_claim("tuning helps", "tuning the router lowers the mean loss further", tuned, 0.0, "nat/byte"))
+    whole = gain_of(mean_of(study, "unrestricted", everything), joined)
     statement = f"joined without joint training it stays within {NEAR} nat/byte of one mixture trained on all data"
     found.append(_within("near the unrestricted mixture", statement, whole, NEAR))
     extracted = [
-        _gains(measured(study, "extracted/joined", name), measured(study, "extracted/dense", name)) for name in domains
+        gain_of(measured(study, "extracted/joined", name), measured(study, "extracted/dense", name)) for name in domains
     ]
     fewer = [statistics.fmean(column) for column in zip(*extracted, strict=True)] if all(extracted) else []
     statement = "no more training text is extracted from the joined model than from dense models trained on it"
@@ -150,7 +134,7 @@ def _of_leaving(study: Study, domains: Sequence[str]) -> list[Claim]:
         seeds = sorted(set(joined) & set(without) & set(public))
         lost = [(without[s] - joined[s]) / (public[s] - joined[s]) for s in seeds if public[s] > joined[s]]
         statement = f"without the expert of {name}, at least half of what it gave on {name} is lost"
-        found.append(_claim(f"{name} forgotten", statement, lost, 0.5, "share of the gain over the public model"))
+        found.append(gain_claim(f"{name} forgotten", statement, lost, 0.5, "share of the gain over the public model"))
         moved: list[float] = []
         for seed in seeds:
             others = [o for o in (PUBLIC, *domains) if o != name]
@@ -167,9 +151,9 @@ def _of_leaving(study: Study, domains: Sequence[str]) -> list[Claim]:
 def _of_arms(study: Study, everything: Sequence[str]) -> list[Claim]:
     joined, found = mean_of(study, "joined", everything), []
     for arm, words in (("no_offsets", "without offsets"), ("random_rows", "with random rows at the start")):
-        gains = _gains(joined, mean_of(study, "joined", everything, arm))
+        gains = gain_of(joined, mean_of(study, "joined", everything, arm))
         statement = f"the mean loss over all domains is lower than {words}"
-        found.append(_claim(f"better than {arm}", statement, gains, 0.0, "nat/byte"))
+        found.append(gain_claim(f"better than {arm}", statement, gains, 0.0, "nat/byte"))
     return found
 
 

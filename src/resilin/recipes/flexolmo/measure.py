@@ -35,11 +35,11 @@ from resilin.run.run import Outcome, Run
 from resilin.run.settings import RunSettings
 from resilin.run.start import start_run
 
-BATCHES = 6
+BATCHES = 8
 """Held-out batches of each domain."""
 PROMPT = 32
 """Bytes of a row that are its prompt."""
-EXTRACTED = 8
+EXTRACTED = 12
 """Training rows of each owner that extraction is tried on."""
 
 Score = Callable[[Batch], Tensor]

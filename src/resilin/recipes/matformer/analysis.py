@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from itertools import pairwise
 
 from resilin.recipes.findings import Claim, Findings, Line, Plot, Row, RunRecord, Study, Table
+from resilin.recipes.gains import Values, gain_claim, gain_of
 
 SIZES = ("0.125", "0.25", "0.5", "1")
 NAMES = dict(zip(SIZES, ("S", "M", "L", "XL"), strict=True))
@@ -28,9 +28,6 @@ PAPER = {
 UNIT = "nat/token"
 NEAR = 0.05
 
-Values = dict[int, float]
-"""By seed."""
-
 
 def measured(study: Study, arm: str, member: str, what: str = "loss") -> Values:
     """A quantity of a member at the end of an arm's runs."""
@@ -43,20 +40,6 @@ def alone(study: Study, size: str, what: str = "loss") -> Values:
     if size == "1":
         return measured(study, "plain", "1", what)
     return measured(study, ALONE[size], "alone", what)
-
-
-def _claim(name: str, statement: str, gains: Sequence[float], least: float, told: str) -> Claim:
-    """Whether a gain, by seed, exceeds `least` by more than its standard error."""
-    if not gains:
-        return Claim(name=name, statement=statement, holds=False, evidence="no seed finished both")
-    mean = statistics.fmean(gains)
-    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-    evidence = f"{told}: {mean:+.4f} (standard error {error:.4f} over {len(gains)} seeds)"
-    return Claim(name=name, statement=statement, holds=mean - error > least, evidence=evidence)
-
-
-def _gains(better: Values, worse: Values) -> list[float]:
-    return [worse[seed] - better[seed] for seed in sorted(set(better) & set(worse))]
 
 
 def _rungs(record: RunRecord) -> dict[str, tuple[float, float]]:
@@ -116,18 +99,18 @@ def _near(name: str, statement: str, gains: list[float]) -> Claim:
 
 def _of_sizes(study: Study) -> list[Claim]:
     small, loss = SIZES[0], {size: measured(study, "nested", size) for size in SIZES}
-    cut = _claim(
+    cut = gain_claim(
         "better than a cut",
         "the smallest size of the nested model is better than the same cut of a model trained alone",
-        _gains(loss[small], measured(study, "plain", small)),
+        gain_of(loss[small], measured(study, "plain", small)),
         0.0,
         "loss of the cut less that of the nested model's",
     )
     against_alone = [
-        _claim(
+        gain_claim(
             f"{NAMES[size]} as good as alone",
             f"{NAMES[size]} of the nested model has a lower loss than a model of its size trained alone",
-            _gains(loss[size], alone(study, size)),
+            gain_of(loss[size], alone(study, size)),
             0.0,
             "loss alone less that of the nested model's",
         )
@@ -136,17 +119,17 @@ def _of_sizes(study: Study) -> list[Claim]:
     near = _near(
         "XL near alone",
         f"the whole nested model ends within {NEAR} nat/token of one trained alone",
-        _gains(alone(study, "1"), loss["1"]),
+        gain_of(alone(study, "1"), loss["1"]),
     )
     near_longer = _near(
         "XL near as many steps alone",
         f"... and within {NEAR} nat/token of one trained alone for as many steps, with twice the compute",
-        _gains(measured(study, "plain_long", "1"), loss["1"]),
+        gain_of(measured(study, "plain_long", "1"), loss["1"]),
     )
-    agrees = _claim(
+    agrees = gain_claim(
         "agrees more",
         "S says what XL says more often inside the nested model than two models trained alone do",
-        _gains(alone(study, small, "agreement"), measured(study, "nested", small, "agreement")),
+        gain_of(alone(study, small, "agreement"), measured(study, "nested", small, "agreement")),
         0.0,
         "share of tokens",
     )
@@ -157,24 +140,24 @@ def _of_mixtures(study: Study) -> list[Claim]:
     under = [gap for t in study.select(arm="nested") if (gap := _under_the_line(t.record)) is not None]
     middle = measured(study, "nested", "0.25 x2, 0.5 x2")
     return [
-        _claim(
+        gain_claim(
             "mixtures on the line",
             "mixtures by layer lie on or under the line between the trained sizes beside them",
             under,
             -0.005,
             "nat/token below the line",
         ),
-        _claim(
+        gain_claim(
             "larger sizes behind",
             "mixtures with larger sizes in deeper layers are better than with them in front",
             _rising(study),
             0.0,
             "nat/token",
         ),
-        _claim(
+        gain_claim(
             "neighbouring sizes",
             "a mixture of the two middle sizes is better than one of the smallest and the largest, which is larger",
-            _gains(middle, measured(study, "nested", "skewed")),
+            gain_of(middle, measured(study, "nested", "skewed")),
             0.0,
             "nat/token",
         ),
@@ -184,28 +167,28 @@ def _of_mixtures(study: Study) -> list[Claim]:
 def _of_training(study: Study) -> list[Claim]:
     loss = {size: measured(study, "nested", size) for size in SIZES}
     each_layer = [
-        _claim(
+        gain_claim(
             f"{NAMES[size]} better than per layer",
             f"{NAMES[size]} is better when all layers have one size in a step than when each has its own",
-            _gains(loss[size], measured(study, "per_layer", size)),
+            gain_of(loss[size], measured(study, "per_layer", size)),
             0.0,
             "nat/token",
         )
         for size in (SIZES[0], "1")
     ]
-    joint = [_gains(loss[size], measured(study, "joint", size)) for size in SIZES]
+    joint = [gain_of(loss[size], measured(study, "joint", size)) for size in SIZES]
     by_seed = [statistics.fmean(column) for column in zip(*joint, strict=True)] if all(joint) else []
-    sampling = _claim(
+    sampling = gain_claim(
         "sampling better than joint",
         "one size a step is better, over the four sizes, than all sizes in a quarter of the steps",
         by_seed,
         0.0,
         "nat/token",
     )
-    weight = _claim(
+    weight = gain_claim(
         "more weight on XL",
         "drawing larger sizes more often makes the whole model better",
-        _gains(measured(study, "large", "1"), loss["1"]),
+        gain_of(measured(study, "large", "1"), loss["1"]),
         0.0,
         "nat/token",
     )
