@@ -18,6 +18,7 @@ from resilin.nested.chain_record import ChainRecord
 from resilin.objective.next_token import NextToken
 from resilin.optim.adamw import AdamW
 from resilin.optim.muon import Muon
+from resilin.optim.mup import learning_rate_scales
 
 BATCH = batch_of(range(4))
 
@@ -168,6 +169,11 @@ def test_a_record_tells_which_scales_were_trained():
     last = ChainRecord.of(ChainLosses(loss="last"), 3)
     assert [last.kind(chosen, wanted) for _, wanted in last.rungs(chosen)] == ["untrained", "untrained", "trained"]
     assert both.kind(chosen, Budget(chains=1, skip=(0,))) == "untrained"
+
+
+def test_learning_rates_by_width_are_refused():
+    with pytest.raises(ValueError, match=r"mup_base_width is not defined for chains"):
+        learning_rate_scales(chain_decoder(chain_settings()), 8)
 
 
 def test_muon_moves_neither_embedding_nor_head_of_any_chain():
