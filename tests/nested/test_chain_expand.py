@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 from chain_cases import chain_decoder, chain_settings
-from commands import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from split_steps import batch_of, keys_at
@@ -21,7 +16,7 @@ from resilin.adapt.settings import AdapterSettings
 from resilin.adapt.targets import AdapterError
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
-from resilin.models.huggingface import load_pretrained, save_pretrained
+from resilin.models.huggingface import save_pretrained
 from resilin.models.settings import ModelContext
 from resilin.nested import Budget, BudgetError, budget, extract
 from resilin.nested.chain_expand import expand
@@ -217,88 +212,3 @@ def test_adapted_settings_know_frozen_chains():
     tree = chain_settings(chains={"sizes": (2, 2, 4), "frozen": 2}).model_dump()
     model = Adapted(model=tree).build(ModelContext(0, 37))
     assert all(".chains.2." in name for name, _ in adapter_parameters(model))
-
-
-# -- commands ---------------------------------------------------------------------------------------------------------
-
-SETTINGS = """
-name = "chains"
-[source]
-paths = ["text"]
-sequence_length = 32
-tokenizer = { kind = "bytes" }
-held_out = { by = "tail", fraction = 0.2 }
-[model]
-hidden_size = 32
-layers = 1
-heads = 4
-mlp_size = 64
-max_positions = 64
-chains = { sizes = [1, 1, 2] }
-[objective]
-use = "resilin.nested.chain_objective:ChainLosses"
-[optimizer]
-lr = 0.01
-[train]
-steps = 6
-batch_size = 4
-threads = 1
-device = "cpu"
-[precision]
-compute = "fp32"
-[evaluation]
-every = 6
-batches = 2
-[log]
-tensorboard = false
-live = false
-"""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    (folder / "text").mkdir()
-    (folder / "text" / "a.txt").write_text(Path(json.__file__).read_text())
-    (folder / "chains.toml").write_text(SETTINGS)
-    done = run_command(folder, ("train", "chains.toml"))
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def test_a_run_is_looked_at_and_cut_by_its_scales(place):
-    listed = run_command(place, ("family", "runs/chains", "--no-timed"))
-    assert listed.returncode == 0, listed.stderr
-    assert all(name in listed.stdout for name in ("1 chain", "2 chains", "3 chains"))
-    cut = run_command(place, ("extract", "runs/chains", "small", "--budget", "chains=1"))
-    assert cut.returncode == 0, cut.stderr
-    assert json.loads((place / "small" / "config.json").read_text())["model_type"] == "llama"
-    two = run_command(place, ("extract", "runs/chains", "two", "--budget", "chains=2"))
-    assert "layers have chains" in two.stdout
-    assert load_pretrained(place / "two").settings.chains.sizes == (1, 1)
-
-
-def test_a_run_is_expanded_by_a_command_and_trained_on(place):
-    done = run_command(place, ("chains", "expand", "runs/chains", "wider", "--heads", "2"))
-    assert done.returncode == 0, done.stderr
-    assert "resilin.models.pretrained:Pretrained" in done.stdout
-    wide, text = load_pretrained(place / "wider"), torch.tensor([list(b"def f(x)")])
-    assert wide.settings.chains.sizes == (1, 1, 2, 2)
-    told = SETTINGS[SETTINGS.index("[source]") : SETTINGS.index("[model]")]
-    rest = SETTINGS[SETTINGS.index("[optimizer]") :]
-    model = '[model]\nuse = "resilin.models.pretrained:Pretrained"\npath = "wider"\n'
-    objective = '[objective]\nuse = "resilin.nested.chain_objective:ChainLosses"\nloss = "last"\n'
-    (place / "on.toml").write_text(
-        f'name = "on"\n{told}{model}{objective}{rest}'.replace("sequence_length = 32", "sequence_length = 16")
-    )
-    trained = run_command(place, ("train", "on.toml"))
-    assert trained.returncode == 0, trained.stderr
-    cut = run_command(place, ("extract", "runs/on", "back", "--budget", "chains=3", "--force"))
-    assert cut.returncode == 0, cut.stderr
-    with budget(wide, Budget(chains=3)):
-        expected = logits(wide, text)
-    assert torch.equal(logits(load_pretrained(place / "back"), text), expected)
-    refused = run_command(place, ("chains", "expand", "runs/chains", "other", "--heads", "1", "--share-keys"))
-    assert refused.returncode != 0
-    assert "a further chain cannot change" in refused.stderr
-    shutil.rmtree(place / "back")

@@ -8,12 +8,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from elastic_cases import KINDS, TOKENS, batch, elastic, whole
+from elastic_cases import DENSE, KINDS, TOKENS, batch, elastic, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilin.keys import Keys
 from resilin.models.cut import running
+from resilin.models.loop_settings import LoopSettings
 from resilin.nested import Budget, BudgetError, budget, cost, extract, sub_model
 from resilin.nested.elastic import NemotronElastic, Phase, cost_of, drawn, moment, selected, write_chosen
 from resilin.nested.elastic_space import ElasticSpace, axes_of, budget_of
@@ -250,5 +251,7 @@ def test_sizes_that_do_not_come_out_are_refused(space, words):
 def test_axes_that_a_model_has_not_are_refused():
     with pytest.raises(BudgetError, match="no Mamba-2 layers"):
         axes_of(whole("dense").settings, ElasticSpace(mamba=(0.5, 1)))
+    with pytest.raises(BudgetError, match="plain decoders or hybrids"):
+        axes_of(DENSE.model_copy(update={"loop": LoopSettings(times=2)}), ElasticSpace())
     with pytest.raises(BudgetError, match="elastic_model:Elastic"):
         built(elastic("dense"))(whole("dense"), batch(), None)

@@ -17,6 +17,7 @@ from resilin.models.huggingface import load_pretrained, save_pretrained
 from resilin.models.hybrid import HybridDecoder
 from resilin.nested import Budget, BudgetError, budget, cost, extract, extract_folder, regions, sub_settings
 from resilin.nested.importance import importance, put_in_order
+from resilin.nested.speculative import Speculation
 from resilin.nouns import Batch
 
 TOKENS = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -137,3 +138,8 @@ def test_in_order_of_importance_the_whole_computes_the_same():
         assert torch.equal(groups[0].sort(1).values, groups[1].sort(1).values)  # heads stay in their group
         norms = importance(model, batches)["blocks.0.mamba"].view(4, -1).norm(dim=0)
         assert (norms.diff() <= 1e-12).all()
+
+
+def test_drafts_are_refused():
+    with pytest.raises(BudgetError, match="without a draft"):
+        Speculation(hybrid(torch.float32), [1, 2], Budget(ffn=4))

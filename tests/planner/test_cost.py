@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.models.flops import parameter_counts, train_flops_per_token
 from resilin.models.memory import TensorRanks, activation_bytes
 from resilin.models.step_flops import step_flops_per_token
+from resilin.parallel.canonical import GradientSum
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.part import cutting_of
 from resilin.parallel.pipeline import peak_in_flight
@@ -22,7 +24,7 @@ from resilin.parallel.world import World
 from resilin.planner.cost import Arrangement, Workload, memory_of, predict
 from resilin.planner.cost.blocks import Pricing, block_times
 from resilin.planner.cost.links import Span, all_to_all_seconds, gather_seconds, message_seconds, span_of
-from resilin.planner.cost.memory import _short, memory_of_ranks
+from resilin.planner.cost.memory import _short, _sums_held, _sums_while, memory_of_ranks
 from resilin.planner.cost.stack import MEGATRON_2021, RESILIN
 from resilin.planner.hardware import load_cluster
 
@@ -72,8 +74,30 @@ def test_activations_follow_the_schedule_of_the_runtime() -> None:
         plan = arranged(1, pipeline=4, schedule=schedule, chunks=chunks)
         kept = activation_bytes(LARGE, 1, 2048, value_bytes=2, logit_rows=0, blocks=range(8 // chunks))
         held = max(peak_in_flight(plan.schedule(work)))
-        found = max(one.activations for one in memory_of_ranks(work, plan, RESILIN))
+        plain = replace(RESILIN, name="one sum of gradients")
+        found = max(one.activations for one in memory_of_ranks(work, plan, plain))
         assert found == pytest.approx(float(held) * kept, rel=0.15), schedule
+
+
+@pytest.mark.parametrize("micros", [1, 2, 3, 4, 7, 8, 15, 16])
+def test_sums_of_gradients_are_those_that_the_runtime_holds(micros: int) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    sums, most = GradientSum([parameter], micros), 0
+    for micro in range(micros):
+        parameter.grad = torch.ones(2) if parameter.grad is None else parameter.grad + 1
+        held = len(sums._tree._nodes) + 1
+        assert held == _sums_while(micro)
+        most = max(most, held)
+        sums.collect()
+    assert most == _sums_held(arranged(1), Workload(DENSE, 16, micros))
+
+
+def test_what_is_held_and_summed_is_never_more_than_the_most_of_both() -> None:
+    work = Workload(LARGE, 2048, 8)
+    for schedule in ("gpipe", "1f1b"):
+        plan = arranged(1, pipeline=2, schedule=schedule)
+        exact, bound = (memory_of(work, plan, RESILIN, exact=one) for one in (True, False))
+        assert exact.total < bound.total if schedule == "gpipe" else exact.total <= bound.total
 
 
 def test_a_short_schedule_holds_as_much_as_the_whole_one() -> None:
@@ -94,7 +118,8 @@ def test_closed_form_and_schedule_agree_about_memory_and_time() -> None:
         plan = arranged(1, pipeline=4, data=2, schedule=schedule, chunks=chunks)
         exact, quick = predict(work, plan, A100), predict(work, plan, A100, exact=False)
         assert quick.seconds == pytest.approx(exact.seconds, rel=0.05)
-        assert quick.memory.total == pytest.approx(exact.memory.total, rel=0.05)
+        assert exact.memory.total <= quick.memory.total * 1.001
+        assert quick.memory.total == pytest.approx(exact.memory.total, rel=0.13)
 
 
 def test_a_long_step_is_replayed_in_part_without_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:

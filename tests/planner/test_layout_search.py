@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from resilin.config import UserError
+from resilin.models.chain_settings import ChainSettings
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.parallel.part import cutting_of
 from resilin.parallel.world import World
@@ -20,6 +21,7 @@ from resilin.planner.search.shapes import known_shapes, load_shape
 A100 = load_cluster("dgx-a100-40")
 MODEL = DecoderSettings(vocab_size=50304, hidden_size=2048, layers=12, heads=16, gated=False, mlp_size=8192)
 WORK = Workload(MODEL, 2048, 32)
+CHAINS = MODEL.model_copy(update={"chains": ChainSettings(sizes=(8, 8))})
 MOE = DecoderSettings(vocab_size=32000, hidden_size=512, layers=4, heads=8, moe=MoESettings(experts=8))
 
 
@@ -28,7 +30,7 @@ def asked(**more: object) -> LayoutRequest:
     return LayoutRequest(**{**given, **more})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("work", [WORK, Workload(MOE, 32_768, 16)])
+@pytest.mark.parametrize("work", [WORK, Workload(MOE, 32_768, 16), Workload(CHAINS, 2048, 32)])
 def test_every_layout_can_be_cut_by_the_runtime(work: Workload) -> None:
     found = list(arrangements(work, A100, 8))
     assert len({(str(one), one.degrees) for one in found}) == len(found)
@@ -41,6 +43,7 @@ def test_every_layout_can_be_cut_by_the_runtime(work: Workload) -> None:
             kinds.add(key)
             cutting_of(one.parallel, World(one.degrees), work.outline, work.tokens)
     assert {one.degrees.expert for one in found} == ({1, 2, 4, 8} if work.model.moe else {1})
+    assert any(one.degrees.tensor > 1 for one in found) is (work.model.chains is None)
     assert any(one.degrees.context > 1 for one in found) is (work.tokens > 16_384)
 
 

@@ -122,7 +122,6 @@ def axes_of(settings: DecoderSettings, space: ElasticSpace) -> tuple[Axis, ...]:
         BudgetError: an axis that the model has not, or sizes that do not come out even.
     """
     every = tuple(range(settings.layers))
-    hybrid = isinstance(settings, HybridSettings)
     layers: dict[str, tuple[int, ...]] = {
         "ffn": settings.layers_of("mlp") if isinstance(settings, HybridSettings) else every,
         "heads": settings.attention_layers,
@@ -145,8 +144,8 @@ def axes_of(settings: DecoderSettings, space: ElasticSpace) -> tuple[Axis, ...]:
         found.append(Axis(name, count, layers[name], space.heterogeneous))
     if len(space.depth) > 1:
         found.append(Axis("depth", len(space.depth)))
-    if settings.loop is not None or (settings.moe is not None and not hybrid):
-        raise BudgetError("elastic models are plain decoders or hybrids: leave out model.loop and model.moe")
+    if settings.loop is not None or settings.chains is not None or settings.moe is not None:
+        raise BudgetError("elastic models are plain decoders or hybrids: leave out loop, chains and moe")
     return tuple(found)
 
 

@@ -79,6 +79,10 @@ class Speculation:
             raise BudgetError(f"ahead is {self.ahead}: at least one token has to be proposed at a time")
         if self.sampling.repetition_penalty != 1.0:
             raise BudgetError("a repetition penalty depends on what is being verified: set it to 1 for speculation")
+        if self.model.row_states(1) is not None:
+            raise BudgetError(
+                "the states of Mamba-2 layers cannot take back tokens that were not kept: generate without a draft"
+            )
 
     def __iter__(self) -> Iterator[int]:
         left = min(self.max_new_tokens, self.model.settings.max_positions - len(self.prompt))

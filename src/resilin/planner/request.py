@@ -14,6 +14,7 @@ from pydantic import Field
 from resilin.config import Settings, UserError, load_settings
 from resilin.data.shards import TokenShards
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.hybrid_settings import HybridSettings
 from resilin.planner.advice import short_number
 from resilin.planner.budget import Budget, FlopBudget, TimeBudget, TokenBudget
 from resilin.planner.family import Architecture, Family
@@ -93,8 +94,10 @@ def _basis(request: PlanRequest) -> _Basis:
     from resilin.data.settings import SourceContext
 
     run = load_settings(RunSettings, request.file, request.overrides)
-    if not isinstance(run.model, DecoderSettings):
-        raise UserError(f"{request.file}: plans are made for decoders; model is a {type(run.model).__name__}")
+    if not isinstance(run.model, DecoderSettings) or isinstance(run.model, HybridSettings):
+        raise UserError(
+            f"{request.file}: plans are made for decoders of alike blocks; model is a {type(run.model).__name__}"
+        )
     source: Any = run.source.build(SourceContext(run.seed, "train", run.train.batch_size))
     model = run.model
     if not model.vocab_size and getattr(source, "vocab_size", None):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resilin.models.memory import TensorRanks, activation_bytes
 from resilin.objective.cross_entropy import chunk_rows
 from resilin.parallel.pipeline import METHODS, Schedule, peak_in_flight
+from resilin.parallel.pipeline.schedule import B, F, W
 from resilin.parallel.reduction import BUCKET_BYTES
 from resilin.planner.cost.arrangement import Arrangement, Workload
 from resilin.planner.cost.device_time import BYTES
 from resilin.planner.cost.parameters import LocalParameters
-from resilin.planner.cost.stack import Stack
+from resilin.planner.cost.stack import RESILIN, Stack
 
+MOST_ACTIONS = 4_000
+"""Of schedules along which activations and sums of gradients are counted together."""
 WHOLE_LOGITS = 10
 """Bytes for each logit that is held whole: 16 bits from the product, float32, and the gradient."""
 
@@ -84,6 +86,11 @@ def memory_of_ranks(
         held = [float(peak) for peak in peak_in_flight(_short(plan, work), sizes)]
     else:
         held = [_closed(plan, work, rank) * _share(sizes, rank_of, rank) for rank in range(degrees.pipeline)]
+    less = [0.0] * degrees.pipeline
+    canonical = stack.name == RESILIN.name and plan.parallel.sharding == "zero1"
+    if degrees.pipeline > 1 and exact and canonical and 2 * plan.micros(work) * split.stages <= MOST_ACTIONS:
+        sums = [stack.gradients * sum(parameters.of_stage(split, stage, tied)) for stage in range(split.stages)]
+        less = _less_at_once(plan, work, plan.schedule(work), sizes, sums)
     found = []
     for rank in range(degrees.pipeline):
         stages = [stage for stage, owner in enumerate(rank_of) if owner == rank]
@@ -94,7 +101,9 @@ def memory_of_ranks(
             layers = split.layers_of(stage)
             largest = max([largest, *(sum(parameters.blocks[layer]) for layer in layers)])
         transient = max(once for stage, (_, once) in enumerate(kept) if stage in stages)
-        found.append(_of_rank(work, plan, stack, parameters, (dense, experts, largest), held[rank] + transient))
+        found.append(
+            _of_rank(work, plan, stack, parameters, (dense, experts, largest), held[rank] - less[rank] + transient)
+        )
     return found
 
 
@@ -203,7 +212,7 @@ def _of_rank(
     divided = plan.states_divided
     states = stack.states * (dense / (sharing if divided else 1) + experts / (copies if divided else 1))
     beside = stack.beside * (dense / sharing + experts / copies) if sharing > 1 and stack.beside else 0.0
-    sums = _sums_held(plan, work) if stack.name == "Resilin" else 1
+    sums = _sums_held(plan, work) if stack.name == RESILIN.name else 1
     # Two buckets are under way, each sent and received but for the part that stays.
     buffers = 4 * BUCKET_BYTES * (sharing - 1) / sharing if stack.beside else 0.0
     return Memory(
@@ -216,7 +225,46 @@ def _of_rank(
     )
 
 
+def _sums_while(micro: int) -> int:
+    """How many sums of gradients there are while one micro-batch is taken back (`canonical.GradientSum`).
+
+    Odd ones are added to the even ones before them; of the pairs before, the canonical tree holds one sum for each bit
+    of their number.
+    """
+    return (micro // 2).bit_count() + 1
+
+
 def _sums_held(plan: Arrangement, work: Workload) -> int:
-    """How many sums of gradients the canonical tree holds at once while micro-batches are added (`GradientSum`)."""
-    micros = plan.micros(work)
-    return max(1, math.ceil(math.log2(micros))) if micros > 1 else 1
+    """The most of them in a step."""
+    return ((plan.micros(work) - 1) // 2 + 1).bit_length()
+
+
+def _less_at_once(
+    plan: Arrangement, work: Workload, schedule: Schedule, kept: Sequence[float], gradients: Sequence[float]
+) -> list[float]:
+    """By how many bytes each rank's activations and sums together stay below the most of each.
+
+    Sums are most late in a step, when schedules that hold all activations (GPipe) have given most of them up.
+
+    Args:
+        plan: of one system whose sums are canonical.
+        work: model and steps.
+        schedule: of all micro-batches.
+        kept: bytes that a micro-batch leaves at each stage.
+        gradients: bytes of one sum at each stage.
+    """
+    most, found = _sums_held(plan, work), []
+    peaks = [float(peak) for peak in peak_in_flight(schedule, list(kept))]
+    for rank, row in enumerate(schedule.actions):
+        sums = dict.fromkeys(schedule.stages_of(rank), 0)
+        held = peak = 0.0
+        for action in row:
+            if action.kind is F:
+                held += kept[action.stage]
+            elif action.kind is not W:
+                sums[action.stage] = _sums_while(action.micro)
+            peak = max(peak, held + sum(count * gradients[stage] for stage, count in sums.items()))
+            if action.kind in (B, W):
+                held -= kept[action.stage]
+        found.append(peaks[rank] + most * sum(gradients[stage] for stage in sums) - peak)
+    return found

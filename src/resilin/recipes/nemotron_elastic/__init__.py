@@ -1,0 +1,1 @@
+"""The recipe nemotron-elastic: a trained hybrid becomes three models."""
