@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from elastic_simulation import Plan, Sim, WrongError, simulate
@@ -54,8 +55,9 @@ EVERY = [
 
 
 def many(seeds: int, broken: frozenset[str]) -> None:
-    for seed in range(seeds):
-        simulate(seed, broken)
+    for seed in range(seeds):  # without teams failures hit more of what matters
+        plan = Plan.drawn(seed)
+        Sim(replace(plan, members=plan.members // plan.tensor, tensor=1), broken=broken).run()
 
 
 @pytest.mark.parametrize("block", range(6))
@@ -102,6 +104,24 @@ def test_a_single_loss_costs_no_step_and_no_micro_batch_that_was_kept():
     sim = Sim(Plan(3, 12, 4, [(2.0, "kill", 1)])).run()
     (change,) = [note.facts for note in sim.notes if note.what == "change" and note.facts["epoch"] == 1]
     assert (sim.finish.good, change["redone"] <= 1, len(change["members"])) == (True, True, 3)
+
+
+def test_who_is_left_over_waits_and_makes_a_team_with_a_newcomer():
+    sim = Sim(Plan(3, 40, 4, [(2.0, "kill", 1), (3.0, "add", 0)], tensor=2)).run()
+    happened = [note.facts for note in sim.notes if note.what == "change"]
+    spares = [note.facts["member"] for note in sim.notes if note.what == "spare"]
+    begun, lost, joined = (change["members"] for change in happened)
+    (team,) = [pair for pair in (begun[:2], begun[2:]) if 1 in pair]
+    assert (sim.finish.good, spares) == (True, [number for number in team if number != 1])
+    assert lost == [number for number in begun if number not in team]
+    assert joined[:2] == lost
+    assert sorted(joined[2:]) == sorted([*spares, 4])
+    assert sum(change["redone"] for change in happened) <= 1
+
+
+def test_where_too_few_for_a_team_would_stay_all_save_and_end():
+    sim = Sim(Plan(5, 40, 2, [(2.0, "drain", 1)], tensor=2)).run()
+    assert (sim.finish.good, sim.coordinator.homeward) == (True, True)
 
 
 def cut_off_at(second: float, what: str, sim: Sim) -> Sim:

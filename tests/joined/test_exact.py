@@ -21,10 +21,12 @@ from joined_cases import (
     written_anchor,
 )
 
-from resilin.joined import JoinedRecord, beside_anchor, expert_of, join, join_models, without
+from resilin.joined import JoinedRecord, beside_anchor, expert_of, join, join_models, make_anchor, without
 from resilin.joined.anchor import Anchor
 from resilin.joined.beside import BesideAnchor
+from resilin.joined.stored import StoredModel
 from resilin.joined.training import router_only
+from resilin.joined.verify import verify
 from resilin.models.huggingface import load_pretrained
 from resilin.models.plain import make_plain
 from resilin.nested import Budget, budget, extract, extract_folder
@@ -136,6 +138,21 @@ def test_nothing_of_an_expert_is_left_in_the_folder(place):
     assert b"news" not in left
 
 
+def test_taking_out_reads_no_matrix_of_what_goes(place, monkeypatch):
+    folder, _, _ = place
+    read = []
+    whole = StoredModel.feed_forward
+
+    def watched(self, layer, matrix, expert):
+        read.append((layer, expert))
+        return whole(self, layer, matrix, expert)
+
+    monkeypatch.setattr(StoredModel, "feed_forward", watched)
+    without(folder / "joined", ["code"], folder / "watched")
+    assert set(read) == {(layer, expert) for layer in range(2) for expert in (0, 1, 3)}
+    assert len(read) == len(set(read)) * 3  # gate, up and down, each once
+
+
 def test_the_order_of_joining_changes_rounding_only(place):
     folder, _, experts = place
     join(folder / "anchor", experts[::-1], folder / "turned")
@@ -206,3 +223,22 @@ def test_without_offsets_transformers_opens_what_was_joined(tmp_path, kind, arch
     with torch.no_grad():
         expected = theirs(tokens()).logits
     torch.testing.assert_close(logits(load_pretrained(tmp_path / "joined"), tokens()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_anchor_in_half_the_bytes_is_trained_beside_in_float32_and_joined_as_it_is_stored(tmp_path):
+    anchor = make_anchor(anchor_model(), None, rows_of(0), tmp_path / "anchor", dtype=torch.bfloat16)
+    model = beside_anchor(load_pretrained(tmp_path / "anchor"), anchor.rows_LD, rows_of(1))
+    expert = expert_of(train(model, 1), "news")
+    assert expert.anchor == anchor.digest
+    join(tmp_path / "anchor", [expert, trained_expert_beside(tmp_path / "anchor", "code", 2)], tmp_path / "joined")
+    assert all(one.holds for one in verify(tmp_path / "joined", [expert]))
+    without(tmp_path / "joined", ["code"], tmp_path / "less")
+    join(tmp_path / "anchor", [expert], tmp_path / "never")
+    assert weights(tmp_path / "less") == weights(tmp_path / "never")
+    without(tmp_path / "joined", ["code", "news"], tmp_path / "none")
+    assert weights(tmp_path / "none")["model.safetensors"] == weights(tmp_path / "anchor")["model.safetensors"]
+
+
+def trained_expert_beside(folder, name, number):
+    model = beside_anchor(load_pretrained(folder), Anchor.read(folder).rows_LD, rows_of(number))
+    return expert_of(train(model, number), name)

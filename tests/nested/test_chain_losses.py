@@ -17,6 +17,8 @@ from resilin.nested.chain_objective import ChainLosses
 from resilin.nested.chain_record import ChainRecord
 from resilin.objective.next_token import NextToken
 from resilin.optim.adamw import AdamW
+from resilin.optim.muon import Muon
+from resilin.optim.mup import learning_rate_scales
 
 BATCH = batch_of(range(4))
 
@@ -167,3 +169,15 @@ def test_a_record_tells_which_scales_were_trained():
     last = ChainRecord.of(ChainLosses(loss="last"), 3)
     assert [last.kind(chosen, wanted) for _, wanted in last.rungs(chosen)] == ["untrained", "untrained", "trained"]
     assert both.kind(chosen, Budget(chains=1, skip=(0,))) == "untrained"
+
+
+def test_learning_rates_by_width_are_refused():
+    with pytest.raises(ValueError, match=r"mup_base_width is not defined for chains"):
+        learning_rate_scales(chain_decoder(chain_settings()), 8)
+
+
+def test_muon_moves_neither_embedding_nor_head_of_any_chain():
+    model = chain_decoder(chain_settings(), torch.float32)
+    taken = Muon().takes(model)
+    matrices = {name for name, p in model.named_parameters() if p.ndim == 2}
+    assert matrices - taken == {f"{end}.chains.{chain}.weight" for end in ("embed", "head") for chain in range(3)}

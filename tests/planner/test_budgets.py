@@ -62,13 +62,13 @@ def test_where_data_are_short_models_are_larger_and_data_are_repeated() -> None:
 
 
 def test_bands_hold_the_truth_of_noisy_runs_and_narrow_with_the_noise() -> None:
-    wide, narrow = (bootstrap_scaling_law(runs(CHINCHILLA, noise), draws=30) for noise in (0.01, 0.001))
+    wide, narrow = (bootstrap_scaling_law(runs(CHINCHILLA, noise), draws=20) for noise in (0.01, 0.001))
     true = CHINCHILLA.best(1e21).parameters
     bands = [one.band(lambda law: law.best(1e21).parameters) for one in (wide, narrow)]
     assert all(band.low < true * 1.2 and true < band.high * 1.2 for band in bands)
     assert all(band.low <= band.value <= band.high for band in bands)
     assert bands[1].high / bands[1].low < bands[0].high / bands[0].low
-    again = bootstrap_scaling_law(runs(CHINCHILLA, 0.001), draws=30)
+    again = bootstrap_scaling_law(runs(CHINCHILLA, 0.001), draws=20)
     assert again.others == narrow.others
 
 
@@ -129,7 +129,7 @@ def test_a_nested_family_costs_the_mean_of_its_members() -> None:
 
 
 def test_the_rule_is_shown_beside_the_law() -> None:
-    bought = buy(1e21, math.inf, Rho(20.0, "as given"), runs(CHINCHILLA), draws=25)
+    bought = buy(1e21, math.inf, Rho(20.0, "as given"), runs(CHINCHILLA), draws=20)
     assert bought.best is not None
     assert bought.best.parameters == pytest.approx(CHINCHILLA.best(1e21).parameters, rel=1e-3)
     assert bought.rule.tokens == pytest.approx(20 * bought.rule.parameters)
@@ -154,11 +154,11 @@ def call(*arguments: object) -> str:
 def test_the_command_tells_law_rule_short_data_and_family(tmp_path: Path) -> None:
     rows = [f"run,{run.parameters},{run.tokens},{run.loss}" for run in runs(CHINCHILLA, 0.002)]
     path = write(tmp_path / "runs.csv", rows)
-    said = call(path, "--flops", "1e21", "--draws", 25)
+    said = call(path, "--flops", "1e21", "--draws", 20)
     assert "by the law" in said
     assert "by rho = 20" in said
     assert "epochs" not in said
-    said = call(path, "--flops", "1e21", "--unique", "1e8", "--family", "0.25,0.5,1", "--draws", 25)
+    said = call(path, "--flops", "1e21", "--unique", "1e8", "--family", "0.25,0.5,1", "--draws", 20)
     for words in ("data are short", "weight decay", "ensemble", "a family of", "nested with one member a step"):
         assert words in said
     assert "by the law" not in call("--flops", "1e20")

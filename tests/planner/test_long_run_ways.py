@@ -15,6 +15,7 @@ from resilin.cluster.changes import changed, first_view, moved
 from resilin.parallel.pipeline import Split
 from resilin.planner.long_run import Course, Trace, play
 from resilin.planner.long_run.pace import CUT, Job, Pace, ScheduledPaces
+from resilin.planner.long_run.restart import Restart
 from resilin.planner.long_run.rows import Rows
 from resilin.planner.long_run.stages import Habits, Sharing
 from resilin.planner.long_run.templates import Reshaping, Templates
@@ -62,7 +63,7 @@ def test_a_slice_is_near_what_replaying_all_members_says(assignments: tuple[Assi
         job = Job(Layers((1.0,) * (8 * stages)), stages, replicas, ticks, 4)
         paces = ScheduledPaces(job, assignments, graph=False)
         paces._small = lambda slow: False  # type: ignore[method-assign]
-        for lost in itertools.islice(itertools.product((0, 1), repeat=stages), 1, 8):
+        for lost in itertools.islice(itertools.product((0, 1), repeat=stages), 1, 4):
             members = tuple(replicas - count for count in lost)
             numbers = [[100 * stage + one for one in range(count)] for stage, count in enumerate(members)]
             full = [[100 * stage + one for one in range(replicas)] for stage in range(stages)]
@@ -182,3 +183,23 @@ def test_every_machine_is_in_one_pipeline_or_waits(seats: list[int]) -> None:
         assert way.speed <= 1
     if not gone:
         assert way.lengths == (0, 0, 0, 0, 3)
+
+
+def test_a_restarted_job_takes_a_replica_in_when_that_is_worth_it() -> None:
+    """One of four replicas is away for a while: it is waited for at the next loss, unless losses are far apart."""
+
+    def outcome(apart: float, again: bool = False) -> tuple[float, int]:
+        events = [(100.0, "fail", 0, 200.0, 0.0, 1.0)] + [(1000.0, "fail", 1, 1e5, 0.0, 1.0)] * again
+        trace = Trace.of(4, 1e5, events)
+        found = play(Restart(4, 1, Counted(), 1, 50.0, 10.0, apart), trace, Course(4000, 1.0, 1e9, 10.0))
+        return found.stopped, found.restarts
+
+    assert outcome(apart=1e4) == (50 + 60, 1)
+    assert outcome(apart=200.0) == (50, 1)
+    assert outcome(apart=200.0, again=True) == (100, 2)
+
+
+def test_who_has_not_been_taken_in_yet_ends_nothing() -> None:
+    trace = Trace.of(4, 1e5, [(100.0, "fail", 0, 200.0, 0.0, 1.0), (300.0, "fail", 0, 1e5, 0.0, 1.0)])
+    found = play(Restart(4, 1, Counted(), 1, 50.0, 10.0, 200.0), trace, Course(4000, 1.0, 1e9, 10.0))
+    assert (found.restarts, found.losses, found.stopped) == (1, 2, 50)

@@ -132,17 +132,16 @@ def test_proposals_are_better_than_chance_and_fail_less_and_less() -> None:
 
 def test_what_mattered_is_what_the_rate_depends_on() -> None:
     pytest.importorskip("sklearn")
-    few = random.Random(0).sample(PLANS, 30)
-    study = tune(few, lambda plan: Outcome("ok", 1000.0 * plan.degrees.tensor), 30, first=30)
+    few = random.Random(0).sample(PLANS, 12)
+    study = tune(few, lambda plan: Outcome("ok", 1000.0 * plan.degrees.tensor), 12, first=12)
     found = sensitivity(study)
     assert next(iter(found)) == "tensor"
     assert sensitivity(tune(few, steady, 2)) == {}
 
 
-@pytest.mark.parametrize(("settings", "status"), [("name = 3", "crash"), ('name = "a"\n[source]\npath', "crash")])
-def test_a_run_that_cannot_begin_is_a_failed_trial(settings: str, status: str, tmp_path: Path) -> None:
-    found = run_trial(settings, tmp_path / "trial", 8, 60)
-    assert (found.status, found.rate) == (status, 0.0)
+def test_a_run_that_cannot_begin_is_a_failed_trial(tmp_path: Path) -> None:
+    found = run_trial("name = 3", tmp_path / "trial", 8, 60)
+    assert (found.status, found.rate) == ("crash", 0.0)
     assert found.reason
 
 

@@ -28,6 +28,7 @@ def trial(arm: str, seed: int, weights: str, killed: int = 0) -> Trial:
 
 
 def found(weights: str, monkeypatch: pytest.MonkeyPatch) -> Findings:
+    monkeypatch.setattr(analysis, "RATES", (1.0,))
     monkeypatch.setattr(analysis, "SCALES", {"cpu": Scale((8, 16), 4.0, (0,))})
     trials = [trial("undisturbed", 0, "a"), trial("killed", 0, weights, 2)]
     return analyse(Study("scale", "cpu", tuple(trials), load_recipe(FOLDER)))

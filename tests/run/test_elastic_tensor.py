@@ -144,4 +144,3 @@ def test_the_last_team_ends_the_run_with_what_is_needed(text: Path, tmp_path: Pa
 def test_what_teams_cannot_do_is_refused(over: dict[str, Any], match: str, text: Path, tmp_path: Path):
     with pytest.raises(ParallelError, match=match):
         go(cut(text, **over), tmp_path / "run")
-

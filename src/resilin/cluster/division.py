@@ -136,9 +136,10 @@ class Division:
         if not whole and len(after.stages) == 1:
             shares = [-(-slots // len(stages[0])) for stages in members]
             cut = -(-shares[1] // micro)
+            count = len(members[1][0])
             why = (
-                f"{len(members[1][0])} {_WHO[after.tensor > 1]} compute {slots // len(members[1][0])} to {shares[1]} of "
-                f"{slots} slots, in {cut} micro-batches each: equal to rounding"
+                f"{count} {_WHO[after.tensor > 1]} compute {slots // count} to {shares[1]} of {slots} slots, "
+                f"in {cut} micro-batches each: equal to rounding"
             )
             seconds = {"before": 1.0, "after": shares[1] / shares[0]}
             return [{"axis": "dataflow", "decision": "even", "why": why, "seconds": seconds}]

@@ -51,8 +51,8 @@ def _place(view: View, number: int, rules: Rules) -> dict[str, Any]:
     In a step of which some is kept from before a change, they may be others.
     """
     place = view.stage_of(number)
-    members = view.stages[place].members
-    micros = list(in_runs(rules.micros, len(members))[members.index(number)])
+    teams = view.stages[place].teams
+    micros = list(in_runs(rules.micros, len(teams))[teams.index(view.team_of(number))])
     dealt = [micros[0], micros[-1] + 1] if micros else [0, 0]
     slots = rules.slots or rules.micros * rules.micro
     return {

@@ -56,7 +56,7 @@ def map_of_view(told: Mapping[str, Any], status: Mapping[str, Any] | None, micro
         owned: dict[int, list[int]] = {}
         for shard, owner in enumerate(stage.shards):
             owned.setdefault(owner, []).append(shard)
-        dealt = runs_of_micros(micros, len(stage.members))
+        dealt = runs_of_micros(micros, len(stage.teams))
         cells = []
         for at, number in enumerate(stage.members):
             one = alive.get(number)
@@ -66,9 +66,10 @@ def map_of_view(told: Mapping[str, Any], status: Mapping[str, Any] | None, micro
                     **_doing(number, one),
                     "state": state,
                     "host": view.hosts[number],
-                    "micros": dealt[at],
-                    "shards": runs(owned.get(number, [])),
-                    "shard_count": len(owned.get(number, [])),
+                    "part": at % stage.tensor if stage.tensor > 1 else None,
+                    "micros": dealt[at // stage.tensor],
+                    "shards": runs(owned.get(view.team_of(number)[0], [])),
+                    "shard_count": len(owned.get(view.team_of(number)[0], [])),
                     "copies_at": list(view.holders[number]),
                     "keeps": keeps.get(number, []),
                 }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from resilin.joined.anchor import FILE as ANCHOR_FILE
@@ -22,7 +23,7 @@ from resilin.joined.digest import table_digest, tensor_digest
 from resilin.joined.errors import JoinError
 from resilin.joined.expert import Expert
 from resilin.joined.parts import FeedForward, Parts, feed_forward_of, offsets_of
-from resilin.joined.record import Entry, JoinedRecord, check_names
+from resilin.joined.record import UNTUNED, Entry, JoinedRecord, check_names
 from resilin.joined.stored import StoredModel
 from resilin.joined.write import write_joined
 from resilin.models.block import Block
@@ -62,7 +63,8 @@ def expert_digest(parts: Parts, number: int) -> str:
 
 
 def open_base(folder: Path | str) -> Base:
-    """An anchor, or a joined model; of its weights nothing is read but the router's rows.
+    """An anchor, or a joined model; of its weights the router's rows are read, and an anchor's feed-forwards for their
+    digest.
 
     Raises:
         JoinError: it is neither.
@@ -78,16 +80,12 @@ def _open_anchor(anchor: Anchor) -> Base:
     settings = joined_settings(stored.settings, 1, offsets=False)
     experts = [partial(_matrix, stored, 0)]
     parts = Parts(settings, stored.read, experts, anchor.rows_LD[None].float(), None)
-    record = JoinedRecord(anchor.digest, (), anchor.tokenizer)
     entry = Entry(anchor.name, expert_digest(parts, 0), offsets=False)
-    return Base(stored, stored.settings, JoinedRecord(record.anchor, (entry,), record.tokenizer), parts, None)
+    record = JoinedRecord(anchor.digest, (entry,), anchor.tokenizer)
+    return Base(stored, stored.settings, record, parts, None)
 
 
 def _open_joined(folder: Path) -> Base:
-    from safetensors.torch import load_file
-
-    from resilin.joined.record import UNTUNED
-
     record, stored = JoinedRecord.read(folder), StoredModel(folder)
     moe = stored.settings.moe
     if moe is None or moe.experts != len(record.experts):

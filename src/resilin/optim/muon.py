@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from resilin.models.chain_modules import ChainHead
 from resilin.optim.adamw import AdamWPart, Beta
 from resilin.optim.groups import Group, embedding_names, is_vector
 from resilin.optim.newton_schulz import orthogonalise
@@ -157,6 +158,7 @@ class Muon(ScheduledSettings):
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"optimizer.adamw: {pattern!r} matches no parameter; names look like {names[:4]}")
         embeddings, head = embedding_names(model), getattr(model, "head_weight", None)
+        chains = {id(p) for module in model.modules() if isinstance(module, ChainHead) for p in module.parameters()}
         return frozenset(
             name
             for name, p in model.named_parameters()
@@ -164,6 +166,7 @@ class Muon(ScheduledSettings):
             and not (p.ndim == 3 and p.shape[1] == 1)  # a convolution of each channel by itself is no matrix
             and not is_vector(name, p)
             and p is not head
+            and id(p) not in chains
             and name not in embeddings
             and not any(fnmatchcase(name, pattern) for pattern in self.adamw)
         )

@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import nn
 
+from resilin.models.chain_linear import Chained
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.optim.groups import embedding_names, is_vector
 
@@ -27,8 +28,13 @@ def learning_rate_scales(model: nn.Module, base_width: int) -> dict[str, float]:
     width every factor is exactly 1.
 
     Raises:
-        ValueError: for a model without an `nn.Embedding`, whose width is unknown.
+        ValueError: for a model without an `nn.Embedding`, whose width is unknown, or one of chains.
     """
+    if any(isinstance(module, Chained) for module in model.modules()):
+        raise ValueError(
+            "mup_base_width is not defined for chains (model.chains), whose fan-ins grow from chain to chain: leave it "
+            "out"
+        )
     width = next((m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)), None)
     if width is None:
         raise ValueError("mup_base_width needs a model with an nn.Embedding, whose dimension is the model's width")

@@ -20,6 +20,8 @@ def in_words(event: Cluster) -> str:
         return f"{facts['why']}: the run is saved, and ends"
     if event.what == "leaving":
         return f"worker {facts['member']} wants to leave"
+    if event.what == "spare":
+        return f"worker {facts['member']} waits: {facts['why']}"
     if event.what == "change" and facts["epoch"]:
         members, seconds = facts["members"], facts["halting"] + facts["adopting"]
         who = f"{len(members)} worker{'s' if len(members) != 1 else ''} ({', '.join(map(str, members[:16]))})"

@@ -330,8 +330,8 @@ class Elastic:
     def _next(self, run: Run | None, error: BaseException) -> Adopt:
         """Say where this worker stands, and hear what becomes of it."""
         self._sever(str(error))
-        if run is not None and self._agent.leaves:
-            run.saving.leave()  # others may want to save where this one does, before it has ended
+        if run is not None:
+            run.saving.leave()  # others may want to save where this one does, and it may be given no place
         kept = self._kept = self.made.engine.kept if run is not None else None
         step = None if run is None else run.step if kept is None else kept.step
         version = None if self._fresh else -1 if self._weights.version is None else self._weights.version

@@ -496,7 +496,7 @@ class Coordinator:
             costs=self.dividing.division.basis,
             version=resumed or 0,
             redone=0 if resumed is None else max(0, self.version - resumed),
-            kept=sum(map(len, adopt.kept.values())),
+            kept=sum(len(adopt.kept.get(number, ())) for stage in view.stages for number in stage.leads),
             shards_moved=_moved(self.view, view),
             halting=round(self._times.halted - self._times.lost, 4),
             adopting=round(now - self._times.halted, 4),

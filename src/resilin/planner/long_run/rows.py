@@ -23,6 +23,10 @@ class Rows:
         self._empty: list[list[int]] = [[] for _ in range(self.rows)]
         self._short: list[tuple[int, int]] = []  # (how many are missing, row), of which some are out of date
 
+    def intact(self) -> set[int]:
+        """Which are whole."""
+        return {row for row, empty in enumerate(self._empty) if not empty}
+
     def lose(self, seat: int) -> bool:
         """A seat is empty; whether its row was whole."""
         row = seat % self.rows

@@ -156,12 +156,15 @@ class Ways:
             return wanted
         if wanted == "none":
             return math.inf
-        rate = settings.failures.rate(settings.cluster.machines)
-        if settings.trace is not None or (not rate and settings.failures.machine is None):
-            rate = self._observed
-        apart = 1 / rate if rate else math.inf
+        apart = self._apart()
         found = {"young": young, "daly": daly, "least": fewest}[wanted](save, apart)
         return found if found > 0 else settings.job.step_seconds  # saving costs nothing: after every step
+
+    def _apart(self) -> float:
+        """Mean seconds between two interruptions: by the laws, or as a trace has them."""
+        settings = self._settings
+        rate = self._observed if settings.trace is not None else settings.failures.rate(settings.cluster.machines)
+        return 1 / rate if rate else math.inf
 
     _observed = 0.0
 
@@ -187,7 +190,8 @@ class Ways:
             if way.use == "restart":
                 paces = self.paces("restart") if way.fewer else None
                 took = restart if way.seconds is None else way.seconds
-                return Restart(seats, stages, paces, members, took, settings.checkpoint.seconds)
+                saving = settings.checkpoint.seconds
+                return Restart(seats, stages, paces, members, took, saving, self._apart())
             if way.use == "spares":
                 return Dropping(seats, stages, seconds, redo, 1, restart, way.spare)
             if way.use == "torchft":

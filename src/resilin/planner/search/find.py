@@ -121,8 +121,15 @@ def find(
         if len(best) == REPLAYED:
             break
     best.sort(key=lambda one: one.key(objective))
-    others = [_choice(step, cluster, tokens) for _, step in estimated if step.memory.total <= limit]
-    return Found(tuple(best), pareto(best, others), tried, sum(refused.values()), smallest)
+    # The rest of the Pareto set comes from closed forms, and is replayed as well.
+    seen = {id(one.step.plan) for one in best}
+    rest = pareto([_choice(step, cluster, tokens) for _, step in estimated if id(step.plan) not in seen])
+    exact_rest = [
+        predict(work, one.step.plan, cluster, stack, device_type=device_type, cores=cores) for one in rest[:REPLAYED]
+    ]
+    others = [_choice(step, cluster, tokens) for step in exact_rest if step.memory.total <= limit]
+    every = sorted([*best, *others], key=lambda one: one.key(objective))
+    return Found(tuple(every[: len(best)]), pareto(every), tried, sum(refused.values()), smallest)
 
 
 def _choice(step: Prediction, cluster: Cluster, tokens: float) -> Choice:
@@ -131,17 +138,10 @@ def _choice(step: Prediction, cluster: Cluster, tokens: float) -> Choice:
     return Choice(step, seconds, cluster.cost(step.workers, seconds), cluster.energy(step.workers, seconds, busy))
 
 
-def pareto(best: Sequence[Choice], others: Sequence[Choice] = ()) -> tuple[Choice, ...]:
-    """Those that no other one beats in seconds, workers and memory at once.
-
-    Args:
-        best: replayed.
-        others: estimated; what is among `best` too counts as replayed.
-    """
-    known = {id(one.step.plan) for one in best}
-    pool = [*best, *(one for one in others if id(one.step.plan) not in known)]
-    # By time; of equals, those with less of the rest come first.
-    pool.sort(key=lambda one: (one.seconds, one.step.workers, one.step.memory.total))
+def pareto(found: Sequence[Choice]) -> tuple[Choice, ...]:
+    """Those that no other one beats in seconds, workers and memory at once, the quickest first."""
+    # Of equals in time, those with less of the rest come first.
+    pool = sorted(found, key=lambda one: (one.seconds, one.step.workers, one.step.memory.total))
     kept: list[Choice] = []
     for one in pool:
         workers, memory = one.step.workers, one.step.memory.total

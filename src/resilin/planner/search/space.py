@@ -11,7 +11,6 @@ from resilin.layout.dealing import VIRTUAL_SHARDS
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.settings import ParallelSettings
-from resilin.parallel.stages import splits_backward
 from resilin.planner.cost.arrangement import Arrangement, Workload
 from resilin.planner.hardware import Cluster
 
@@ -155,15 +154,14 @@ def _shardings(
                 yield "fsdp", replicate
 
 
-def _schedules(work: Workload, pipeline: int, sharding: str, fixed: Fixed) -> Iterator[tuple[str, int]]:
+def _schedules(work: Workload, pipeline: int, fixed: Fixed) -> Iterator[tuple[str, int]]:
     if pipeline == 1:
         yield "1f1b", 1
         return
     offered = [("1f1b", 1)]
     chunks = [v for v in _divisors(MOST_CHUNKS)[1:] if pipeline * v <= work.model.layers]
     offered += [("interleaved", v) for v in chunks]
-    if sharding != "fsdp":
-        offered.append(("zb-h1", 1))
+    offered.append(("zb-h1", 1))
     name, count = fixed.parallel.get("schedule"), fixed.parallel.get("chunks")
     if name is not None and name not in [one for one, _ in offered]:
         offered = [(name, count or (2 if name in ("zb-v", "zb-interleaved") else 1))]
@@ -181,14 +179,12 @@ def _of_degrees(
     micros = [n for n in _divisors(min(rows, 64)) if rows % n == 0 and n & (n - 1) == 0]
     recomputes = ("none", "selective", "block") if fixed.recompute is None else (fixed.recompute,)
     computes = [fixed.compute] if fixed.compute else [_quickest(cluster)]
-    for schedule, chunks in _schedules(work, parallel["pipeline"], parallel["sharding"], fixed):
+    for schedule, chunks in _schedules(work, parallel["pipeline"], fixed):
         settings = ParallelSettings(**{**parallel, "schedule": schedule, "chunks": chunks})
         for micro in micros if fixed.micro is None else [fixed.micro]:
             if rows % micro:
                 continue
             for recompute in recomputes:
-                if recompute != "none" and splits_backward(schedule):
-                    continue  # what is computed again would be saved by other operations than before
                 for compute in computes:
                     yield Arrangement(settings, micro, recompute, compute)  # type: ignore[arg-type]
 

@@ -88,6 +88,7 @@ function fillCell(cell, one, row) {
   const doing = one.doing ? `${one.doing}${one.seconds >= 1 ? ` for ${seconds(one.seconds)}` : ""}` : "";
   const facts = inside
     ? [
+        ...(one.part == null ? [] : [["part of each matrix", String(one.part)]]),
         ["micro-batches", one.micros ? intervals([one.micros]) : "–"],
         ["owns shards", `${one.shard_count} of ${shards}`],
         ["copies at", list(one.copies_at)],
