@@ -28,6 +28,8 @@ from resilin.run.run import Outcome, Run
 from resilin.run.settings import RunSettings
 from resilin.run.start import start_run
 
+MEASURED = "sub-models"
+"""What the evaluation of sub-models is called."""
 BATCHES = 16
 """Held-out batches that sub-models are measured on."""
 
@@ -91,5 +93,5 @@ def train_elastic(settings: RunSettings, path: Path, listeners: tuple[Listener, 
     assert isinstance(settings.model, Elastic)
     facts = _facts(run, settings.model, run.model, settings.seed)
     with JsonlLog(RunFolder(path).events_file) as log:
-        log(Evaluated(step=settings.train.steps, name="sub-models", metrics=facts))
+        log(Evaluated(step=settings.train.steps, name=MEASURED, metrics=facts))
     return run, outcome
