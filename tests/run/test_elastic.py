@@ -207,7 +207,7 @@ def test_a_fault_that_never_happens_is_found_out(text: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("over", "match"),
     [
-        ({"parallel": {"tensor": 3}}, "parallel.data and parallel.pipeline alone"),
+        ({"parallel": {"context": 3}}, "other kinds of parallelism need elastic = false"),
         ({"parallel": {"sharding": "fsdp"}}, "zero1"),
         ({"train": {"micro_batch_size": 0}}, "micro_batch_size"),
     ],

@@ -156,7 +156,7 @@ def test_a_checkpoint_of_stages_is_resumed_with_others(text: Path, tmp_path: Pat
     [
         ({"parallel": {"schedule": "zb-h1"}}, "1f1b"),
         ({"parallel": {"layers": (1, 1, 2)}}, "wanted are 2 stages"),
-        ({"parallel": {"tensor": 2}}, "alone"),
+        ({"parallel": {"context": 2}}, "other kinds"),
         ({"parallel": {"pipeline": 5, "workers": 5}}, "4 blocks cannot be divided over 5"),
         ({"parallel": {"pipeline": 5, "workers": 4}}, "4 workers cannot hold 5"),
     ],
