@@ -85,7 +85,10 @@ def canonical(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return folder_hash(consolidate(folder.step_path(5), at / "again").path)
 
 
-@pytest.mark.parametrize("sharding", ["none", "zero1", "zero3"])
+@pytest.mark.parametrize(
+    "sharding",
+    [pytest.param("none", marks=pytest.mark.slow), pytest.param("zero1", marks=pytest.mark.slow), "zero3"],
+)
 def test_the_same_bytes_from_a_few_meshes_which_load_what_another_saved(
     tmp_path: Path, canonical: dict[str, str], sharding: Sharding
 ) -> None:

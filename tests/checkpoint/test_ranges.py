@@ -176,7 +176,10 @@ PEAK = """
 """
 
 
-@pytest.mark.parametrize("what", ["save", "consolidate", "load", "columns", "verify", "diff"])
+@pytest.mark.parametrize(
+    "what",
+    ["save", "consolidate", "load", "columns", *(pytest.param(w, marks=pytest.mark.slow) for w in ("verify", "diff"))],
+)
 def test_extra_memory_is_at_most_one_largest_tensor_and_a_constant(tmp_path: Path, what: str) -> None:
     def child(task: str) -> str:
         done = subprocess.run(

@@ -277,6 +277,7 @@ def test_what_a_block_makes_of_a_loop_is_made_once_for_a_text():
     assert len(calls) == 2 * 3 * 2
 
 
+@pytest.mark.slow
 def test_compiled_blocks_read_a_cache():
     model = looped(3)
     expected = logits(model)

@@ -130,7 +130,7 @@ def workers(place: Path, folder: str, *layout: str) -> subprocess.CompletedProce
 @pytest.mark.parametrize(
     ("layout", "exact"),
     [
-        ("parallel.data=2", True),
+        pytest.param("parallel.data=2", True, marks=pytest.mark.slow),
         pytest.param("parallel.sharding=fsdp", False, marks=pytest.mark.slow),
         pytest.param("parallel.tensor=2", False, marks=pytest.mark.slow),
     ],

@@ -58,7 +58,7 @@ def test_short_trajectories_are_compositions(whole, step, draw):
     assert draw(keys, loops, whole) == steps
 
 
-@pytest.mark.parametrize("sampler", ["sequential", "uniform"])
+@pytest.mark.parametrize("sampler", ["sequential", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_trajectories_are_as_probable_as_the_paper_s_code_makes_them(sampler):
     objective, count = Shortcut(sampler=sampler).build(), 6000
     drawn = Counter(objective.drawn_at(SEED, step, 4) for step in range(count))

@@ -99,6 +99,7 @@ def test_a_worker_that_is_cut_off_stops_and_the_others_go_on_with_the_same_bits(
         assert "has lost its coordinator, and ends" in (tmp_path / "run/workers/worker-1.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_slow_is_waited_for(text: Path, undisturbed: Path, tmp_path: Path):
     blow = Blow(3, 0.0, "slow", 0.4, seconds=0.6, share=0.8)
     told = run_told(settings_of(text), tmp_path / "run", worker_command(), [blow])

@@ -39,7 +39,10 @@ def staged(text: Path, workers: int = 4, stages: int = 2, **over: Any):
         pytest.param([], marks=pytest.mark.slow),
         [Fault(1, 3, "forward of stage 0 micro-batch 3"), Fault(2, 8, "backward of stage 1 micro-batch 3")],
         pytest.param([Fault(3, 2, "updating weights"), Fault(0, 9, "copying its states")], marks=pytest.mark.slow),
-        [Fault(2, 4, "adding gradients up"), Fault(0, 4, "reading its states from copies")],  # while it recovers
+        pytest.param(  # while it recovers
+            [Fault(2, 4, "adding gradients up"), Fault(0, 4, "reading its states from copies")],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["none", "passes", "update", "recovery"],
 )
@@ -54,6 +57,7 @@ def test_stages_lose_members_and_the_bits_are_those_of_one_process(
     assert [len(stage) for stage in happened[0]["stages"]] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_stage_that_has_nobody_left_is_given_a_member_of_another(text: Path, undisturbed: Path, tmp_path: Path):
     ended = go(staged(text, workers=3), tmp_path / "run", [Fault(2, 5, "backward of stage 1 micro-batch 2")])
     assert ended == JobEnded(0, "")
@@ -83,6 +87,7 @@ def test_members_come_and_leave_and_blocks_follow_them(text: Path, tmp_path: Pat
     assert all(change["redone"] == 0 for change in happened)
 
 
+@pytest.mark.slow
 def test_blocks_follow_what_is_measured_and_the_bits_stay(text: Path, tmp_path: Path):
     """How long blocks take here is nobody's to say: only that it was measured, by the time a worker leaves."""
 
@@ -120,6 +125,7 @@ def test_the_users_function_is_handed_the_clocks_of_stages(
     assert [[one["clock"] for one in stages] for stages in handed[1:]] == [[1.0, 1.0]]  # once the run is over
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_while_stages_change_and_what_is_frozen_goes_along(text: Path, tmp_path: Path):
     """The head is the embedding here, both frozen: at both ends of the pipeline."""
     model = {

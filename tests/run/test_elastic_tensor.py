@@ -35,6 +35,7 @@ def test_teams_compute_what_one_process_does(text: Path, undisturbed: Path, tmp_
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_newcomer_that_waits_makes_a_team_with_who_is_left_over_and_the_bits_stay(text: Path, tmp_path: Path):
     def watch(job: ElasticJob, event: Event) -> None:
         if isinstance(event, StepDone) and event.step == 1:
@@ -89,7 +90,7 @@ def test_two_that_are_left_over_make_a_team(faults: list[Fault], text: Path, und
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param({"tie_embeddings": True, "kv_heads": 1}, id="tied, one key head"),
+        pytest.param({"tie_embeddings": True, "kv_heads": 1}, id="tied, one key head", marks=pytest.mark.slow),
         pytest.param({"recompute": "block", "qk_norm": "rms"}, id="recomputed", marks=pytest.mark.slow),
     ],
 )
@@ -100,6 +101,7 @@ def test_other_models_are_cut_too(model: dict[str, Any], text: Path, tmp_path: P
     check_same(tmp_path / "run", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_stages_of_teams(text: Path, tmp_path: Path):
     """A stage that has lost its only team is given one of the other's."""
     more: dict[str, Any] = {"model": {"layers": 4}}

@@ -55,6 +55,7 @@ def test_engines_go_on_bit_for_bit_as_if_they_had_never_stopped(deepspeed_checkp
             )
 
 
+@pytest.mark.slow
 def test_engines_of_other_stages_precisions_and_ranks_open_them(deepspeed_checkpoints, run_on_ranks, tmp_path):
     convert(deepspeed_checkpoints / "2-fp32", tmp_path / "first", _to(1, 3))
     convert(deepspeed_checkpoints / "2-fp32", tmp_path / "third", _to(3, 3, dtype=torch.bfloat16))

@@ -245,7 +245,7 @@ def any_case(rank: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_small_decoder_computes_what_the_whole_one_does(ranks: int) -> None:
     for wrong in run_ranks(ranks, any_case, timeout=240):
         assert not wrong, "\n".join(wrong)
