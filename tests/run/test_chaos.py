@@ -119,3 +119,18 @@ def test_a_run_under_blows_is_the_run_in_peace(tmp_path: Path):
     told = json.loads((tmp_path / "chaos" / "chaos.json").read_text())["report"]
     assert sum(told["blows"].values()) == len(struck.blows) == len(told["recoveries"])
     assert told["falsely_lost"] == []
+
+
+@pytest.mark.slow
+def test_a_run_of_teams_under_blows_is_the_run_in_peace(tmp_path: Path):
+    blows = [
+        Blow(2, 0.01, "kill", 0.4),
+        Blow(6, 0.0, "stop", 0.9, 0.2),
+        Blow(9, 0.0, "kill", 0.9),
+        Blow(14, 0.0, "add", 0),
+    ]
+    settings = settings_of(text_at(tmp_path), parallel={"workers": 4, "tensor": 2}, train={"steps": 40})
+    report, _, struck = run_chaos(settings, tmp_path / "chaos", worker_command(), blows)
+    assert report.good, report
+    assert {fell.what for fell in struck.blows} >= {"kill", "stop"}
+    assert all(len(fell.members) == 2 for fell in struck.blows if fell.what == "add")

@@ -241,6 +241,16 @@ class ElasticJob:
             view = self._coordinator.view
             return [n for n in view.members if n in self._coordinator.members] if view is not None else []
 
+    @property
+    def team(self) -> int:
+        """Workers that compute together: one that is lost leaves the others of its team over."""
+        return self._rules.tensor
+
+    @property
+    def fewest(self) -> int:
+        """Workers that the model needs: one, or one team, for each stage."""
+        return self._rules.stages * self._rules.tensor
+
     def signal(self, number: int, which: int) -> bool:
         """Send a signal to a worker; False: there is none of that number."""
         with self._lock:

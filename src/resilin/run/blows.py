@@ -96,7 +96,7 @@ class Fell:
     Attributes:
         time: when, in seconds since the epoch.
         what: see `Blow`.
-        members: numbers of the workers that it hit, or of the one that comes.
+        members: numbers of the workers that it hit, or of those that come.
         ended: when it was over.
     """
 
@@ -109,7 +109,9 @@ class Fell:
 def strike(
     job: ElasticJob, blow: Blow, members: Sequence[int], wait: Callable[[float], object] = time.sleep
 ) -> tuple[Kind, tuple[int, ...]]:
-    """Let a blow fall; returns once it is over, with what fell on whom. The last member is not taken away.
+    """Let a blow fall; returns once it is over, with what fell on whom.
+
+    Nobody is taken away whom the model cannot do without; where teams compute together, whole ones come.
 
     Args:
         job: of the run.
@@ -119,8 +121,8 @@ def strike(
     """
     first = int(blow.whom * len(members))
     number = members[first]
-    if blow.what == "add" or (blow.what in ("kill", "drain", "partition") and len(members) < 2):
-        return "add", (job.add() or 0,)
+    if blow.what == "add" or (blow.what in ("kill", "drain", "partition") and len(members) - job.team < job.fewest):
+        return "add", tuple(job.add() or 0 for _ in range(job.team))
     if blow.what == "kill":
         job.signal(number, signal.SIGKILL)
     elif blow.what == "drain":
@@ -133,7 +135,7 @@ def strike(
             _stopped(job, number, blow.share * _PERIOD, wait)
             wait((1 - blow.share) * _PERIOD)
     elif blow.what == "partition":
-        count = max(1, min(blow.many, (len(members) - 1) // 2))
+        count = max(1, min(blow.many, (len(members) - job.fewest) // (2 * job.team)))
         hit = tuple(members[(first + more) % len(members)] for more in range(count))
         for one in hit:
             job.isolate(one, blow.side or "all", blow.ends, blow.seconds)
