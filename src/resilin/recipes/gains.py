@@ -1,4 +1,4 @@
-"""Claims about gains: differences of two quantities, seed by seed."""
+"""Claims about gains: differences and shares of two quantities, seed by seed."""
 
 from __future__ import annotations
 
@@ -33,3 +33,17 @@ def gain_claim(name: str, statement: str, found: Sequence[float], least: float, 
     error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
     evidence = f"{told}: {mean:+.4f} (standard error {error:.4f} over {len(found)} seeds)"
     return Claim(name=name, statement=statement, holds=mean - error > least, evidence=evidence)
+
+
+def share_claim(name: str, statement: str, shares: Sequence[float], most: float) -> Claim:
+    """Whether every seed's share is at most so large; one that is not a number is not, nor are none.
+
+    Args:
+        name: of the claim.
+        statement: of it.
+        shares: one quantity as a share of another, of each seed.
+        most: what none may exceed.
+    """
+    evidence = f"{', '.join(f'{share:.3f}' for share in shares)} of it, expected at most {most:g}"
+    holds = bool(shares) and all(share <= most for share in shares)
+    return Claim(name=name, statement=statement, holds=holds, evidence=evidence)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from resilin.recipes.findings import Claim, Findings, Line, Plot, Row, Study, Table, Trial
+from resilin.recipes.gains import share_claim
 
 SCALES = {
     "chains": "chains, all scales trained",
@@ -63,12 +64,6 @@ def _shares(mine: list[float | None], theirs: list[float | None]) -> list[float]
     return [math.nan if one is None or two is None else one / two for one, two in zip(mine, theirs, strict=True)]
 
 
-def _at_most(name: str, statement: str, shares: list[float], most: float) -> Claim:
-    """Holds where every seed's share is at most so large."""
-    evidence = f"{', '.join(f'{share:.3f}' for share in shares)} of it, expected at most {most:g}"
-    return Claim(name=name, statement=statement, holds=all(share <= most for share in shares), evidence=evidence)
-
-
 def _scale_claims(arms: dict[str, _Arm]) -> list[Claim]:
     found: list[Claim] = []
     mine = arms.get("chains")
@@ -79,13 +74,15 @@ def _scale_claims(arms: dict[str, _Arm]) -> list[Claim]:
     for before, after in zip(mine.scales, mine.scales[1:], strict=False):
         shares = _shares(mine.values(f"loss_at_{after}"), mine.values(f"loss_at_{before}"))
         found.append(
-            _at_most(f"scale {after} over {before}", f"scale {after} is better than scale {before}", shares, 1 - 1e-9)
+            share_claim(
+                f"scale {after} over {before}", f"scale {after} is better than scale {before}", shares, 1 - 1e-9
+            )
         )
     for scale in small:
         alone = arms.get(f"alone_{scale}")
         if alone is not None:
             found.append(
-                _at_most(
+                share_claim(
                     f"scale {scale} beside a model of its own",
                     f"scale {scale} is at most {BESIDE_ALONE:.0%} above a model of that width trained alone",
                     _shares(mine.values(f"loss_at_{scale}"), alone.values("loss")),
@@ -98,7 +95,7 @@ def _scale_claims(arms: dict[str, _Arm]) -> list[Claim]:
     ):
         if other in arms and small:
             found.append(
-                _at_most(
+                share_claim(
                     f"scale 1 beside {other}",
                     f"scale 1 is at least {BELOW_CUT:.0%} below {of_what}",
                     _shares(mine.values("loss_at_1"), arms[other].values("loss_at_1")),
@@ -107,7 +104,7 @@ def _scale_claims(arms: dict[str, _Arm]) -> list[Claim]:
             )
     if "dense" in arms:
         found.append(
-            _at_most(
+            share_claim(
                 "full scale beside a plain model",
                 f"the full scale is at most {BESIDE_DENSE:.0%} above a plain model of its width",
                 _shares(mine.values("loss"), arms["dense"].values("loss")),
@@ -116,7 +113,7 @@ def _scale_claims(arms: dict[str, _Arm]) -> list[Claim]:
         )
     if "head_only" in arms and "last" in arms:
         found.append(
-            _at_most(
+            share_claim(
                 "a taught head",
                 "teaching the head alone makes scale 1 better than leaving it",
                 _shares(arms["head_only"].values("loss_at_1"), arms["last"].values("loss_at_1")),
@@ -124,7 +121,7 @@ def _scale_claims(arms: dict[str, _Arm]) -> list[Claim]:
             )
         )
         found.append(
-            _at_most(
+            share_claim(
                 "all scales from the start",
                 "training all scales from the start makes scale 1 better than teaching the head",
                 _shares(mine.values("loss_at_1"), arms["head_only"].values("loss_at_1")),
@@ -133,7 +130,7 @@ def _scale_claims(arms: dict[str, _Arm]) -> list[Claim]:
         )
     if "air" in arms:
         found.append(
-            _at_most(
+            share_claim(
                 "shared keys",
                 f"with shared keys the full scale is at most {AIR:.0%} above that with keys of their own",
                 _shares(arms["air"].values("loss"), mine.values("loss")),
@@ -167,7 +164,7 @@ def _growth_claims(arms: dict[str, _Arm]) -> list[Claim]:
         found.append(_kept(arm))
         before = [trial.record.initial.get("loss") for trial in arm.trials]
         found.append(
-            _at_most(
+            share_claim(
                 f"{name}: the new text",
                 f"{arm.title}: its loss on the new text falls",
                 _shares(arm.values("loss"), before),
@@ -179,7 +176,7 @@ def _growth_claims(arms: dict[str, _Arm]) -> list[Claim]:
                 most = 1 + GROWTH if other == "widened" else 1 - 1e-9
                 words = f"is at most {GROWTH:.0%} above" if other == "widened" else "is below"
                 found.append(
-                    _at_most(
+                    share_claim(
                         f"beside {other}",
                         f"on the new text it {words} that of {GROWN[other]}",
                         _shares(arm.values("loss"), arms[other].values("loss")),
@@ -191,7 +188,7 @@ def _growth_claims(arms: dict[str, _Arm]) -> list[Claim]:
         before = [trial.record.initial.get(f"{OLD}/loss") for trial in tuned.trials]
         shares = _shares(before, tuned.values(f"{OLD}/loss"))
         found.append(
-            _at_most(
+            share_claim(
                 "fine-tuning forgets",
                 f"fine-tuning raises the loss on the old text by at least {FORGOTTEN:.0%}",
                 shares,

@@ -8,6 +8,7 @@ import statistics
 from dataclasses import dataclass
 
 from resilin.recipes.findings import Claim, Findings, Line, Plot, Row, Study, Table, Trial
+from resilin.recipes.gains import share_claim
 
 TITLES = {
     "loopformer": "LoopFormer",
@@ -78,12 +79,6 @@ def _seeds(arm: _Arm, other: _Arm, trajectory: int | str, other_at: int | str) -
     return found
 
 
-def _below(name: str, statement: str, shares: list[float], most: float) -> Claim:
-    """Holds where every seed's share is at most so large."""
-    evidence = f"{', '.join(f'{share:.3f}' for share in shares)} of it, expected at most {most:g}"
-    return Claim(name=name, statement=statement, holds=all(share <= most for share in shares), evidence=evidence)
-
-
 def _claims(arms: dict[str, _Arm]) -> list[Claim]:
     found: list[Claim] = []
     mine = arms.get("loopformer")
@@ -106,7 +101,7 @@ def _claims(arms: dict[str, _Arm]) -> list[Claim]:
         for count in (count for count in trained if count <= mine.loops // 2):
             gain = AT_ONE if count == 1 else AT_HALF
             found.append(
-                _below(
+                share_claim(
                     f"{count} of {mine.loops} loops",
                     f"with {count} of {mine.loops} loops it is at least {gain:.0%} below the plain loop",
                     _seeds(mine, base, count, count),
@@ -114,7 +109,7 @@ def _claims(arms: dict[str, _Arm]) -> list[Claim]:
                 )
             )
         found.append(
-            _below(
+            share_claim(
                 "all loops",
                 f"with all loops it is at most {AT_ALL:.0%} above the plain loop",
                 _seeds(mine, base, mine.loops, mine.loops),
@@ -125,7 +120,7 @@ def _claims(arms: dict[str, _Arm]) -> list[Claim]:
     half = max(mine.loops // 2, 1)
     if control is not None and half in mine.counts:
         found.append(
-            _below(
+            share_claim(
                 "short trajectories have to be trained",
                 f"with {half} of {mine.loops} loops it is below a model that is told the same and was not trained at "
                 "short trajectories",
@@ -136,7 +131,7 @@ def _claims(arms: dict[str, _Arm]) -> list[Claim]:
     early = arms.get("early_exit")
     if early is not None:
         found.append(
-            _below(
+            share_claim(
                 "early exits",
                 "with all loops it is below a plain loop that was trained with the same short terms",
                 _seeds(mine, early, mine.loops, mine.loops),
@@ -146,7 +141,7 @@ def _claims(arms: dict[str, _Arm]) -> list[Claim]:
     uneven = mine.trajectories
     if len(uneven) > 1:
         found.append(
-            _below(
+            share_claim(
                 "coarse early",
                 f"large early steps ({uneven[0]}) are better than large late ones ({uneven[-1]})",
                 _seeds(mine, mine, uneven[0], uneven[-1]),
