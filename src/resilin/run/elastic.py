@@ -74,10 +74,14 @@ class _Marking(OptimizerTransform):
 
 @dataclass
 class _Weights:
-    """Which version the model's weights in this process are of (None: of none), and which of them are."""
+    """Which version the model's weights in this process are of (None: of none), and which of them are.
+
+    With tensor parallelism they are of one part of every matrix.
+    """
 
     version: int | None = None
     names: frozenset[str] = frozenset()
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -353,6 +357,8 @@ class Elastic:
         activity.now.place = self.world.where
         self._parts.begin("engine")
         dealing, stage = Dealing(change), self.world.stage
+        if (part := self.world.coordinate("tp")) != self._weights.part:  # before anything fails that comes now
+            self._weights.part, self._weights.names = part, frozenset()
         self.blueprint = ViewBlueprint(self._placing.whole, view, self._placing.holders(view))
         begins = change.before is None
         placed = self._placing.build(self.world, self.blueprint.stages[stage], dealing, begins=begins)
