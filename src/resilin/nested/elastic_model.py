@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from resilin.config import component
 from resilin.data.settings import SourceContext, SourceSettings
-from resilin.keys import Keys
+from resilin.models.around import AroundDecoder
 from resilin.models.decoder import Decoder
 from resilin.models.settings import ModelContext, ModelSettings
 from resilin.nested.budgets import Budget
@@ -35,7 +35,6 @@ from resilin.nested.importance import put_in_order
 from resilin.nested.ranking import By, depth_order, order_stream, scores_by
 from resilin.nested.router import Router
 from resilin.nouns import Batch
-from resilin.objective.vocabulary import VocabularyShard, shard_of
 
 
 class Elastic(ModelSettings):
@@ -119,7 +118,7 @@ class Elastic(ModelSettings):
         return [source.fetch(step, range(source.slots(step))) for step in range(self.calibration_batches)]
 
 
-class ElasticModel(nn.Module):
+class ElasticModel(AroundDecoder):
     """Called, it is the decoder, in whatever size it is run.
 
     Attributes:
@@ -150,43 +149,13 @@ class ElasticModel(nn.Module):
         self._costs: CostTable | None = None
 
     @property
-    def settings(self) -> Any:
-        """The decoder's."""
-        return self.decoder.settings
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The decoder's."""
-        return self.decoder.head_weight
-
-    @property
-    def vocabulary_shard(self) -> VocabularyShard | None:
-        """The decoder's."""
-        return shard_of(self.decoder)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The decoder's."""
-        return self.decoder.logits(hidden)
-
-    def plain_form(self) -> nn.Module:
+    def inner(self) -> Decoder:
         """The whole decoder, of which each sub-model is the leading part."""
         return self.decoder
 
     def original_form(self) -> nn.Module:
         """The same."""
         return self.decoder
-
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
-        *,
-        keys: Keys | None = None,
-        **more: Any,
-    ) -> Any:
-        """What the decoder gives."""
-        return self.decoder(tokens_BT, positions_BT, documents_BT, keys=keys, **more)
 
     @property
     def order(self) -> tuple[int, ...]:

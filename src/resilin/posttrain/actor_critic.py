@@ -5,19 +5,16 @@ Shapes: B rows, T positions.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-from torch import Tensor, nn
+from typing import Annotated
 
 from resilin.config import component
-from resilin.keys import Keys
+from resilin.models.around import AroundDecoder
 from resilin.models.decoder import Decoder
 from resilin.models.settings import ModelContext, ModelSettings
-from resilin.objective.vocabulary import VocabularyShard, shard_of
 from resilin.posttrain.reward_model import RewardModel
 
 
-class ActorCriticModel(nn.Module):
+class ActorCriticModel(AroundDecoder):
     """Called, it is the policy.
 
     Attributes:
@@ -30,38 +27,9 @@ class ActorCriticModel(nn.Module):
         self.policy, self.value = policy, value
 
     @property
-    def settings(self) -> Any:
-        """The policy's."""
-        return self.policy.settings
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The policy's."""
-        return self.policy.head_weight
-
-    @property
-    def vocabulary_shard(self) -> VocabularyShard | None:
-        """The policy's."""
-        return shard_of(self.policy)
-
-    def plain_form(self) -> nn.Module:
+    def inner(self) -> Decoder:
         """The policy: what writes and is kept."""
         return self.policy
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The policy's."""
-        return self.policy.logits(hidden)
-
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
-        *,
-        keys: Keys | None = None,
-    ) -> Any:
-        """What the policy gives."""
-        return self.policy(tokens_BT, positions_BT, documents_BT, keys=keys)
 
 
 class ActorCritic(ModelSettings):
