@@ -35,7 +35,9 @@ def gain_claim(name: str, statement: str, found: Sequence[float], least: float, 
     return Claim(name=name, statement=statement, holds=mean - error > least, evidence=evidence)
 
 
-def share_claim(name: str, statement: str, shares: Sequence[float], most: float) -> Claim:
+def share_claim(
+    name: str, statement: str, shares: Sequence[float], most: float, words: str = " of it", *, digits: int = 6
+) -> Claim:
     """Whether every seed's share is at most so large; one that is not a number is not, nor are none.
 
     Args:
@@ -43,7 +45,9 @@ def share_claim(name: str, statement: str, shares: Sequence[float], most: float)
         statement: of it.
         shares: one quantity as a share of another, of each seed.
         most: what none may exceed.
+        words: what the numbers are, for the evidence.
+        digits: of `most`, there.
     """
-    evidence = f"{', '.join(f'{share:.3f}' for share in shares)} of it, expected at most {most:g}"
+    evidence = f"{', '.join(f'{share:.3f}' for share in shares)}{words}, expected at most {most:.{digits}g}"
     holds = bool(shares) and all(share <= most for share in shares)
     return Claim(name=name, statement=statement, holds=holds, evidence=evidence)

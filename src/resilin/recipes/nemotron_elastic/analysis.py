@@ -7,6 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 from resilin.recipes.findings import Claim, Findings, Line, Plot, Row, Study, Table, Trial
+from resilin.recipes.gains import share_claim
 from resilin.recipes.nemotron_elastic.runs import MEASURED
 
 TITLES = {
@@ -52,9 +53,7 @@ def _arm(study: Study, name: str) -> _Arm | None:
 
 
 def _claim(name: str, statement: str, shares: list[float], most: float, words: str = "") -> Claim:
-    """Holds where every seed's number is at most so large."""
-    evidence = f"{', '.join(f'{share:.3f}' for share in shares)}{words}, expected at most {most:.3g}"
-    return Claim(name=name, statement=statement, holds=all(share <= most for share in shares), evidence=evidence)
+    return share_claim(name, statement, shares, most, words, digits=3)
 
 
 def _shares(mine: list[float], theirs: list[float]) -> list[float]:
