@@ -104,6 +104,11 @@ class View:
         """Members of a team."""
         return self.stages[0].tensor
 
+    @property
+    def alike(self) -> list[tuple[int, ...]]:
+        """Members that have the same weights: of each stage those with the same part of every matrix."""
+        return [stage.part(part) for stage in self.stages for part in range(self.tensor)]
+
     def team_of(self, number: int) -> tuple[int, ...]:
         """The members that compute together with one, itself among them."""
         members = self.stages[self.stage_of(number)].members

@@ -15,7 +15,6 @@ memory is one of the places where such copies are; and nobody joins before, so t
 from __future__ import annotations
 
 import signal
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from typing import Any, Literal
 from resilin.cluster.changes import NobodyLeftError, changed, first_view
 from resilin.cluster.protocol.dividing import Dividing
 from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
+from resilin.cluster.protocol.kept import kept_by
 from resilin.cluster.protocol.messages import (
     Adopt,
     Beat,
@@ -48,7 +48,6 @@ from resilin.cluster.protocol.reach import Probing
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.view import View
 from resilin.parallel.pipeline.errors import ScheduleError
-from resilin.parallel.stretches import in_all
 
 _PUNCTUAL = 0.25  # of `Rules.silence`: a clock that is later than that did not run
 
@@ -409,28 +408,7 @@ class Coordinator:
             return
         moves = self._wished and not self._computed
         view = self.dividing.next(view, may_move=moves, others=bool(gone or come))
-        self._offer(Adopt(view, before, version, where, self._kept(view, version)), now)
-
-    def _kept(self, view: View, version: int) -> dict[int, tuple[int, ...]]:
-        """By member, micro-batches of the next step that no stage has to compute again."""
-        before = self.view
-        if before is None or before.layers != view.layers:
-            return {}
-        alike = []
-        for old, new in zip(before.stages, view.stages, strict=True):
-            for part in range(view.tensor):
-                kept = [self._kept_by(team[part], version) if team in old.teams else () for team in new.teams]
-                if any(count > 1 for count in Counter(micro for mine in kept for micro in mine).values()):
-                    return {}
-                alike.append(kept)
-        found = [mine for each in in_all(alike) for mine in each]
-        members = [number for each in _alike(view) for number in each]
-        return {number: tuple(mine) for number, mine in zip(members, found, strict=True) if mine}
-
-    def _kept_by(self, number: int, version: int) -> Sequence[int]:
-        """The micro-batches of a step that a member has finished."""
-        halted = self.members[number].halted
-        return halted.kept if halted is not None and halted.step == version else ()
+        self._offer(Adopt(view, before, version, where, kept_by(self.view, view, self._halted(), version)), now)
 
     def _at_the_start(self, numbers: Iterable[int]) -> bool:
         """Whether everybody still has what the run began with: then no copies are needed.
@@ -449,9 +427,13 @@ class Coordinator:
             return
         self._offer(Adopt(replace(view, epoch=self._epoch + 1), None, 0, {}, {}), now)
 
+    def _halted(self) -> dict[int, Halted]:
+        """What everyone who has come out has said."""
+        return {n: halted for n in self._in() if (halted := self.members[n].halted) is not None}
+
     def _copies(self) -> dict[int, Copies]:
-        """What everyone who has come out has in its memory."""
-        return {n: h.copies for n in self._in() if (h := self.members[n].halted) is not None}
+        """What they have in their memory."""
+        return {number: halted.copies for number, halted in self._halted().items()}
 
     def _unrecoverable(self) -> str:
         assert self.view is not None
@@ -479,7 +461,7 @@ class Coordinator:
         ready = {number: self.members[number].ready for number in view.members}
         if any(one is None for one in ready.values()):
             return
-        for alike in _alike(view):
+        for alike in view.alike:
             told = {number: (one.view, one.state) for number in alike if (one := ready[number]) is not None}
             if len(set(told.values())) > 1 or any(digest != view.digest for digest, _ in told.values()):
                 self._end(False, f"epoch {view.epoch}: members of one stage have different states or views: {told}")
@@ -561,7 +543,7 @@ class Coordinator:
             return
         told = [
             {one.digest for n in alike if n in self.members and (one := self.members[n].done) is not None}
-            for alike in _alike(self.view)
+            for alike in self.view.alike
         ]
         if any(len(digests) > 1 for digests in told):
             self._end(False, f"members of one stage ended with different weights: {list(map(sorted, told))}")
@@ -580,11 +562,6 @@ class Coordinator:
 
     def _note(self, what: str, **facts: Any) -> None:
         self._out.append(Note(what, facts))
-
-
-def _alike(view: View) -> list[tuple[int, ...]]:
-    """Members that have the same weights: of each stage those with the same part of every matrix."""
-    return [stage.part(part) for stage in view.stages for part in range(view.tensor)]
 
 
 def _moved(before: View | None, after: View) -> int:

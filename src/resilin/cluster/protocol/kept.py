@@ -1,0 +1,37 @@
+"""Which micro-batches of a step that was cut short need not be computed again. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from resilin.cluster.protocol.messages import Halted
+from resilin.cluster.view import View
+from resilin.parallel.stretches import in_all
+
+
+def kept_by(before: View, view: View, halted: Mapping[int, Halted], version: int) -> dict[int, tuple[int, ...]]:
+    """By member, micro-batches of the next step that no stage, and no part of one, has to compute again.
+
+    Args:
+        before: the view under which they were computed.
+        view: the next one; with other blocks nothing is kept.
+        halted: by member what it has said when it came out.
+        version: that all go on from.
+    """
+    if before.layers != view.layers:
+        return {}
+    alike = []
+    for old, new in zip(before.stages, view.stages, strict=True):
+        for part in range(view.tensor):
+            kept = [_of(halted.get(team[part]), version) if team in old.teams else () for team in new.teams]
+            if any(count > 1 for count in Counter(micro for mine in kept for micro in mine).values()):
+                return {}
+            alike.append(kept)
+    found = [mine for each in in_all(alike) for mine in each]
+    members = [number for each in view.alike for number in each]
+    return {number: tuple(mine) for number, mine in zip(members, found, strict=True) if mine}
+
+
+def _of(halted: Halted | None, version: int) -> tuple[int, ...]:
+    return halted.kept if halted is not None and halted.step == version else ()
