@@ -102,6 +102,7 @@ def test_blocks_follow_what_is_measured_and_the_bits_stay(text: Path, tmp_path: 
     assert (happened[0]["costs"], happened[-1]["costs"], len(happened[-1]["members"])) == ("by FLOPs", "measured", 3)
 
 
+@pytest.mark.slow
 def test_the_users_function_is_handed_the_clocks_of_stages(
     text: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -141,6 +141,7 @@ def test_experts_go_from_layout_to_layout(tmp_path):
     check_chain(tmp_path, EXPERTS, chain, exact_until=1)
 
 
+@pytest.mark.slow
 def test_an_adapted_model_goes_from_layout_to_layout(tmp_path):
     model = {
         "use": "resilin.adapt.adapted:Adapted",

@@ -169,7 +169,8 @@ def test_a_part_that_changes_weights_and_says_it_does_not_is_found_out(
     run.listeners = (told.append,)
     with pytest.raises(CheckpointError, match=r"tensor 'model/.*' was changed while it was being saved.*keeps_weights"):
         run.train()
-    assert [(e.kind, e.step) for e in told if isinstance(e, Failure)] == [("save", 4)]
+    (failure,) = [event for event in told if isinstance(event, Failure)]
+    assert (failure.kind, failure.step > 3) == ("save", True)  # at whichever step the copying is done
     assert run.checkpoints.steps() == []
 
 
