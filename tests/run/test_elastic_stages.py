@@ -20,6 +20,7 @@ from resilin.run.settings import RunSettings
 from resilin.run.start import start_run
 
 MODEL = {"layers": 4}
+TIED = {**MODEL, "tie_embeddings": True}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def staged(text: Path, workers: int = 4, stages: int = 2, **over: Any):
     parallel = {"workers": workers, "pipeline": stages, **over.pop("parallel", {})}
-    return settings_of(text, model=MODEL, parallel=parallel, **over)
+    return settings_of(text, parallel=parallel, **{"model": MODEL, **over})
 
 
 @pytest.mark.parametrize(
@@ -147,13 +148,40 @@ def test_adapters_are_trained_while_stages_change_and_what_is_frozen_goes_along(
     assert equal(states(tmp_path / "run", STEPS)["frozen"], states(tmp_path / "one", STEPS)["frozen"])
 
 
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [Fault(4, 3, "backward of stage 1 micro-batch 2"), Fault(0, 8, "backward of stage 0 micro-batch 2")],
+        pytest.param([Fault(2, 4, "adding gradients up"), Fault(4, 4, "reading its states")], marks=pytest.mark.slow),
+        pytest.param([Fault(1, 5, "updating weights"), Fault(3, 9, "forward of stage 1")], marks=pytest.mark.slow),
+    ],
+    ids=["passes", "recovery", "update"],
+)
+def test_tied_embeddings_are_trained_at_both_ends_and_the_bits_are_those_of_one_process(
+    faults: list[Fault], text: Path, tmp_path: Path
+):
+    one = alone(text, tmp_path / "one", model=TIED)
+    assert go(staged(text, 5, model=TIED), tmp_path / "run", faults) == JobEnded(0, "")
+    check_same(tmp_path / "run", one)
+
+
 @pytest.mark.slow
-def test_a_checkpoint_of_stages_is_resumed_with_others(text: Path, tmp_path: Path):
+def test_fast_sums_of_tied_embeddings_are_those_of_one_process_to_rounding(text: Path, tmp_path: Path):
+    one = alone(text, tmp_path / "one", model=TIED)
+    settings = staged(text, 5, model=TIED, parallel={"reduction": "fast"})
+    assert go(settings, tmp_path / "run", [Fault(4, 5, "adding gradients up")]) == JobEnded(0, "")
+    found, expected = ([e["loss"] for e in events(at, "step")] for at in (tmp_path / "run", one))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [MODEL, TIED], ids=["untied", "tied"])
+def test_a_checkpoint_of_stages_is_resumed_with_others(model: dict[str, Any], text: Path, tmp_path: Path):
     constant = {"schedule": {"use": "resilin.optim.schedule:Constant"}}
-    one = alone(text, tmp_path / "one", model=MODEL, optimizer=constant)
-    half = staged(text, optimizer=constant, train={"steps": 8})
+    one = alone(text, tmp_path / "one", model=model, optimizer=constant)
+    half = staged(text, model=model, optimizer=constant, train={"steps": 8})
     assert go(half, tmp_path / "run", [Fault(1, 6, "adding gradients up")]) == JobEnded(0, "")
-    whole = staged(text, workers=3, stages=3, optimizer=constant)
+    whole = staged(text, workers=3, stages=3, model=model, optimizer=constant)
     assert go(whole, tmp_path / "run", resume=True, accept_changes=True) == JobEnded(0, "")
     assert equal(states(tmp_path / "run", STEPS)["model"], states(one, STEPS)["model"])
 

@@ -102,9 +102,10 @@ def test_other_models_are_cut_too(model: dict[str, Any], text: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_stages_of_teams(text: Path, tmp_path: Path):
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_stages_of_teams(tied: bool, text: Path, tmp_path: Path):
     """A stage that has lost its only team is given one of the other's."""
-    more: dict[str, Any] = {"model": {"layers": 4}}
+    more: dict[str, Any] = {"model": {"layers": 4, "tie_embeddings": tied}}
     assert go(cut(text, 4, parallel={"pipeline": 2}, **more), tmp_path / "one") == JobEnded(0, "")
     faults = [Fault(5, 5, "backward of stage 1 micro-batch 2")]
     ended = go(cut(text, 6, parallel={"pipeline": 2}, **more), tmp_path / "run", faults)

@@ -92,6 +92,13 @@ class ViewWorld(World):
         ranks = self._ranks_of(number for stage in self.view.stages for number in stage.part(self._part))
         return self.links.group(f"stages{self._part}", ranks)
 
+    @cached_property
+    def ends(self) -> Group:
+        """All members of the first and the last stage with the same part of every matrix, in this order."""
+        stages = self.view.stages
+        ranks = self._ranks_of(number for stage in (stages[0], stages[-1]) for number in stage.part(self._part))
+        return self.links.group(f"ends{self._part}", ranks)
+
     def saving(self) -> ProcessGroup | None:
         """Of saves, which go on beside the training; None where one worker saves. All members call together."""
         group = self.links.group("checkpoint", range(self.size))

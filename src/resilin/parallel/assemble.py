@@ -17,7 +17,7 @@ from resilin.parallel.ownership import Ownership
 from resilin.parallel.reduction import Reduced, Reduction
 from resilin.parallel.sharded import FsdpShards
 from resilin.parallel.step import Autocast
-from resilin.parallel.workers import Giver, Passes, Trained, Workers
+from resilin.parallel.workers import Agreement, Passes, Trained, Workers
 from resilin.parallel.world import World
 
 
@@ -27,12 +27,12 @@ class Facts:
 
     Attributes:
         sum_over: groups in which each rank has only a part of the gradient's sum.
-        given_by: who has the whole sum, where that is one rank of several with the parameter.
+        agreement: with ranks of other reductions that have the same parameter.
         counted: whether this worker's part counts in the gradient's norm: of copies in one data replica, one does.
     """
 
     sum_over: tuple[Group, ...] = ()
-    given_by: Giver | None = None
+    agreement: Agreement | None = None
     counted: bool = True
 
 
@@ -99,7 +99,7 @@ def assemble(
             fact, kind = (facts or {}).get(name, Facts()), blueprint.reduction_of(name)
             found[kind].append((name, parameter))
             counted = fact.counted and (not blueprint.sharded or world.coordinate("rep") == 0)
-            trained[name] = Trained(parameter, kind, fact.sum_over, fact.given_by, counted, blueprint.rows[name])
+            trained[name] = Trained(parameter, kind, fact.sum_over, fact.agreement, counted, blueprint.rows[name])
     reductions: dict[str, Reduced] = {}
     for kind, parameters in found.items():
         group = world.group(*REDUCED_OVER[kind])  # by all workers, whether they have such parameters or not
@@ -112,7 +112,7 @@ def assemble(
             sizes = tuple(parameter.numel() for _, parameter in parameters)
             whole = tuple(blueprint.whole_owners.get(name) for name, _ in parameters)
             ownership = Ownership(sizes, blueprint.table(kind), whole, group.size)
-            given = {n for n, _ in parameters if (by := trained[n].given_by) is not None and not by.is_here}
+            given = {n for n, _ in parameters if (by := trained[n].agreement) is not None and by.given}
             reductions[kind] = Reduction(parameters, group, ownership, exact=exact, given=given)
     owned = {name: shard for reduction in reductions.values() for name, shard in reduction.shards.items()}
     optimizer = OwnedOptimizer(build(owned), list(reductions.values()))

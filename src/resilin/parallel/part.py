@@ -288,7 +288,7 @@ def facts_of(parts: Sequence[LocalModel], tied: TiedEnds | None = None) -> dict[
             if tied is not None and tied.ends.size > 1 and name.endswith(WEIGHT):
                 last = Giver(tied.ends, tied.ends.size - 1)
                 if tied.in_order:
-                    facts = replace(facts, given_by=last, counted=facts.counted and last.is_here)
+                    facts = replace(facts, agreement=last, counted=facts.counted and last.is_here)
                 else:
                     facts = Facts((*known.sum_over, tied.ends), counted=known.first and last.is_here)
             found[name] = facts

@@ -26,7 +26,7 @@ from resilin.parallel.reduction import Reduced
 from resilin.parallel.report import Report, Summed
 from resilin.parallel.sharded import Gathered
 from resilin.parallel.step import Autocast, StepGradient, check_units, non_finite_slots
-from resilin.parallel.stretches import Kept, LeafSums, StretchSums, blocks_in, stretches
+from resilin.parallel.stretches import Kept, LeafSums, StretchSums, blocks_in, in_all, stretches
 from resilin.parallel.world import World
 
 Collect = Callable[[int, int], None]
@@ -132,9 +132,24 @@ class WholeModel:
         return losses
 
 
+class Agreement(Protocol):
+    """How ranks of several reductions that have one parameter come to one sum of its gradient.
+
+    Attributes:
+        given: whether this rank has nothing of the sum by itself.
+    """
+
+    @property
+    def given(self) -> bool:
+        """See above."""
+
+    def agree(self, mine: Sequence[Tensor]) -> None:
+        """Make what this rank owns of the sum, as `Reduced.sums_of` gives it, that of all. All call together."""
+
+
 @dataclass(frozen=True, slots=True)
 class Giver:
-    """A rank that has what all of a group need.
+    """A rank that has the whole sum, and gives all of a group, who own the same elements, what they own of it.
 
     Attributes:
         group: in which it is.
@@ -149,6 +164,17 @@ class Giver:
         """Whether it is this rank."""
         return self.group.index == self.index
 
+    @property
+    def given(self) -> bool:
+        """Whether it is another."""
+        return not self.is_here
+
+    def agree(self, mine: Sequence[Tensor]) -> None:
+        """Give, or be given."""
+        for part in mine:
+            nothing = part.new_empty(0)
+            share([part if index == self.index else nothing for index in range(self.group.size)], self.group)()
+
 
 @dataclass(frozen=True, slots=True)
 class Trained:
@@ -158,7 +184,7 @@ class Trained:
         parameter: this worker's part.
         reduction: the name of the group that its gradient is summed over, and its optimizer's states divided over.
         sum_over: further groups in which each rank has only a part of the gradient's sum.
-        given_by: the group in which one rank has the whole sum, and gives the others what they own of it.
+        agreement: with ranks of other reductions that have the same parameter.
         counted: whether this worker's part counts in the gradient's norm: of copies one does.
         row: its number among all parameters of the whole model.
     """
@@ -166,7 +192,7 @@ class Trained:
     parameter: nn.Parameter
     reduction: str
     sum_over: tuple[Group, ...] = ()
-    given_by: Giver | None = None
+    agreement: Agreement | None = None
     counted: bool = True
     row: int = 0
 
@@ -239,7 +265,7 @@ class Workers:
         self._collected = [
             [by_parameter[id(p)] for p in parameters if id(p) in by_parameter] for parameters in passes.collected
         ]
-        given = {name for name, entry in self.trained.items() if entry.given_by and not entry.given_by.is_here}
+        given = {name for name, entry in self.trained.items() if entry.agreement and entry.agreement.given}
         missing = collected - given - {name for names in self._collected for name in names}
         if missing:
             raise ParallelError(f"parameter {min(missing)!r} is in no part of the model that this worker has")
@@ -302,7 +328,7 @@ class Workers:
 
         def kept(micros: Sequence[int]) -> Kept:
             told = {todo[place]: loss for place, loss in losses.items()}
-            made = Kept(keys.step, tuple(sorted(micros)), told, [one.blocks() for one in sums])
+            made = Kept(keys.step, tuple(todo), told, [one.blocks() for one in sums]).only(micros)
             before = self._kept_of(keys.step)
             return made if before is None else made.after(before)
 
@@ -311,8 +337,9 @@ class Workers:
             with self.trace.step(keys.step) if self.trace is not None else nullcontext():
                 self.passes.train(parts, collect, losses)
         except (RuntimeError, OSError):
-            if keeps and len(sums) == 1 and not self.passes.in_order:
-                self.kept = kept(finished[0])
+            if keeps and not self.passes.in_order:
+                whole = in_all([[part] for part in finished])  # a tied weight may be behind the rest of its stage
+                self.kept = kept(whole[0][0])
             raise
         made = kept(todo)
         self.kept = made if keeps else None
@@ -350,14 +377,8 @@ class Workers:
             sums = [part for r, name in zip(reductions, names, strict=True) for part in r.sums_of(name)]
             add_up_all(sums, group, in_order=self._exact)
         for name, entry in self.trained.items():
-            if entry.given_by is not None:
-                self._give(self.reductions[entry.reduction], name, entry.given_by)
-
-    def _give(self, reduction: Reduced, name: str, giver: Giver) -> None:
-        """Ranks of the group own the same elements of a parameter: who has the sum gives the others theirs."""
-        for mine in reduction.sums_of(name):
-            nothing = mine.new_empty(0)
-            share([mine if index == giver.index else nothing for index in range(giver.group.size)], giver.group)()
+            if entry.agreement is not None:
+                entry.agreement.agree(self.reductions[entry.reduction].sums_of(name))
 
     def _blocks_in(self, group: Group, step: int, count: int) -> list[list[tuple[int, int]]]:
         """The blocks of every rank of a group."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cluster.view import View
+from resilin.cluster.view_blueprint import ViewBlueprint
 from resilin.cluster.view_world import ViewWorld
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.flops import block_flops_per_token, head_flops_per_token
@@ -30,6 +31,8 @@ from resilin.parallel.pipeline.split import Split
 from resilin.parallel.pipeline.stage import Stage, cut, decoder_in
 from resilin.parallel.settings import ParallelSettings
 from resilin.parallel.tensor.parallelise import parallelise, plan_of
+from resilin.parallel.tied_ends import WEIGHT, adds_tied_in_order
+from resilin.parallel.unlike_ends import UnlikeEnds
 from resilin.parallel.workers import Passes, WholeModel
 from resilin.parallel.world import World
 from resilin.precision.autocast import Precision
@@ -180,11 +183,6 @@ class StagePlacing:
     ) -> None:
         decoder = decoder_in(model)
         degrees = elastic_degrees(settings.parallel)
-        if degrees.pipeline > 1 and decoder.head is None and decoder.embed.weight.requires_grad:
-            raise ParallelError(
-                "a decoder with tied embeddings trains them at both ends of a pipeline, which an elastic one does not "
-                "do yet: set model.tie_embeddings = false, freeze them, or use parallel.pipeline = 1"
-            )
         self._settings, self._objective, self._compiled = settings, objective, compiled
         self._device, self._precision = device, precision
         if next(model.parameters()).device.type == "meta":
@@ -227,6 +225,7 @@ class StagePlacing:
                     parameter.copy_(local.part(name, self._initial(name, local.parameters[name].spec.shape)))
                     fresh.remove(name)
         self._module = module
+        ends = self._ends(world, local)
         costs = Split(world.view.layers).costs(self.costs[:-1], 0.0, self.costs[-1])
         orders = MemberOrders(
             [len(stage.teams) for stage in world.view.stages],
@@ -234,6 +233,7 @@ class StagePlacing:
             dealing.todo,
             dealing.evaluated,
             Costs(forward=costs, input=costs, weight=costs),
+            tied=adds_tied_in_order(self._settings.parallel, world, decoder_in(self._outline)),
         )
         passes = PipelinePasses(
             [Stage(world.stage, module, tensor if self._settings.parallel.sequence else 1)],
@@ -245,7 +245,13 @@ class StagePlacing:
             speaks=world.coordinate("tp") == 0,
             device=self._device,
             autocast=self._precision.autocast,
+            tied=decoder_in(module).embed.weight if ends is not None and ends.in_order else None,
         )
+        facts = facts_of([local])
+        if ends is not None:  # of copies, that of the first stage counts
+            name = self._tied_name
+            counted = facts[name].counted and world.stage == 0
+            facts[name] = replace(facts[name], agreement=ends, counted=counted)
         made = assembled(
             self._settings,
             world,
@@ -255,9 +261,29 @@ class StagePlacing:
             self._objective,
             device=self._device,
             precision=self._precision,
-            facts=facts_of([local]) if tensor > 1 else None,
+            facts=facts,
         )
         return Placed(module, made, frozenset(fresh), passes.pace)
+
+    @property
+    def _tied_name(self) -> str:
+        return next(name for name in self.whole.rows if name.endswith(WEIGHT))
+
+    def _ends(self, world: ViewWorld, local: LocalModel) -> UnlikeEnds | None:
+        """Where a trained weight is both embedding and head, and this worker has one of them."""
+        decoder, view = decoder_in(self._outline), world.view
+        tied, last = decoder.head is None and decoder.embed.weight.requires_grad, len(view.stages) - 1
+        if not tied or not last or world.stage not in {0, last}:
+            return None
+        owned = []
+        owners = ViewBlueprint(self.whole, view, self.holders(view)).owners(world.coordinate("tp"))
+        for each in (owners[0], owners[-1]):
+            number = each.names.index(self._tied_name)
+            for place in range(len(each.members)):
+                owned.append([(run.begin, run.end) for run in each.ownership.runs_of(number, place)])
+        in_order = adds_tied_in_order(self._settings.parallel, world, decoder)
+        weight = decoder_in(local.module).embed.weight.detach()
+        return UnlikeEnds(world.ends, len(owners[0].members), owned, in_order, weight)
 
     def _stage_part(self, world: ViewWorld) -> tuple[LocalModel, set[str]]:
         """This worker's part of a stage, and the names of its parameters that have no values yet."""

@@ -23,6 +23,7 @@ class MemberOrders:
         todo: the micro-batches of a step that are to be computed, by stage and member.
         evaluated: held-out batches, so many of them, likewise.
         costs: of a micro-batch at each stage, by which the order is found.
+        tied: whether the first stage's gradients of the embedding's output go to the last stage.
     """
 
     in_order = False
@@ -34,8 +35,9 @@ class MemberOrders:
         todo: Callable[[int], Owners],
         evaluated: Callable[[int], Owners],
         costs: Costs,
+        tied: bool = False,
     ) -> None:
-        self.stages = len(sizes)
+        self.stages, self._tied = len(sizes), tied
         self._sizes, self._rank, self._todo, self._evaluated, self._costs = sizes, rank, todo, evaluated, costs
         self._known: tuple[Owners, Sequence[Op]] | None = None
 
@@ -43,7 +45,7 @@ class MemberOrders:
         """1F1B for whoever computes what in this step; see `level`."""
         owners = self._todo(step)
         if self._known is None or self._known[0] != owners:
-            self._known = owners, orders_of(owners, self._costs)[self._rank]
+            self._known = owners, orders_of(owners, self._costs, self._tied)[self._rank]
         return self._known[1]
 
     def evaluating(self, batches: int, total: int) -> Sequence[Op]:
@@ -74,12 +76,13 @@ class MemberOrders:
         raise ValueError(f"there is no member {self._rank} among stages of {list(self._sizes)}")
 
 
-def orders_of(owners: Owners, costs: Costs) -> list[list[Op]]:
+def orders_of(owners: Owners, costs: Costs, tied: bool = False) -> list[list[Op]]:
     """Every member's operations, stage by stage.
 
     Args:
         owners: who computes what.
         costs: of a micro-batch at each stage.
+        tied: see `lower_members`.
 
     Raises:
         ScheduleError: stages have different micro-batches.
@@ -93,7 +96,7 @@ def orders_of(owners: Owners, costs: Costs) -> list[list[Op]]:
         )
         for stage in owners
     ]
-    return [[_whole(op) for op in row] for row in lower_members(level(tables, costs))]
+    return [[_whole(op) for op in row] for row in lower_members(level(tables, costs), tied=tied)]
 
 
 def _whole(op: Op) -> Op:
