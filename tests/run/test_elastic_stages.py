@@ -20,6 +20,7 @@ from resilin.run.settings import RunSettings
 from resilin.run.start import start_run
 
 MODEL = {"layers": 4}
+WIDE = {**MODEL, "mlp_size": 256}  # the head counts little beside a block: FLOPs say what is balanced
 TIED = {**MODEL, "tie_embeddings": True}
 
 
@@ -86,6 +87,34 @@ def test_members_come_and_leave_and_blocks_follow_them(text: Path, tmp_path: Pat
     assert {len(change["members"]) for change in happened} >= {2, 4, 3}
     assert len({tuple(change["layers"]) for change in happened}) > 1
     assert all(change["redone"] == 0 for change in happened)
+
+
+@pytest.mark.parametrize(
+    ("more", "workers"),
+    [
+        ({"model": WIDE}, 3),
+        pytest.param({"model": WIDE, "parallel": {"tensor": 2}}, 6, marks=pytest.mark.slow),
+        pytest.param({"model": {**WIDE, "tie_embeddings": True}}, 3, marks=pytest.mark.slow),
+    ],
+    ids=["stages", "teams", "tied"],
+)
+def test_blocks_move_while_a_step_is_computed_and_nothing_is_computed_again(
+    more: dict[str, Any], workers: int, text: Path, tmp_path: Path
+):
+    """Two in the first stage have more blocks than the one in the last; once there is one in each, some move."""
+    ended = go(staged(text, workers, **more), tmp_path / "run", [Fault(0, 3, "adding gradients up")])
+    assert ended == JobEnded(0, "")
+    if "parallel" in more:
+        assert go(staged(text, 4, **more), tmp_path / "one") == JobEnded(0, "")
+        check_same(tmp_path / "run", tmp_path / "one")
+    else:
+        check_same(tmp_path / "run", alone(text, tmp_path / "one", **more))
+    begun, lost, moved = changes(tmp_path / "run")[:3]
+    assert begun["layers"] == lost["layers"] != moved["layers"]
+    assert (lost["members"], moved["costs"]) == (moved["members"], "by FLOPs")
+    assert (moved["redone"], moved["kept"]) == (0, 16), "every micro-batch, at both stages"
+    assert sum(told.get("migrate", 0) for told in moved["bytes"].values()) == 0, "nobody has waited for it"
+    assert sum(told.get("ahead", 0) for told in moved["bytes"].values()) > 10_000
 
 
 @pytest.mark.slow

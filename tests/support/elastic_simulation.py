@@ -23,6 +23,7 @@ from resilin.cluster.protocol.messages import (
     Adopt,
     Beat,
     Committed,
+    Computed,
     Done,
     End,
     Go,
@@ -146,7 +147,8 @@ class Sim:
         rules: of the coordinator.
         broken: names of duties that members neglect, to see that it is noticed: "acks" (waiting for copies to arrive
             before a step is taken), "forget" (copies of the last view are dropped at once), "kept" (every
-            other member computes micro-batches that another has kept), "stale" (a copy is of the version before).
+            other member computes micro-batches that another has kept), "stale" (a copy is of the version before),
+            "handed" (what was handed on counts as kept).
     """
 
     def __init__(self, plan: Plan, rules: Rules | None = None, broken: frozenset[str] = frozenset()) -> None:
@@ -315,6 +317,9 @@ class SimMember:
         self.state: dict[int, int] = {}
         self.doing: list[int] = []  # micro-batches that it computes
         self.kept: tuple[int, list[int]] | None = None
+        self.computed_in: tuple[int, ...] = ()  # with these bounds of stages
+        self.past = -1  # the last step whose micro-batches are all computed, in this view
+        self.handed = -1  # the step of which gradients were given to other stages
         self.acked = -1
         self.pausing = self.stopping = self.homeward = False
         self.life = 0  # raised when what is under way is given up
@@ -470,7 +475,7 @@ class SimMember:
             if self.phase not in ("warm", "halted"):
                 raise WrongError(f"member {self.number} is given a place while it is {self.phase}")
             self.adopt, self.epoch = message, message.view.epoch
-            self.pausing = self.stopping = False
+            self.pausing, self.stopping, self.past = False, False, -1
             self.phase = "placing"
             self.later(0.005, 0.1, self.place)
         elif isinstance(message, Halt):
@@ -479,8 +484,10 @@ class SimMember:
         elif isinstance(message, Pause):
             here = message.epoch == self.epoch
             self.pausing, self.stopping = here and not message.computed, here and message.computed
+            if self.stopping and self.past >= 0:
+                self.tell(Computed(self.epoch, self.past))
         elif isinstance(message, Prepare):
-            if self.phase not in ("warm", "halted"):
+            if self.phase not in ("warm", "halted") and self.number not in message.before.members:
                 raise WrongError(f"member {self.number} is told to prepare while it is {self.phase}")
         elif isinstance(message, Go):
             if message.epoch == self.epoch and self.phase == "ready":
@@ -501,7 +508,7 @@ class SimMember:
 
     def broke(self, epoch: int) -> None:
         """A connection of an epoch has ended."""
-        if epoch == self.epoch and self.phase in ("placing", "running", "exchanging"):
+        if epoch == self.epoch and self.phase in ("placing", "running", "computed", "exchanging"):
             self.come_out("a connection was lost")
 
     def come_out(self, why: str) -> None:
@@ -515,6 +522,8 @@ class SimMember:
             more = self.sim.draw.sample(self.doing, self.sim.draw.randint(0, len(self.doing)))
             self.kept = self.version, sorted({*before, *more})
         self.doing = []
+        if self.kept is not None and self.kept[0] == self.handed and "handed" not in self.broken_duties:
+            self.kept = None
         step, kept = self.kept if self.kept is not None else (self.version, [])
         version = -1 if self.updating else self.version
         self.tell(Halted(self.epoch, why, version, step, copies, tuple(kept)))
@@ -564,17 +573,32 @@ class SimMember:
             self.version, self.state = adopt.version, {block: truth[block] for block in blocks}
         mine = tuple(adopt.kept.get(self.number, ()))
         if mine:
+            bounds = adopt.before.layers if adopt.handed and adopt.before is not None else adopt.view.layers
+            if self.computed_in != bounds:
+                raise WrongError(f"member {self.number} has computed with {self.computed_in}, and is to keep {adopt}")
             if self.kept is None or self.kept[0] != self.version or not set(mine) <= set(self.kept[1]):
                 raise WrongError(f"member {self.number} is to keep {mine} of step {self.version}, and has {self.kept}")
             if {leaf for b in blocks_in(self.kept[1]) if set(leaves_in(b)) <= set(mine) for leaf in leaves_in(b)} != {
                 *mine
             }:
                 raise WrongError(f"of the blocks {blocks_in(self.kept[1])}, {mine} is to be kept")
+        if adopt.handed:
+            self.handed = self.version
+            self.all_is_kept(adopt)
         self.kept = (self.version, list(mine)) if mine else None
         if "forget" in self.broken_duties:
             self.pool.forget(self.epoch)
         self.phase, self.acked = "ready", -1
         self.tell(Ready(self.epoch, adopt.view.digest, self.digest(self.state)))
+
+    def all_is_kept(self, adopt: Adopt) -> None:
+        """Blocks move in the middle of a step only once all of it was computed, and nobody with them."""
+        assert adopt.before is not None
+        for before, after in zip(adopt.before.stages, adopt.view.stages, strict=True):
+            for part in range(adopt.view.tensor):
+                kept = [micro for number in after.part(part) for micro in adopt.kept.get(number, ())]
+                if before.members != after.members or sorted(kept) != list(range(MICROS)):
+                    raise WrongError(f"blocks are to move in the middle of {adopt}")
 
     @staticmethod
     def digest(state: dict[int, int]) -> str:
@@ -655,12 +679,13 @@ class SimMember:
         dealing = Dealing(replace(adopt, kept={}) if neglects else adopt)
         mine = list(dealing.of_step(self.version, MICROS)[adopt.view.members.index(self.number)])
         todo = [m for m in mine if self.kept is None or self.kept[0] != self.version or m not in self.kept[1]]
-        self.doing = todo
+        self.doing, self.computed_in = todo, adopt.view.layers
 
         def finished() -> None:
-            self.kept, self.doing = (self.version, mine), []
-            if self.stopping:
-                self.come_out("a change was announced")
+            self.kept, self.doing, self.past = (self.version, mine), [], self.version
+            if self.stopping:  # until all are so far
+                self.phase = "computed"
+                self.tell(Computed(self.epoch, self.version))
             else:
                 self.exchange((mine, todo))
 

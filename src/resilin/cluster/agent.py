@@ -19,6 +19,7 @@ from resilin.cluster.protocol.messages import (
     Adopt,
     Beat,
     Committed,
+    Computed,
     Done,
     End,
     Failed,
@@ -102,6 +103,7 @@ class Agent:
         self._adopt: Adopt | None = None
         self._prepare: Prepare | None = None
         self._epoch = -1  # of the last Adopt that the main thread has taken
+        self._computed = -1  # the last step whose micro-batches are all computed
         self._halt: tuple[int, str] | None = None
         self._go = -1
         self._ended: End | None = None
@@ -109,6 +111,7 @@ class Agent:
         self._leave = threading.Event()
         self._sever: Callable[[str], None] = lambda why: None
         self._where: Callable[[int], At] = lambda member: ("", 0)
+        self._read: Callable[[Prepare], object] = lambda told: None
         self._say(Hello(host))
         threading.Thread(target=self._hear, name="resilin-agent", daemon=True).start()
         threading.Thread(target=self._beat, name="resilin-beat", daemon=True).start()
@@ -125,6 +128,10 @@ class Agent:
     def on_probe(self, where: Callable[[int], At]) -> None:
         """What tells where a member listens, when it is asked whom this one reaches; called in another thread."""
         self._where = where
+
+    def on_prepare(self, read: Callable[[Prepare], object]) -> None:
+        """What is called, by the hearing thread, when this member, which has a place, is about to get more to do."""
+        self._read = read
 
     def warm(self, costs: Sequence[float] = (), prepare: Callable[[Prepare], None] = lambda told: None) -> Adopt:
         """Ready for a place; returns once there is one.
@@ -169,6 +176,7 @@ class Agent:
                 self._leave_if_ended()
                 if (found := self._newer()) is not None:
                     self._epoch, self.pausing, self.stopping, self._prepare = found.view.epoch, False, False, None
+                    self._computed = -1
                     return found
                 told, self._prepare = self._prepare, None
             assert told is not None
@@ -221,6 +229,21 @@ class Agent:
     def committed(self, version: int, steps: int = 0, seconds: float = 0.0) -> None:
         """A copy of this version is kept; see `Committed`."""
         self._say(Committed(self._epoch, version, steps, round(seconds, 7)))
+
+    def computed(self, step: int) -> None:
+        """All micro-batches of a step are computed; where all are to come out then, returns never.
+
+        Raises:
+            HaltedError: all have come so far.
+        """
+        self._computed = step  # whoever is told to come out a moment later has said so
+        if not self.stopping:
+            return
+        self._say(Computed(self._epoch, step))
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended is not None or self._halted_now() is not None)
+            self._leave_if_ended()
+            raise HaltedError(self._halted_now() or "")
 
     def done(self, version: int, digest: str) -> None:
         """All steps were taken; returns once all members are so far.
@@ -279,6 +302,7 @@ class Agent:
 
     def _take(self, message: Message) -> None:
         sever: str | None = None
+        prepare: Prepare | None = None
         with self._changed:
             if isinstance(message, Adopt):
                 self._adopt = message
@@ -291,6 +315,10 @@ class Agent:
             elif isinstance(message, Pause):
                 here = message.epoch == self._epoch
                 self.pausing, self.stopping = here and not message.computed, here and message.computed
+                if self.stopping and self._computed >= 0:  # in the exchange it would wait for those who wait
+                    self._say(Computed(self._epoch, self._computed))
+            elif isinstance(message, Prepare) and self.number in message.before.members:
+                prepare = message
             elif isinstance(message, Prepare):
                 self._prepare = message
             elif isinstance(message, Signal):
@@ -305,6 +333,8 @@ class Agent:
             self._changed.notify_all()
         if sever is not None:
             self._sever(sever)
+        if prepare is not None:
+            self._read(prepare)
 
     def _probe(self, asked: Probe) -> None:
         others = [number for number in asked.members if number != self.number]

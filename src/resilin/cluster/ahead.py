@@ -1,8 +1,8 @@
-"""A newcomer reads the states that it will own, and all weights, while the others compute a step.
+"""Who is about to get something reads the states that it will own, and weights, while a step is computed.
 
-They come out once their micro-batches are done, and end that step together with the newcomer: then nobody has waited
-for what was read. What is read here is what `resilin.cluster.restore` will ask for then; if it asks for anything else,
-it reads that.
+A newcomer does so while the others compute, a member that gets blocks beside its own work. All come out once their
+micro-batches are done, and end that step in the next view: then nobody has waited for what was read. What is read here
+is what `resilin.cluster.restore` will ask for then; if it asks for anything else, it reads that.
 """
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ from resilin.checkpoint.tensor_record import DTYPES
 from resilin.cluster.restore import Ahead, Need, Owners, Piece, Restorer, pieces_owned, pieces_whole
 
 
-def read_ahead(before: Sequence[Owners], after: Owners, member: int, weights: str, restorer: Restorer) -> Ahead:
-    """Read all that a member which has nothing yet needs of others' copies.
+def read_ahead(
+    before: Sequence[Owners],
+    after: Owners,
+    member: int,
+    weights: str,
+    restorer: Restorer,
+    lacking: Sequence[str] | None = None,
+) -> Ahead:
+    """Read all that a member needs of others' copies.
 
     Args:
         before: by stage who owns what.
@@ -25,6 +32,7 @@ def read_ahead(before: Sequence[Owners], after: Owners, member: int, weights: st
         member: whose place it will be.
         weights: the path of weights in copies.
         restorer: of the copies.
+        lacking: names of the parameters whose weights it does not have; None: it has nothing yet.
 
     Raises:
         CopyError, PeerError: they cannot be read (yet).
@@ -43,10 +51,13 @@ def read_ahead(before: Sequence[Owners], after: Owners, member: int, weights: st
             values = max(piece.at + piece.values for piece in pieces)
         return Need(name, path, torch.empty(values, dtype=DTYPES[slot.dtype]), pieces)
 
-    needs = [need(name, weights, pieces) for name, pieces in pieces_whole(before, after.names, member).items()]
+    names = after.names if lacking is None else lacking
+    needs = [need(name, weights, pieces) for name, pieces in pieces_whole(before, names, member).items()]
     for name, pieces in pieces_owned(before, after, member).items():
         paths = [path for parameter, path in restorer.slots(pieces[0].owner) if parameter == name and path != weights]
         needs += [need(name, path, pieces) for path in paths]
+    if lacking is not None:
+        return restorer.fetch(needs)
     first = before[0].members[0]
     shared = [
         (path, math.prod(slot.shape)) for (parameter, path), slot in restorer.slots(first).items() if not parameter

@@ -97,6 +97,15 @@ def moved(view: View) -> View:
     return replace(view, stages=_restaged(view, lists))
 
 
+def gaining(before: View, after: View) -> list[int]:
+    """Members of stages that have blocks which they had not before."""
+    found: list[int] = []
+    for number, stage in enumerate(after.stages):
+        had, has = (range(*view.layers[number : number + 2]) for view in (before, after))
+        found += stage.members if not {*has} <= {*had} else ()
+    return found
+
+
 def _restaged(view: View, lists: Sequence[Sequence[tuple[int, ...]]]) -> tuple[Stage, ...]:
     """Stages of these teams, in which shards stay with whoever has them as far as that is fair."""
     return tuple(

@@ -43,15 +43,19 @@ class Parts:
             self.seconds[self._part] = self.seconds.get(self._part, 0.0) + now - self._since
         self._part, self._since = part, now
 
-    def read(self, reads: Mapping[int, Read], members: Collection[int]) -> None:
+    def read(self, reads: Mapping[int, Read], members: Collection[int], me: int) -> None:
         """States that lost members had are restored, those of the others migrate; that ends the present part.
 
         Args:
             reads: by owner.
             members: who is left.
+            me: whose own copy is loaded from this process's memory.
         """
         self.begin("")
         for owner, told in reads.items():
+            if owner == me:
+                self.seconds["load"] = self.seconds.get("load", 0.0) + told.seconds
+                continue
             part = "migrate" if owner in members else "restore"
             self.seconds[part] = self.seconds.get(part, 0.0) + told.seconds
             self.bytes[part] = self.bytes.get(part, 0) + told.bytes

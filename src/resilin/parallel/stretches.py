@@ -8,9 +8,9 @@ whoever asks for it, and whenever.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from resilin.nouns import Loss
 from resilin.parallel.canonical import GradientSum, Leaf, Node, TreeSum, added, blocks_of
@@ -186,12 +186,14 @@ class Kept:
         losses: by micro-batch; {} at a worker that computes none.
         micros: numbers of the micro-batches, ascending.
         chunks: for each part of the model that the worker has, the blocks of its gradient.
+        names: likewise those of the parameters that blocks have gradients of, in their order.
     """
 
     step: int
     micros: tuple[int, ...]
     losses: dict[int, Loss]
     chunks: list[list[Node]]
+    names: Sequence[Sequence[str]]
 
     def only(self, micros: Collection[int]) -> Kept:
         """Of these micro-batches, and of no others: blocks that have any other are dropped.
@@ -204,14 +206,34 @@ class Kept:
         if any({leaf for node in chunk for leaf in leaves_in(node)} != wanted for chunk in chunks):
             raise ValueError(f"of the micro-batches {list(self.micros)}, {sorted(wanted)} are no blocks of their own")
         losses = {micro: loss for micro, loss in self.losses.items() if micro in wanted}
-        return Kept(self.step, tuple(sorted(wanted)), losses, chunks)
+        return replace(self, micros=tuple(sorted(wanted)), losses=losses, chunks=chunks)
+
+    def of(self, names: Sequence[Sequence[str]]) -> Kept:
+        """What is known of other parameters; what is not there is None."""
+        if [*map(list, names)] == [*map(list, self.names)]:
+            return self
+        chunks = []
+        for nodes, had, wanted in zip(self.chunks, self.names, names, strict=True):
+            place = {name: at for at, name in enumerate(had)}
+            chunks.append(
+                [node._replace(sum=[node.sum[place[n]] if n in place else None for n in wanted]) for node in nodes]
+            )
+        return replace(self, chunks=chunks, names=names)
+
+    def sums(self, name: str) -> list[Tensor | None]:
+        """Of one parameter, block by block in order."""
+        for nodes, names in zip(self.chunks, self.names, strict=True):
+            if name in names:
+                at = [*names].index(name)
+                return [node.sum[at] for node in nodes]
+        raise KeyError(name)
 
     def after(self, before: Kept) -> Kept:
         """Together with what was kept of the same step before; its memory is used."""
         both = zip(before.chunks, self.chunks, strict=True)
-        return Kept(
-            self.step,
-            tuple(sorted((*before.micros, *self.micros))),
-            before.losses | self.losses,
-            [joined([*old, *new]) for old, new in both],
+        return replace(
+            self,
+            micros=tuple(sorted((*before.micros, *self.micros))),
+            losses=before.losses | self.losses,
+            chunks=[joined([*old, *new]) for old, new in both],
         )

@@ -20,6 +20,7 @@ from resilin.parallel.canonical import GradientSum, Node
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.exchange import add_up_all, largest, share
 from resilin.parallel.group import Group
+from resilin.parallel.handing import Handing
 from resilin.parallel.messages import tell_all
 from resilin.parallel.micro_batches import Dealt, along_data, even_batches, micro_batches
 from resilin.parallel.reduction import Reduced
@@ -225,6 +226,7 @@ class Workers:
             of other micro-batches are equal to rounding.
         keeps: whether what a step has finished is kept until the next one begins, for redoing it with other workers.
         kept: that; a step of the same number goes on from there.
+        handing: gradients of a step that is redone, which were computed where the parameters were before.
         computed: called once this worker's micro-batches are done, before gradients are exchanged.
         ready: called before the last exchange of a step's gradient: once it returns at all workers, the step may be
             taken.
@@ -250,6 +252,7 @@ class Workers:
         self._lockstep = lockstep
         self.trace: Tracer | None = None
         self.kept: Kept | None = None
+        self.handing: Handing | None = None
         self.keeps = self.even = False
         self.dealt: Dealt = along_data(world)
         self.evaluates: Callable[[int], Sequence[int]] = self._share
@@ -262,11 +265,11 @@ class Workers:
         self._report = Report(world.everyone, device)
         collected = {name for name, entry in self.trained.items() if self.reductions[entry.reduction].collects}
         by_parameter = {id(entry.parameter): name for name, entry in self.trained.items() if name in collected}
-        self._collected = [
+        self.collected = [
             [by_parameter[id(p)] for p in parameters if id(p) in by_parameter] for parameters in passes.collected
         ]
         given = {name for name, entry in self.trained.items() if entry.agreement and entry.agreement.given}
-        missing = collected - given - {name for names in self._collected for name in names}
+        missing = collected - given - {name for names in self.collected for name in names}
         if missing:
             raise ParallelError(f"parameter {min(missing)!r} is in no part of the model that this worker has")
         self._shared = self._sums_over()
@@ -318,7 +321,9 @@ class Workers:
             rows = row, row + len(micros[number])
             parts.append((batch.rows(*rows), keys.rows(*rows)))
             row = rows[1]
-        sums = [self._summing(names, todo) for names in self._collected]
+        if self.handing is not None and self.handing.step != keys.step:
+            self.handing = None
+        sums = [self._summing(names, todo) for names in self.collected]
         finished: list[list[int]] = [[] for _ in sums]
         losses: dict[int, Loss] = {}
 
@@ -328,7 +333,8 @@ class Workers:
 
         def kept(micros: Sequence[int]) -> Kept:
             told = {todo[place]: loss for place, loss in losses.items()}
-            made = Kept(keys.step, tuple(todo), told, [one.blocks() for one in sums]).only(micros)
+            blocks = [one.blocks() for one in sums]
+            made = Kept(keys.step, tuple(todo), told, blocks, self.collected).only(micros)
             before = self._kept_of(keys.step)
             return made if before is None else made.after(before)
 
@@ -359,7 +365,7 @@ class Workers:
         blocks = [node[:2] for node in nodes[0]]
         leaves: list[dict[str, Tensor | None]] = [{} for _ in blocks]
         for number, leaf in enumerate(leaves):
-            for names, part in zip(self._collected, nodes, strict=True):
+            for names, part in zip(self.collected, nodes, strict=True):
                 for name, grad in zip(names, part[number].sum, strict=True):
                     before = leaf.get(name)  # a tied weight of two stages of this worker
                     leaf[name] = grad if before is None else before if grad is None else before + grad
@@ -372,6 +378,8 @@ class Workers:
             if self.kept is not None and reduction.group.size == 1:  # what is kept is added up, and scaled, in place
                 mine = [node._replace(sum=[None if g is None else g.clone() for g in node.sum]) for node in mine]
             reduction.reduce(mine, self._blocks_in(reduction.group, step, count))
+        if self.handing is not None:
+            self.handing.go(lambda name: self.reductions[self.trained[name].reduction].sums_of(name))
         for group, names in self._shared:  # who has a part of the sums owns the same elements of it
             reductions = [self.reductions[self.trained[name].reduction] for name in names]
             sums = [part for r, name in zip(reductions, names, strict=True) for part in r.sums_of(name)]
@@ -421,6 +429,8 @@ class Workers:
             used[at] += reduction.used()
             found = reduction.squares().where(counted[:, None], 0.0)
             squares[at] += found if self._exact else found.sum(1, keepdim=True)
+        for name in self.handing.used if self.handing is not None else ():
+            used[self.trained[name].row] += 1
         return used, squares if self._exact else squares.sum()[None]
 
     def non_finite(self, batch: Batch, keys: Keys) -> list[int] | None:

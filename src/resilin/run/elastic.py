@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Protocol
 
 import torch
@@ -23,14 +22,13 @@ from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.tree import put_together, take_apart
 from resilin.cluster.addresses import joined, parse
 from resilin.cluster.agent import Agent, HaltedError
-from resilin.cluster.ahead import read_ahead
 from resilin.cluster.failure import kind_of
 from resilin.cluster.links import Links, LinksCutError
 from resilin.cluster.parts import Parts
 from resilin.cluster.peer import Address, Peer, PeerError, PeerServer
 from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
-from resilin.cluster.protocol.messages import Adopt, Prepare
-from resilin.cluster.restore import Ahead, Need, Piece, Restorer, Shared, pieces_owned, pieces_whole
+from resilin.cluster.protocol.messages import Adopt
+from resilin.cluster.restore import Need, Piece, Restorer, Shared, pieces_owned, pieces_whole
 from resilin.cluster.snapshots import Snapshots, StoppedError
 from resilin.cluster.store_connections import StoreConnections
 from resilin.cluster.sum64 import sum64
@@ -41,19 +39,21 @@ from resilin.nouns import Optimizer
 from resilin.parallel import activity
 from resilin.parallel.assemble import Assembled
 from resilin.parallel.blueprint import Blueprint
+from resilin.parallel.handing import Handing
 from resilin.parallel.pipeline.pace import Pace
 from resilin.parallel.state import StateLayout
 from resilin.parallel.stretches import Kept
+from resilin.parallel.workers import Workers
+from resilin.run.elastic_ahead import WEIGHTS, ReadingAhead
 from resilin.run.elastic_dealing import Dealing
+from resilin.run.elastic_moves import moved_between
 from resilin.run.run import Run
 from resilin.transforms import OptimizerTransform
 
-WEIGHTS = "weights"
 _REST = ("source", "objective", "run")
 
 
 _CHANGED = (HaltedError, LinksCutError, StoppedError, PeerError, CopyError)
-_PATIENCE = 5.0  # seconds within which all have copied the states of a version
 _PAUSE = 1000  # more than anything else that workers agree on
 
 
@@ -145,11 +145,15 @@ class Elastic:
         self._staged: tuple[int, int] | None = None
         self._fresh = True
         self._kept: Kept | None = None
-        self._ahead: Ahead | None = None
+        self._handed = -1  # the step in which gradients of blocks were given to other stages
+        self._ahead = ReadingAhead(
+            self.pool, lambda view: self._blueprint(view), self._connect, lambda: self._agent.awaited
+        )
         self.load: Callable[[Run], object] = lambda run: None
         """Fills a run that begins: from a checkpoint, where there is one."""
         agent.on_halt(self._sever)
         agent.on_probe(self._at)
+        agent.on_prepare(self._ahead.beside)
 
     # -- the beginning ------------------------------------------------------------------------------------------
 
@@ -176,7 +180,7 @@ class Elastic:
             store: makes the folder of checkpoints of a view's workers.
         """
         self._placing, self._store = placing, store
-        change = self._agent.warm(placing.costs, self._prepare)
+        change = self._agent.warm(placing.costs, self._ahead.newcomer)
         while True:
             try:
                 self._take_place(change)
@@ -269,36 +273,12 @@ class Elastic:
 
     # -- changes ------------------------------------------------------------------------------------------------
 
-    def _prepare(self, told: Prepare) -> None:
-        """Read what this newcomer is going to need, while the others compute the step before which they stood."""
-        activity.doing("reading its states from copies, before it has a place")
-        began, members = time.monotonic(), told.before.members
-        part = told.view.team_of(self.number).index(self.number)
-        before, after = (
-            ViewBlueprint(self._placing.whole, view, self._placing.holders(view)).owners(part)
-            for view in (told.before, told.view)
-        )
-        mine = after[told.view.stage_of(self.number)]
-        with ExitStack() as stack:
-            connect = cache(lambda member: stack.enter_context(closing(self._connect(member))))
-            # Not every member has a copy of this version yet.
-            while time.monotonic() - began < _PATIENCE and not self._agent.awaited:
-                try:
-                    restorer = Restorer(
-                        self.pool, told.before.epoch, told.version, dict(zip(members, members, strict=True)), connect
-                    )
-                    self._ahead = read_ahead(before, mine, self.number, WEIGHTS, restorer)
-                except CopyError:
-                    time.sleep(0.01)
-                except PeerError:
-                    return  # it is lost, and this place with it
-                else:
-                    return
-
     def _come_out(self) -> None:
-        """Before gradients are exchanged: newcomers take part in the exchange, if there are any."""
+        """Before gradients are exchanged: that is done in the next view, if there is to be one."""
         if self._agent.stopping:
-            raise HaltedError("a change was announced")
+            self._ahead.wait(self._agent.check)
+        if (kept := self.made.engine.kept) is not None:
+            self._agent.computed(kept.step)
 
     def recover(self, run: Run, error: Exception) -> bool:
         """Go on after something failed since the view changed, or will; False: it is this worker's own failure."""
@@ -336,12 +316,15 @@ class Elastic:
         self._sever(str(error))
         if run is not None:
             run.saving.leave()  # others may want to save where this one does, and it may be given no place
-        kept = self._kept = self.made.engine.kept if run is not None else None
+        kept = self.made.engine.kept if run is not None else None
+        if kept is not None and kept.step == self._handed:
+            kept = None  # some of it is at other stages
+        self._kept = kept
         step = None if run is None else run.step if kept is None else kept.step
         version = None if self._fresh else -1 if self._weights.version is None else self._weights.version
         micros = kept.micros if kept is not None else ()
         with activity.waiting((-1,), "waiting for its place in the next view"):
-            return self._agent.halted(error, version, step, self.pool.versions(), micros, self._prepare)
+            return self._agent.halted(error, version, step, self.pool.versions(), micros, self._ahead.newcomer)
 
     def _take_place(self, change: Adopt) -> None:
         """Groups, engine and optimizer of a view."""
@@ -359,7 +342,7 @@ class Elastic:
         dealing, stage = Dealing(change), self.world.stage
         if (part := self.world.coordinate("tp")) != self._weights.part:  # before anything fails that comes now
             self._weights.part, self._weights.names = part, frozenset()
-        self.blueprint = ViewBlueprint(self._placing.whole, view, self._placing.holders(view))
+        self.blueprint = self._blueprint(view)
         begins = change.before is None
         placed = self._placing.build(self.world, self.blueprint.stages[stage], dealing, begins=begins)
         names = frozenset(self.blueprint.names(stage))
@@ -372,6 +355,10 @@ class Elastic:
         mine = tuple(change.kept.get(self.number, ()))
         same = kept is not None and kept.step == change.version and set(mine) <= set(kept.micros)
         engine.kept = kept.only(mine) if same and kept is not None and mine else None
+        if change.handed:
+            engine.handing = self._handing(change, engine)
+        if engine.kept is not None:
+            engine.kept = engine.kept.of(engine.collected)
         engine.dealt = dealing.of_step
         place = self.world.coordinate("dp")
         engine.evaluates = lambda batches: dealing.evaluated(batches)[stage][place]
@@ -379,6 +366,18 @@ class Elastic:
         engine.ready = lambda: self.snapshots.wait(self._staged[1] if self._staged is not None else 0)
         self.made, self.optimizer, self.change = made, _Marking(made.optimizer, self._weights), change
         self.layout = StateLayout(self.blueprint, self.world.everyone)
+
+    def _blueprint(self, view: View) -> ViewBlueprint:
+        return ViewBlueprint(self._placing.whole, view, self._placing.holders(view))
+
+    def _handing(self, change: Adopt, engine: Workers) -> Handing:
+        """Blocks have moved after all of a step was computed: their gradients follow, and nothing is computed again."""
+        assert change.before is not None
+        self._handed, rank, kept = change.version, self.world.rank, engine.kept
+        moved = moved_between(self._blueprint(change.before), self.blueprint, change.kept)
+        mine = {one.name: kept.sums(one.name) for one in moved if rank in one.givers and kept is not None}
+        like = next(iter(engine.trained.values())).parameter.detach()
+        return Handing(change.version, self.world.everyone, moved, mine, like)
 
     def _settle(self, run: Run, change: Adopt) -> None:
         """Give the run its part in the view, and this worker's states; returns once all workers have theirs."""
@@ -397,7 +396,7 @@ class Elastic:
             if (before := change.before) is None:
                 self.load(run)
             else:
-                ahead, self._ahead = self._ahead, None
+                ahead = self._ahead.take()
                 restorer = Restorer(self.pool, before.epoch, change.version, change.where, connect, ahead)
                 self._fill(run, change, restorer)
                 if ahead is not None:
@@ -424,9 +423,8 @@ class Elastic:
         assert change.before is not None
         activity.doing("reading its states from copies")
         self._parts.begin("plan")
-        holders = self._placing.holders(change.before)
         part = self.world.coordinate("tp")
-        before = ViewBlueprint(self._placing.whole, change.before, holders).owners(part)
+        before = self._blueprint(change.before).owners(part)
         after = self.blueprint.owners(part)[self.world.stage]
         if self._weights.version != change.version:
             self._weights.version, self._weights.names = None, frozenset()
@@ -446,7 +444,7 @@ class Elastic:
         needs += [Need("", name, t, [Piece(shared.owner, 0, 0, t.numel())]) for name, t in shared.tensors.items()]
         self._parts.begin("")
         restorer.fill(needs)
-        self._parts.read(restorer.reads, change.view.members)
+        self._parts.read(restorer.reads, change.view.members, self.number)
         self._parts.begin("load")
         self.optimizer.load_state_dict(state)
         run.engine.loaded()

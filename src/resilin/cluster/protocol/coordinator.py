@@ -19,14 +19,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from resilin.cluster.changes import NobodyLeftError, changed, first_view
+from resilin.cluster.changes import NobodyLeftError, changed, first_view, gaining
 from resilin.cluster.protocol.dividing import Dividing
 from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
-from resilin.cluster.protocol.kept import kept_by
+from resilin.cluster.protocol.kept import all_is_kept, kept_by
 from resilin.cluster.protocol.messages import (
     Adopt,
     Beat,
     Committed,
+    Computed,
     Done,
     End,
     Failed,
@@ -49,6 +50,7 @@ from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.view import View
 from resilin.parallel.pipeline.errors import ScheduleError
 
+_TRIES = 3  # to move blocks in the middle of a step, before they move between two
 _PUNCTUAL = 0.25  # of `Rules.silence`: a clock that is later than that did not run
 
 Phase = Literal["gathering", "running", "pausing", "halting", "adopting", "ended"]
@@ -67,6 +69,7 @@ class _Member:
     done: Done | None = None
     failed: Failed | None = None
     committed: Committed | None = None  # of the present view
+    computed: Computed | None = None
 
 
 @dataclass
@@ -107,6 +110,8 @@ class Coordinator:
         self._probing = Probing(rules.silence)
         self._ticked: float | None = None
         self._computed = False  # and whether all come out before they exchange a step's gradients
+        self._moves = False  # whether blocks are to move then
+        self._unlike = 0  # how often in a row they could not, as not all micro-batches were there
         self._epoch = -1
         self._aborted = 0
         self._failures: dict[int, list[Failed]] = {}
@@ -206,6 +211,10 @@ class Coordinator:
         elif isinstance(message, Committed):
             member.committed = message
             self._took(message, now)
+        elif isinstance(message, Computed):
+            member.computed = message
+            if self.phase == "pausing" and self._computed and self._all_computed():
+                self._halt("", now)
         elif isinstance(message, Probed):
             if self._probing.answered(number, message):
                 self._judge(now)
@@ -238,6 +247,12 @@ class Coordinator:
             self._part()
             self.dividing.measure(self.view, {number: one.committed for number, one in self.members.items()})
             self._consider(now, begins=begins)
+
+    def _all_computed(self) -> bool:
+        """Whether all have computed the step: who came out earlier would end the passes of others."""
+        assert self.view is not None
+        now = Computed(self.view.epoch, self.version)
+        return all(self.members[number].computed == now for number in self.view.members if number in self.members)
 
     @property
     def _moving(self) -> bool:
@@ -301,20 +316,26 @@ class Coordinator:
             leaving = [n for n in self.view.members if n in self.members and self.members[n].leaving]
             better = self.dividing.better(self.view) if self._moving and not news and not leaving else None
             if news or leaving or better is not None:
-                to_be = self._joined(self.view, news) if news and not leaving else None
+                to_be = None
+                if news and not leaving:
+                    to_be = self._joined(self.view, news)
+                elif better is not None and not leaving:
+                    to_be = self._moved(self.view, better.view)
                 if to_be is not None and not begins:
-                    return  # they read their states while the others compute the next step
+                    return  # who gets something reads it while a step is computed
                 self.phase, self._wished, self._computed = "pausing", True, to_be is not None
+                self._moves = to_be is not None and not news
                 said = [f"member {number} is ready to join" for number in news]
                 said += [f"member {number} leaves" for number in leaving]
                 said += [better.why] if better is not None else []
                 self._times = _Times(now, now, said)
+                readers = news or (gaining(self.view, to_be) if to_be is not None else [])
                 if to_be is not None:
-                    self._out += [Tell(number, Prepare(to_be, self.view, self.version)) for number in news]
+                    self._out += [Tell(number, Prepare(to_be, self.view, self.version)) for number in readers]
                 for number in self.view.members:
                     self._out.append(Tell(number, Pause(self.view.epoch, "; ".join(said), self._computed)))
                 if to_be is not None:
-                    self._note("preparing", members=news, step=self.version)
+                    self._note("preparing", members=readers, step=self.version)
 
     def _joined(self, view: View, news: Sequence[int]) -> View | None:
         """The view with newcomers, if they can be taken in the middle of a step: what was computed of it stays."""
@@ -323,10 +344,17 @@ class Coordinator:
         joined = replace(changed(view, (), {n: self.members[n].host for n in news}), epoch=self._epoch + 1)
         return joined if self.dividing.stays(joined) else None
 
+    def _moved(self, view: View, better: View) -> View | None:
+        """The view with other blocks, if they can move in the middle of a step: everyone stays in its stage."""
+        stay = all(old.members == new.members for old, new in zip(view.stages, better.stages, strict=True))
+        able = stay and self.rules.keeps and self._unlike < _TRIES
+        return replace(better, epoch=self._epoch + 1) if able else None
+
     def _halt(self, why: str, now: float) -> None:
         """Everyone comes out."""
         if self.phase not in ("halting", "pausing"):
             self._times, self._wished, self._computed, self._explained = _Times(now, now), False, False, False
+            self._moves = False
         self._times.why += [why] if why else []
         self.phase = "halting"
         for number in self._in():
@@ -406,9 +434,16 @@ class Coordinator:
         except NobodyLeftError as error:
             self._end(False, str(error))
             return
-        moves = self._wished and not self._computed
-        view = self.dividing.next(view, may_move=moves, others=bool(gone or come))
-        self._offer(Adopt(view, before, version, where, kept_by(self.view, view, self._halted(), version)), now)
+        others = set(view.members) != set(self.view.members)
+        kept = kept_by(self.view, view, self._halted(), version)
+        ready = self._moves and not others and all_is_kept(view, kept, self.rules.micros)
+        view = self.dividing.next(view, may_move=self._wished and (not self._computed or ready), others=others)
+        handed = ready and view.layers != self.view.layers
+        if self._moves:
+            self._unlike = 0 if handed else self._unlike + 1
+        if not handed:
+            kept = kept_by(self.view, view, self._halted(), version)
+        self._offer(Adopt(view, before, version, where, kept, handed), now)
 
     def _at_the_start(self, numbers: Iterable[int]) -> bool:
         """Whether everybody still has what the run began with: then no copies are needed.

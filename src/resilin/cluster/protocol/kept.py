@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from resilin.cluster.protocol.messages import Halted
 from resilin.cluster.view import View
@@ -31,6 +31,11 @@ def kept_by(before: View, view: View, halted: Mapping[int, Halted], version: int
     found = [mine for each in in_all(alike) for mine in each]
     members = [number for each in view.alike for number in each]
     return {number: tuple(mine) for number, mine in zip(members, found, strict=True) if mine}
+
+
+def all_is_kept(view: View, kept: Mapping[int, Sequence[int]], micros: int) -> bool:
+    """Whether every stage, and every part of one, has computed all micro-batches of a step."""
+    return all(sum(len(kept.get(number, ())) for number in alike) == micros for alike in view.alike)
 
 
 def _of(halted: Halted | None, version: int) -> tuple[int, ...]:

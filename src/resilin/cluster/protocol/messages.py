@@ -120,6 +120,20 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """All of its micro-batches of a step are computed, and it waits, or is in the exchange where others wait.
+
+    Attributes:
+        epoch: of the view.
+        step: which.
+    """
+
+    kind: ClassVar[str] = "computed"
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Probed:
     """It has looked whom it reaches.
 
@@ -241,6 +255,7 @@ class Adopt:
         version: of the copies that all go on from.
         where: by owner in `before` the member whose memory its copy is read from.
         kept: by member the micro-batches of the step after that version that need not be computed again.
+        handed: whether these are all, computed in `before`, and gradients of blocks that move are to be handed on.
     """
 
     kind: ClassVar[str] = "adopt"
@@ -249,6 +264,7 @@ class Adopt:
     version: int
     where: Mapping[int, int]
     kept: Mapping[int, tuple[int, ...]]
+    handed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,13 +336,13 @@ class End:
 
 
 Message = (
-    Hello | Warm | Beat | Halted | Ready | Committed | Probed | Leaving | Done | Failed | Told
+    Hello | Warm | Beat | Halted | Ready | Committed | Computed | Probed | Leaving | Done | Failed | Told
     | Halt | Pause | Prepare | Adopt | Go | Probe | Isolate | Signal | End
 )  # fmt: skip
 _KINDS: dict[str, Any] = {
     cls.kind: cls
     for cls in (
-        Hello, Warm, Beat, Halted, Ready, Committed, Probed, Leaving, Done, Failed, Told,
+        Hello, Warm, Beat, Halted, Ready, Committed, Computed, Probed, Leaving, Done, Failed, Told,
         Halt, Pause, Prepare, Adopt, Go, Probe, Isolate, Signal, End,
     )
 }  # fmt: skip
@@ -342,6 +358,7 @@ def to_json(message: Message) -> dict[str, Any]:
             "version": message.version,
             "where": {str(owner): member for owner, member in message.where.items()},
             "kept": {str(member): list(micros) for member, micros in message.kept.items()},
+            "handed": message.handed,
         }
     if isinstance(message, Prepare):
         views = {"view": message.view.json(), "before": message.before.json()}
@@ -370,6 +387,7 @@ def of_json(told: Mapping[str, Any]) -> Message:
                 int(values["version"]),
                 {int(owner): int(member) for owner, member in values["where"].items()},
                 {int(member): tuple(map(int, micros)) for member, micros in values["kept"].items()},
+                bool(values["handed"]),
             )
         if kind is Prepare:
             return Prepare(View.of_json(values["view"]), View.of_json(values["before"]), int(values["version"]))
