@@ -245,7 +245,7 @@ class StagePlacing:
             speaks=world.coordinate("tp") == 0,
             device=self._device,
             autocast=self._precision.autocast,
-            tied=decoder_in(module).embed.weight if ends is not None and ends.in_order else None,
+            tied=module.get_parameter(self._tied_name) if ends is not None and ends.in_order else None,
         )
         facts = facts_of([local])
         if ends is not None:  # of copies, that of the first stage counts
