@@ -11,9 +11,9 @@ import torch
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.read import load_checkpoint
-from resilin.checkpoint.tree import Deferred
 from resilin.checkpoint.write import write_checkpoint
 from resilin.layout import Layout, Region, rank
+from resilin.nouns import Deferred
 
 
 def deferred(tensor: torch.Tensor, log: list[str], name: str) -> Deferred:
