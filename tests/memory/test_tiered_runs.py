@@ -23,6 +23,7 @@ from resilin.run.build import build_run
 from resilin.run.divided import check_division
 from resilin.run.elastic_place import check_elastic
 from resilin.run.export import export_model
+from resilin.run.folder import changed_settings
 from resilin.run.open_model import open_model
 from resilin.run.settings import RunSettings
 from resilin.run.start import start_run
@@ -90,14 +91,14 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
+RULES = [{"match": "blocks.2.*experts.down", "lr_scale": 0.3, "weight_decay": 0.0}]
 VARIANTS = {
-    "adamw": {},
-    "clipped": {"train": {"clip_norm": 0.05}},
-    "momentum": {"optimizer": {"use": "resilin.optim.sgd:SGD", "lr": 0.1, "weight_decay": 0.01}},
-    "rules": {"optimizer": {"rules": [{"match": "blocks.2.*experts.down", "lr_scale": 0.3, "weight_decay": 0.0}]}},
-    "recompute": {"model": {**MODEL, "recompute": "block"}},
-    "bf16": {"precision": {"compute": "bf16"}},
-    "two choices": {"model": {**MODEL, "moe": {**MODEL["moe"], "experts_per_token": 2}}},
+    "clipped, rules": {"train": {"clip_norm": 0.05}, "optimizer": {"rules": RULES}},
+    "momentum, bf16, recompute": {
+        "optimizer": {"use": "resilin.optim.sgd:SGD", "lr": 0.1, "weight_decay": 0.01},
+        "precision": {"compute": "bf16"},
+        "model": {**MODEL, "recompute": "block", "moe": {**MODEL["moe"], "experts_per_token": 2}},
+    },
 }
 
 
@@ -105,32 +106,24 @@ VARIANTS = {
 def test_training_is_that_of_the_run_in_memory_to_the_bit(tmp_path, text, variant):
     changes = VARIANTS[variant]
     want = train(settings_of(text, **changes), tmp_path / "memory")
-    for name, memory in {"small": SMALL, "everywhere": EVERYWHERE}.items():
-        found = train(settings_of(text, memory=memory, **changes), tmp_path / name)
-        assert unlike(found, want) == []
-    told = events(tmp_path / "small", "step")
-    for mine, theirs in zip(told, events(tmp_path / "memory", "step"), strict=True):
+    assert unlike(train(settings_of(text, memory=SMALL, **changes), tmp_path / "tiers"), want) == []
+    told = [events(tmp_path / name, "step") for name in ("tiers", "memory")]
+    for mine, theirs in zip(*told, strict=True):
         assert (mine["loss"], mine["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
-    assert told[-1]["logs"]["experts/active"] < 1, "the test needs experts that no token visits"
-    evaluations = [[event["metrics"] for event in events(tmp_path / name, "eval")] for name in ("small", "memory")]
+    assert told[0][-1]["logs"]["experts/active"] < 1, "the test needs experts that no token visits"
+    evaluations = [[event["metrics"] for event in events(tmp_path / name, "eval")] for name in ("tiers", "memory")]
     assert evaluations[0] == evaluations[1]
 
 
 def test_a_run_goes_on_with_and_without_tiers_from_either(tmp_path, text):
     constant = {"optimizer": {"lr": 3e-3, "schedule": {"use": "resilin.optim.schedule:Constant"}}}
-    want = train(settings_of(text, steps=8, **constant), tmp_path / "straight")
-    for number, memory in enumerate(({}, SMALL, {}, EVERYWHERE), start=1):
-        settings = settings_of(text, steps=2 * number, memory=memory, **constant)
-        start_run(settings, tmp_path / "changing", resume=number > 1, accept_changes=True)  # of train.steps only
-    for step in (2, 4, 6):
+    every = {**constant, "checkpoint": {"every": 1, "keep_last": 50}, "evaluation": {"every": 0}}
+    train(settings_of(text, steps=3, **every), tmp_path / "straight")
+    for step, memory in enumerate((SMALL, {}, EVERYWHERE), start=1):
+        settings = settings_of(text, steps=step, memory=memory, **every)
+        start_run(settings, tmp_path / "changing", resume=step > 1, accept_changes=True)  # of train.steps only
         assert unlike(states(tmp_path / "changing", step), states(tmp_path / "straight", step)) == []
-    assert unlike(states(tmp_path / "changing", 8), want) == []
-
-
-def test_where_experts_live_may_change_when_a_run_goes_on(tmp_path, text):
-    before = train(settings_of(text, memory=SMALL), tmp_path)
-    after = train(settings_of(text, memory=EVERYWHERE), tmp_path, resume=True)  # accepts no changes of what is learned
-    assert unlike(after, before) == []
+    assert changed_settings(settings, settings_of(text, steps=3, **every)) == []  # where experts live is none
 
 
 def test_files_of_experts_go_with_the_run_and_those_of_a_dead_one_with_the_next(tmp_path, text):
@@ -220,7 +213,6 @@ WRONG = {
         {},
         "4 of 24 x 32, trained; 12 of 24 x 32",
     ),
-    "alone": ({"optimizer": {"use": "resilin.multigrid.rate:MultigridRate"}}, {}, r"among tiers of memory: it has no"),
 }
 
 

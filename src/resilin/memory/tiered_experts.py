@@ -1,109 +1,34 @@
 """Experts whose states are on disk, in host memory and on the device, each where it is needed when it is needed.
 
-Shapes: A experts that are used, D hidden size, F expert size, P parameters of one expert.
+Shapes: E experts, A of them that are used, D hidden size, F expert size, P parameters of one expert.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from resilin.config import UserError
 from resilin.memory.cache_policy import CachePolicy, Key
-from resilin.memory.expert_state import ExpertShape, ExpertState, Record
+from resilin.memory.expert_layer import ExpertLayer, StackRows, Unit, common_shape
+from resilin.memory.expert_loans import ExpertLoans
+from resilin.memory.expert_state import Record
 from resilin.memory.expert_store import ExpertStore, Geometry
 from resilin.memory.expert_updates import ExpertUpdates, outline_of
 from resilin.memory.host_cache import HostCache
 from resilin.memory.settings import ExpertTiers
+from resilin.memory.tier_report import TierReport
 from resilin.models.moe import Experts, Matrices
 from resilin.nouns import Deferred
 from resilin.optim.clip import global_norm
-from resilin.optim.rows import give_rows
+from resilin.optim.rows import give_rows, gradients_of
 from resilin.optim.settings import OptimizerSettings
-
-
-@dataclass(frozen=True, slots=True)
-class TierReport:
-    """Attributes:
-    disk_bytes: of the store's files.
-    host_bytes: the most that buffers of states took.
-    gradient_bytes: the most that experts' gradients took in host memory.
-    device_bytes: the most that experts' matrices and their gradients took on the device.
-    hit_rate: of requests for states.
-    stall_s: seconds that computation waited for the disk.
-    read_bytes: from disk.
-    written_bytes: to disk.
-    active: mean share of experts that a step used.
-    """
-
-    disk_bytes: int
-    host_bytes: int
-    gradient_bytes: int
-    device_bytes: int
-    hit_rate: float
-    stall_s: float
-    read_bytes: int
-    written_bytes: int
-    active: float
-
-    def as_logs(self) -> dict[str, float]:
-        """All by name, but for seconds."""
-        return {name: getattr(self, name) for name in self.__slots__ if name != "stall_s"}
-
-
-class _Unit:
-    """Has the gradient of one expert, (P,) in host memory, where a parameter would have its own."""
-
-    __slots__ = ("grad",)
-
-    def __init__(self) -> None:
-        self.grad: Tensor | None = None
-
-
-@dataclass
-class _Layer:
-    """Attributes:
-    prefix: of its stacks' names in the model.
-    module: of the model.
-    updates: its experts'; None: they are frozen.
-    units: one for each expert.
-    missed: numbers of the updates of which some expert may have had no part yet.
-    before: how many updates there were before those.
-    expected: the experts that the last step used: what the next one is expected to.
-    used: those that this step uses.
-    trained: whether this step computed gradients here.
-    """
-
-    prefix: str
-    module: Experts
-    updates: ExpertUpdates | None
-    units: list[_Unit]
-    missed: list[int] = field(default_factory=list)
-    before: int = 0
-    expected: list[int] = field(default_factory=list)
-    used: dict[int, None] = field(default_factory=dict)
-    trained: bool = False
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The gradient of one stack, see `resilin.optim.rows`."""
-
-    holders: list[_Unit]
-    name: str
-    shape: ExpertShape
-
-    def rows(self) -> list[Tensor | None]:
-        """One for each expert."""
-        return [None if unit.grad is None else self.shape.matrix(self.name, unit.grad) for unit in self.holders]
 
 
 class TieredExperts:
@@ -159,16 +84,17 @@ class TieredExperts:
         scratch: bool = False,
     ) -> None:
         modules = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-        self.shape, experts, trained = _common_shape(modules)
+        self.shape, experts, trained = common_shape(modules)
         self.device = device or next(iter(modules.values())).up.device
         self.settings, outline = settings, outline_of(model) if outline is None else outline
-        self._layers: list[_Layer] = []
+        self._layers: list[ExpertLayer] = []
         self._trained = trained
         for prefix, module in modules.items():
-            names = {short: f"{prefix}.{short}" if prefix else short for short in self.shape.names}
-            rule = ExpertUpdates(optimizer, outline, total_steps, names, self.shape) if trained else None
-            self._layers.append(_Layer(prefix, module, rule, [_Unit() for _ in range(experts)]))
-        self.names = [name for layer in self._layers for name in self._names(layer).values()]
+            layer = ExpertLayer(prefix, module, None, [Unit() for _ in range(experts)])
+            if trained:
+                layer.updates = ExpertUpdates(optimizer, outline, total_steps, layer.names(self.shape), self.shape)
+            self._layers.append(layer)
+        self.names = [name for layer in self._layers for name in layer.names(self.shape).values()]
         rule = self._layers[0].updates
         self.record = Record(self.shape, (), ()) if rule is None else rule.record
         geometry = Geometry(len(modules), experts, self.record.record_bytes, 1 if scratch else 2)
@@ -184,59 +110,31 @@ class TieredExperts:
         self.store = ExpertStore(folder, geometry, None if rate is None else rate * 1e6)
         self.cache = HostCache(self.store, policy, pin_memory=self.device.type == "cuda")
         self.steps = self.store.step
-        self._loans: OrderedDict[tuple[int, tuple[int, ...], torch.dtype], dict[str, Tensor]] = OrderedDict()
-        self._anchor = torch.zeros((), device=self.device, requires_grad=True)
+        most = settings.device_layers
+        self._loans = ExpertLoans(self.shape, self.device, most, self._bring, self._add_gradients)
         self._zeros_P = torch.zeros(self.record.parameters) if trained else torch.empty(0)
-        self._device_peak = self._gradient_peak = self._active = self._counted = 0
+        self._gradient_peak = self._active = self._counted = 0
         self._fill(values, keep=not self.store.fresh)
         for number, layer in enumerate(self._layers):
             self._take(number, layer)
 
     # -- forward and backward -----------------------------------------------------------------------------------
 
-    @contextmanager
-    def lend(self, layer: int, experts: list[int]) -> Iterator[Matrices]:
-        """The matrices of some experts of a layer, for its forward pass; the backward pass asks for them again.
+    def lend(self, layer: int, experts: list[int]) -> AbstractContextManager[Matrices]:
+        """The matrices of some experts of a layer, for its forward pass (`ExpertLoans.lend`).
 
-        They have the format that products are computed in: what a parameter would be cast to, they are on arrival.
         Where no token came, one expert is lent all the same, for the graph to go on.
         """
-        experts = experts or [0]
-        grad = torch.is_grad_enabled()
-        if grad:
-            self._layers[layer].used |= dict.fromkeys(experts)
-            self._layers[layer].trained = self._trained
-        kind = self.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        held = self._fetch(layer, experts, dtype)
-        self._read_ahead(layer + 1, expected=True)
-        matrices = list(held.values())
-        if grad and self._trained:
-            lent = _Lend.apply(self._anchor, self, layer, tuple(experts), *matrices)
-            matrices = list(lent)
-        places = {matrix.untyped_storage().data_ptr(): name for name, matrix in zip(held, matrices, strict=True)}
+        experts, known = experts or [0], self._layers[layer]
+        trained = self._trained and torch.is_grad_enabled()
+        if torch.is_grad_enabled():
+            known.used |= dict.fromkeys(experts)
+            known.trained = trained
+        come = partial(self._read_ahead, layer + 1, expected=True)
+        again = partial(self._read_ahead, layer - 1, expected=False)
+        return self._loans.lend(layer, experts, trained=trained, come=come, again=again)
 
-        def pack(tensor: Tensor) -> Any:
-            name = places.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
-            if name is None:
-                return tensor
-            return name, tensor.shape, tensor.stride(), tensor.storage_offset()
-
-        def unpack(packed: Any) -> Tensor:
-            if isinstance(packed, Tensor):
-                return packed
-            name, shape, stride, offset = packed
-            again = self._fetch(layer, experts, dtype)[name]
-            self._read_ahead(layer - 1, expected=False)
-            return again.as_strided(shape, stride, offset)
-
-        by_name = dict(zip(self.shape.names, matrices, strict=True))
-        with saved_tensors_hooks(pack, unpack):
-            yield by_name.get("gate"), by_name["up"], by_name["down"]
-
-    def add_gradients(self, layer: int, experts: tuple[int, ...], grads: tuple[Tensor | None, ...]) -> None:
-        """Add what a backward pass found for some experts' matrices, each (A, ...)."""
-        self._measure(sum(grad.nbytes for grad in grads if grad is not None))
+    def _add_gradients(self, layer: int, experts: tuple[int, ...], grads: tuple[Tensor | None, ...]) -> None:
         units = self._layers[layer].units
         for row, expert in enumerate(experts):
             unit = units[expert]
@@ -270,8 +168,8 @@ class TieredExperts:
 
         On several ranks that hold different experts, the sum over them is one number each.
         """
-        stacks = [_Rows(layer.units, name, self.shape).rows() for layer in self._layers for name in self.shape.names]
-        return float(global_norm([rows for rows in stacks if any(row is not None for row in rows)])) ** 2
+        stacks = [getattr(layer.module, short) for layer in self._layers for short in self.shape.names]
+        return float(global_norm(gradients_of(stacks))) ** 2
 
     def scale(self, factor: float) -> None:
         """Multiply all gradients: by one over the number of units, or to clip them."""
@@ -300,7 +198,8 @@ class TieredExperts:
                 self.cache.read_ahead(keys[place : place + 8])
             layer = self._layers[key[0]]
             with self.cache.state(key, change=True) as record:
-                state, _ = self._make_up(layer, record)
+                state = self.record.of(record)
+                layer.make_up(state, self._zeros_P)
                 assert layer.updates is not None
                 layer.updates.apply(state, gradients[key], (step,))
         for layer in self._layers:
@@ -320,7 +219,7 @@ class TieredExperts:
             if layer.missed:
                 for expert in range(self.store.geometry.experts):
                     with self.cache.aside((number, expert), change=True) as record:
-                        self._make_up(layer, record)
+                        layer.make_up(self.record.of(record), self._zeros_P)
                 layer.before += len(layer.missed)
                 layer.missed.clear()
         self.cache.flush()
@@ -331,11 +230,6 @@ class TieredExperts:
         self.cache.write_back(self.steps)
 
     # -- what is inside -----------------------------------------------------------------------------------------
-
-    def weights(self) -> dict[str, Deferred]:
-        """The stacks by name, (E, ...), read when they are asked for and before the next step."""
-        self.settle()
-        return {name: self._stack(number, short) for number, short, name in self._stacks()}
 
     def moments(self) -> dict[str, dict[str, Tensor | Deferred]]:
         """What the optimizer keeps of them, as it would itself: by name and kind, likewise; none where frozen."""
@@ -353,6 +247,7 @@ class TieredExperts:
     @torch.no_grad()
     def load_weights(self, layer: int, stacks: Mapping[str, Tensor]) -> None:
         """Take the matrices of a layer's experts, by `ExpertShape.names`, (E, ...) each."""
+        self.settle()  # what an expert has missed moves the weights it had
         self._loans.clear()
         for expert in range(self.store.geometry.experts):
             with self.cache.aside((layer, expert), change=True) as record:
@@ -373,7 +268,7 @@ class TieredExperts:
                 with self.cache.aside((number, expert), change=True) as record:
                     state = self.record.of(record)
                     state.updates.zero_()
-                    for short, name in self._names(layer).items():
+                    for short, name in layer.names(self.shape).items():
                         for kind, moment in state.moments(self.shape, short).items():
                             moment.copy_(saved[name][kind][expert] if kind in self.record.wide else saved[name][kind])
 
@@ -419,7 +314,7 @@ class TieredExperts:
             disk_bytes=geometry.disk_bytes,
             host_bytes=self.cache.bytes,
             gradient_bytes=self._gradient_peak,
-            device_bytes=self._device_peak,
+            device_bytes=self._loans.peak,
             hit_rate=counts.hit_rate,
             stall_s=counts.stall_s,
             read_bytes=self.store.read_bytes,
@@ -434,13 +329,10 @@ class TieredExperts:
 
     # -- within -------------------------------------------------------------------------------------------------
 
-    def _names(self, layer: _Layer) -> dict[str, str]:
-        return {short: f"{layer.prefix}.{short}" if layer.prefix else short for short in self.shape.names}
-
     def _stacks(self) -> Iterator[tuple[int, str, str]]:
         """Layer, short name and name in the model of every stack."""
         for number, layer in enumerate(self._layers):
-            yield from ((number, short, name) for short, name in self._names(layer).items())
+            yield from ((number, short, name) for short, name in layer.names(self.shape).items())
 
     def _stack(self, layer: int, name: str, kind: str | None = None) -> Deferred:
         """One stack, of weights or of a moment, as the store has it when it is read."""
@@ -463,7 +355,7 @@ class TieredExperts:
         weights_P = self.record.of(record).weights_P
         for number, layer in enumerate(self._layers):
             stacks: dict[str, Tensor] = {}
-            for short, name in self._names(layer).items():
+            for short, name in layer.names(self.shape).items():
                 mine: nn.Parameter = getattr(layer.module, short)
                 stacks[short] = mine.detach() if values is None else values(name, mine.shape)
             for expert in range(self.store.geometry.experts):
@@ -473,14 +365,14 @@ class TieredExperts:
         if self.store.geometry.slots > 1:
             self.store.commit(0)
 
-    def _take(self, number: int, layer: _Layer) -> None:
+    def _take(self, number: int, layer: ExpertLayer) -> None:
         """Leave names and shapes of a layer's stacks, and lend it what it needs."""
         for short in self.shape.names:
             before: nn.Parameter = getattr(layer.module, short)
             outline = nn.Parameter(torch.empty_like(before, device="meta"), requires_grad=self._trained)
-            give_rows(outline, _Rows(layer.units if self._trained else [], short, self.shape))
+            give_rows(outline, StackRows(layer.units if self._trained else [], short, self.shape))
             setattr(layer.module, short, outline)
-        layer.module.lend = _Lender(self, number)
+        layer.module.lend = partial(self.lend, number)
 
         def saved(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
             self.settle()
@@ -498,44 +390,14 @@ class TieredExperts:
         layer.module.register_state_dict_post_hook(saved)
         layer.module.register_load_state_dict_pre_hook(loaded)
 
-    def _make_up(self, layer: _Layer, record: Tensor) -> tuple[ExpertState, bool]:
-        """The state in a record with the updates that it has missed, and whether there were any."""
-        state = self.record.of(record)
-        had = int(state.updates) - layer.before if layer.missed else 0
-        if had == len(layer.missed):
-            return state, False
-        assert layer.updates is not None
-        layer.updates.apply(state, self._zeros_P, layer.missed[had:])
-        return state, True
-
-    def _fetch(self, layer: int, experts: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The matrices of some experts on the device, (A, ...) each."""
-        key = layer, tuple(experts), dtype
-        known = self._loans.get(key)
-        if known is not None:
-            self._loans.move_to_end(key)
-            return known
-        while len(self._loans) >= max(self.settings.device_layers, 1):
-            self._loans.popitem(last=False)
-        made = {
-            name: torch.empty((len(experts), *self.shape.matrix_shape(name)), device=self.device, dtype=dtype)
-            for name in self.shape.names
-        }
-        known_layer = self._layers[layer]
-        for row, expert in enumerate(experts):
-            with self.cache.state((layer, expert)) as record:
-                state, late = self._make_up(known_layer, record)
-                if late:
-                    self.cache.changed((layer, expert))
-                for name, matrices in made.items():
-                    matrices[row].copy_(self.shape.matrix(name, state.weights_P))
-        self._loans[key] = made
-        self._measure(0)
-        return made
-
-    def _measure(self, more: int) -> None:
-        held = sum(matrix.nbytes for loan in self._loans.values() for matrix in loan.values())
-        self._device_peak = max(self._device_peak, held + more)
+    def _bring(self, layer: int, expert: int, matrices: dict[str, Tensor]) -> None:
+        """Put an expert's weights, as they are now, into its matrices on the device."""
+        with self.cache.state((layer, expert)) as record:
+            state = self.record.of(record)
+            if self._layers[layer].make_up(state, self._zeros_P):
+                self.cache.changed((layer, expert))
+            for name, matrix in matrices.items():
+                matrix.copy_(self.shape.matrix(name, state.weights_P))
 
     def _read_ahead(self, layer: int, *, expected: bool) -> None:
         """States of a layer that will be needed next: in the forward pass those that the last step used."""
@@ -545,54 +407,3 @@ class TieredExperts:
         self.cache.forget_ahead()
         experts = known.expected if expected else sorted(known.used)
         self.cache.read_ahead([(layer, expert) for expert in experts])
-
-
-def _common_shape(modules: Mapping[str, Experts]) -> tuple[ExpertShape, int, bool]:
-    """The shape of all experts, how many a layer has, and whether they are trained.
-
-    Raises:
-        UserError: there are none, or they are unlike.
-    """
-    found = {
-        (m.up.shape[2], m.up.shape[1], m.gate is not None, len(m.up), p.requires_grad)
-        for m in modules.values()
-        for p in m.parameters()
-    }
-    if not found:
-        raise UserError("memory.experts needs a model with experts: set model.moe, or leave [memory.experts] out")
-    if len(found) > 1:
-        sizes = "; ".join(
-            f"{count} of {wide} x {hidden}, {'trained' if trained else 'frozen'}"
-            for hidden, wide, _, count, trained in sorted(found)
-        )
-        raise UserError(
-            "memory.experts keeps experts of one shape in all layers, all trained or all frozen, and these are unlike: "
-            f"{sizes}. Give all layers the same, or leave [memory.experts] out"
-        )
-    ((hidden, wide, gated, count, trained),) = found
-    return ExpertShape(hidden, wide, gated), count, trained
-
-
-@dataclass(frozen=True)
-class _Lender:
-    """What `Experts.lend` calls."""
-
-    tiers: TieredExperts
-    layer: int
-
-    def __call__(self, experts: list[int]) -> Any:
-        return self.tiers.lend(self.layer, experts)
-
-
-class _Lend(torch.autograd.Function):
-    """Matrices that nobody but the graph's hooks keeps; their gradients go to host memory."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, tiers: TieredExperts, layer: int, experts: Any, *matrices: Tensor) -> Any:
-        ctx.tiers, ctx.layer, ctx.experts = tiers, layer, experts
-        return tuple(matrix.view_as(matrix) for matrix in matrices)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        ctx.tiers.add_gradients(ctx.layer, ctx.experts, grads)
-        return (None,) * (4 + len(grads))
