@@ -53,7 +53,7 @@ class RolloutSource(SourceTransform):
     draws; `scores`, `verified`, `stopped`, `lengths` and `prompts` (B,): score, the verifiers' sum, whether the answer
     ended, its tokens, the row its prompt has; `muted` (B,): whether its advantage is to be 0; and what the objective
     adds to `rollout` when a new one is there. Where there are such things also (B,): `liked`, the reward model's score;
-    `hinted`, the part of a thought that its prompt was given; `earlier`, its tokens that were drawn before this rollout.
+    `hinted`, the part of a thought that its prompt was given; `earlier`, its tokens drawn before this rollout.
 
     Attributes:
         settings: of the rollouts.
