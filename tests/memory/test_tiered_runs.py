@@ -227,7 +227,7 @@ def test_what_cannot_live_in_tiers_is_refused_before_anything_is_computed(text, 
     ("workers", "parallel", "message"),
     [
         (2, {}, r"set parallel\.expert = 2"),
-        (4, {"expert": 2, "replicate": 2}, r"set parallel\.expert = 4"),
+        (4, {"expert": 2}, r"set parallel\.expert = 4"),
         (4, {"expert": 2, "tensor": 2}, r"not with parallel\.tensor"),
         (4, {"expert": 2, "pipeline": 2}, r"not with parallel\.pipeline"),
         (4, {"expert": 4, "context": 2}, r"not with parallel\.context"),

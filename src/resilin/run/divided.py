@@ -270,22 +270,21 @@ def _check_memory(settings: RunSettings, world: World) -> None:
     if settings.memory.experts is None:
         return
     degrees = world.degrees
-    data = degrees.replicate * degrees.data
     others = [name for name in ("tensor", "pipeline", "context") if getattr(degrees, name) > 1]
     if others:
         raise ParallelError(
             f"[memory.experts] goes with parallel.data and parallel.expert, not with parallel.{others[0]}: set it to "
             "1, or leave [memory.experts] out"
         )
-    if degrees.expert != data:
-        raise ParallelError(
-            f"[memory.experts] keeps each expert at one worker, on its disk, and with data x replicate = {data} and "
-            f"expert = {degrees.expert} several would have the same: set parallel.expert = {data}"
-        )
     if settings.parallel.sharding != "zero1":
         raise ParallelError(
             f"[memory.experts] goes with parallel.sharding = 'zero1', not {settings.parallel.sharding!r}, which "
             "divides weights itself"
+        )
+    if degrees.expert != degrees.data:
+        raise ParallelError(
+            f"[memory.experts] keeps each expert at one worker, on its disk, and with data = {degrees.data} and expert = "
+            f"{degrees.expert} several would have the same: set parallel.expert = {degrees.data}"
         )
 
 
