@@ -283,8 +283,8 @@ def _check_memory(settings: RunSettings, world: World) -> None:
         )
     if degrees.expert != degrees.data:
         raise ParallelError(
-            f"[memory.experts] keeps each expert at one worker, on its disk, and with data = {degrees.data} and expert = "
-            f"{degrees.expert} several would have the same: set parallel.expert = {degrees.data}"
+            f"[memory.experts] keeps each expert at one worker, on its disk, and with data = {degrees.data} and "
+            f"expert = {degrees.expert} several would have the same: set parallel.expert = {degrees.data}"
         )
 
 
