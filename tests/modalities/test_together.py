@@ -122,6 +122,11 @@ def test_rows_of_all_kinds_in_their_shares_the_same_for_everyone(workplace: Path
     turns = [set(held_out.fetch(step, range(held_out.slots(step)))["modality"].flatten().tolist()) for step in range(3)]
     assert [PICTURE in kind for kind in turns] == [False, True, False]
     assert [SOUND in kind for kind in turns] == [False, False, True]
+    ramp = source_of(workplace, batch_changes=[[2, 18]])
+    assert [ramp.slots(step) for step in range(4)] == [9, 9, 18, 18]
+    plain, grown = (torch.cat([s.fetch(step, range(s.slots(step)))["tokens"] for step in range(n)])
+                    for s, n in ((source, 4), (ramp, 3)))  # fmt: skip
+    assert torch.equal(plain, grown)  # the same rows in the same order, more of them a step
     with pytest.raises(DataError, match=r"raise source\.sequence_length"):
         source_of(workplace, sequence_length=48 - 10)
 

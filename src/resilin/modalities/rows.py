@@ -20,7 +20,7 @@ from resilin.data.ordered import OrderedSource
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.data.tokenizer import Tokenizer
 from resilin.modalities.scale_tokens import ScaleTokenizer
-from resilin.modalities.sequence import IGNORED, TEXT, Document, Frames, Sound, Words, places_of, row_of
+from resilin.modalities.sequence import IGNORED, TEXT, Document, Frames, Segment, Sound, Words, places_of, row_of
 from resilin.modalities.sound_codec import SoundCodec
 from resilin.nouns import Batch, Source, State
 from resilin.transforms import SourceTransform
@@ -143,7 +143,7 @@ class PictureRows:
             first, last = (list(self.tokenizer.encode(text)) if text else [] for text in texts)
             self._words[label] = first, last
         first, last = self._words[label]
-        segments = [Words(first), Frames(self.frames, self.pictures.shape), Words(last)]
+        segments: list[Segment] = [Words(first), Frames(self.frames, self.pictures.shape), Words(last)]
         return [segment for segment in segments if segment.places]
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import wave
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,12 +41,12 @@ def read_wave(path: Path, rate: int) -> Tensor:
             raw = file.readframes(file.getnframes())
     except (wave.Error, OSError, EOFError) as error:
         raise DataError(f"{path}: is not a readable wave file of PCM samples: {error}") from None
-    kinds = {1: np.uint8, 2: np.dtype("<i2"), 4: np.dtype("<i4")}
+    kinds: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}
     if width not in kinds:
         raise DataError(f"{path}: has samples of {8 * width} bits; 8, 16 and 32 are read")
     raw = raw[: len(raw) // (width * channels) * width * channels]
     values = np.frombuffer(raw, kinds[width]).astype(np.float32)
-    values = (values - 128) / 128 if width == 1 else values / 2 ** (8 * width - 1)
+    values = (values - np.float32(128)) / np.float32(128) if width == 1 else values / np.float32(2 ** (8 * width - 1))
     sound_L = torch.from_numpy(values.reshape(-1, channels).mean(1))
     if own == rate or not len(sound_L):
         return sound_L

@@ -6,6 +6,7 @@ Every slot is a row of one kind; a row of pictures or sound may hold text beside
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from torch import Tensor
 from resilin.config import Settings, component
 from resilin.data.errors import DataError
 from resilin.data.mix import ChainSource, MixSource, whole_weights
+from resilin.data.order import BatchSizes
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.data.tokenizer import Tokenizer
 from resilin.modalities.rows import PictureRows, Room, SoundRows, TextRows
@@ -119,6 +121,9 @@ class Together(SourceSettings):
 
     sequence_length: Positive = 128
     """Positions of a row."""
+    batch_changes: tuple[tuple[int, int], ...] = ()
+    """(step, rows) from which on steps have another size than train.batch_size; those of single sources are not
+    read."""
     text: TextStream
     """Rows of text."""
     pictures: Pictures | None = None
@@ -132,6 +137,10 @@ class Together(SourceSettings):
         Raises:
             DataError: rows that do not fit, or data that cannot be used.
         """
+        if getattr(self.text.source, "batch_changes", ()):
+            raise DataError(
+                "source.text.source.batch_changes: the size of steps is that of all rows: set it in [source]"
+            )
         text: Any = self.text.source.build(context)
         tokenizer = getattr(text, "tokenizer", None)
         if tokenizer is None:
@@ -161,7 +170,8 @@ class Together(SourceSettings):
                 pictures.save(context.folder / PICTURE_FILE)
             if codec is not None:
                 codec.save(context.folder / SOUND_FILE)
-        return TogetherSource(sources, whole_weights(weights), context.batch_size, pictures, codec)
+        sizes = BatchSizes(context.batch_size, self.batch_changes)
+        return TogetherSource(sources, whole_weights(weights), sizes, pictures, codec)
 
     def _picture_tokenizer(self, context: SourceContext) -> ScaleTokenizer:
         assert self.pictures is not None
@@ -206,11 +216,14 @@ class TogetherSource(MixSource):
         self,
         sources: Sequence[Source],
         weights: Sequence[int],
-        batch_size: int,
+        sizes: BatchSizes,
         pictures: ScaleTokenizer | None,
         sound: SoundCodec | None,
     ) -> None:
-        super().__init__(sources, weights, batch_size)
+        super().__init__(sources, weights, sizes.first)
+        self.batch_sizes = sizes
+        facts = [self._digest, sizes.changes, pictures and pictures.shape, sound and (sound.levels, sound.codes)]
+        self._digest = hashlib.sha256(repr(facts).encode()).hexdigest()
         self.picture_tokenizer, self.sound_codec = pictures, sound
 
 
