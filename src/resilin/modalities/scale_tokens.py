@@ -105,8 +105,8 @@ class ScaleTokenizer:
         """(P, C, H, W): the pictures of such components."""
         patches_PEN = self.basis_Ed.to(made_Pdhw) @ made_Pdhw.flatten(2) + self.mean_E.to(made_Pdhw)[:, None]
         (h, w), p = self.shape.finest, self.patch
-        patches_PCpphw = patches_PEN.view(-1, self.channels, p, p, h, w)
-        return patches_PCpphw.permute(0, 1, 4, 2, 5, 3).reshape(-1, self.channels, h * p, w * p)
+        patches_PCpphw = patches_PEN.view(len(made_Pdhw), self.channels, p, p, h, w)
+        return patches_PCpphw.permute(0, 1, 4, 2, 5, 3).reshape(len(made_Pdhw), self.channels, h * p, w * p)
 
     # -- scales -------------------------------------------------------------------------------------------------
 
@@ -223,8 +223,9 @@ class ScaleTokenizer:
 def _patches(pixels_PCHW: Tensor, patch: int) -> Tensor:
     """(P, C * patch * patch, h * w): the pixels of each patch."""
     P, C, H, W = pixels_PCHW.shape
-    cut_PChpwp = pixels_PCHW.reshape(P, C, H // patch, patch, W // patch, patch)
-    return cut_PChpwp.permute(0, 1, 3, 5, 2, 4).reshape(P, C * patch * patch, -1)
+    h, w = H // patch, W // patch
+    cut_PChpwp = pixels_PCHW.reshape(P, C, h, patch, w, patch)
+    return cut_PChpwp.permute(0, 1, 3, 5, 2, 4).reshape(P, C * patch * patch, h * w)
 
 
 def _coarse(x_Pdhw: Tensor, grid: tuple[int, int]) -> Tensor:
