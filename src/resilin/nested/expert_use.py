@@ -32,7 +32,8 @@ def normalised_entropy(counts_LE: Tensor) -> Tensor:
     experts = counts_LE.shape[-1]
     if experts == 1:
         return torch.ones(share_LE.shape[:-1], dtype=torch.float64)
-    return torch.special.entr(share_LE).sum(-1) / math.log(experts)
+    entropy: Tensor = torch.special.entr(share_LE).sum(-1)
+    return entropy / math.log(experts)
 
 
 def most_used(counts_E: Tensor, count: int) -> tuple[int, ...]:
