@@ -50,7 +50,8 @@ def expert_loads(model: nn.Module, batches: Iterable[Batch], wanted: Budget | No
             output = decoder(tokens_BT, batch.get("positions"), documents_BT)
             for place, logits_BTE in enumerate(output.router_logits):
                 part = parts[place % len(parts)]  # a looped decoder passes its layers again
-                mixture: MoE = decoder.blocks[part.layer].moe
+                mixture = decoder.blocks[part.layer].moe
+                assert isinstance(mixture, MoE)
                 chosen_Nk = _chosen(mixture, logits_BTE[real_BT], part.experts, part.top_k)
                 counts_E = counts[part.layer]
                 assert counts_E is not None
