@@ -136,3 +136,20 @@ def test_what_cannot_be_is_said(study: Path, arguments: list[str], said: str) ->
     with pytest.raises(UserError) as error:
         call(study, *arguments)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--layout", "x.toml"), "goes with --cluster"),
+        (("study.toml", "--layout", "x.toml", "--cluster", "dgx-a100-40"), "without a study's file"),
+        ((), "or a layout"),
+        (("study.toml", "--losses-a-day", "1"), "or a layout"),
+    ],
+)
+def test_a_study_comes_from_one_file(
+    arguments: tuple[str, ...], said: str, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(study.parent)
+    with pytest.raises(UserError, match=said):
+        call(*arguments)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from resilin.cli.main import app
 
-PAGE = Path(__file__).parents[2] / "docs" / "plan-a-layout.md"
+PAGE = Path(__file__).parents[2] / "docs" / "plan.md"
 TEXT = "resilin makes insect joints elastic and keeps a run going\n" * 60
 RUN = """
 name = "planned"
@@ -101,6 +101,20 @@ def test_the_page_shows_what_the_command_says(more: str, told: str) -> None:
     page = shown(PAGE.read_text(encoding="utf-8"), arguments)
     assert page.split() == said.split()
     assert told in said
+
+
+@pytest.mark.slow
+def test_what_the_page_says_of_failures_is_what_the_command_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ("source.use=resilin.data.packed:Shards", "source.path=/data/tokens", "name=thirteen")
+    asked = ("--model", "gpt-13b", "--cluster", "dgx-a100-40", "--workers", 24, "--tokens", "2e11", *data)
+    call(*asked, "--write", "thirteen.toml")
+    arguments = ("failures", "--layout", "thirteen.toml", "--cluster", "dgx-a100-40", "--losses-a-day", "1")
+    said = call(*arguments)
+    assert shown(PAGE.read_text(encoding="utf-8"), " ".join(arguments)).split() == said.split()
+    assert "restart on the rest" in said
 
 
 def test_a_price_laid_over_the_file_changes_the_cost() -> None:

@@ -12,10 +12,11 @@ from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.parallel.part import cutting_of
 from resilin.parallel.world import World
 from resilin.planner.cost import RESILIN, Workload, predict
+from resilin.planner.cost.memory import host_bytes
 from resilin.planner.hardware import load_cluster
 from resilin.planner.search import Fixed, arrangements, find, missing
 from resilin.planner.search.find import pareto, usable
-from resilin.planner.search.request import LayoutRequest, answer_layout
+from resilin.planner.search.request import LayoutRequest, answer_layout, overrides_of, settings_of
 from resilin.planner.search.shapes import known_shapes, load_shape
 
 A100 = load_cluster("dgx-a100-40")
@@ -115,6 +116,9 @@ def test_a_model_that_fits_nowhere_gets_the_smallest_cluster_that_would_do() -> 
         ({"overrides": ("parallel.replicate=2",)}, "replicate has a meaning with sharding"),
         ({"overrides": ("train.micro_batch_size=5",)}, "does not divide the 512 rows"),
         ({"overrides": ("precision.compute=fp8",)}, "no peak for fp8"),
+        ({"overrides": ("model.offload=host", "model.recompute=none")}, "contradicts model.recompute=none"),
+        ({"overrides": ("model.offload=host",), "cluster": "laptop", "workers": 4}, "is that of the host"),
+        ({"overrides": ("model.offload=disk",), "cluster": "frontier"}, r"has no table \[disk\]"),
         ({"overrides": ("parallel.tensr=2",)}, "did you mean 'tensor'"),
         ({"tokens": 10.0}, "how long is the run"),
         ({"tokens": None}, "how long is the run"),
@@ -145,3 +149,32 @@ def test_known_shapes_have_the_parameters_that_their_names_say() -> None:
 
 def test_a_plan_counts_on_less_than_all_memory() -> None:
     assert usable(A100) == pytest.approx(40e9 * (1 - RESILIN.headroom))
+
+
+def test_inputs_of_recomputed_blocks_may_wait_in_host_memory() -> None:
+    found = list(arrangements(WORK, A100, 8))
+    assert {one.recompute for one in found if one.offload == "host"} == {"block"}
+    assert all(one.offload == "none" for one in arrangements(WORK, load_cluster("laptop"), 4))
+    fixed = list(arrangements(WORK, A100, 8, Fixed(offload="disk")))
+    assert {(one.recompute, one.offload) for one in fixed} == {("block", "disk")}
+
+
+def test_offloading_needs_less_memory_and_what_the_host_cannot_hold_is_left_out() -> None:
+    fixed = Fixed(parallel={"data": 8, "tensor": 1, "pipeline": 1}, micro=4, recompute="block")
+    kept, away = (find(WORK, A100, [8], 1e9, replace(fixed, offload=one)).best[0].step for one in ("none", "host"))
+    assert away.memory.total < kept.memory.total
+    assert away.seconds >= kept.seconds
+    # 12 blocks, of 4 rows of 2,048 tokens of 2,048 values in 2 bytes
+    assert host_bytes(WORK, away.plan) == 12 * 4 * 2048 * 2048 * 2
+    assert host_bytes(WORK, kept.plan) == 0
+    assert A100.host is not None
+    small = A100.model_copy(update={"host": A100.host.model_copy(update={"memory": 1e8})})
+    assert not find(WORK, small, [8], 1e9, replace(fixed, offload="host")).best
+
+
+def test_settings_that_offload_say_so() -> None:
+    data = ("source.use=resilin.data.packed:Shards", "source.path=/data/tokens")
+    answer = answer_layout(asked(overrides=(*data, "model.offload=host")))
+    step = answer.found.best[0].step
+    assert 'offload = "host"' in settings_of(answer, step)
+    assert "model.offload=host" in overrides_of(step)

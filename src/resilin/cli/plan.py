@@ -232,23 +232,35 @@ def tune_command(
     steps: Annotated[int, typer.Option(min=1, help="Steps of a trial that count; two more come first.")] = 4,
     timeout: Annotated[float, typer.Option(help="Seconds after which a trial has failed.")] = 300.0,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    first: Annotated[int, typer.Option(min=0, help="Trials of the cost model's best.")] = 3,
+    drawn: Annotated[int, typer.Option(min=0, help="Trials at random, after these.")] = 3,
+    gain: Annotated[
+        float, typer.Option(min=0, help="End when less is expected to be gained, as a share; 0: use all trials.")
+    ] = 0.01,
+    sampler: Annotated[str, typer.Option(help="What proposes: trees, tpe (of optuna) or chance.")] = "trees",
+    earlier: Annotated[
+        list[Path] | None, typer.Option(help="A folder of another study, to learn from; may be repeated.")
+    ] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Trials that run at the same time.")] = 1,
     folder: Annotated[Path, typer.Option(help="Of the study; one that is there goes on.")] = Path("runs/tune"),
     simulate: Annotated[bool, typer.Option("--simulate", help="Try by the cost model; run nothing.")] = False,
     write: Annotated[Path | None, typer.Option(help="Write settings that run the best layout.")] = None,
 ) -> None:
     """Find the quickest layout by short real runs: the cost model's best first, then what a surrogate proposes.
 
-    A layout that fails (memory, a crash, --timeout) counts as the worst so
-    far. Trials are written to FOLDER/trials.jsonl at once; the same command
-    goes on where it was interrupted. At the end: which choices mattered.
+    Trees learn by how much the cost model is wrong, and what fails (memory,
+    a crash, --timeout); the study ends when less than --gain is expected of
+    what is left. Trials are written to FOLDER/trials.jsonl at once; the same
+    command goes on where it was interrupted. At the end: which choices
+    mattered.
 
     \b
     resilin plan tune run.toml --cluster mine.toml --workers 2 --trials 12
     """
     from resilin.planner.search.request import LayoutRequest, overrides_of, settings_of
-    from resilin.planner.tune.request import predicted_of, study_of
-    from resilin.planner.tune.sensitivity import sensitivity
-    from resilin.planner.tune.study import Trial
+    from resilin.planner.tune.request import TuneOptions, predicted_of, study_of
+    from resilin.planner.tune.sensitivity import sensitivity, told
+    from resilin.planner.tune.trial import Trial
 
     file, overrides = split_settings(arguments or [])
 
@@ -258,17 +270,22 @@ def tune_command(
         typer.echo(f"{trial.number + 1:3d}  {trial.layout}: {said}")
 
     request = LayoutRequest(cluster, workers, None, None if file is None else str(file), tuple(overrides))
-    asked, study = study_of(
-        request, folder, trials, steps=steps, timeout=timeout, seed=seed, simulate=simulate, tell=tell
+    options = TuneOptions(
+        trials, steps, timeout, seed, simulate, first, drawn, gain, at_once, sampler, tuple(earlier or ())
     )
+    asked, study = study_of(request, folder, options, tell)
     best = study.best
     if best is None:
         typer.echo(f"all {len(study.trials)} trials failed; of {len(study.plans)} layouts")
         raise typer.Exit(1)
     typer.echo(f"best of {len(study.trials)} trials, {len(study.plans)} layouts: {best.layout}")
+    if study.gain < gain:
+        typer.echo(f"of what is left, {study.gain:.2%} more is expected: less than --gain {gain:.2%}")
     mattered = sensitivity(study, seed)
     if mattered:
-        typer.echo("what mattered, tokens/s: " + ", ".join(f"{name} {value:,.0f}" for name, value in mattered.items()))
+        typer.echo("what mattered (and what each value did):")
+    for line in told(mattered):
+        typer.echo(f"  {line}")
     step = predicted_of(asked, study.plan_of(best))
     typer.echo("  " + " ".join(overrides_of(step)))
     if write is not None:

@@ -12,13 +12,20 @@ from resilin.cli.arguments import split_settings
 
 def failures(
     arguments: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            metavar="STUDY.toml [KEY=VALUE]...",
-            help="Cluster, job, checkpoints, failures, ways to go on.",
+            metavar="[STUDY.toml] [KEY=VALUE]...",
+            help="Cluster, job, checkpoints, failures, ways to go on; in its place --layout.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    layout: Annotated[
+        Path | None, typer.Option(help="Settings of a run, such as `resilin plan --write` writes: makes the study.")
+    ] = None,
+    cluster: Annotated[str, typer.Option(help="With --layout: the machine, a name or a .toml file.")] = "",
+    losses_a_day: Annotated[
+        float | None, typer.Option(min=0.0001, help="With --layout: machines that fail each day, of all together.")
+    ] = None,
     way: Annotated[list[str] | None, typer.Option(help="Only this one of the ways; may be repeated.")] = None,
     rates: Annotated[
         str, typer.Option(help="Sweep: everything happens so many times as often, such as 0.1,1,10.", metavar="NUMBERS")
@@ -43,6 +50,7 @@ def failures(
     resilin plan failures examples/long-run.toml --picture run.svg
     resilin plan failures examples/long-run.toml failures.machine.mean_hours=720
     resilin plan failures examples/long-run.toml --sizes 128,1024,12512 --picture sizes.svg
+    resilin plan failures --layout planned.toml --cluster dgx-a100-40 --losses-a-day 1
     """
     import json
 
@@ -51,16 +59,31 @@ def failures(
     from resilin.config import UserError, load_settings
     from resilin.planner.long_run import study
     from resilin.planner.long_run.choose import chosen, numbers, with_machine
+    from resilin.planner.long_run.from_layout import study_of_layout
     from resilin.planner.long_run.picture import curves, timeline
     from resilin.planner.long_run.report import json_of, report
     from resilin.planner.long_run.settings import StudySettings
     from resilin.planner.long_run.sweep import Quantity, curves_of, sweep
+    from resilin.planner.report import short_time
 
-    file, overrides = split_settings(arguments)
-    if file is None:
-        raise UserError("name a study: resilin plan failures examples/long-run.toml")
-    settings = chosen(with_machine(load_settings(StudySettings, file, overrides)), way or ())
+    file, overrides = split_settings(arguments or [])
     console = Console()
+    if layout is not None:
+        if file is not None or not cluster:
+            raise UserError("--layout FILE goes with --cluster MACHINE, and without a study's file")
+        made_of = study_of_layout(layout, cluster, overrides, losses_a_day, lambda line: typer.echo(line, err=True))
+        loaded, name = made_of.study, layout.name
+        notes = (f"{made_of.step.plan}: {short_time(made_of.step.seconds)} a step", *made_of.notes)
+    elif file is None or cluster or losses_a_day is not None:
+        raise UserError(
+            "name a study: resilin plan failures examples/long-run.toml; or a layout: --layout FILE --cluster MACHINE"
+        )
+    else:
+        loaded, name, notes = load_settings(StudySettings, file, overrides), file.name, ()
+    settings = chosen(with_machine(loaded), way or ())
+    if not as_json:
+        for note in notes:
+            console.print(note, highlight=False)
     if rates and sizes:
         raise UserError("give one sweep: --rates or --sizes")
     if rates or sizes:
@@ -75,7 +98,7 @@ def failures(
                 report(one, console)
         if picture is not None:
             label = "failures, over those of the study" if rates else "machines"
-            curves(curves_of(found), picture, label, f"{settings.job.step_seconds:g} s steps, {file.name}")
+            curves(curves_of(found), picture, label, f"{settings.job.step_seconds:g} s steps, {name}")
             _wrote(picture, as_json)
         return
     made = study(settings, diaries=picture is not None)

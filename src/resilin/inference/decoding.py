@@ -52,6 +52,7 @@ class Decoding:
         longest: no row will hold more tokens than this, prompt included.
         numbers: by which each row's draws are keyed; None: 0, 1, 2, ...
         lines: rows that grow side by side; None: all.
+        in_order: rows begin in the order they are given; else those with long prompts begin first.
     """
 
     def __init__(
@@ -62,13 +63,15 @@ class Decoding:
         longest: int,
         numbers: Sequence[int] | None = None,
         lines: int | None = None,
+        in_order: bool = False,
     ) -> None:
         self._model, self._sampling, self._longest = model, sampling, longest
         self._device = next(model.parameters()).device
         self._prompts = [tuple(prompt) for prompt in prompts]
         self._numbers = torch.as_tensor(range(len(prompts)) if numbers is None else list(numbers), dtype=torch.int64)
         order: Sequence[int] = range(len(prompts))
-        if lines is not None and lines < len(prompts):  # prompts of like length together: less padding is read
+        # Prompts of like length together: less padding is read.
+        if lines is not None and lines < len(prompts) and not in_order:
             order = sorted(order, key=lambda row: -len(prompts[row]))
         self._waiting = deque(order)
         self._clock = 0

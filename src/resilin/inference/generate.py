@@ -156,6 +156,7 @@ def stream(
     tokenizer: Tokenizer | None = None,
     rows: Sequence[int] | None = None,
     batch_rows: int | None = None,
+    begun: Sequence[int] | None = None,
 ) -> Iterator[Piece]:
     """Continue prompts side by side; yields every new token as soon as it is there.
 
@@ -168,6 +169,8 @@ def stream(
         rows: the numbers by which the prompts' draws are keyed; None: their indices.
         batch_rows: at most so many at a time, the others as places become free (the cache of keys and values grows
             with them); None: all.
+        begun: how many of each prompt's last tokens are the beginning of its answer: they count for the limit and for
+            stop strings, and are not given again. Prompts then begin in the order they are given.
 
     Raises:
         PromptError: a prompt cannot be continued.
@@ -181,10 +184,15 @@ def stream(
     sampling = sampling if sampling is not None else Sampling(temperature=0.0)
     if rows is not None and len(rows) != len(prompts):
         raise ValueError(f"{len(rows)} row numbers were given for {len(prompts)} prompts")
-    room = [model.settings.max_positions - len(prompt) for prompt in prompts]
+    before = [0] * len(prompts) if begun is None else list(begun)
+    room = [model.settings.max_positions - len(p) + b for p, b in zip(prompts, before, strict=True)]
     states = [_Row(tokenizer, stop, limit) for limit in room]
-    longest = max((len(p) + min(stop.max_new_tokens, r) for p, r in zip(prompts, room, strict=True)), default=0)
-    decoding = Decoding(model, prompts, sampling, longest, rows, batch_rows)
+    for state, prompt, count in zip(states, prompts, before, strict=True):
+        for token in prompt[len(prompt) - count :]:
+            state.push(token)
+    most = [min(stop.max_new_tokens, r) for r in room]
+    longest = max((len(p) - b + m for p, b, m in zip(prompts, before, most, strict=True)), default=0)
+    decoding = Decoding(model, prompts, sampling, longest, rows, batch_rows, begun is not None)
     while decoding.going:
         done = []
         for new in decoding.step():

@@ -20,6 +20,8 @@ from resilin.models.chain_modules import ChainEmbedding, ChainHead, chain_kept, 
 from resilin.models.cut import Cut, cut_of
 from resilin.models.decoder_plan import decoder_plan
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.given import Given, check_given
+from resilin.models.groups import Groups
 from resilin.models.initial import fill_parameters
 from resilin.models.linear import Embedding, Linear, PackedWeight, product
 from resilin.models.loop import LoopCondition
@@ -62,6 +64,10 @@ def _more(cut: Cut | None, layer: int, told_D: Tensor | None, *of_cache: Any) ->
     while arguments and arguments[-1] is None:
         arguments = arguments[:-1]
     return arguments
+
+
+def _unchanged(_: int, x_BTD: Tensor) -> Tensor:
+    return x_BTD
 
 
 def _length(positions_BT: Tensor, documents_BT: Tensor | None) -> int:
@@ -178,6 +184,19 @@ class Decoder(nn.Module):
             found.append((of_block.experts_per_token if of_block is not None else 0) or moe.experts_per_token)
         return tuple(found) * len(self._trajectory(cut))
 
+    def _router_widths(self, cut: Cut | None) -> tuple[int, ...]:
+        """How many experts may be chosen in each block; 0 where there are none, or the block is passed by."""
+        found = []
+        for layer in range(self.settings.layers):
+            moe = self.settings.at(layer).moe if self.settings.is_moe_layer(layer) else None
+            if moe is None or (cut is not None and layer in cut.skipped):
+                found.append(0)
+                continue
+            of_block = None if cut is None else cut.blocks[layer]
+            kept = None if of_block is None else of_block.experts
+            found.append(moe.experts if kept is None else len(kept))
+        return tuple(found)
+
     def _trajectory(self, cut: Cut | None) -> tuple[int, ...]:
         return self.settings.trajectory if cut is None else cut.trajectory or self.settings.trajectory
 
@@ -258,10 +277,12 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         continues_BT: Tensor | None = None,
         asked_BT: Tensor | None = None,
+        given: Given | None = None,
     ) -> DecoderOutput | StageOutput:
         """Args:
         tokens_BT: ids.
-        positions_BT: where each token stands in its text; None: 0, 1, 2, ... (after what the cache holds).
+        positions_BT: where each token stands in its text; None: 0, 1, 2, ... (after what the cache holds). (B, T, 3)
+            of time, height and width are taken too (`resilin.models.rope.rotation`).
         documents_BT: attention stays among equal numbers; -1 marks padding. With a cache only padding counts.
         keys: for dropout; None (evaluation): no dropout.
         cache: read and extended by these tokens.
@@ -269,10 +290,14 @@ class Decoder(nn.Module):
             is seen as well; -1: none.
         asked_BT: the places whose hidden states are wanted. Where it saves work, those behind the last one of a
             document are left out, and are zeros.
+        given: what a model around this one has decided in its place: see `resilin.models.given`.
 
         Returns:
             The output; where blocks are divided over stages, what the span has in its place.
         """
+        if given is not None:
+            check_given(self, cache)
+            return self._forward_all(tokens_BT, positions_BT, documents_BT, keys, continues_BT, given)
         if cache is not None:
             if continues_BT is not None:
                 raise ValueError("documents that go on from others (continues_BT) cannot be read over a cache")
@@ -318,13 +343,14 @@ class Decoder(nn.Module):
         hidden_BTD = hidden_ND.new_zeros(B * T, hidden_ND.shape[1]).index_copy(0, places_N, hidden_ND)
         return DecoderOutput(hidden_BTD.view(B, T, -1))
 
-    def _masks(
+    def masks_of(
         self,
         documents_BT: Tensor | None,
         positions_BT: Tensor | None,
         continues_BT: Tensor | None,
         tokens: int,
         device: torch.device,
+        groups: Groups | None = None,
     ) -> dict[int | None, Mask]:
         """The mask of every window that a layer has, over whole rows of `tokens` tokens."""
         settings = self.settings
@@ -332,16 +358,17 @@ class Decoder(nn.Module):
         if self.sequence is not None and self.sequence.in_pieces:
             return {w: rule_mask(documents_BT, tokens, w, continues_BT, positions_BT) for w in windows}
         masks: dict[int | None, Mask] = {}
-        if documents_BT is not None and self.attends_by_document:
+        if documents_BT is not None and groups is None and self.attends_by_document:
             masks = span_masks(documents_BT, windows, continues_BT)
         # torch has no backward pass of flex attention on CPUs, and the forward pass makes all logits: there the same
         # mask goes to another backend.
         batch = 1 if documents_BT is None else len(documents_BT)
+        batch = batch if groups is None else len(groups.ends_BT)
         other = device.type == "cpu" and (torch.is_grad_enabled() or batch * tokens**2 > LARGEST)
         flex = settings.attention_backend == "flex" and not other
         make_mask = flex_mask if flex else training_mask
         rest = windows - masks.keys()
-        return masks | {w: make_mask(documents_BT, tokens, w, device, continues_BT, positions_BT) for w in rest}
+        return masks | {w: make_mask(documents_BT, tokens, w, device, continues_BT, positions_BT, groups) for w in rest}
 
     def _forward_all(
         self,
@@ -350,9 +377,11 @@ class Decoder(nn.Module):
         documents_BT: Tensor | None,
         keys: Keys | None,
         continues_BT: Tensor | None,
+        given: Given | None = None,
     ) -> DecoderOutput | StageOutput:
         if self.span is not None and self.span.probing:
-            return StageShape(*tokens_BT.shape)
+            rows, tokens = tokens_BT.shape
+            return StageShape(rows, tokens, self._router_widths(cut_of(self)))
         T, device, cut = tokens_BT.shape[1], tokens_BT.device, cut_of(self)
         # What attention sees are whole rows, also where the tokens of a row are divided over ranks.
         rows, whole = T, (documents_BT, positions_BT, continues_BT)
@@ -367,11 +396,13 @@ class Decoder(nn.Module):
             if depends_on_length(self.settings):
                 length = _length(cast(Tensor, whole[1]), whole[0])
         turn = rotation(self.settings, positions, length)
-        masks = self._masks(*whole, rows, device)
+        masks = self.masks_of(*whole, rows, device, None if given is None else given.groups)
         if self.span is not None:
             self.span.tokens = tokens_BT
         if self.span is None or self.span.first:
-            if self.span is None:
+            if given is not None and given.embedded_BTD is not None:
+                x_BTD = given.embedded_BTD.to(self.stream_dtype)
+            elif self.span is None:
                 x_BTD = self._embedded(tokens_BT, cut)
             else:
                 x_BTD = self._columns(self.span.begin(tokens_BT, self.embed).to(self.stream_dtype), cut)
@@ -386,11 +417,12 @@ class Decoder(nn.Module):
         store = store_for(self.settings.offload, device)
         offload = Offload(store) if store is not None else None
         layers = range(self.settings.layers) if self.span is None else self.span.blocks
-        told = self._told(cut)
+        told, after = self._told(cut), given.after if given is not None else _unchanged
         for loop, told_D in enumerate(told):
             own = keys.fold("loop").fold(loop) if keys is not None and loop else keys
             for layer in layers:
                 if cut is not None and layer in cut.skipped:
+                    x_BTD = after(layer, x_BTD)
                     continue
                 mask, last = masks[self.settings.window_of(layer)], loop == len(told) - 1 and layer == layers[-1]
                 before_BTD = x_BTD
@@ -407,6 +439,7 @@ class Decoder(nn.Module):
                 x_BTD = x_BTD if cut is None else cut.passed(layer, before_BTD, x_BTD)
                 if router is not None:
                     routers.append(router)
+                x_BTD = after(layer, x_BTD)
         if self.span is not None and not self.span.last:
             return Hidden(x_BTD, tuple(routers))
         return DecoderOutput(self._last_norm(x_BTD, cut), tuple(routers), self._choices(cut))

@@ -18,6 +18,7 @@ from resilin.models.attention import Attention
 from resilin.models.cache import KVCache
 from resilin.models.cut import BlockCut, cut_of
 from resilin.models.decoder import Decoder, DecoderOutput
+from resilin.models.given import Given
 from resilin.models.hybrid_settings import HybridSettings
 from resilin.models.mamba import Mamba2, NewTokens
 from resilin.models.mask import Mask, cached_mask
@@ -107,14 +108,16 @@ class HybridDecoder(Decoder):
         documents_BT: Tensor | None,
         keys: Keys | None,
         continues_BT: Tensor | None,
+        given: Given | None = None,
     ) -> DecoderOutput:
+        assert given is None  # refused by then: see `resilin.models.given.check_given`
         if continues_BT is not None:
             raise ValueError(
                 "documents that go on from others (continues_BT) cannot be read by a hybrid decoder: its states are of "
                 "one document; give whole texts"
             )
         (B, T), device, cut = tokens_BT.shape, tokens_BT.device, cut_of(self)
-        mask = self._masks(documents_BT, positions_BT, None, T, device)[None]
+        mask = self.masks_of(documents_BT, positions_BT, None, T, device)[None]
         runs_BT = None if documents_BT is None else runs_of(documents_BT).view(B, T)
         x_BTD = self._embedded(tokens_BT, cut)
         x_BTD = dropout(x_BTD, self.settings.dropout, keys.fold("embed") if keys else None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from resilin.models.groups import Groups
 from resilin.models.mask_rule import MaskRule
 from resilin.models.spans import Span, spans_of
 
@@ -61,6 +62,7 @@ def training_mask(
     device: torch.device,
     continues_BT: Tensor | None = None,
     positions_BT: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> Mask:
     """The mask of whole texts: causal, inside a document (equal numbers), the last `window` tokens only.
 
@@ -73,13 +75,16 @@ def training_mask(
         device: of the mask.
         continues_BT: the document that a token's document goes on from, all of which it sees as well; -1: none.
         positions_BT: where each token stands in its text; a window is measured by it where documents go on.
+        groups: of tokens that see each other.
     """
     wide = window is None or window >= tokens
-    if documents_BT is None and wide:
+    if documents_BT is None and wide and groups is None:
         return Mask(causal=True)
-    mask = rule_mask(documents_BT, tokens, window, continues_BT, positions_BT)
+    mask = rule_mask(documents_BT, tokens, window, continues_BT, positions_BT, groups)
     assert mask.rule is not None
     batch = 1 if documents_BT is None else len(documents_BT)
+    if groups is not None:
+        batch = len(groups.ends_BT)
     if batch * tokens**2 > LARGEST:
         return mask
     place = torch.arange(tokens, device=device)
@@ -92,10 +97,11 @@ def rule_mask(
     window: int | None,
     continues_BT: Tensor | None = None,
     positions_BT: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> Mask:
     """The mask of `training_mask` as a rule; its arguments are the same."""
     window = None if window is None or window >= tokens else window
-    return Mask(causal=False, rule=MaskRule(tokens, window, documents_BT, continues_BT, positions_BT))
+    return Mask(causal=False, rule=MaskRule(tokens, window, documents_BT, continues_BT, positions_BT, groups))
 
 
 def span_masks(
@@ -124,12 +130,13 @@ def flex_mask(
     device: torch.device,
     continues_BT: Tensor | None = None,
     positions_BT: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> Mask:
     """The same mask as blocks for flex attention, which skips blocks that nobody sees."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        visible = query >= key
+        visible = query >= key if groups is None else groups.sees(batch, query, key)
         if window is not None:
             by_place = continues_BT is None or positions_BT is None
             distance = query - key if by_place else positions_BT[batch, query] - positions_BT[batch, key]  # type: ignore[index]
@@ -144,6 +151,8 @@ def flex_mask(
 
     rule: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = seen
     batch = None if documents_BT is None else documents_BT.shape[0]
+    if groups is not None:
+        batch = len(groups.ends_BT)
     # Uncompiled, the blocks are found by making the whole mask.
     compiled = device.type == "cuda" and (batch or 1) * tokens**2 > LARGEST
     block = create_block_mask(rule, batch, None, tokens, tokens, device=str(device), _compile=compiled)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resilin.models.groups import Groups
+
 
 class Tile(NamedTuple):
     """Some queries and some keys, by their places in the tensors that hold them.
@@ -34,12 +36,15 @@ class Tile(NamedTuple):
 class MaskRule:
     """Query q sees key s when s is not behind q, is in its document or the one it goes on from, and in its window.
 
+    With groups, s is not behind the group of q.
+
     Attributes:
         tokens: T, of a whole row.
         window: a query sees itself and the window - 1 tokens before it; None: all before it.
         documents_BT: the number of each token's document; None: each row is one.
         continues_BT: the number of the document, earlier in the row, that a token's document goes on from; -1: none.
         positions_BT: where each token stands in its text; a window is measured by it where documents go on.
+        groups: of tokens that see each other; None: every token is one.
     """
 
     tokens: int
@@ -47,6 +52,7 @@ class MaskRule:
     documents_BT: Tensor | None = None
     continues_BT: Tensor | None = None
     positions_BT: Tensor | None = None
+    groups: Groups | None = None
 
     def seen(self, query_Q: Tensor, key_S: Tensor) -> Tensor:
         """(B, Q, S) bool: whether each of some queries sees each of some keys.
@@ -55,7 +61,7 @@ class MaskRule:
             query_Q: places in the row, int64.
             key_S: places in the row, int64.
         """
-        seen_BQS = (query_Q[:, None] >= key_S)[None]
+        seen_BQS = (query_Q[:, None] >= key_S)[None] if self.groups is None else self.groups.seen(query_Q, key_S)
         if self.documents_BT is not None:
             of_query_BQ1, of_key_B1S = self.documents_BT[:, query_Q, None], self.documents_BT[:, None, key_S]
             same_BQS = of_query_BQ1 == of_key_B1S
@@ -98,10 +104,11 @@ class MaskRule:
             Some queries and their tiles, counted from the beginning of the two stretches; those that see no key have
             an empty list.
         """
-        plain = self.documents_BT is None and self.window is None
+        plain = self.documents_BT is None and self.window is None and self.groups is None
         for start in range(*queries, query_step):
             stop = min(start + query_step, queries[1])
-            low, high = max(int(self.first_keys[start:stop].min()), keys[0]), min(stop, keys[1])
+            behind = stop if self.groups is None else int(self.groups.last_keys[start:stop].max()) + 1
+            low, high = max(int(self.first_keys[start:stop].min()), keys[0]), min(behind, keys[1])
             found = [
                 Tile(
                     (start - queries[0], stop - queries[0]),

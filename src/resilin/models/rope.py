@@ -27,12 +27,22 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
+def axes_of_pairs(pairs: int) -> Tensor:
+    """(pairs,) int64: which coordinate (time 0, height 1, width 2) turns each pair of a head.
+
+    They take turns, from the fastest pair on, so that each has fast and slow pairs alike.
+    """
+    return torch.arange(pairs) % 3
+
+
 def rotation(settings: DecoderSettings, positions: Tensor, length: int) -> Rotation:
     """The rotation of some positions.
 
     Args:
         settings: of the decoder.
-        positions: (T) or (B, T) integers.
+        positions: (T) or (B, T) integers; or (B, T, 3) numbers, whole or not: time, height and width, between which
+            the pairs of a head are divided (`axes_of_pairs`). Where the three are equal, the rotation is that of the
+            one number.
         length: one more than the largest position so far; only `dynamic` and `longrope` scaling look at it.
     """
     scaling, magnitude = settings.rope_scaling, 1.0
@@ -42,7 +52,10 @@ def rotation(settings: DecoderSettings, positions: Tensor, length: int) -> Rotat
         speeds, magnitude = scaling.frequencies(
             settings.head_width, settings.rope_theta, settings.max_positions, length, positions.device
         )
-    angles = (positions[..., None].to(torch.float32) * speeds)[..., None, :]
+    at_pairs = positions[..., None]
+    if positions.ndim == 3:
+        at_pairs = positions[..., axes_of_pairs(len(speeds)).to(positions.device)]
+    angles = (at_pairs.to(torch.float32) * speeds)[..., None, :]
     cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
     return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 

@@ -16,7 +16,9 @@ from resilin.objective.settings import ObjectiveContext
 from resilin.posttrain.advantage import KLEstimator, Norm, equal_groups, group_advantages
 from resilin.posttrain.policy import PolicyObjective, PolicySettings, valid_of
 from resilin.posttrain.policy_loss import PolicyTerms, PolicyTokens, rows_to_tokens
+from resilin.posttrain.rollout import decoder_of
 from resilin.posttrain.sequences import label_states
+from resilin.posttrain.well_learned import WellLearned, answer_entropies
 
 
 class Grpo(PolicySettings):
@@ -34,6 +36,9 @@ class Grpo(PolicySettings):
     ratio: Literal["token", "sequence"] = "token"
     """token: each token has its own ratio of new to old probability; sequence: its answer's geometric mean (GSPO, which
     clips at about 3e-4)."""
+
+    well_learned: WellLearned | None = None
+    """Counts answers less that the model is already sure of, to prompts that it answers well (WPSM)."""
 
     def build(self, context: ObjectiveContext | None = None) -> GrpoLoss:
         """The loss; it needs the run."""
@@ -65,12 +70,21 @@ class GrpoLoss(PolicyObjective):
         """One number an answer."""
         rollout["advantages"] = group_advantages(rollout["scores"], self.group, self.settings.advantage)
         rollout["equal"] = equal_groups(rollout["scores"], self.group).repeat_interleave(self.group)
+        if self.settings.well_learned is not None:
+            policy = decoder_of(model)
+            device = policy.embed.weight.device
+            entropy_R = answer_entropies(
+                policy, rollout["tokens"].to(device), rollout["labels"].to(device), self.temperature
+            ).cpu()
+            rollout["well_learned"] = self.settings.well_learned.found(entropy_R, rollout["verified"], self.group)
 
     def learn(self, model: nn.Module, batch: Batch) -> Loss:
         """The loss of a micro-batch of answers."""
         policy, valid_BT = getattr(model, "policy", model), valid_of(batch)
         states = label_states(policy, batch["tokens"], batch["labels"], None, self.temperature)
         weight_B = torch.ones(len(batch), dtype=torch.float64, device=valid_BT.device)
+        if self.settings.well_learned is not None:
+            weight_B = weight_B - self.settings.well_learned.cut * batch["well_learned"].double()
         counts_B = valid_BT.sum(1)
         units = counts_B.sum()
         if self.settings.token_loss == "sequence_mean":

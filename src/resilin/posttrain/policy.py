@@ -43,6 +43,11 @@ class PolicySettings(ObjectiveSettings):
     importance_cap: float = Field(default=0.0, ge=0)
     """Weigh each token by its probability in training over that of its draw, at most this (2 in Yao et al., 2025),
     where the two differ: a narrow format, filtered draws. The old probabilities are then recomputed. 0: no weights."""
+    importance_band: tuple[float, float] | None = None
+    """(alpha, beta) around 1: tokens whose probability in training over that of their draw lies outside count nothing,
+    the others count so much (IcePop; with GRPO's ratio = "sequence", MISC). The old probabilities are recomputed."""
+    importance_over: Literal["token", "answer"] = "token"
+    """What the band judges: each token; or an answer by its tokens' geometric mean, all or nothing."""
     chunk: int | None = Field(default=None, ge=0)
     """Tokens whose logits exist at once; left out: chosen; 0: all."""
 
@@ -50,6 +55,15 @@ class PolicySettings(ObjectiveSettings):
     def _weights_need_another_pass(self) -> PolicySettings:
         if self.importance_cap and self.old_logprobs == "sampled":
             raise ValueError("importance_cap compares training with the draws: set old_logprobs to auto or recomputed")
+        if self.importance_band is None:
+            return self
+        low, high = self.importance_band
+        if not 0 <= low <= 1 <= high:
+            raise ValueError(f"importance_band = [{low:g}, {high:g}]: 0 <= alpha <= 1 <= beta was expected")
+        if self.importance_cap:
+            raise ValueError("importance_band and importance_cap both weigh tokens: set one of them")
+        if self.old_logprobs == "sampled":
+            raise ValueError("importance_band compares training with the draws: set old_logprobs to auto or recomputed")
         return self
 
 
@@ -104,12 +118,17 @@ class PolicyObjective(ABC):
         tokens_RT, labels_RT = rollout["tokens"].to(device), rollout["labels"].to(device)
         narrow = torch.is_autocast_enabled(device.type) or policy.embed.weight.dtype.itemsize < 4
         asked = self.common.old_logprobs
-        again = asked == "recomputed" or (asked == "auto" and (narrow or self.source.settings.filtered))
-        cap = self.common.importance_cap
-        if cap or (again and (self.needs_old or not self.once)):
+        ahead = bool(getattr(self.source.settings, "ahead", 0))  # earlier tokens are of an earlier policy
+        again = asked == "recomputed" or (asked == "auto" and (narrow or ahead or self.source.settings.filtered))
+        cap, band = self.common.importance_cap, self.common.importance_band
+        if cap or band is not None or (again and (self.needs_old or not self.once)):
             logp_RT = spread(frozen_logprobs(policy, tokens_RT, labels_RT, self.temperature), labels_RT).cpu()
+            gained_RT = logp_RT - rollout["old_logprobs"]
             if cap:
-                rollout["importance"] = torch.exp(logp_RT - rollout["old_logprobs"]).clamp(max=cap)
+                rollout["importance"] = torch.exp(gained_RT).clamp(max=cap)
+            if band is not None:
+                labelled_RT = rollout["labels"] != IGNORE
+                rollout["importance"] = masked_importance(gained_RT, labelled_RT, band, self.common.importance_over)
             rollout["old_logprobs"] = logp_RT
         if self.reference is not None:
             logp_N = self.reference.token_logprobs(model, tokens_RT, labels_RT, self.temperature)
@@ -194,6 +213,10 @@ class PolicyObjective(ABC):
         if batch.get("importance") is not None:
             valid_BT = valid_of(batch)
             logs["importance"] = Mean(batch["importance"][valid_BT].double().sum(), valid_BT.sum())
+            logs["left_out"] = Mean((batch["importance"][valid_BT] == 0).double().sum(), valid_BT.sum())
+        for field, name in (("hinted", "hinted"), ("earlier", "earlier_tokens"), ("well_learned", "well_learned")):
+            if batch.get(field) is not None:
+                logs[name] = Mean(batch[field].double().sum(), count)
         return logs
 
     def state_dict(self) -> State:
@@ -207,3 +230,25 @@ class PolicyObjective(ABC):
 def valid_of(batch: Batch | Mapping[str, Tensor]) -> Tensor:
     """(B, T) bool: where an answer's token follows."""
     return batch["labels"] != IGNORE
+
+
+def masked_importance(
+    gained_RT: Tensor, labelled_RT: Tensor, band: tuple[float, float], over: Literal["token", "answer"] = "token"
+) -> Tensor:
+    """(R, T): M(k) = k where alpha <= k <= beta, else 0, of k = probability in training / probability of the draw.
+
+    (IcePop, Ling team, 2025; in the objective of ERNIE 5.0's MISC, section 5.)
+
+    Args:
+        gained_RT: log k of every token.
+        labelled_RT: bool, the answers' tokens.
+        band: alpha, beta.
+        over: each token by itself; or all of an answer, whose k is their geometric mean, together.
+    """
+    ratio_RT = torch.exp(gained_RT)
+    judged_RT = ratio_RT
+    if over == "answer":
+        counts_R1 = labelled_RT.sum(1, keepdim=True).clamp(min=1)
+        judged_RT = torch.exp((gained_RT * labelled_RT).sum(1, keepdim=True) / counts_R1).expand_as(ratio_RT)
+    inside_RT = (judged_RT >= band[0]) & (judged_RT <= band[1])
+    return ratio_RT.where(inside_RT & labelled_RT, 0.0)

@@ -21,6 +21,7 @@ from resilin.posttrain.advantage import equal_groups
 from resilin.posttrain.reward_judge import RewardJudge
 from resilin.posttrain.rewards import Rewards, Worth
 from resilin.posttrain.rollout import Answer, decoder_of, rows_of, sample_answers
+from resilin.posttrain.rollout_buffer import RolloutBuffer, Turn
 from resilin.posttrain.verification import pack_rows, unpack_rows
 from resilin.transforms import SourceTransform
 
@@ -50,8 +51,9 @@ class RolloutSource(SourceTransform):
 
     A batch has `tokens` and `labels` (B, T), where labels are the answer's tokens; `old_logprobs` (B, T) of the
     draws; `scores`, `verified`, `stopped`, `lengths` and `prompts` (B,): score, the verifiers' sum, whether the answer
-    ended, its tokens, the row its prompt has; `liked` (B,): the reward model's score, where there is one; `muted` (B,):
-    whether its advantage is to be 0; and what the objective adds to `rollout` when a new one is there.
+    ended, its tokens, the row its prompt has; `muted` (B,): whether its advantage is to be 0; and what the objective
+    adds to `rollout` when a new one is there. Where there are such things also (B,): `liked`, the reward model's score;
+    `hinted`, the part of a thought that its prompt was given; `earlier`, its tokens drawn before this rollout.
 
     Attributes:
         settings: of the rollouts.
@@ -65,6 +67,7 @@ class RolloutSource(SourceTransform):
         self.rewards = Rewards(settings, self.tokenizer, judge)
         self.rollout: Fields | None = None
         self.fresh = False
+        self.buffer = RolloutBuffer(settings.ahead) if settings.ahead else None
         self._made_at = 0
         self._prompt_step = 0
 
@@ -130,6 +133,8 @@ class RolloutSource(SourceTransform):
 
     def _write(self, model: nn.Module, step: int) -> Fields | None:
         """A new rollout; None where there are no more prompts."""
+        if self.buffer is not None:
+            return self._write_ahead(self.buffer, model, step)
         group, wanted = self.settings.samples_per_prompt, self.inner.slots(self._prompt_step)
         if not wanted:
             return None
@@ -149,17 +154,61 @@ class RolloutSource(SourceTransform):
 
     def _ask(self, model: nn.Module, step: int, turn: int) -> list[_Group]:
         """The next prompts, answered and scored."""
-        count, group = self.inner.slots(self._prompt_step), self.settings.samples_per_prompt
-        batch = self.inner.fetch(self._prompt_step, range(count))
+        asked = self._turn(self._prompt_step, step)
+        assert asked is not None
         self._prompt_step += 1
-        rows = batch["row"].tolist()
-        prompts = [prompt for prompt in unpadded(batch) for _ in range(group)]
         sampling = self.settings.sampling(hash64(self.seed, "rollout", step, turn))
-        answers = self._answers(model, prompts, sampling)
-        device = decoder_of(model).embed.weight.device
-        worth = self.rewards.of(answers, [self.row(row) for row in rows for _ in range(group)], device)
-        cut = [slice(at, at + group) for at in range(0, len(answers), group)]
-        return [_Group(rows[i], answers[at], worth[at]) for i, at in enumerate(cut)]
+        asked.answers = self._answers(model, [answer.prompt for answer in asked.answers], sampling)
+        return self._scored(model, asked)
+
+    def _turn(self, number: int, step: int) -> Turn | None:
+        """The prompts of a number, to be learnt from at a step, with empty answers; None: there are no more."""
+        count, group, hints = self.inner.slots(number), self.settings.samples_per_prompt, self.settings.hints
+        if not count:
+            return None
+        batch = self.inner.fetch(number, range(count))
+        rows, prompts = batch["row"].tolist(), unpadded(batch)
+        shares = [0.0] * count
+        if hints is not None:
+            shares = [hints.part(self.row(row), step) for row in rows]
+            thoughts = [hints.tokens(self.row(row), step, self.tokenizer) for row in rows]
+            prompts = [[*prompt, *thought] for prompt, thought in zip(prompts, thoughts, strict=True)]
+        return Turn(number, rows, shares, [Answer(prompt) for prompt in prompts for _ in range(group)])
+
+    def _scored(self, model: nn.Module, asked: Turn) -> list[_Group]:
+        """The groups of a turn whose answers are there."""
+        group, device = self.settings.samples_per_prompt, decoder_of(model).embed.weight.device
+        worth = self.rewards.of(asked.answers, [self.row(row) for row in asked.rows for _ in range(group)], device)
+        cut = [slice(at, at + group) for at in range(0, len(worth), group)]
+        return [
+            _Group(row, asked.answers[at], worth[at], part)
+            for row, part, at in zip(asked.rows, asked.hinted, cut, strict=True)
+        ]
+
+    def _write_ahead(self, buffer: RolloutBuffer, model: nn.Module, step: int) -> Fields | None:
+        """A new rollout whose answers may have begun in earlier ones; those of later ones begin beside it."""
+        number, each = self._prompt_step, self.steps_of_rollout
+        before = [turn.state() for turn in buffer.turns]
+        buffer.fill(number, lambda later: self._turn(later, step + (later - number) * each))
+        if not buffer.turns:
+            return None
+        try:
+            mine = buffer.grow(
+                model,
+                self.settings.sampling(hash64(self.seed, "rollout", step, 0)),
+                self.settings.max_new_tokens,
+                self.end_ids,
+                stop=self.settings.stop,
+                tokenizer=self.tokenizer,
+                batch_rows=self.settings.batch_rows,
+            )
+            fields = self._fields(self._scored(model, mine), step)
+        except BaseException:
+            buffer.turns = [Turn.of(state) for state in before]  # the next try begins with the same answers
+            raise
+        self._prompt_step = number + 1
+        fields["earlier"] = torch.tensor(mine.earlier)
+        return fields
 
     def _answers(self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         return sample_answers(
@@ -182,6 +231,8 @@ class RolloutSource(SourceTransform):
         fields["stopped"] = torch.tensor([answer.stopped for answer in answers])
         fields["lengths"] = torch.tensor([len(answer.tokens) for answer in answers])
         fields["prompts"] = torch.tensor([one.row for one in groups for _ in one.answers])
+        if self.settings.hints is not None:
+            fields["hinted"] = torch.tensor([one.hinted for one in groups for _ in one.answers])
         if self.rewards.judge is not None:
             fields["liked"] = torch.tensor([value.liked for value in worth], dtype=torch.float64)
         silent_R = torch.zeros(len(answers), dtype=torch.bool)
@@ -208,12 +259,17 @@ class RolloutSource(SourceTransform):
     def own_state(self) -> State:
         """Where the prompts stand, and the rollout that is still in use."""
         rollout: Any = None if self.rollout is None else dict(self.rollout)
-        return {"prompt_step": self._prompt_step, "made_at": self._made_at, "rollout": rollout}
+        state = {"prompt_step": self._prompt_step, "made_at": self._made_at, "rollout": rollout}
+        if self.buffer is not None:
+            state["begun"] = [turn.state() for turn in self.buffer.turns]
+        return state
 
     def load_own_state(self, state: State) -> None:
         """Take both back."""
         self._prompt_step, self._made_at = state["prompt_step"], state["made_at"]
         self.rollout = None if state["rollout"] is None else dict(state["rollout"])
+        if self.buffer is not None:
+            self.buffer.turns = [Turn.of(turn) for turn in state.get("begun", ())]
 
 
 class _Group(NamedTuple):
@@ -222,3 +278,4 @@ class _Group(NamedTuple):
     row: int
     answers: list[Answer]
     worth: list[Worth]
+    hinted: float = 0.0

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from resilin.config import component
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.inference.sampling import Sampling
+from resilin.posttrain.hints import Hints
 from resilin.posttrain.reward_judge import RewardJudge
 from resilin.posttrain.rollout_source import HeldOutPrompts, RolloutSource
 from resilin.posttrain.verifiers.table import VerifierTable
@@ -64,6 +65,11 @@ class Rollouts(SourceSettings):
     """With `resample`: rounds of further prompts before equal groups are taken after all."""
     batch_rows: int = Field(default=256, ge=1)
     """Answers that grow side by side."""
+    ahead: int = Field(default=0, ge=0)
+    """Rollouts whose answers are begun while the longest of this one goes on; they stop where they are and go on in
+    their turn. Each rollout learns from its own prompts, in the order there is without (U-RB)."""
+    hints: Hints | None = None
+    """Prompts begin with a part of a reference thought that fades as training goes on (AHRL)."""
 
     @model_validator(mode="after")
     def _groups(self) -> Rollouts:
@@ -71,6 +77,11 @@ class Rollouts(SourceSettings):
             raise ValueError(
                 f"equal_groups = {self.equal_groups!r} compares answers to one prompt: set samples_per_prompt to 2 "
                 "or more"
+            )
+        if self.equal_groups == "resample" and self.ahead:
+            raise ValueError(
+                "equal_groups = 'resample' asks further prompts by what answers say, and ahead begins answers before "
+                "that is known: set ahead = 0, or equal_groups = 'drop'"
             )
         return self
 
@@ -117,6 +128,8 @@ class Rollouts(SourceSettings):
             if self.is_checked(prompts.row(int(row))):
                 self.verifiers.check(prompts.row(int(row)), f"prompt row {row}")
                 checked += 1
+            if self.hints is not None:
+                self.hints.check(prompts.row(int(row)), f"prompt row {row}")
         judge = None
         if self.reward_model is not None and self.reward_model_multiplier:
             chat = getattr(self.prompts, "texts", "plain") == "chat"

@@ -19,6 +19,7 @@ from resilin.planner.cost.parameters import LocalParameters, local_parameters
 T = TypeVar("T")
 
 Recompute = Literal["none", "block", "selective"]
+OffloadTo = Literal["none", "host", "disk"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Arrangement:
     micro: int
     recompute: Recompute = "none"
     compute: str = "bf16"
-    offload: Literal["none", "host", "disk"] = "none"
+    offload: OffloadTo = "none"
     states_divided: bool = True
 
     @cached_property
@@ -143,6 +144,8 @@ class Arrangement:
         said.append(f"micro {self.micro}")
         if self.recompute != "none":
             said.append(f"recompute {self.recompute}")
+        if self.offload != "none":
+            said.append(f"inputs to {self.offload}")
         return ", ".join(said)
 
 

@@ -107,6 +107,20 @@ def memory_of_ranks(
     return found
 
 
+def host_bytes(work: Workload, plan: Arrangement) -> float:
+    """Bytes of host memory that one device's worker fills: inputs of recomputed blocks that wait there."""
+    if plan.offload != "host":
+        return 0.0
+    split, rank_of = plan.stages(work)
+    layers = [0] * plan.degrees.pipeline
+    for stage, owner in enumerate(rank_of):
+        layers[owner] += len(split.layers_of(stage))
+    held = max(_closed(plan, work, rank) * count for rank, count in enumerate(layers))
+    stream = 1 / plan.degrees.tensor if plan.parallel.sequence else 1.0
+    tokens = plan.micro * work.tokens / plan.degrees.context
+    return held * tokens * work.model.hidden_size * stream * BYTES[plan.compute]
+
+
 def _short(plan: Arrangement, work: Workload) -> Schedule:
     """The schedule of so few micro-batches that more would not be held at once."""
     p, micros = plan.degrees.pipeline, plan.micros(work)

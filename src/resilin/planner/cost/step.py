@@ -85,6 +85,7 @@ class Prediction:
             "expert links": self.busiest.expert,
             "data links": self.reduction + self.busiest.data,
             "attention": self.busiest.attention,
+            "offloading": self.busiest.offload,
         }
         worst = max(parts, key=parts.__getitem__)
         return worst if parts[worst] > 0.1 * self.seconds else "products"

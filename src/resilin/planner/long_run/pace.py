@@ -272,13 +272,15 @@ class MeasuredPaces:
 
     Attributes:
         seconds: by number of members: `resilin.planner.budget.StepTimes`, or any other function.
+        least: members below which nothing can run.
     """
 
     seconds: CallableSeconds
+    least: int = 1
 
     def of(self, members: tuple[int, ...], slow: tuple[float, ...]) -> Pace | None:
         """See `Paces`."""
-        return Pace(self.seconds(members[0]) * max(slow)) if members[0] else None
+        return Pace(self.seconds(members[0]) * max(slow)) if members[0] >= self.least else None
 
     def level(self, members: int) -> int:
         """See `Paces`."""

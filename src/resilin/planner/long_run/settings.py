@@ -90,6 +90,8 @@ class JobSettings(Settings):
     measured: dict[str, Positive] = Field(default={})
     """Seconds of a step that were measured with some numbers of replicas, by number; straight in log-log between. For
     runs without stages; in place of the schedule's own forecast."""
+    least: Count = 1
+    """With `measured`: replicas below which nothing can run."""
 
     @model_validator(mode="after")
     def _length(self) -> JobSettings:
@@ -99,6 +101,8 @@ class JobSettings(Settings):
             raise ValueError(f"measured names numbers of replicas, such as 4, not {strange[0]!r}")
         if self.measured and self.stages > 1:
             raise ValueError("measured step times are of runs without stages: set stages = 1, or leave measured out")
+        if self.least > 1 and not self.measured:
+            raise ValueError("least goes with measured step times: leave it out, or give them")
         if len(self.measured) == 1:
             raise ValueError("measured step times are needed of two numbers of replicas at least")
         return self

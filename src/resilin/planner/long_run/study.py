@@ -127,7 +127,7 @@ class Ways:
             measured = self._settings.job.measured
             if measured:
                 points = sorted((float(members), seconds) for members, seconds in measured.items())
-                self._paces[use] = MeasuredPaces(StepTimes(tuple(points)))
+                self._paces[use] = MeasuredPaces(StepTimes(tuple(points)), self._settings.job.least)
             else:
                 assignments, graph, clocks = _AXES[use]
                 self._paces[use] = ScheduledPaces(self.job, assignments, graph, clocks)

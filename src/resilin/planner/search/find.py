@@ -9,6 +9,7 @@ from typing import Literal
 
 from resilin.parallel.errors import ParallelError
 from resilin.planner.cost import RESILIN, Memory, Prediction, Stack, Workload, memory_of, predict
+from resilin.planner.cost.memory import host_bytes
 from resilin.planner.hardware import Cluster
 from resilin.planner.search.space import Fixed, arrangements
 
@@ -90,7 +91,7 @@ def find(
         device_type: see `predict`.
         cores: see `predict`.
     """
-    limit = usable(cluster, stack)
+    limit, host = usable(cluster, stack), cluster.host.memory if cluster.host else float("inf")
     estimated: list[tuple[tuple[float, float], Prediction]] = []
     tried, refused = 0, Counter[str]()
     smallest: tuple[Memory, str] | None = None
@@ -101,6 +102,9 @@ def find(
                 tried += 1
                 if smallest is None or memory.total < smallest[0].total:
                     smallest = memory, str(plan)
+                if host_bytes(work, plan) > host:
+                    refused["host"] += 1
+                    continue
                 if memory.total > limit * CLOSED_FORMS:
                     refused[memory.largest] += 1
                     continue

@@ -46,6 +46,7 @@ def reasons(choice: Choice, answer: LayoutAnswer) -> str:
         ("expert links", step.busiest.expert),
         ("data links", step.reduction + step.busiest.data),
         ("memory traffic", step.busiest.traffic),
+        ("offloading", step.busiest.offload),
     ):
         if seconds / step.seconds > 0.05:
             said.append(f"{name} {seconds / step.seconds:.0%}")

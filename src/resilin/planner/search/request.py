@@ -73,7 +73,7 @@ class LayoutAnswer:
 
 
 _DECODER = "resilin.models.decoder_settings:DecoderSettings"
-_DIVISION = ("parallel.", "train.micro_batch_size", "model.recompute", "precision.compute")
+_DIVISION = ("parallel.", "train.micro_batch_size", "model.recompute", "model.offload", "precision.compute")
 
 
 def _parts(request: LayoutRequest) -> tuple[dict[str, Any], Shape | None, dict[str, Any]]:
@@ -91,7 +91,7 @@ def _parts(request: LayoutRequest) -> tuple[dict[str, Any], Shape | None, dict[s
         apply_override(fixed if key.startswith(_DIVISION) else tree, override)
     tree.pop("parallel", None)
     tree.get("train", {}).pop("micro_batch_size", None)
-    for table, key in (("model", "recompute"), ("precision", "compute")):
+    for table, key in (("model", "recompute"), ("model", "offload"), ("precision", "compute")):
         tree.get(table, {}).pop(key, None)
     if not tree.get("model"):
         raise UserError("a layout needs a model: --model NAME or FILE, a settings file, or model.hidden_size=...")
@@ -128,6 +128,7 @@ def _fixed(tree: dict[str, Any]) -> Fixed:
         micro=tree.get("train", {}).get("micro_batch_size"),
         recompute=tree.get("model", {}).get("recompute"),
         compute=tree.get("precision", {}).get("compute"),
+        offload=tree.get("model", {}).get("offload"),
     )
 
 
@@ -255,6 +256,8 @@ def settings_of(answer: LayoutAnswer | Prepared, step: Prediction, tokens: float
     plan, work = step.plan, step.work
     tree["source"].setdefault("sequence_length", work.tokens)
     tree["model"] = {**tree["model"], "vocab_size": work.model.vocab_size, "recompute": plan.recompute}
+    if plan.offload != "none":
+        tree["model"]["offload"] = plan.offload
     train = tree.setdefault("train", {})
     if tokens is not None:
         train["steps"] = -(-int(tokens) // work.step_tokens)
@@ -294,4 +297,5 @@ def overrides_of(step: Prediction) -> Sequence[str]:
     if d.pipeline > 1:
         said += [f"parallel.schedule={plan.parallel.schedule}", f"parallel.chunks={plan.parallel.chunks}"]
     said += [f"parallel.sharding={plan.parallel.sharding}", f"train.micro_batch_size={plan.micro}"]
+    said += [f"model.offload={plan.offload}"] * (plan.offload != "none")
     return [*said, f"model.recompute={plan.recompute}", f"precision.compute={plan.compute}"]

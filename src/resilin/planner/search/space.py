@@ -11,7 +11,7 @@ from resilin.layout.dealing import VIRTUAL_SHARDS
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.settings import ParallelSettings
-from resilin.planner.cost.arrangement import Arrangement, Workload
+from resilin.planner.cost.arrangement import Arrangement, OffloadTo, Workload
 from resilin.planner.hardware import Cluster
 
 LONG = 16_384
@@ -28,12 +28,14 @@ class Fixed:
         micro: rows of a micro-batch.
         recompute: what is computed again.
         compute: the format of products.
+        offload: where the inputs of recomputed blocks wait.
     """
 
     parallel: dict[str, Any] = field(default_factory=dict)
     micro: int | None = None
     recompute: str | None = None
     compute: str | None = None
+    offload: str | None = None
 
     def check(self, workers: int, work: Workload, cluster: Cluster) -> None:
         """Refuse what contradicts itself, the model or the cluster.
@@ -77,6 +79,25 @@ class Fixed:
             raise UserError(f"train.micro_batch_size={self.micro} does not divide the {work.batch} rows of a step")
         if self.compute is not None:
             cluster.peak(self.compute)
+        self._check_offload(cluster)
+
+    def _check_offload(self, cluster: Cluster) -> None:
+        if self.offload in (None, "none"):
+            return
+        if self.recompute not in (None, "block"):
+            raise UserError(
+                f"model.offload={self.offload} says where inputs of recomputed blocks wait, which contradicts "
+                f"model.recompute={self.recompute}: use model.recompute=block, or leave one out"
+            )
+        if self.offload == "host" and cluster.device.units == 1:
+            raise UserError(
+                f"model.offload=host: the memory of {cluster.device.name} is that of the host; use disk, or leave it "
+                "out"
+            )
+        if (cluster.host if self.offload == "host" else cluster.disk) is None:
+            raise UserError(
+                f"model.offload={self.offload}, but the file of {cluster.name} has no table [{self.offload}]: add it"
+            )
 
 
 def _divisors(number: int) -> list[int]:
@@ -186,7 +207,18 @@ def _of_degrees(
                 continue
             for recompute in recomputes:
                 for compute in computes:
-                    yield Arrangement(settings, micro, recompute, compute)  # type: ignore[arg-type]
+                    for offload in _offloads(cluster, recompute, fixed):
+                        yield Arrangement(settings, micro, recompute, compute, offload)  # type: ignore[arg-type]
+
+
+def _offloads(cluster: Cluster, recompute: str, fixed: Fixed) -> Sequence[OffloadTo]:
+    """Where the inputs of recomputed blocks may wait; a file only where that is fixed."""
+    if fixed.offload is not None:
+        wanted: OffloadTo = fixed.offload  # type: ignore[assignment]
+        return (wanted,) if recompute == "block" or wanted == "none" else ()
+    if recompute != "block" or cluster.host is None or cluster.device.units == 1:
+        return ("none",)
+    return ("none", "host")
 
 
 def _quickest(cluster: Cluster) -> str:

@@ -1,60 +1,27 @@
 """Trying layouts one after another, the likeliest to be best first (Dash et al. 2023, arXiv 2312.12705, section 4).
 
-The first trials are the best of the cost model and some at random; then optuna's TPE proposes, from all that have been
-tried, and of its proposals that one is taken whose like did best. Only layouts that the runtime takes are tried, none
-twice. A layout that fails counts as the worst that has been seen, so that its neighbours are avoided too. Every trial
-has a sampler of its own seed and is written down at once: a study that is interrupted goes on as if it had not been.
+The first trials are the best of the cost model and some at random; then a proposer chooses, from all that have been
+tried. Only layouts that the runtime takes are tried, none twice. A layout that fails counts as the worst that has been
+seen, so that its neighbours are avoided too. Whatever is drawn is drawn by the study's seed and the trial's number, and
+every trial is written down at once: a study that is interrupted goes on as if it had not been.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from resilin.config import UserError
 from resilin.planner.cost import Arrangement
-from resilin.planner.tune.features import choices, values
-
-Status = Literal["ok", "oom", "crash", "timeout"]
-_ASKS = 64
-"""Proposals of the sampler for one trial, many of which are impossible, or known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a trial went.
-
-    Attributes:
-        status: ok, or why it failed.
-        rate: tokens a second; 0 where it failed.
-        reason: of a failure, in words.
-    """
-
-    status: Status
-    rate: float = 0.0
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """A layout that was tried.
-
-    Attributes:
-        number: from 0.
-        layout: in words.
-        choices: see `features`.
-        outcome: how it went.
-    """
-
-    number: int
-    layout: str
-    choices: dict[str, Any]
-    outcome: Outcome
+from resilin.planner.tune.features import Candidate, Choice, Hint, Known, candidates, choices, key_of, values
+from resilin.planner.tune.propose import Position, Proposal, Proposer, by_trees
+from resilin.planner.tune.trial import Outcome, Trial
 
 
 @dataclass(frozen=True)
@@ -63,129 +30,153 @@ class Study:
 
     Attributes:
         plans: that may be tried, the best of the cost model first.
-        trials: in order.
+        trials: in the order in which they ended.
+        gain: what the last proposal was expected to gain, as a share of the best rate.
     """
 
     plans: tuple[Arrangement, ...]
     trials: tuple[Trial, ...]
+    gain: float = float("inf")
 
     @property
     def best(self) -> Trial | None:
         """The quickest that did not fail; None: all failed."""
-        good = [trial for trial in self.trials if trial.outcome.status == "ok"]
-        return max(good, key=lambda trial: trial.outcome.rate, default=None)
+        return max((trial for trial in self.trials if trial.ran), key=lambda trial: trial.outcome.rate, default=None)
+
+    @property
+    def failed(self) -> int:
+        """How many failed."""
+        return sum(not trial.ran for trial in self.trials)
 
     def plan_of(self, trial: Trial) -> Arrangement:
         """The layout of a trial."""
-        return next(plan for plan in self.plans if choices(plan) == trial.choices)
+        return self._by_key[key_of(trial.choices)]
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[Choice, ...], Arrangement]:
+        return {key_of(choices(plan)): plan for plan in self.plans}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a study goes on.
+
+    Attributes:
+        seed: of all that is drawn.
+        first: how many of the best of the cost model come first.
+        drawn: how many at random come next.
+        propose: chooses what comes then.
+        earlier: trials of other studies, of other models or machines; with hints their ratios compare.
+        gain: the study ends when what is left is expected to gain less, as a share of the best rate; 0: it does not.
+        at_once: trials that run at the same time.
+        most_failures: after so many the study ends.
+    """
+
+    seed: int = 0
+    first: int = 3
+    drawn: int = 3
+    propose: Proposer = by_trees
+    earlier: Sequence[Trial] = ()
+    gain: float = 0.0
+    at_once: int = 1
+    most_failures: int = 100
 
 
 def tune(
     plans: Sequence[Arrangement],
     run: Callable[[Arrangement], Outcome],
     trials: int,
+    rules: Rules = Rules(),
     *,
-    seed: int = 0,
-    first: int = 3,
-    drawn: int = 3,
+    hints: Sequence[Hint] = (),
     file: Path | None = None,
     tell: Callable[[Trial], None] = lambda trial: None,
 ) -> Study:
-    """Tries layouts until so many were, or none is left.
+    """Tries layouts until so many were, none is left, or the rules say that it is enough.
 
     Args:
         plans: that may be tried, the best of the cost model first.
-        run: tries one.
+        run: tries one; from several threads where several run at once.
         trials: how many, those in the file included.
-        seed: of all that is drawn.
-        first: how many of the best of the cost model come first.
-        drawn: how many at random come next.
+        rules: how it goes on.
+        hints: what the cost model says of each; empty: nothing is known of them beforehand.
         file: trials that were made, a JSON line for each; further ones are added.
         tell: receives every new trial.
 
     Raises:
-        UserError: optuna is not installed, or the file is of other layouts.
+        UserError: a package is not installed, or the file is of other layouts.
     """
-    study = Study(tuple(plans), tuple(_read(file, plans)))
-    known = values(plans)
-    while len(study.trials) < min(trials, len(study.plans)):
-        number = len(study.trials)
-        plan = _next(study, known, random.Random(f"{seed} {number}"), first, drawn)
-        trial = Trial(number, str(plan), choices(plan), run(plan))
-        if file is not None:
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(asdict(trial)) + "\n")
-        study = replace(study, trials=(*study.trials, trial))
-        tell(trial)
-    return study
+    known = values(plans, [one.choices for one in rules.earlier])
+    pool = candidates(plans, known, hints)
+    study = Study(tuple(plans), tuple(_read(file, pool)))
+    pending: dict[Future[Outcome], tuple[int, Candidate]] = {}
+    with ThreadPoolExecutor(rules.at_once, "trial") as threads:
+        while True:
+            while len(pending) < rules.at_once and len(study.trials) + len(pending) < min(trials, len(plans)):
+                number = len(study.trials) + len(pending)
+                proposal = _next(study, pool, known, rules, [one for _, one in pending.values()])
+                study = replace(study, gain=proposal.gain)
+                if proposal.gain < rules.gain or study.failed >= rules.most_failures:
+                    trials = 0  # those under way are the last
+                    break
+                pending[threads.submit(run, proposal.chosen.plan)] = number, proposal.chosen
+            if not pending:
+                return study
+            done, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in sorted(done, key=lambda one: pending[one][0]):
+                number, chosen = pending.pop(future)
+                trial = Trial(number, str(chosen.plan), chosen.choices, future.result(), chosen.hint)
+                _write(file, trial)
+                study = replace(study, trials=(*study.trials, trial))
+                tell(trial)
 
 
-def _read(file: Path | None, plans: Sequence[Arrangement]) -> list[Trial]:
-    if file is None or not file.exists():
-        return []
-    possible, found = [choices(plan) for plan in plans], []
+def _write(file: Path | None, trial: Trial) -> None:
+    if file is not None:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(asdict(trial)) + "\n")
+
+
+def read_trials(file: Path) -> list[Trial]:
+    """The trials that a study has written.
+
+    Raises:
+        UserError: a line is none.
+    """
+    found = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
-        tree = json.loads(line)
-        if tree["choices"] not in possible:
+        try:
+            tree: dict[str, Any] = json.loads(line)
+            hint = Hint(**tree["hint"]) if tree["hint"] else None
+            found.append(Trial(tree["number"], tree["layout"], tree["choices"], Outcome(**tree["outcome"]), hint))
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{file}, line {number + 1}: {tree['layout']} is no layout of this study: use another folder"
-            )
-        found.append(Trial(tree["number"], tree["layout"], tree["choices"], Outcome(**tree["outcome"])))
+                f"{file}, line {number + 1}: is no trial of a study ({error!r}); remove the line, or use another folder"
+            ) from None
     return found
 
 
-def _next(study: Study, known: dict[str, list[Any]], chance: random.Random, first: int, drawn: int) -> Arrangement:
-    """The next layout: one of the best, one at random, or what the sampler proposes."""
-    tried = [trial.choices for trial in study.trials]
-    left = [plan for plan in study.plans if choices(plan) not in tried]
-    number = len(tried)
-    if number < first:
-        return left[0]
-    if number < first + drawn or not known:
-        return chance.choice(left)
-    return _proposed(study, known, left, chance.randrange(2**31))
+def _read(file: Path | None, pool: Sequence[Candidate]) -> list[Trial]:
+    if file is None or not file.exists():
+        return []
+    possible, found = {one.key: one for one in pool}, []
+    for number, trial in enumerate(read_trials(file)):
+        chosen = possible.get(key_of(trial.choices))
+        if chosen is None:
+            raise UserError(f"{file}, line {number + 1}: {trial.layout} is no layout of this study: use another folder")
+        found.append(replace(trial, hint=chosen.hint))
+    return found
 
 
-def _proposed(study: Study, known: dict[str, list[Any]], left: list[Arrangement], seed: int) -> Arrangement:
-    try:
-        import optuna
-    except ImportError:
-        raise UserError("tuning needs optuna: pip install 'resilin[tune]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    distributions: dict[str, Any] = {
-        name: optuna.distributions.CategoricalDistribution(each) for name, each in known.items()
-    }
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0, multivariate=True)
-    asked = optuna.create_study(direction="maximize", sampler=sampler)
-    good = [trial.outcome.rate for trial in study.trials if trial.outcome.status == "ok"]
-    worst = min(good, default=0.0)
-    for trial in study.trials:
-        value = trial.outcome.rate if trial.outcome.status == "ok" else worst
-        chosen = {name: trial.choices[name] for name in known}
-        asked.add_trial(optuna.trial.create_trial(params=chosen, distributions=distributions, value=value))
-    by_choice = {tuple(choices(plan)[name] for name in known): plan for plan in left}
-    proposed = {}
-    for _ in range(_ASKS):
-        wanted = asked.ask(distributions).params
-        key = tuple(wanted[name] for name in known)
-        if key in by_choice:
-            proposed[key] = by_choice[key]
-    # Of what the sampler proposes and can be (of all that is left, where nothing can), the one whose like did best.
-    return max((proposed or by_choice).values(), key=lambda plan: _like(plan, study))
-
-
-def _like(plan: Arrangement, study: Study) -> float:
-    """The mean rate of what was tried, those that are alike counting most; failures count as no rate."""
-    own, total, weights = choices(plan), 0.0, 0.0
-    for trial in study.trials:
-        apart = sum(_apart(own[name], value) for name, value in trial.choices.items())
-        weights += 4.0**-apart
-        total += 4.0**-apart * trial.outcome.rate
-    return total / weights
-
-
-def _apart(one: int | str, other: int | str) -> float:
-    """How far two values of a choice are: degrees and rows by their doublings, names by whether they differ."""
-    if isinstance(one, int) and isinstance(other, int):
-        return abs(math.log2(one / other))
-    return float(one != other)
+def _next(
+    study: Study, pool: Sequence[Candidate], known: Known, rules: Rules, under_way: Sequence[Candidate]
+) -> Proposal:
+    """The next layout: one of the best, one at random, or what is proposed."""
+    tried = {key_of(trial.choices) for trial in study.trials} | {one.key for one in under_way}
+    left = [one for one in pool if one.key not in tried]
+    number, delay = len(tried), rules.first + rules.drawn
+    if number < rules.first:
+        return Proposal(left[0])
+    if number < delay or not known:
+        return Proposal(random.Random(f"{rules.seed} {number}").choice(left))
+    return rules.propose(Position(left, study.trials, under_way, known, rules.earlier, number, delay, rules.seed))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from resilin.planner.tune.study import Outcome
+from resilin.planner.tune.trial import Outcome
 
 WARM_UP = 2
 _MEMORY = ("out of memory", "OutOfMemoryError", "Cannot allocate memory", "bad_alloc", "DefaultCPUAllocator")
@@ -43,7 +43,9 @@ def run_trial(settings: str, folder: Path, tokens: int, timeout: float) -> Outco
         memory = started.returncode in _KILLED or any(word in said for word in _MEMORY)
         lines = said.strip().splitlines() or [f"exit code {started.returncode}"]
         return Outcome("oom" if memory else "crash", reason=lines[-1])
-    return Outcome("ok", tokens / statistics.median(_seconds(folder / "run" / "events.jsonl")))
+    seconds = _seconds(folder / "run" / "events.jsonl")
+    spread = statistics.stdev(seconds) / statistics.fmean(seconds) if len(seconds) > 1 else 0.0
+    return Outcome("ok", tokens / statistics.median(seconds), spread=spread)
 
 
 def _seconds(events: Path) -> list[float]:

@@ -1,0 +1,1 @@
+"""The recipe `frontier`: layouts found by trying, on paper for a large machine and for real on this one."""
