@@ -19,7 +19,23 @@ from torch import Tensor, nn
 from resilin.keys import Keys
 
 State = dict[str, Any]
-"""What a noun saves: a tree of dicts and lists whose leaves are tensors or JSON values. Never a pickle."""
+"""What a noun saves: a tree of dicts and lists whose leaves are tensors, `Deferred` ones too, or JSON values. Never a
+pickle."""
+
+
+@dataclass(frozen=True, eq=False)
+class Deferred:
+    """A tensor that is read or computed when it is its turn to be written, so that a state need not be in memory.
+
+    Attributes:
+        dtype: of its elements.
+        shape: of it.
+        read: gives it; asked once for each save.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
 
 
 @dataclass(frozen=True, slots=True)

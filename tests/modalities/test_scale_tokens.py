@@ -78,6 +78,14 @@ def test_the_frame_before_is_a_feature_where_there_is_one() -> None:
     assert bool((found.features_PNF[1, :, -1] == 1).all())
 
 
+def test_no_pictures_are_none() -> None:
+    tokens = tokenizer(WHOLE)
+    found = tokens.encode(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.bool))
+    assert found.features_PNF.shape == (0, WHOLE.places, tokens.features)
+    assert found.bits_PMd.shape == (0, WHOLE.predicted, 4)
+    assert tokens.decode(found.bits_PMd).shape == (0, 1, 8, 8)
+
+
 def test_a_file_brings_it_back(tmp_path: Path) -> None:
     before = tokenizer(WHOLE)
     before.save(tmp_path / "pictures.safetensors")

@@ -46,7 +46,7 @@ def differences(rank: int, ranks: int) -> list[str]:
                     if float((torch.as_tensor(found) - expected).abs().max()) > 1e-9:
                         wrong.append(f"{wanted}: {name}")
     for refused in (Budget(heads=2), Budget(hidden=8)):
-        with pytest.raises(BudgetError, match="neurons of the feed-forward and layers can be left out"):
+        with pytest.raises(BudgetError, match="layers and experts can be left out"):
             budget(local.module, refused)
     return wrong
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,17 @@ def test_the_global_norm_is_that_of_all_gradients_laid_end_to_end(sizes: list[in
     assert float(global_norm(grads)) == pytest.approx(float(torch.cat(grads).double().norm()), rel=1e-6)
     reference = nn.utils.get_total_norm(grads)
     assert float(global_norm(grads)) == pytest.approx(float(reference), rel=1e-6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data(), rows=st.integers(1, 20), size=st.integers(1, 700), seed=st.integers(0, 99))
+def test_a_gradient_in_rows_has_the_norm_of_the_whole_to_the_bit(data: Any, rows: int, size: int, seed: int) -> None:
+    absent = data.draw(st.sets(st.integers(0, rows - 1), max_size=rows - 1))
+    whole = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))
+    whole[list(absent)] = 0.0
+    beside = torch.ones(5)
+    parts = [None if row in absent else whole[row].clone() for row in range(rows)]
+    assert float(global_norm([beside, parts])) == float(global_norm([beside, whole]))
 
 
 def test_many_small_gradients_beside_a_large_one_are_not_lost() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resilin.modalities.digits import digit_pixels
 from resilin.modalities.model import GroupDecoder, GroupDecoderSettings
 from resilin.modalities.mtp import MtpSettings
 from resilin.modalities.pictures import PicturePartSettings
@@ -27,9 +28,7 @@ LEVELS, CODES, VOCABULARY = 3, 8, 11
 @cache
 def digits() -> Tensor:
     """(1797, 1, 8, 8) in [0, 1]: the handwritten digits of scikit-learn."""
-    from sklearn.datasets import load_digits
-
-    return torch.tensor(load_digits().images / 16, dtype=torch.float32)[:, None]
+    return torch.from_numpy(digit_pixels()[0] / 16).float()[:, None]
 
 
 @cache

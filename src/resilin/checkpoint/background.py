@@ -20,6 +20,7 @@ from resilin.checkpoint.sharded import Buffers
 from resilin.checkpoint.staging import Staging
 from resilin.checkpoint.store import SavedCheckpoint
 from resilin.layout import Layout
+from resilin.nouns import Deferred
 
 _NICENESS = 5
 
@@ -34,6 +35,12 @@ def _give_way() -> None:
         thread = threading.get_native_id()
         with suppress(OSError):  # a sandbox may know no priorities
             os.setpriority(os.PRIO_PROCESS, thread, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+def _defers(node: Any) -> bool:
+    if isinstance(node, Mapping):
+        return any(map(_defers, node.values()))
+    return any(map(_defers, node)) if isinstance(node, list) else isinstance(node, Deferred)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,8 @@ class BackgroundSaves:
 
     With several ranks each has one over a folder of the same coordinator, whose group is used from the thread: it must
     be the group of nothing else, and `wait` comes before anything else that the ranks do with the folder together.
+
+    A state with `Deferred` tensors is not copied, as it may be larger than memory: it is written while the run waits.
 
     Args:
         folder: where to save.
@@ -108,6 +117,9 @@ class BackgroundSaves:
         """
         started = time.perf_counter()
         self._settle()
+        if _defers(tree):
+            self._done.append(self.folder.save(step, tree, layout, buffers=buffers))
+            return Pending(step, time.perf_counter() - started)
         copy = partial(self._staging.copy, steady=steady)
         share = self.folder.prepare(step, tree, layout, buffers=buffers, copy=copy)
         self._running = self._thread.submit(self.folder.write, step, share)

@@ -11,8 +11,8 @@ from resilin.checkpoint.reader import CheckpointReader
 from resilin.checkpoint.storage import Location
 from resilin.checkpoint.store import SavedCheckpoint
 from resilin.checkpoint.tensor_record import DTYPES
-from resilin.checkpoint.tree import Deferred, put_together
-from resilin.nouns import State
+from resilin.checkpoint.tree import put_together
+from resilin.nouns import Deferred, State
 
 
 def deferred_tree(saved: CheckpointReader, parts: Collection[str] | None = None, *, verify: bool = True) -> State:

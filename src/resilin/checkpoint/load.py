@@ -19,9 +19,9 @@ from resilin.checkpoint.sharded import wanted_buffers
 from resilin.checkpoint.share import part_of
 from resilin.checkpoint.storage import Location
 from resilin.checkpoint.tensor_record import DTYPES
-from resilin.checkpoint.tree import Deferred, Json, escape, put_together, take_apart
+from resilin.checkpoint.tree import Json, escape, put_together, take_apart
 from resilin.layout import Layout, LayoutError, Place, Region
-from resilin.nouns import State
+from resilin.nouns import Deferred, State
 
 Views = Mapping[str, list[tuple[Region, Tensor]]]
 

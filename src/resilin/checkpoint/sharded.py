@@ -7,6 +7,7 @@ region covers are padding; they are neither written nor read.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from torch import Tensor
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.share import Piece, Share, check_tensor
 from resilin.checkpoint.tensor_record import DTYPE_NAMES, DTYPES, layout_dtype
-from resilin.checkpoint.tree import Deferred, TakenApart
+from resilin.checkpoint.tree import TakenApart
 from resilin.layout import Holding, Layout, LayoutError, Place, Region, check, file, plan, rank
+from resilin.nouns import Deferred
 
 Buffers = Mapping[str, Tensor]
 
@@ -81,23 +83,31 @@ def digest(layout: Layout) -> str:
     return f"{value:08x}"
 
 
-def local_view(tensor: str, buffer: Tensor, start: int, strides: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+def _read(tensor: Tensor | Deferred) -> Tensor:
+    return tensor.read() if isinstance(tensor, Deferred) else tensor
+
+
+def local_view(
+    tensor: str, buffer: Tensor | Deferred, start: int, strides: tuple[int, ...], sizes: tuple[int, ...]
+) -> Tensor:
     """A region as it lies in a buffer, sharing its memory where the buffer is contiguous.
 
     Raises:
         CheckpointError: when it reaches past the buffer.
     """
     _check_inside(tensor, buffer, start, strides, sizes)
-    flat = buffer.detach().contiguous().reshape(-1)
+    flat = _read(buffer).detach().contiguous().reshape(-1)
     return flat.as_strided(sizes, strides, flat.storage_offset() + start)
 
 
-def _check_inside(tensor: str, buffer: Tensor, start: int, strides: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+def _check_inside(
+    tensor: str, buffer: Tensor | Deferred, start: int, strides: tuple[int, ...], sizes: tuple[int, ...]
+) -> None:
     last = start + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    if all(sizes) and not 0 <= start <= last < buffer.numel():
+    if all(sizes) and not 0 <= start <= last < math.prod(buffer.shape):
         raise CheckpointError(
             f"tensor {tensor!r}: the layout says that elements {start} to {last} of this rank's buffer belong to it, "
-            f"but the buffer has {buffer.numel()} ({list(buffer.shape)})"
+            f"but the buffer has {math.prod(buffer.shape)} ({list(buffer.shape)})"
         )
 
 
@@ -121,10 +131,7 @@ def rank_share(
     Raises:
         CheckpointError: for a tensor that is not in the layout, or a buffer that does not fit it, by name.
     """
-    tensors = {name: tensor for name, tensor in apart.tensors.items() if isinstance(tensor, Tensor)}
-    late = [name for name, tensor in apart.tensors.items() if isinstance(tensor, Deferred)]
-    if late:
-        raise CheckpointError(f"tensor {late[0]!r} is deferred; where several ranks save, each gives its own memory")
+    tensors, late = apart.tensors, []
     scalars: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         check_tensor(name, tensor)
@@ -133,16 +140,16 @@ def rank_share(
             if held.shape == () and place in layout.places:
                 for at in held.starts[held.places == layout.row(place)][:1].tolist():
                     scalars[name] = local_view(name, tensor, at, (), ())
-        elif tensor.dim() == 0:
-            scalars[name] = tensor
-        elif tensor.numel():
+        elif not tensor.shape:
+            scalars[name] = _read(tensor)
+        elif math.prod(tensor.shape):
             late.append(name)
     if late:
         raise CheckpointError(
             f"tensor {late[0]!r} is not in the layout, so nobody knows which part of it this rank holds: add it (a "
             "state of a parameter's shape lies like the parameter; declare the rule of any other), or leave it out"
         )
-    memory: dict[str, Tensor] = {**tensors, **(buffers or {})}
+    memory: dict[str, Tensor | Deferred] = {**tensors, **(buffers or {})}
     pieces: list[Piece] = []
     for one in writes:
         held = layout.tensors[one.tensor]

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from resilin.checkpoint.errors import CheckpointError
 from resilin.checkpoint.tensor_record import DTYPE_NAMES
-from resilin.checkpoint.tree import Deferred, Json, TakenApart
+from resilin.checkpoint.tree import Json, TakenApart
 from resilin.layout import Region
+from resilin.nouns import Deferred
 
 
 @dataclass(frozen=True)

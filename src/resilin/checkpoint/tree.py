@@ -14,10 +14,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from resilin.checkpoint.errors import CheckpointError
+from resilin.nouns import Deferred
 
 Json = dict[str, Any] | list[Any] | str | int | float | bool | None
 
@@ -31,21 +31,6 @@ def escape(key: str) -> str:
     """A key as one part of a name."""
     key = key.replace("~", "~0").replace("/", "~1")
     return _SURROGATE.sub(lambda match: f"~u{ord(match[0]):04x}", key)
-
-
-@dataclass(frozen=True, eq=False)
-class Deferred:
-    """A tensor that is read or computed when it is its turn to be written, so that a state need not be in memory.
-
-    Attributes:
-        dtype: of its elements.
-        shape: of it.
-        read: gives it; asked once for each save.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
 
 
 @dataclass

@@ -36,6 +36,8 @@ class SizeOptions:
     def known(self, path: Path, opened: OpenedModel) -> Record | None:
         """What is known of the sizes; those given here count as trained only where the model was trained at them."""
         from resilin.config.errors import UserError
+        from resilin.nested.elastic_pretraining import elastic_in
+        from resilin.nested.elastic_record import ElasticRecord
         from resilin.nested.objective import nested_in
         from resilin.nested.record import NestRecord
 
@@ -45,6 +47,9 @@ class SizeOptions:
         if chains is not None and self.granularities is None and self.targets is None:
             return self._of_chains(opened, len(chains.sizes))
         told = NestRecord.read(path) if path.is_dir() else None
+        elastic = None if opened.run is None else elastic_in(opened.run.settings().objective)
+        if elastic is not None and self.granularities is None and self.targets is None:
+            return ElasticRecord.of(elastic)
         if opened.run is not None:
             nested = nested_in(opened.run.settings().objective)
             told = NestRecord.of(nested) if nested is not None else told

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from resilin.memory.expert_state import ExpertShape
+from resilin.memory.expert_state import Record
 from resilin.memory.expert_store import Geometry
 
 
@@ -18,14 +18,14 @@ class MoESize:
     dense: parameters that every step uses (D).
     layers: with experts (L).
     experts: of each layer.
-    expert: of one expert.
+    expert: state of one expert.
     dense_bytes: for each dense parameter: weight, gradient and two moments in float32.
     """
 
     dense: int
     layers: int
     experts: int
-    expert: ExpertShape
+    expert: Record
     dense_bytes: int = 16
 
     @property

@@ -1,19 +1,16 @@
-"""One expert's state as bytes: its matrices, their moments, and what has happened to it.
+"""One expert's state as bytes: its matrices, what its optimizer keeps of them, and how many updates it has had.
 
-Shapes: D hidden size, F expert size, P parameters of one expert.
+Shapes: D hidden size, F expert size, P parameters of one expert, M matrices of it.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
-
-_COUNTERS = 4  # updates, the last step that updated it, the log of all decays until then, and one to spare
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +35,53 @@ class ExpertShape:
         """P."""
         return len(self.names) * self.hidden * self.wide
 
-    @property
-    def record_bytes(self) -> int:
-        """Weights and two moments in float32, and the counters in float64."""
-        return 12 * self.parameters + 8 * _COUNTERS
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        """Gate and up (F, D), down (D, F)."""
+        return (self.hidden, self.wide) if name == "down" else (self.wide, self.hidden)
 
     def matrix(self, name: str, flat_P: Tensor) -> Tensor:
-        """One matrix of (P,) flat weights or gradients, as a view: gate and up (F, D), down (D, F)."""
+        """One matrix of (P,) flat weights or gradients, as a view."""
         size, place = self.hidden * self.wide, self.names.index(name)
-        shape = (self.hidden, self.wide) if name == "down" else (self.wide, self.hidden)
-        return flat_P[place * size : (place + 1) * size].view(shape)
+        return flat_P[place * size : (place + 1) * size].view(self.matrix_shape(name))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """How a state lies in memory: weights, then moments in float32, and a count in int64.
+
+    Attributes:
+        shape: of the expert.
+        wide: names of moments that have a matrix's shape.
+        single: names of moments that are one number for each matrix.
+    """
+
+    shape: ExpertShape
+    wide: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    single: tuple[str, ...] = ("step",)
+
+    @property
+    def parameters(self) -> int:
+        """P."""
+        return self.shape.parameters
+
+    @property
+    def numbers(self) -> int:
+        """In float32."""
+        return (1 + len(self.wide)) * self.parameters + len(self.single) * len(self.shape.names)
+
+    @property
+    def record_bytes(self) -> int:
+        """Of one expert."""
+        return -(-4 * self.numbers // 8) * 8 + 8
+
+    def of(self, record: Tensor) -> ExpertState:
+        """The views of a record, uint8 of `record_bytes`."""
+        numbers, count = record[: 4 * self.numbers].view(torch.float32), self.parameters
+        weights_P, *moments = numbers[: (1 + len(self.wide)) * count].split(count)
+        singles = numbers[(1 + len(self.wide)) * count :].view(len(self.single), len(self.shape.names))
+        updates = record[self.record_bytes - 8 :].view(torch.int64).view(())
+        wide = dict(zip(self.wide, moments, strict=True))
+        return ExpertState(weights_P, wide, dict(zip(self.single, singles, strict=True)), updates)
 
 
 class ExpertState(NamedTuple):
@@ -55,79 +89,19 @@ class ExpertState(NamedTuple):
 
     Attributes:
         weights_P: float32.
-        exp_avg_P: float32.
-        exp_avg_sq_P: float32.
-        counters: float64: updates, the last step that updated it, the log of all decays until then.
+        wide: moments of a matrix's shape, (P,) float32 each.
+        single: moments of one number, (M,) float32 each.
+        updates: 0-d int64, how many of its layer's updates it has had.
     """
 
     weights_P: Tensor
-    exp_avg_P: Tensor
-    exp_avg_sq_P: Tensor
-    counters: Tensor
+    wide: Mapping[str, Tensor]
+    single: Mapping[str, Tensor]
+    updates: Tensor
 
-    @classmethod
-    def of(cls, record: Tensor, shape: ExpertShape) -> ExpertState:
-        """The views of a record, uint8 of `record_bytes`."""
-        count = shape.parameters
-        numbers = record[: 12 * count].view(torch.float32)
-        weights_P, exp_avg_P, exp_avg_sq_P = numbers.split(count)
-        return cls(weights_P, exp_avg_P, exp_avg_sq_P, record[12 * count :].view(torch.float64))
-
-
-@dataclass(frozen=True, slots=True)
-class LazyAdamW:
-    """AdamW that leaves an expert alone in a step in which no token visited it, as torch does where `grad is None`.
-
-    Attributes:
-        betas: of both moving averages.
-        eps: added to the root of the second moment.
-        weight_decay: coupled to the learning rate, as in torch.
-        catch_up: before an update, first let the moments and the weights decay as often as the expert was left alone:
-            by powers of the betas and by the decays of those steps. What is left out is the movement along the old
-            moments in those steps.
-    """
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    catch_up: bool = False
-
-    def log_decay(self, lr: float) -> float:
-        """The log of what a step's decay multiplies weights by."""
-        return math.log1p(-lr * self.weight_decay)
-
-    def update(self, state: ExpertState, grad_P: Tensor, step: int, lr: float, log_decay: float) -> None:
-        """One step, in place.
-
-        Args:
-            state: of an expert.
-            grad_P: its gradient.
-            step: the number of this step, from 0.
-            lr: learning rate.
-            log_decay: the log of all decays before this step.
-        """
-        updates, last = int(state.counters[0]), int(state.counters[1])
-        skipped = step - 1 - (last if updates else -1)
-        if self.catch_up and skipped > 0:
-            state.exp_avg_P.mul_(self.betas[0] ** skipped)
-            state.exp_avg_sq_P.mul_(self.betas[1] ** skipped)
-            state.weights_P.mul_(math.exp(log_decay - float(state.counters[2])))
-            updates += skipped
-        adamw(
-            [state.weights_P],
-            [grad_P],
-            [state.exp_avg_P],
-            [state.exp_avg_sq_P],
-            [],
-            [torch.tensor(float(updates))],
-            fused=True,
-            amsgrad=False,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            lr=lr,
-            weight_decay=self.weight_decay,
-            eps=self.eps,
-            maximize=False,
-        )
-        state.counters[0], state.counters[1] = updates + 1, step
-        state.counters[2] = log_decay + self.log_decay(lr)
+    def moments(self, shape: ExpertShape, name: str) -> dict[str, Tensor]:
+        """Of one matrix: of its shape, or 0-d."""
+        place = shape.names.index(name)
+        return {kind: shape.matrix(name, flat_P) for kind, flat_P in self.wide.items()} | {
+            kind: numbers_M[place] for kind, numbers_M in self.single.items()
+        }

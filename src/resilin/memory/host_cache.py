@@ -61,17 +61,19 @@ class HostCache:
         self._coming: dict[Key, Future[None]] = {}
         self._going: dict[Key, Future[None]] = {}
         self._dirty: set[Key] = set()
+        self._changed: set[Key] = set()
         self._pins: Counter[Key] = Counter()
         self._ahead: dict[Key, int] = {}
         self._spare: list[Tensor] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="experts")
         self._leaving: deque[tuple[Future[None], Tensor]] = deque()
         self._made = 0
+        self._beside: Tensor | None = None
 
     @property
     def bytes(self) -> int:
         """Of all buffers: those that are made stay."""
-        return self._made * self.store.geometry.record_bytes
+        return (self._made + (self._beside is not None)) * self.store.geometry.record_bytes
 
     def read_ahead(self, keys: list[Key]) -> None:
         """Ask for states that will be needed: they are kept from now until `forget_ahead`.
@@ -114,6 +116,8 @@ class HostCache:
             yield state
         finally:
             self._unpin(key)
+            change = change or key in self._changed
+            self._changed.discard(key)
             if change and cached:
                 self._dirty.add(key)
             elif change:
@@ -121,19 +125,51 @@ class HostCache:
             if not cached:
                 self._retire(key, state)
 
-    def write_back(self, step: int, note: float = 0.0) -> None:
-        """Write what was changed, and commit it.
+    def changed(self, key: Key) -> None:
+        """Within the block of `state`: it was changed after all."""
+        self._changed.add(key)
+
+    @contextmanager
+    def aside(self, key: Key, *, change: bool = False) -> Iterator[Tensor]:
+        """One state as `state` gives it, of which the policy does not hear: what is cached stays the same.
 
         Args:
-            step: that the states are of.
-            note: a number kept with them.
+            key: whose.
+            change: whether it is changed within the block.
         """
+        if key in self._states:
+            self._arrived(key)
+            yield self._states[key]
+            if change:
+                self._dirty.add(key)
+            return
+        if key in self._going:
+            self._going[key].result()
+        if self._beside is None:
+            self._beside = torch.empty(self.store.geometry.record_bytes, dtype=torch.uint8)
+        self.store.read(key, self._beside)
+        yield self._beside
+        if change:
+            self.store.write(key, self._beside)
+
+    def flush(self) -> None:
+        """Write what was changed, so that the store has the present states."""
         began = time.perf_counter()
         for key in sorted(self._dirty):
             self._write(key, self._states[key])
         self._dirty.clear()
         self._settle()
-        self.store.commit(step, note)
+        self.counts.stall_s += time.perf_counter() - began
+
+    def write_back(self, step: int) -> None:
+        """Write what was changed, and commit it.
+
+        Args:
+            step: that the states are of.
+        """
+        self.flush()
+        began = time.perf_counter()
+        self.store.commit(step)
         self.counts.stall_s += time.perf_counter() - began
 
     def close(self) -> None:

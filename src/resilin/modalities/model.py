@@ -103,6 +103,7 @@ class GroupDecoder(AroundDecoder):
         super().__init__()
         self.own = settings
         self.decoder = decoder
+        decoder.indivisible = "the parts of a GroupDecoder see whole rows, so it goes with data parallelism alone"
         width, own = decoder.settings.hidden_size, decoder.settings
         depths = range(1, settings.mtp.depth + 1) if settings.mtp is not None else ()
         self.mtp = nn.ModuleList(MtpModule(own, depth) for depth in depths)
@@ -113,6 +114,11 @@ class GroupDecoder(AroundDecoder):
     @property
     def inner(self) -> Decoder:
         """The decoder."""
+        return self.decoder
+
+    def plain_form(self) -> nn.Module:
+        """The decoder, which has nothing around it any more."""
+        self.decoder.indivisible = None
         return self.decoder
 
     def embedded(self, tokens_BT: Tensor, kinds: Kinds) -> Tensor:

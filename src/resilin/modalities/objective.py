@@ -257,7 +257,7 @@ class NextGroupLoss(NextTokenLoss):
         assert model.sound is not None
         total, hits = zero, zero
         asked = torch.tensor(0.0, dtype=torch.float64)
-        if steps is not None and steps.next_AQ is not None:
+        if steps is not None:
             levels = range(model.sound.levels)
             nll = [F.cross_entropy(steps.logits[q], steps.next_AQ[:, q], reduction="sum").double() for q in levels]
             hits = sum(((steps.logits[q].argmax(-1) == steps.next_AQ[:, q]).double().sum() for q in levels), zero)

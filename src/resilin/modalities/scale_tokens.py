@@ -96,7 +96,7 @@ class ScaleTokenizer:
                 f"pictures of {tuple(pixels_PCHW.shape[1:])} (channels, height, width) for a tokenizer of "
                 f"{(self.channels, *self.size)}: patch {self.patch} times the finest scale {self.shape.finest}"
             )
-        patches_PEN = F.unfold(pixels_PCHW, self.patch, stride=self.patch)
+        patches_PEN = _patches(pixels_PCHW, self.patch)
         mean_E1, basis_Ed = self.mean_E.to(pixels_PCHW)[:, None], self.basis_Ed.to(pixels_PCHW)
         made_PdN: Tensor = basis_Ed.t() @ (patches_PEN - mean_E1)
         return made_PdN.view(*made_PdN.shape[:2], *self.shape.finest)
@@ -104,7 +104,9 @@ class ScaleTokenizer:
     def pixels(self, made_Pdhw: Tensor) -> Tensor:
         """(P, C, H, W): the pictures of such components."""
         patches_PEN = self.basis_Ed.to(made_Pdhw) @ made_Pdhw.flatten(2) + self.mean_E.to(made_Pdhw)[:, None]
-        return F.fold(patches_PEN, self.size, self.patch, stride=self.patch)
+        (h, w), p = self.shape.finest, self.patch
+        patches_PCpphw = patches_PEN.view(len(made_Pdhw), self.channels, p, p, h, w)
+        return patches_PCpphw.permute(0, 1, 4, 2, 5, 3).reshape(len(made_Pdhw), self.channels, h * p, w * p)
 
     # -- scales -------------------------------------------------------------------------------------------------
 
@@ -218,6 +220,14 @@ class ScaleTokenizer:
         return cls(shape, facts["patch"], found["mean"], found["basis"], found["step"], facts["channels"])
 
 
+def _patches(pixels_PCHW: Tensor, patch: int) -> Tensor:
+    """(P, C * patch * patch, h * w): the pixels of each patch."""
+    P, C, H, W = pixels_PCHW.shape
+    h, w = H // patch, W // patch
+    cut_PChpwp = pixels_PCHW.reshape(P, C, h, patch, w, patch)
+    return cut_PChpwp.permute(0, 1, 3, 5, 2, 4).reshape(P, C * patch * patch, h * w)
+
+
 def _coarse(x_Pdhw: Tensor, grid: tuple[int, int]) -> Tensor:
     return x_Pdhw if tuple(x_Pdhw.shape[2:]) == grid else F.adaptive_avg_pool2d(x_Pdhw, grid)
 
@@ -264,7 +274,7 @@ def fit(pixels_PCHW: Tensor, shape: PictureShape, patch: int, bits: int) -> Scal
             "many bits at most, or a larger patch"
         )
     check_scales(shape.scales)
-    patches_ME = F.unfold(pixels_PCHW.double(), patch, stride=patch).transpose(1, 2).flatten(0, 1)
+    patches_ME = _patches(pixels_PCHW.double(), patch).transpose(1, 2).flatten(0, 1)
     mean_E = patches_ME.mean(0)
     centred_ME = patches_ME - mean_E
     _, vectors_EE = torch.linalg.eigh(centred_ME.t() @ centred_ME / len(centred_ME))

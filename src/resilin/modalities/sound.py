@@ -38,25 +38,26 @@ class SoundSteps:
 
     Attributes:
         index_A: int64, which of the B * T positions predict a frame.
-        next_AQ: int64, the codes of that frame; None: they are drawn.
-        draw: (level, logits (A, K)) -> codes (A,); for sampling.
+        next_AQ: int64, the codes of that frame; -1: they are drawn.
+        draw: (level, logits (N, K) of positions whose codes are drawn) -> codes (N,); for sampling.
         logits: of the levels so far, (A, K) each; filled on the way up.
-        drawn: codes of the levels so far, (A,) each, where they are drawn.
+        drawn: codes of the levels so far, (N,) each, where they are drawn.
     """
 
     index_A: Tensor
-    next_AQ: Tensor | None = None
+    next_AQ: Tensor
     draw: Callable[[int, Tensor], Tensor] | None = None
     logits: list[Tensor] = field(default_factory=list)
     drawn: list[Tensor] = field(default_factory=list)
 
     def codes(self, level: int) -> Tensor:
         """(A,) int64: the codes of the level whose logits came last."""
-        if self.next_AQ is not None:
-            return self.next_AQ[:, level]
-        assert self.draw is not None
-        self.drawn.append(self.draw(level, self.logits[level]))
-        return self.drawn[-1]
+        codes_A = self.next_AQ[:, level]
+        if self.draw is None:
+            return codes_A
+        unknown_A = codes_A < 0
+        self.drawn.append(self.draw(level, self.logits[level][unknown_A]))
+        return codes_A.masked_scatter(unknown_A, self.drawn[-1])
 
 
 class SoundPart(nn.Module):

@@ -184,6 +184,19 @@ class Decoder(nn.Module):
             found.append((of_block.experts_per_token if of_block is not None else 0) or moe.experts_per_token)
         return tuple(found) * len(self._trajectory(cut))
 
+    def _router_widths(self, cut: Cut | None) -> tuple[int, ...]:
+        """How many experts may be chosen in each block; 0 where there are none, or the block is passed by."""
+        found = []
+        for layer in range(self.settings.layers):
+            moe = self.settings.at(layer).moe if self.settings.is_moe_layer(layer) else None
+            if moe is None or (cut is not None and layer in cut.skipped):
+                found.append(0)
+                continue
+            of_block = None if cut is None else cut.blocks[layer]
+            kept = None if of_block is None else of_block.experts
+            found.append(moe.experts if kept is None else len(kept))
+        return tuple(found)
+
     def _trajectory(self, cut: Cut | None) -> tuple[int, ...]:
         return self.settings.trajectory if cut is None else cut.trajectory or self.settings.trajectory
 
@@ -367,7 +380,8 @@ class Decoder(nn.Module):
         given: Given | None = None,
     ) -> DecoderOutput | StageOutput:
         if self.span is not None and self.span.probing:
-            return StageShape(*tokens_BT.shape)
+            rows, tokens = tokens_BT.shape
+            return StageShape(rows, tokens, self._router_widths(cut_of(self)))
         T, device, cut = tokens_BT.shape[1], tokens_BT.device, cut_of(self)
         # What attention sees are whole rows, also where the tokens of a row are divided over ranks.
         rows, whole = T, (documents_BT, positions_BT, continues_BT)

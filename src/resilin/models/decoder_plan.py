@@ -66,7 +66,7 @@ def decoder_plan(settings: DecoderSettings, vocabulary_multiple: int = 1) -> Ten
             r"blocks\.\d+\.attention\.(o\.bias|[qk]_norm\.weight)",
             _FEED_FORWARD + r"\.down\.bias",
             r"blocks\.\d+\.moe\.(router|shared_gate)\.(weight|bias)",
-            r"blocks\.\d+\.moe\.(anchor_row|row|raw)",
+            r"blocks\.\d+\.moe\.(anchor_row|row|raw|balance_bias)",
             r"blocks\.\d+\.attention\.[qkv]\." + _DOWN,
             r"blocks\.\d+\.attention\.o\." + _UP,
             _FEED_FORWARD + r"\.(gate|up)\." + _DOWN,

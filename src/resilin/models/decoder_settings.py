@@ -29,12 +29,19 @@ class MoESettings(Settings):
     """How many of them a token visits."""
     expert_size: PositiveInt = 512
     """Hidden width of one expert."""
-    routing: Literal["softmax_topk", "topk_softmax"] = "softmax_topk"
-    """Weights of the chosen experts: from a softmax over all experts, or over the chosen ones only."""
+    routing: Literal["softmax_topk", "topk_softmax", "sigmoid_topk"] = "softmax_topk"
+    """Weights of the chosen experts: from a softmax over all experts, or over the chosen ones only, or each by itself,
+    a sigmoid."""
     normalise_weights: bool = True
     """Whether the chosen experts' weights are made to sum to 1 (with `topk_softmax` they always do)."""
     router_bias: bool = False
     """Whether each expert has an offset that is added to its logit."""
+    balance: Literal["none", "bias"] = "none"
+    """none: balance is left to the objective's losses. bias: each expert has an offset that is added to what it is
+    chosen by, not to its weight; each step moves it by `balance_rate`, up where the expert had less than the mean load
+    and down where it had more (no loss is needed: set objective.load_balance = 0)."""
+    balance_rate: PositiveFloat = 1e-4
+    """How far those offsets move in a step; the schedule of the learning rate does not change it."""
     shared_size: NonNegativeInt = 0
     """Hidden width of an expert that every token visits; 0: none."""
     shared_gate: bool = False

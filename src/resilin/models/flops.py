@@ -116,7 +116,7 @@ def _block_vectors(settings: DecoderSettings, layer: int) -> int:
         return settings.hidden_size + (_mlp_vectors(settings) if kind == "mlp" else own)
     mlp = _mlp_vectors(settings)
     if settings.moe is not None and settings.is_moe_layer(layer):
-        mlp = settings.moe.experts if settings.moe.router_bias else 0
+        mlp = settings.moe.experts * (settings.moe.router_bias + (settings.moe.balance == "bias"))
     # The map of what a block is told is no matrix that tokens meet: one vector passes it in each loop.
     width = settings.hidden_size
     scales = 4 * width * (width + 1) if settings.told else 2 * width

@@ -42,6 +42,10 @@ def _common_blockers(settings: DecoderSettings) -> list[str]:
         found.append("chains: in all of them every layer reads the whole stream")
     if settings.moe is not None and settings.moe.router_bias:
         found.append("moe.router_bias = true: none of them has offsets of experts")
+    if settings.moe is not None and settings.moe.balance == "bias":
+        found.append('moe.balance = "bias": none of them has offsets of experts')
+    if settings.moe is not None and settings.moe.routing == "sigmoid_topk":
+        found.append('moe.routing = "sigmoid_topk": all of them weight experts by a softmax')
     for name in ("attention_softcap", "logit_softcap"):
         if getattr(settings, name) is not None:
             found.append(f"{name} = {getattr(settings, name)}: none of them caps logits")

@@ -44,6 +44,8 @@ _NORMS_AFTER = {"post_attention_layernorm": "attention_norm", "post_feedforward_
 """Of families that norm what a branch gives (OLMo 2): one of these names has another meaning elsewhere."""
 _OUT_OF_LAYER = {ours: theirs for theirs, ours in _IN_LAYER.items()}
 _MATRICES = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+_BALANCE = "mlp.gate.e_score_correction_bias"
+"""What experts are chosen by besides their affinity; DeepSeek-V3's name for it."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _CHAIN = re.compile(r"\.chains\.\d+(?=\.(?:weight|bias)$|$)")
 """Of decoders of chains, which are in no family: parts are named as the whole is, with their chain."""
@@ -100,6 +102,8 @@ def parts_of(name: str, *, norms_after: bool = False) -> list[Part] | None:
         return [Part(f"{prefix}moe.experts.gate", half=0), Part(f"{prefix}moe.experts.up", half=1)]
     if rest == "mlp.experts.down_proj":
         return [Part(f"{prefix}moe.experts.down")]
+    if rest == _BALANCE:
+        return [Part(f"{prefix}moe.balance_bias")]
     stem, _, kind = rest.rpartition(".")
     ours = _NORMS_AFTER.get(stem) if norms_after and stem.endswith("layernorm") else _IN_LAYER.get(stem)
     if ours is not None and kind in ("weight", "bias"):
@@ -146,6 +150,8 @@ def stored_tensors(model: Decoder, family: str) -> Iterator[tuple[str, Tensor]]:
             yield from _stored_experts(prefix, rest.removeprefix("moe.experts."), tensor, family)
         elif rest == "moe.router.weight" and family == "mixtral":
             yield f"{prefix}block_sparse_moe.gate.weight", tensor
+        elif rest == "moe.balance_bias":
+            yield prefix + _BALANCE, tensor
         else:
             stem, _, kind = rest.rpartition(".")
             yield f"{prefix}{in_layer[stem]}.{kind}", tensor

@@ -6,13 +6,15 @@ rows sorted by expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from resilin.models import uncompiled
+from resilin.models.balance import counted
 from resilin.models.cut import BlockCut, CutError
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.models.expert_products import mix_experts, takes
@@ -21,23 +23,38 @@ from resilin.models.linear import Linear
 from resilin.models.mlp import MLP, activate
 
 
-def route(logits_NE: Tensor, moe: MoESettings, experts_per_token: int | None = None) -> tuple[Tensor, Tensor]:
+def affinities(logits_NE: Tensor, moe: MoESettings) -> Tensor:
+    """(N, E) in float32 or better: what experts are chosen by, before any offset, and weighted with."""
+    logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
+    if moe.routing == "topk_softmax":
+        return logits_NE
+    return torch.sigmoid(logits_NE) if moe.routing == "sigmoid_topk" else logits_NE.softmax(-1)
+
+
+def route(
+    logits_NE: Tensor, moe: MoESettings, experts_per_token: int | None = None, offsets_E: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The chosen experts and their weights.
 
     Args:
-        logits_NE: of the router.
+        logits_NE: of the router, of the experts that may be chosen.
         moe: how they become choices.
         experts_per_token: k, where it is not that of `moe`.
+        offsets_E: added to the affinities that experts are chosen by, not to those they are weighted with.
 
     Returns:
-        (N, k) weights in float32 or better, largest first, and (N, k) expert numbers.
+        (N, k) weights in float32 or better, and (N, k) expert numbers, by falling affinity (with offsets: falling
+        affinity and offset), so that a smaller k takes the first of a larger one.
     """
-    logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
+    affinity_NE = affinities(logits_NE, moe)
     count = experts_per_token or moe.experts_per_token
+    if offsets_E is None:
+        weights_Nk, chosen_Nk = affinity_NE.topk(count, dim=-1)
+    else:
+        chosen_Nk = (affinity_NE.detach() + offsets_E.detach()).topk(count, dim=-1).indices
+        weights_Nk = affinity_NE.gather(-1, chosen_Nk)
     if moe.routing == "topk_softmax":
-        chosen_logits, chosen_Nk = logits_NE.topk(count, dim=-1)
-        return chosen_logits.softmax(-1), chosen_Nk
-    weights_Nk, chosen_Nk = logits_NE.softmax(-1).topk(count, dim=-1)
+        return weights_Nk.softmax(-1), chosen_Nk
     if moe.normalise_weights:
         weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True)
     return weights_Nk, chosen_Nk
@@ -141,12 +158,22 @@ def feed_forward(
 
 
 class MoE(nn.Module):
-    """Router, experts, and optionally an expert that all tokens share (Qwen2-MoE, DeepSeekMoE)."""
+    """Router, experts, and optionally an expert that all tokens share (Qwen2-MoE, DeepSeekMoE).
+
+    Attributes:
+        moved_by_sign: parameters that each step moves by the sign of their gradient alone, and how far
+            (`resilin.optim.sign`).
+    """
+
+    moved_by_sign: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, settings: DecoderSettings, moe: MoESettings, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.settings = moe
         self.router = Linear(settings.hidden_size, moe.experts, bias=moe.router_bias, device=device)
+        if moe.balance == "bias":
+            self.balance_bias = nn.Parameter(torch.empty(moe.experts, device=device))
+            self.moved_by_sign = {"balance_bias": moe.balance_rate}
         self.experts = Experts(settings, moe, device)
         self.shared = MLP(settings, moe.shared_size, device) if moe.shared_size else None
         self.shared_gate = Linear(settings.hidden_size, 1, bias=False, device=device) if moe.shared_gate else None
@@ -156,11 +183,11 @@ class MoE(nn.Module):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         if cut is None:
             router_NE = self.router(x_ND)
-            weights_Nk, chosen_Nk = route(router_NE, self.settings)
+            weights_Nk, chosen_Nk = self._route(router_NE)
             out_ND = self.experts(x_ND, weights_Nk, chosen_Nk)
         else:
             router_NE = cut.gathered(x_ND, self.router, "moe.router")
-            weights_Nk, chosen_Nk = route(router_NE, self.settings, cut.experts_per_token)
+            weights_Nk, chosen_Nk = self._route(router_NE, cut)
             if cut.experts is not None and cut.experts[-1] >= len(cut.experts):  # not the first ones
                 chosen_Nk = torch.tensor(cut.experts, device=chosen_Nk.device)[chosen_Nk]
             out_ND = self.experts(x_ND, weights_Nk, chosen_Nk, cut)
@@ -172,3 +199,12 @@ class MoE(nn.Module):
                 shared_ND = torch.sigmoid(gate_N1) * shared_ND
             out_ND = out_ND + shared_ND
         return out_ND.view(x_BTD.shape), router_NE.view(*x_BTD.shape[:-1], router_NE.shape[1])
+
+    def _route(self, router_NE: Tensor, cut: BlockCut | None = None) -> tuple[Tensor, Tensor]:
+        """Weights and choices among the experts that there are logits of."""
+        count = None if cut is None else cut.experts_per_token
+        if self.settings.balance == "none":
+            return route(router_NE, self.settings, count)
+        offsets_E = self.balance_bias if cut is None else cut.vector(self.balance_bias, "moe.balance_bias")
+        weights_Nk, chosen_Nk = route(router_NE, self.settings, count, offsets_E)
+        return counted(weights_Nk, chosen_Nk, offsets_E), chosen_Nk

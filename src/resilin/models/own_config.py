@@ -1,5 +1,5 @@
 """A `config.json` of our own, for decoders that no Hugging Face family describes: those whose blocks differ in size,
-are looped or have chains, or whose experts have offsets, and hybrids whose head is tied.
+are looped or have chains, whose experts have offsets or are weighted by sigmoids, and hybrids whose head is tied.
 
     {"model_type": "resilin", "architectures": ["ResilinDecoder"], "dtype": "float32",
      "settings": {...},                        a decoder's settings as in a run's [model], without what is usual
@@ -27,11 +27,12 @@ MODEL_TYPE = "resilin"
 
 
 def has_own_config(settings: DecoderSettings) -> bool:
-    """Whether no family describes such a decoder: it has blocks of different sizes, loops, chains, offsets of experts,
-    or is a hybrid with a tied head.
+    """Whether no family describes such a decoder: it has blocks of different sizes, loops, chains, offsets of experts
+    or weights of theirs by sigmoids, or is a hybrid with a tied head.
     """
     tied_hybrid = isinstance(settings, HybridSettings) and settings.tie_embeddings
-    offsets = settings.moe is not None and settings.moe.router_bias
+    moe = settings.moe
+    offsets = moe is not None and (moe.router_bias or moe.balance == "bias" or moe.routing == "sigmoid_topk")
     return settings.sizes_differ or settings.loop is not None or settings.chains is not None or tied_hybrid or offsets
 
 

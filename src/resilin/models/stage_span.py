@@ -31,10 +31,12 @@ class StageShape:
     Attributes:
         rows: B.
         tokens: T.
+        routers: of each block of the model, how many experts may be chosen; 0: it has none, or is passed by.
     """
 
     rows: int
     tokens: int
+    routers: tuple[int, ...] = ()
 
 
 StageOutput = Hidden | StageShape

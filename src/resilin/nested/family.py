@@ -15,12 +15,13 @@ from resilin.nested.budgets import Budget, BudgetError
 from resilin.nested.chain_record import ChainRecord
 from resilin.nested.consistency import Consistency, consistency
 from resilin.nested.cost import Cost, Latency, cost, latency
+from resilin.nested.elastic_record import ElasticRecord
 from resilin.nested.in_place import decoder_in
 from resilin.nested.loop_record import LoopRecord
 from resilin.nested.record import Kind, NestRecord
 from resilin.nouns import Batch
 
-Record = NestRecord | LoopRecord | ChainRecord
+Record = NestRecord | LoopRecord | ChainRecord | ElasticRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,8 @@ def members_of(
         if step == 0 or step in chosen:
             found.append(Member(name, wanted, record.kind(settings, wanted)))
     known = {member.wanted for member in found}
+    if isinstance(record, ElasticRecord):
+        more = [*record.axes(settings), *more]
     found += [Member(str(one), one, record.kind(settings, one)) for one in more if one not in known]
     return sorted(found, key=lambda member: cost(settings, member.wanted).flops)
 

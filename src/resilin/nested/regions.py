@@ -3,7 +3,8 @@
 Running in place, extracting, and what is tested of gradients all read what is said here.
 
 With sizes d (hidden), m (neurons), and the kept heads' rows: embedding and head [V, :d]; norms [:d]; q, k, v [heads,
-:d]; o [:d, heads]; gate and up [:m, :d]; down [:d, :m]; router [experts, :d] and its bias [experts]; stacked experts
+:d]; o [:d, heads]; gate and up [:m, :d]; down [:d, :m]; router [experts, :d], its bias and the
+balance's [experts]; stacked experts
 [experts, :m, :d] and [experts, :d, :m]. Rows of heads are one run where whole groups are kept, else one run for each
 key head; experts that are named one by one are as many runs as they leave gaps. The shared expert keeps its neurons.
 What a looped decoder's blocks are told is as wide as the stream. Of a Mamba-2 layer, with the kept channels of the kept
@@ -123,6 +124,8 @@ def _block_runs(settings: DecoderSettings, part: LayerPart, hidden: int, name: s
         return (rows, d) if is_weight else (rows,)
     if stem == "moe.router":
         return (_runs_of(part.experts), d) if is_weight else (_runs_of(part.experts),)
+    if name == "moe.balance_bias":
+        return (_runs_of(part.experts),)
     if stem in ("moe.shared_gate", "moe.shared.gate", "moe.shared.up"):
         return (None, d)
     if stem == "moe.shared.down":

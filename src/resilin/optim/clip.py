@@ -65,13 +65,49 @@ def shard_norms(
     ]
 
 
-def global_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients together, 0-d float64; the order of additions is told above."""
+def row_norms(rows: Sequence[Tensor | None]) -> list[Tensor]:
+    """The norms of all virtual shards of a tensor that lies in rows, to the bit as of the tensor itself.
+
+    Only a shard that reaches over rows is put together, and only while it is added up.
+
+    Args:
+        rows: along the tensor's first dimension, of equal sizes; None is a row of zeros.
+    """
+    some = next(row for row in rows if row is not None)
+    size, found = some.numel(), []
+    edges = shard_edges(size * len(rows))
+    for shard in range(len(edges) - 1):
+        low, high = edges[shard], edges[shard + 1]
+        parts, zero = [], True
+        for number in range(low // size, -(-high // size)):
+            begin, end = max(low - number * size, 0), min(high - number * size, size)
+            row, zero = rows[number], zero and rows[number] is None
+            parts.append(some.new_zeros(end - begin) if row is None else row.reshape(-1)[begin:end])
+        if zero:
+            found.append(some.new_zeros(1, dtype=torch.promote_types(some.dtype, torch.float32)))
+        else:
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            found += shard_norms(whole, size * len(rows), shard, shard + 1)
+    return found
+
+
+def global_norm(grads: Sequence[Tensor | Sequence[Tensor | None]]) -> Tensor:
+    """The Euclidean norm of all gradients together, 0-d float64; the order of additions is told above.
+
+    Args:
+        grads: tensors, or the rows of one (`row_norms`).
+    """
     if not grads:
         return torch.zeros((), dtype=torch.float64)
-    flat = [(grad.to_dense() if grad.is_sparse else grad).reshape(-1) for grad in grads]
-    pieces = [norm for grad in flat for norm in shard_norms(grad, grad.numel())]
-    return total_norm(torch.cat(pieces).double().square())
+    pieces: list[Tensor] = []
+    for grad in grads:
+        if isinstance(grad, Tensor):
+            flat = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
+            pieces += shard_norms(flat, flat.numel())
+        else:
+            pieces += row_norms(grad)
+    device = pieces[0].device
+    return total_norm(torch.cat([piece.to(device) for piece in pieces]).double().square())
 
 
 def total_norm(squares: Tensor) -> Tensor:

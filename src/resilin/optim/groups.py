@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -57,6 +57,7 @@ def make_groups(
     decay_vectors: bool = False,
     decay_embeddings: bool = True,
     lr_scales: Mapping[str, float] | None = None,
+    apart: Collection[str] = (),
 ) -> list[Group]:
     """All trainable parameters in groups, in the model's order.
 
@@ -67,12 +68,13 @@ def make_groups(
         decay_vectors: whether norms and biases (one dimension, or a name ending in `bias`) decay.
         decay_embeddings: whether embedding tables decay.
         lr_scales: further learning-rate factors by parameter name (muP), multiplied with a rule's.
+        apart: names of parameters that are in no group.
 
     Raises:
         ValueError: naming a rule that no trainable parameter matches, or a model with nothing to train.
     """
     embeddings = embedding_names(model)
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in apart]
     if not trainable:
         raise ValueError("the model has no trainable parameter: every one has requires_grad=False")
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}

@@ -6,11 +6,12 @@ Not a `torch.optim.Optimizer`: that class keys its state by parameter order, and
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,16 @@ class Part(ABC):
             for pace, members in self.groups
             if members
         ]
+
+    def over(self, place: Callable[[Member], Member]) -> Self:
+        """The same rule over other memory.
+
+        Args:
+            place: gives for each member what is moved in its place.
+        """
+        other = copy.copy(self)
+        other.groups = [(pace, [place(member) for member in members]) for pace, members in self.groups]
+        return other
 
     def members(self) -> Iterable[Member]:
         """All parameters of the part."""

@@ -19,6 +19,7 @@ from resilin.optim.mup import learning_rate_scales
 from resilin.optim.part import Part, root_mean_square
 from resilin.optim.schedule import Schedule
 from resilin.optim.settings import OptimizerSettings
+from resilin.optim.sign import sign_parts, sign_rates
 
 Owned = Mapping[str, nn.Parameter]
 """What of each parameter is updated here: some of its elements, flat, or all of it."""
@@ -74,6 +75,7 @@ class ScheduledSettings(OptimizerSettings):
             decay_vectors=self.decay_vectors,
             decay_embeddings=self.decay_embeddings,
             lr_scales=scales,
+            apart=sign_rates(model).keys(),
         )
         if owned is None:
             return groups
@@ -87,10 +89,14 @@ class ScheduledSettings(OptimizerSettings):
     def parts(self, model: nn.Module, owned: Owned | None = None) -> list[Part]:
         """The update rules over `self.groups(model, owned)`."""
 
+    def all_parts(self, model: nn.Module, owned: Owned | None = None) -> list[Part]:
+        """And that of parameters that go by sign."""
+        return [*self.parts(model, owned), *sign_parts(model, owned)]
+
     def build(self, model: nn.Module, total_steps: int) -> Scheduled:
         """The optimizer, its moments created beside the parameters."""
         schedule = partial(self.schedule.factor, total=total_steps, peak=self.lr)
-        return Scheduled(self.parts(model), self.lr, schedule, self.record, self.record_every)
+        return Scheduled(self.all_parts(model), self.lr, schedule, self.record, self.record_every)
 
     def build_owned(self, model: nn.Module, total_steps: int, owned: Owned) -> Scheduled:
         """The optimizer of what one of many workers owns.
@@ -107,8 +113,8 @@ class ScheduledSettings(OptimizerSettings):
             for name, p in model.named_parameters()
             if p.requires_grad
         }
-        groups = [group for part in self.parts(model, outlines) for group in part.described_groups()]
-        return Scheduled(self.parts(model, owned), self.lr, schedule, groups=groups)
+        groups = [group for part in self.all_parts(model, outlines) for group in part.described_groups()]
+        return Scheduled(self.all_parts(model, owned), self.lr, schedule, groups=groups)
 
 
 class Scheduled:

@@ -39,6 +39,6 @@ class OptimizerSettings(Settings, ABC):
             UserError: this optimizer cannot update parts of a model.
         """
         raise UserError(
-            f"optimizer {type(self).__name__} cannot be divided among workers: it has no `build_owned`; use AdamW, SGD "
-            "or Muon, or one worker"
+            f"optimizer {type(self).__name__} cannot be divided among workers, or among tiers of memory: it has no "
+            "`build_owned`; use AdamW, SGD or Muon, or one worker without [memory]"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from resilin.nouns import Objective, Optimizer
+from resilin.optim.rows import rows_of
 from resilin.parallel.blueprint import DENSE, EXPERTS, REDUCED_OVER, Blueprint
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.group import Group
@@ -89,11 +90,12 @@ def assemble(
     if world.axis("cp") > 1 or world.axis("ep") > 1 or blueprint.sharded:
         exact = False
     lockstep = blueprint.sharded or world.axis("ep") > 1
+    lent = [p for chunk in passes.chunks for p in chunk.parameters() if p.requires_grad and rows_of(p) is not None]
     found: dict[str, list[tuple[str, nn.Parameter]]] = {DENSE: [], EXPERTS: []}
     trained: dict[str, Trained] = {}
     for chunk in passes.chunks:
         for name, parameter in chunk.named_parameters():
-            if not parameter.requires_grad or name in trained:
+            if not parameter.requires_grad or name in trained or rows_of(parameter) is not None:
                 continue
             _check(name, blueprint)
             fact, kind = (facts or {}).get(name, Facts()), blueprint.reduction_of(name)
@@ -131,6 +133,7 @@ def assemble(
         # A slot by itself is computed where nobody else has to compute, or holds tokens, at the same time.
         model=None if lockstep or world.axis("cp") > 1 else model,
         lockstep=lockstep,
+        lent=lent,
     )
     return Assembled(engine, optimizer, reductions)
 

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from resilin.optim.rows import HasGradient
 
 Leaf = list[Tensor | None]
 
@@ -111,12 +113,12 @@ class GradientSum:
     them at most about log2(n).
 
     Args:
-        parameters: whose gradients are summed.
+        parameters: whose gradients are summed; or who has them in their place.
         leaves: how many micro-batches there are in the run.
         first: the number, within the step, of its first one.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], leaves: int, first: int = 0) -> None:
+    def __init__(self, parameters: Sequence[HasGradient], leaves: int, first: int = 0) -> None:
         self._parameters, self._stop = parameters, first + leaves
         self._first = self._next = first
         self._tree = TreeSum(first)

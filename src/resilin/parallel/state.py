@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from resilin.layout import Layout, ParamSpec
+from resilin.nouns import Deferred
 from resilin.parallel.dtypes import DTYPES
 from resilin.parallel.group import Group
 from resilin.parallel.messages import tell_all
@@ -15,12 +16,12 @@ from resilin.parallel.messages import tell_all
 Entry = tuple[str, str, tuple[int, ...], str]
 
 
-def tensors_of(state: Mapping[str, Any], path: str = "") -> dict[str, Tensor]:
+def tensors_of(state: Mapping[str, Any], path: str = "") -> dict[str, Tensor | Deferred]:
     """The tensors of a tree by their names in a checkpoint: keys and places joined by `/`."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, Tensor | Deferred] = {}
     for key, value in state.items():
         name = f"{path}/{key}" if path else str(key)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | Deferred):
             found[name] = value
         elif isinstance(value, Mapping):
             found |= tensors_of(value, name)
@@ -74,7 +75,7 @@ class StateLayout:
             dtype = DTYPES[tensor.dtype]
             if part in ("model", "frozen") and rest in specs:
                 found[name] = ("weight", rest, specs[rest].shape, dtype)
-            elif tensor.dim() == 0:
+            elif not tensor.shape:
                 continue  # the same at every worker that has it
             elif part == "optimizer" and parameter in specs:
                 found[name] = ("state", parameter, specs[parameter].shape, dtype)

@@ -17,6 +17,7 @@ from torch import nn
 from resilin.keys import Keys
 from resilin.nouns import Batch, Loss, Objective, Source
 from resilin.optim.clip import clip_factor, global_norm
+from resilin.optim.rows import HasGradient, gradient_holders, gradients_of
 from resilin.parallel.canonical import GradientSum, tree_sum
 from resilin.parallel.report import Summed, merge_logs
 
@@ -164,7 +165,7 @@ def gradient_of_step(
     """
     starts = range(0, len(batch), micro_batch_size)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = GradientSum(parameters, len(starts))
+    gradients = GradientSum(gradient_holders(parameters), len(starts))
     losses: list[Loss] = []
     for start in starts:
         stop = min(start + micro_batch_size, len(batch))
@@ -176,7 +177,7 @@ def gradient_of_step(
     grads = gradients.finish()
     units = tree_sum([loss.units.double() for loss in losses])
     total = tree_sum([loss.sum.double() for loss in losses])
-    norm_of_sum = global_norm(grads)
+    norm_of_sum = global_norm(gradients_of(parameters))
     # One transfer from the device, one synchronisation a step.
     units_value, total_value, norm_value = torch.stack([units, total, norm_of_sum]).tolist()
     check_units(units_value)
@@ -198,16 +199,21 @@ def non_finite_slots(
     model: nn.Module, objective: Objective, batch: Batch, keys: Keys, *, device: torch.device, autocast: Autocast
 ) -> list[int]:
     """The slots whose own loss or gradient is not finite, found by computing each alone; gradients are dropped."""
-    found = []
+    found, holders = [], gradient_holders(model.parameters())
     for row in range(len(batch)):
         with autocast():
             loss = objective(model, batch.rows(row, row + 1).to(device), keys.rows(row, row + 1))
-        model.zero_grad(set_to_none=True)
+        _drop(holders)
         if loss.sum.requires_grad:
             loss.sum.backward()
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        grads = [holder.grad for holder in holders if holder.grad is not None]
         finite = bool(torch.isfinite(loss.sum)) and all(bool(torch.isfinite(g).all()) for g in grads)
         if not finite:
             found.append(int(batch.slots_B[row]))
-    model.zero_grad(set_to_none=True)
+    _drop(holders)
     return found
+
+
+def _drop(holders: Sequence[HasGradient]) -> None:
+    for holder in holders:
+        holder.grad = None

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from resilin.keys import Keys
 from resilin.layout.dealing import VIRTUAL_SHARDS
 from resilin.nouns import Batch, Loss, Objective, Source
-from resilin.optim.clip import clip_factor, total_norm
+from resilin.optim.clip import clip_factor, global_norm, total_norm
+from resilin.optim.rows import gradient_holders, gradients_of
 from resilin.parallel.activity import doing, waiting
 from resilin.parallel.canonical import GradientSum, Node
 from resilin.parallel.errors import ParallelError
@@ -45,9 +46,12 @@ class Passes(Protocol):
     """
 
     chunks: Sequence[nn.Module]
-    collected: Sequence[Sequence[nn.Parameter]]
     speaks: bool
     in_order: bool
+
+    @property
+    def collected(self) -> Sequence[Sequence[nn.Parameter]]:
+        """See above."""
 
     def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect, losses: dict[int, Loss]) -> None:
         """Forward and backward over micro-batches.
@@ -104,9 +108,13 @@ class WholeModel:
     ) -> None:
         self._gathered = gathered
         self.chunks: Sequence[nn.Module] = (model,)
-        self.collected: Sequence[Sequence[nn.Parameter]] = [list(model.parameters())]
         self.speaks, self._prepare = speaks, prepare
         self._objective, self._computed, self._device, self._autocast = objective, computed, device, autocast
+
+    @property
+    def collected(self) -> Sequence[Sequence[nn.Parameter]]:
+        """All, as the model has them now."""
+        return [list(self.chunks[0].parameters())]
 
     def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect, losses: dict[int, Loss]) -> None:
         """Forward, backward, forward, backward, ..."""
@@ -190,6 +198,7 @@ class Workers:
         device, autocast: as for `OneProcess`.
         model: what the objective calls when it looks for bad slots; None: they are not looked for.
         lockstep: whether workers of the data axis exchange something during a pass.
+        lent: trained parameters whose memory is elsewhere (`resilin.optim.rows`); no other worker has them.
 
     Attributes:
         trace: looks at the passes of some steps.
@@ -220,8 +229,9 @@ class Workers:
         autocast: Autocast,
         model: nn.Module | None = None,
         lockstep: bool = False,
+        lent: Sequence[nn.Parameter] = (),
     ) -> None:
-        self._lockstep = lockstep
+        self._lockstep, self._lent = lockstep, tuple(lent)
         self.trace: Tracer | None = None
         self.kept: Kept | None = None
         self.keeps = self.even = False
@@ -387,6 +397,8 @@ class Workers:
             reduction.set_gradients([bool(flags[self.trained[name].row]) for name in reduction.names])
             if grads := reduction.gradients():  # of small parameters one worker may own all
                 torch._foreach_mul_(grads, factor)
+        if grads := [h.grad for h in gradient_holders(self._lent) if h.grad is not None]:
+            torch._foreach_mul_(grads, factor)
         return StepGradient(summed.loss / summed.units, summed.units, norm, summed.logs)
 
     def _facts(self) -> tuple[Tensor, Tensor]:
@@ -400,6 +412,8 @@ class Workers:
             used[at] += reduction.used()
             found = reduction.squares().where(counted[:, None], 0.0)
             squares[at] += found if self._exact else found.sum(1, keepdim=True)
+        if self._lent:
+            return used, squares.sum()[None] + global_norm(gradients_of(self._lent)).square().cpu()
         return used, squares if self._exact else squares.sum()[None]
 
     def non_finite(self, batch: Batch, keys: Keys) -> list[int] | None:

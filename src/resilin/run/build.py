@@ -17,7 +17,9 @@ from resilin.cluster.join import agree_on, lead_first
 from resilin.cluster.view_world import ViewWorld
 from resilin.config import UserError
 from resilin.data.settings import SourceContext
+from resilin.memory.tiered_optimizer import tiered_optimizer
 from resilin.models.decoder import Decoder
+from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.settings import ModelContext
 from resilin.models.step_flops import step_flops_per_token
 from resilin.nouns import Objective, Optimizer, Source
@@ -29,7 +31,7 @@ from resilin.precision.autocast import Precision, choose_precision
 from resilin.precision.compiled import compile_model
 from resilin.run.allocator import keep_freed_memory
 from resilin.run.device import choose_device, device_in_words, set_threads
-from resilin.run.divided import Divided, coordinator, divide, starts_as_outline
+from resilin.run.divided import Divided, coordinator, divide, initial_values, starts_as_outline
 from resilin.run.elastic import Elastic
 from resilin.run.elastic_place import first_place, starts_as_stage
 from resilin.run.events import Listener, RunStarted
@@ -202,7 +204,9 @@ def build_run(
     steps = steps_of(settings, sources.source)
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": steps})})
     small = starts_as_stage(settings) if world is None else starts_as_outline(settings, world)
-    model = model_of(settings, sources.source, device, outline=small and (elastic or world) is not None)
+    lent = settings.memory.experts is not None and type(settings.model) is DecoderSettings  # the whole may be too large
+    outline = lent if elastic is None and world is None else small
+    model = model_of(settings, sources.source, device, outline=outline)
     parameters, flops = sum(p.numel() for p in model.parameters()), flops_per_unit(model, sources.source)
     precision = choose_precision(settings.precision, device)
     context = objective_context(settings, sources.source, device, folder)
@@ -275,6 +279,22 @@ class _Share:
         return cls(divided.model, divided.optimizer, None, divided.engine, divided.layout)
 
 
+def _optimizer_of(settings: RunSettings, model: nn.Module, folder: RunFolder | None, device: torch.device) -> Optimizer:
+    """Of a model that this process has alone; what of it is to live elsewhere is out of the model afterwards."""
+    tiers = settings.memory.experts
+    if tiers is None:
+        return settings.optimizer.build(model, settings.train.steps)
+    return tiered_optimizer(
+        tiers,
+        settings.optimizer,
+        model,
+        settings.train.steps,
+        run_folder=folder.path if folder is not None else None,
+        values=initial_values(settings, model),
+        device=device,
+    )
+
+
 def _share_of(
     settings: RunSettings,
     model: nn.Module,
@@ -304,7 +324,7 @@ def _share_of(
         )
         return _Share.of(placed)
     if world is None:
-        return _Share(model, settings.optimizer.build(model, settings.train.steps), compiled(model))
+        return _Share(model, _optimizer_of(settings, model, folder, device), compiled(model))
     divided = divide(
         settings,
         world,

@@ -14,6 +14,7 @@ from torch import nn
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.process_group import ProcessGroup
 from resilin.config import UserError
+from resilin.memory.tiered_optimizer import TieredOptimizer, take_experts
 from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.initial import initial_value
@@ -76,7 +77,7 @@ def divide(
         compiled: compiles what the objective calls, or gives it as it is.
         device: of this worker.
         precision: of the run.
-        folder: of the run, where a measured schedule goes.
+        folder: of the run, where a measured schedule goes, and experts that have no room in memory.
 
     Raises:
         ParallelError, UserError: the model cannot be divided so.
@@ -111,10 +112,21 @@ def divide(
             keep_whole=whole,
             device=device,
             autocast=precision.autocast,
-            values=_initial(settings, model),
+            values=initial_values(settings, model),
             compiled=partial(compile_model, what=bool(precise.compile) and "blocks", mode=precise.compile_mode),
         )
     chunks = part.passes.chunks
+    tiers = None
+    if settings.memory.experts is not None:
+        tiers = take_experts(
+            settings.memory.experts,
+            settings.optimizer,
+            chunks[0],
+            settings.train.steps,
+            run_folder=folder,
+            worker=world.rank,
+            outline=outline,
+        )
     made = assembled(
         settings,
         world,
@@ -130,7 +142,8 @@ def divide(
     if settings.parallel.trace and isinstance(part.passes, PipelinePasses) and folder is not None:
         made.engine.trace = Trace(settings.parallel.trace, part.passes, world, folder / "workers" / "schedule.csv")
     mine = chunks[0] if len(chunks) == 1 and not part.blueprint.sharded else WorkerModel(chunks)
-    return Divided(mine, made.engine, made.optimizer, StateLayout(part.blueprint, world.everyone))
+    optimizer = made.optimizer if tiers is None else TieredOptimizer(made.optimizer, tiers)
+    return Divided(mine, made.engine, optimizer, StateLayout(part.blueprint, world.everyone))
 
 
 def assembled(
@@ -227,7 +240,7 @@ def starts_as_outline(settings: RunSettings, world: World) -> bool:
     return type(settings.model) is DecoderSettings and not _whole_everywhere(world)
 
 
-def _initial(settings: RunSettings, model: nn.Module) -> Callable[[str, tuple[int, ...]], torch.Tensor] | None:
+def initial_values(settings: RunSettings, model: nn.Module) -> Callable[[str, tuple[int, ...]], torch.Tensor] | None:
     """The values of a model that is an outline only; None where it has them."""
     if not (isinstance(model, Decoder) and next(model.parameters()).device.type == "meta"):
         return None
@@ -241,10 +254,38 @@ def check_division(settings: RunSettings, world: World, model: nn.Module, source
     Raises:
         ParallelError: what it is.
     """
+    _check_memory(settings, world)
     if settings.parallel.sharding == "fsdp":
         _check_sharded(settings, world, model, whole)
     if not _whole_everywhere(world):
         _check(settings, world, model, source)
+
+
+def _check_memory(settings: RunSettings, world: World) -> None:
+    """Refuse experts in tiers that more than one worker would have.
+
+    Raises:
+        ParallelError: what to set.
+    """
+    if settings.memory.experts is None:
+        return
+    degrees = world.degrees
+    others = [name for name in ("tensor", "pipeline", "context") if getattr(degrees, name) > 1]
+    if others:
+        raise ParallelError(
+            f"[memory.experts] goes with parallel.data and parallel.expert, not with parallel.{others[0]}: set it to "
+            "1, or leave [memory.experts] out"
+        )
+    if settings.parallel.sharding != "zero1":
+        raise ParallelError(
+            f"[memory.experts] goes with parallel.sharding = 'zero1', not {settings.parallel.sharding!r}, which "
+            "divides weights itself"
+        )
+    if degrees.expert != degrees.data:
+        raise ParallelError(
+            f"[memory.experts] keeps each expert at one worker, on its disk, and with data = {degrees.data} and "
+            f"expert = {degrees.expert} several would have the same: set parallel.expert = {degrees.data}"
+        )
 
 
 def _whole_everywhere(world: World) -> bool:

@@ -78,6 +78,11 @@ def check_elastic(settings: RunSettings, degrees: Degrees, device: torch.device)
             "compiled code of parallel.tensor knows the groups it was made with, which an elastic run replaces: set "
             "precision.compile = false, or parallel.tensor = 1"
         )
+    if settings.memory.experts is not None:
+        raise ParallelError(
+            "[memory.experts] keeps experts on a worker's own disk, where no other can go on from them: set "
+            "cluster.elastic = false, or leave it out"
+        )
     if parallel.sharding != "zero1":
         raise ParallelError(f"an elastic run keeps parallel.sharding = 'zero1', not {parallel.sharding!r}")
     if not settings.train.micro_batch_size:

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "train.threads",
     "train.non_finite",
     "train.non_finite_cap",
+    "memory",
     "parallel",
     "cluster",
     "precision",

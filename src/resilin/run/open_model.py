@@ -133,6 +133,29 @@ def _open_run(path: Path, step: int | None, plain: bool) -> tuple[Decoder, Token
     return model, tokenizer, step
 
 
+def open_trained(path: Path | str, step: int | None = None) -> nn.Module:
+    """The model of a run as it was trained, with whatever it has around its decoder; float32, on the CPU, evaluating.
+
+    Args:
+        path: the run's folder.
+        step: which checkpoint; None: the newest.
+
+    Raises:
+        OpenModelError: there is no such run, or it has no checkpoint yet.
+    """
+    path = Path(path)
+    if not RunFolder(path).holds_run():
+        raise _unknown(path) if path.exists() else _missing(path)
+    folder = RunFolder(path)
+    settings = folder.settings()
+    store = CheckpointFolder(folder.checkpoints_of(settings))
+    step = store.latest() if step is None else step
+    if step is None:
+        raise OpenModelError(f"{path}: the run has no checkpoint yet (looked in {store.path})")
+    state = joined(store.load(step, parts=["model", *store.parts_of(step, "frozen")]))
+    return _stored(settings, state, path, plain=False).to(torch.float32).eval()
+
+
 def _end_ids(file: Path) -> frozenset[int]:
     """The end tokens a generation_config.json names: some models end their turns and their texts differently."""
     named = read_json(file).get("eos_token_id") if file.is_file() else None

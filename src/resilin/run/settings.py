@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from resilin.cluster.settings import ClusterSettings
 from resilin.config import Settings, component
 from resilin.data.settings import SourceSettings
+from resilin.memory.settings import MemorySettings
 from resilin.models.settings import ModelSettings
 from resilin.objective.settings import ObjectiveSettings
 from resilin.optim.settings import OptimizerSettings
@@ -130,6 +131,7 @@ class RunSettings(Settings):
         default_factory=dict, validate_default=True
     )
     train: TrainSettings = TrainSettings()
+    memory: MemorySettings = MemorySettings()
     parallel: ParallelSettings = ParallelSettings()
     cluster: ClusterSettings = ClusterSettings()
     precision: PrecisionSettings = Field(default_factory=PrecisionSettings)

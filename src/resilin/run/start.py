@@ -73,7 +73,8 @@ def resume_from_latest(run: Run, store: CheckpointFolder) -> bool:
     step = store.latest()
     if step is None:
         return False
-    state = store.load(step) if run.layout is None else load_divided(run, store, step)
+    # Mapped: what is taken over is copied, and is in memory once only.
+    state = store.load(step, mapped=True) if run.layout is None else load_divided(run, store, step)
     try:
         run.load_state_dict(state)
     except (CheckpointError, ValueError) as error:

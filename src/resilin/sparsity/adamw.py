@@ -54,7 +54,7 @@ class SparseAdamW(AdamW):
         """
         schedule = partial(self.schedule.factor, total=total_steps, peak=self.lr)
         return SparseScheduled(
-            self.parts(model), self.lr, schedule, self.record, self.record_every, ramp=self.ramp, steps=total_steps
+            self.all_parts(model), self.lr, schedule, self.record, self.record_every, ramp=self.ramp, steps=total_steps
         )
 
     def build_owned(self, model: nn.Module, total_steps: int, owned: Owned) -> Scheduled:

@@ -16,8 +16,9 @@ from resilin.checkpoint.index import INDEX_NAME
 from resilin.checkpoint.inspect import find_checkpoint
 from resilin.checkpoint.reader import CheckpointReader
 from resilin.checkpoint.tensor_record import DTYPES
-from resilin.checkpoint.tree import Deferred, escape, put_together
+from resilin.checkpoint.tree import escape, put_together
 from resilin.layout import Place, file
+from resilin.nouns import Deferred
 
 TITLE = "Resilin checkpoint"
 

@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from resilin.keys import Keys
 from resilin.models.linear import WeightGradients, weight_gradients_later
-from resilin.models.stage_span import Hidden
+from resilin.models.stage_span import Hidden, StageShape
 from resilin.nouns import Batch, Loss, Objective
 from resilin.parallel.activity import doing, waiting
 from resilin.parallel.group import Group
@@ -74,7 +74,7 @@ class _Walk:
     """One pass over a list of operations."""
 
     micros: Sequence[Micro]
-    shapes: Sequence[tuple[int, int]]
+    shapes: Sequence[StageShape]
     training: bool
     splits: bool
     collect: Collect
@@ -284,11 +284,11 @@ class PipelinePasses:
     def _forward(self, walk: _Walk, number: int, micro: int) -> None:
         stage = self._stages[number]
         flight = walk.flights[number, micro] = _Flight()
-        tokens = walk.shapes[micro][1]
+        shape = walk.shapes[micro]
         incoming: Hidden | None = None
         if not stage.span.first:
             flight.incoming = self._arrived(walk, (number, micro, Carried.FORWARD)).requires_grad_(walk.training)
-            incoming = stage.width(tokens, before=True).unpack(flight.incoming)
+            incoming = stage.width(shape, before=True).unpack(flight.incoming)
         with self._autocast(), weight_gradients_later(flight.later, walk.splits):
             result = stage.forward(incoming, partial(self._call, stage, walk.micros[micro]))
         flight.embedded, flight.tokens = stage.span.embedded, stage.span.tokens
@@ -297,7 +297,7 @@ class PipelinePasses:
             walk.losses[micro] = Loss(result.sum.detach(), result.units.detach(), result.logs)
             flight.loss = result if walk.training else None
             return
-        payload = stage.width(tokens, before=False).pack(result)
+        payload = stage.width(shape, before=False).pack(result)
         # Of what goes out only its place in the graph is needed once it was sent.
         flight.edge = get_gradient_edge(payload) if payload.requires_grad else None
         self._hand_on(walk, (number, micro, Carried.FORWARD), number + 1, payload.detach())
@@ -388,11 +388,11 @@ class PipelinePasses:
 
     def _ask(self, walk: _Walk, op: Receive) -> None:
         message, way = op.message, _to(op.message)
-        rows, tokens = walk.shapes[way[1]]
+        shape = walk.shapes[way[1]]
         if way not in walk.posts:
             stage = self._stages[way[0]]
-            width = stage.width(tokens, before=message.forward) if not message.embedded else stage.embedding(tokens)
-            walk.posts[way] = _Post(torch.empty(rows, width.values, dtype=width.dtype, device=self._device))
+            width = stage.embedding(shape.tokens) if message.embedded else stage.width(shape, before=message.forward)
+            walk.posts[way] = _Post(torch.empty(shape.rows, width.values, dtype=width.dtype, device=self._device))
         buffer = walk.posts[way].buffer
         if isinstance(message, Part):
             buffer = buffer[message.rows.receiver_row :][: message.rows.rows]

@@ -43,7 +43,7 @@ class Width:
     Attributes:
         tokens: T, of this rank.
         hidden: D.
-        routers: E of each block with experts before the boundary.
+        routers: of each block with experts before the boundary, how many may be chosen.
         router_tokens: tokens that router logits have; the same but where sequences are divided for tensor parallelism.
         dtype: of the payload.
     """
@@ -106,26 +106,26 @@ class Stage:
         self.decoder.register_forward_hook(_leave)
 
     @torch.no_grad()
-    def shape(self, call: Callable[[], Any]) -> tuple[int, int]:
-        """Rows and tokens that the decoder computes when the objective is called so; nothing is computed."""
+    def shape(self, call: Callable[[], Any]) -> StageShape:
+        """What the decoder would compute when the objective is called so; nothing is computed."""
         self.span.probing = True
         try:
             call()
         except _StageDone as done:
             if isinstance(done.output, StageShape):
-                return done.output.rows, done.output.tokens
+                return done.output
         finally:
             self.span.probing = False
         raise ParallelError("the objective did not call its model, which a pipeline relies on")
 
-    def width(self, tokens: int, *, before: bool) -> Width:
-        """The payload that comes in (before) or goes out, for rows of so many tokens."""
-        settings = self.decoder.settings
+    def width(self, shape: StageShape, *, before: bool) -> Width:
+        """The payload that comes in (before) or goes out, for a micro-batch of this shape."""
+        settings, tokens = self.decoder.settings, shape.tokens
         end = self.span.blocks.start if before else self.span.blocks.stop
-        experts = settings.moe.experts if settings.moe is not None else 0
-        routers = tuple(experts for layer in range(end) if settings.is_moe_layer(layer))
+        routers = tuple(experts for experts in shape.routers[:end] if experts)
         local = tokens // self._sequence_ranks
-        dtype = torch.promote_types(self.decoder.stream_dtype, torch.float32) if routers else self.decoder.stream_dtype
+        mixed = any(settings.is_moe_layer(layer) for layer in range(end))
+        dtype = torch.promote_types(self.decoder.stream_dtype, torch.float32) if mixed else self.decoder.stream_dtype
         return Width(local, settings.hidden_size, routers, tokens, dtype)
 
     def embedding(self, tokens: int) -> Width:

@@ -9,13 +9,15 @@ from resilin.memory import CachePolicy
 from resilin.parallel.task_allocation import allocate
 from resilin.recipes.findings import Claim, Findings, Line, Plot, Row, RunRecord, Study
 
-ARMS = {
+RESIDENT = "resident"
+TIERED = {
     "memory": "all states in host memory",
     "off": "cache of a quarter, nothing read ahead",
     "ahead": "cache of a quarter, next layer read ahead",
     "off_lru": "least recently used leaves, nothing read ahead",
     "ahead_lru": "least recently used leaves, next layer read ahead",
 }
+ARMS = {RESIDENT: "no tiers: experts are parameters like any other", **TIERED}
 SHORTER = 0.2
 WARM = 3
 """Steps that are not timed: the first ones fill the cache."""
@@ -39,18 +41,44 @@ def _last(study: Study, arm: str, name: str) -> list[float]:
 
 
 def _equal(study: Study) -> Claim:
-    wanted = {trial.seed: trial.record.series.get("loss") for trial in study.select(arm="memory")}
-    others = [trial for trial in study.trials if trial.arm != "memory"]
-    unlike = [
-        f"{trial.arm}, seed {trial.seed}" for trial in others if trial.record.series["loss"] != wanted[trial.seed]
-    ]
+    wanted = {trial.seed: _outcome(trial.record) for trial in study.select(arm=RESIDENT)}
+    others = [trial for trial in study.trials if trial.arm != RESIDENT]
+    unlike = [f"{trial.arm}, seed {trial.seed}" for trial in others if _outcome(trial.record) != wanted[trial.seed]]
     return Claim(
         name="tiers change nothing",
-        statement="every loss of every run with tiers equals, to the bit, that with all states in host memory",
+        statement="every loss and every final weight of every run with tiers is that of the run without, to the bit",
         holds=bool(others) and not unlike,
         evidence=f"{len(others) - len(unlike)} of {len(others)} runs are equal"
         + (f"; not {unlike[0]}" if unlike else ""),
     )
+
+
+def _outcome(record: RunRecord) -> tuple[object, str]:
+    return record.series.get("loss"), record.weights
+
+
+def _less_memory(study: Study) -> Claim:
+    """Bytes are counted, of what experts take: weights, gradients and two moments."""
+    resident = [16 * _expert_parameters(trial.record) for trial in study.select(arm=RESIDENT)]
+    tiered = [
+        sum(trial.record.value(f"experts/{tier}_bytes") or 0.0 for tier in ("host", "gradient", "device"))
+        for trial in study.select(arm="ahead_lru")
+    ]
+    return Claim(
+        name="less memory",
+        statement="with a cache of a quarter, experts take less than half the bytes of host memory and device that "
+        "they take without tiers",
+        holds=bool(tiered) and all(mine < 0.5 * theirs for mine, theirs in zip(tiered, resident, strict=True)),
+        evidence="; ".join(f"{a / 1e6:.1f} MB against {b / 1e6:.1f} MB" for a, b in zip(tiered, resident, strict=True)),
+    )
+
+
+def _expert_parameters(record: RunRecord) -> int:
+    model = record.settings["model"]
+    moe = model["moe"]
+    matrices = 3 if model["gated"] else 2
+    layers = model["layers"] - len(moe["dense_layers"])
+    return int(layers * moe["experts"] * matrices * model["hidden_size"] * moe["expert_size"])
 
 
 def zipf_hit_rate(policy: CachePolicy) -> float:
@@ -73,13 +101,14 @@ def _popular() -> Claim:
 
 
 def _claims(study: Study) -> list[Claim]:
-    stall, step = ({arm: _medians(study, arm, f"tiers/{name}") for arm in ARMS} for name in ("stall_s", "step_s"))
+    stall, step = ({arm: _medians(study, arm, name) for arm in TIERED} for name in ("experts/stall_s", "seconds"))
     pairs = list(zip(stall["ahead"], stall["off"], strict=True))
     saved = [1 - ahead / off for ahead, off in zip(step["ahead"], step["off"], strict=True)]
-    hits = list(zip(_last(study, "off", "tiers/hit_rate"), _last(study, "off_lru", "tiers/hit_rate"), strict=True))
+    hits = list(zip(_last(study, "off", "experts/hit_rate"), _last(study, "off_lru", "experts/hit_rate"), strict=True))
     one_each, balanced = (allocate(TASKS, count).utilisation(TASKS) for count in (ONE_EACH, BALANCED))
     return [
         _equal(study),
+        _less_memory(study),
         Claim(
             name="reading ahead hides the disk",
             statement="a step waits less for the disk when the next layer's experts are read ahead",
@@ -112,15 +141,17 @@ def analyse(study: Study) -> Findings:
     """Rows, claims and plots."""
     rows = []
     for arm, title in ARMS.items():
-        rows.append(Row.over_seeds(f"seconds of a step: {title}", _medians(study, arm, "tiers/step_s"), "s"))
-        rows.append(Row.over_seeds(f"of which stalled: {title}", _medians(study, arm, "tiers/stall_s"), "s"))
-        rows.append(Row.over_seeds(f"hit rate: {title}", _last(study, arm, "tiers/hit_rate")))
-        megabytes = [size / 1e6 for size in _last(study, arm, "tiers/host_bytes")]
+        rows.append(Row.over_seeds(f"seconds of a step: {title}", _medians(study, arm, "seconds"), "s"))
+        if arm == RESIDENT:
+            continue
+        rows.append(Row.over_seeds(f"of which stalled: {title}", _medians(study, arm, "experts/stall_s"), "s"))
+        rows.append(Row.over_seeds(f"hit rate: {title}", _last(study, arm, "experts/hit_rate")))
+        megabytes = [size / 1e6 for size in _last(study, arm, "experts/host_bytes")]
         rows.append(Row.over_seeds(f"host memory: {title}", megabytes, "MB"))
-    rows.append(Row.over_seeds("share of experts that a step uses", _last(study, "memory", "tiers/active")))
+    rows.append(Row.over_seeds("share of experts that a step uses", _last(study, "memory", "experts/active")))
     lines = []
     for arm, title in ARMS.items():
-        runs = [dict(trial.record.series.get("tiers/step_s", ())) for trial in study.select(arm=arm)]
+        runs = [dict(trial.record.series.get("seconds", ())) for trial in study.select(arm=arm)]
         steps = sorted(set.intersection(*map(set, runs))) if runs else []
         means = tuple(statistics.fmean(float(run[step] or 0.0) for run in runs) for step in steps)
         lines.append(Line(label=title, x=tuple(steps), y=means))
