@@ -231,3 +231,17 @@ def test_parts_that_do_not_belong_together_are_named() -> None:
         loss_of(WHOLE)(model, batch, None)
     assert model.settings.vocab_size == VOCABULARY
     assert SOUND != PICTURE
+
+
+def test_a_budget_of_depth_runs_in_place_and_one_of_width_is_refused() -> None:
+    from resilin.models.given import GivenError
+    from resilin.nested import Budget, budget
+
+    batch, model, loss = mixed(), model_of(depth=0), loss_of()
+    with budget(model.decoder, Budget(skip=(1,))):
+        loss(model, batch, None).sum.backward()
+    assert all(p.grad is None for p in model.decoder.blocks[1].parameters())
+    assert all(p.grad is not None for p in model.decoder.blocks[2].parameters())
+    assert all(head.weight.grad.abs().max() > 0 for head in model.sound.heads)  # each level is still predicted
+    with budget(model.decoder, Budget(hidden=12)), pytest.raises(GivenError, match="a budget narrows its stream"):
+        loss(model, batch, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 import wave
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from resilin.modalities.sequence import PICTURE, SOUND, TEXT
 from resilin.modalities.sound_codec import SoundCodec
 from resilin.modalities.together import Together, TogetherSource
 from resilin.run.open_model import open_trained
+from resilin.run.settings import RunSettings
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = """
 name = "together"
 [source]
@@ -95,8 +98,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def source_of(workplace: Path, split: str = "train", **changes: object) -> TogetherSource:
-    import tomllib
-
     tree = {**tomllib.loads(SETTINGS)["source"], **changes}
     del tree["use"]
     tree["text"]["source"]["paths"] = [str(workplace / "text")]
@@ -171,3 +172,53 @@ def test_the_codec_gains_with_every_level_and_keeps_pitches(workplace: Path) -> 
     (workplace / "bad.wav").write_bytes(b"RIFFno")
     with pytest.raises(DataError, match="not a readable wave"):
         read_wave(workplace / "bad.wav", 8000)
+
+
+def test_the_example_is_read_whole() -> None:
+    tree = tomllib.loads((ROOT / "examples/groups.toml").read_text())
+    settings = parse_settings(RunSettings, tree, "examples/groups.toml")
+    assert isinstance(settings.source, Together)
+    assert settings.source.pictures is not None
+    assert len(settings.source.pictures.streams) == 2
+    assert settings.model.decoder.rope_theta == 1e6  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_video_and_pictures_share_a_tokenizer_and_text_behind_sees_them(workplace: Path) -> None:
+    streams = [
+        {"source": {"use": "resilin.modalities.digits:Digits", "channels": 3}, "after": ": {class}"},
+        {
+            "source": {
+                "use": "resilin.recipes.multigrid:PackagedClips", "frames": 3, "size": 8, "kept_side": 72,
+                "views": {"flip": False},
+            },
+        },
+    ]  # fmt: skip
+    pictures = {"scales": [1, 2, 4, 4, 4], "bits": 6, "seen_whole": True, "streams": streams}
+    source = source_of(workplace, sequence_length=220, pictures=pictures)
+    batch = source.fetch(0, range(9))
+    numbers = batch["frame_numbers"].tolist()
+    assert [0, 1, 2] in [row[:3] for row in numbers]
+    assert any(row[0] == row[1] == 0 for row in numbers)
+    assert source.picture_tokenizer is not None
+    there = batch["frame_numbers"] >= 0
+    pixels = batch["pictures"][there]
+    back = source.picture_tokenizer.pixels(source.picture_tokenizer.encode(pixels).made_Pdhw)
+    assert float((back - pixels).square().mean()) < 0.4 * float(pixels.var())
+    texts = batch["tokens"][(batch["modality"] == TEXT) & (batch["frames"] < 0) & (batch["documents"] >= 0)]
+    assert ord(":") in texts.tolist()
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_bits_of_one(workplace: Path) -> None:
+    short = ("train.steps=4", "train.batch_size=8", "train.micro_batch_size=2", "evaluation.every=4")
+    for name, more in (("one", ()), ("two", ("--workers", "2"))):
+        done = run_command(workplace, ("train", "together.toml", f"name={name}", *short, *more))
+        assert done.returncode == 0, done.stderr
+    one, two = (open_trained(workplace / "runs" / name).state_dict() for name in ("one", "two"))
+    for name, tensor in one.items():
+        assert torch.equal(two[name], tensor), name
+    refused = run_command(
+        workplace, ("train", "together.toml", "name=no", *short, "--workers", "2", "parallel.tensor=2")
+    )
+    assert refused.returncode != 0

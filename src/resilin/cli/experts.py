@@ -1,4 +1,4 @@
-"""`resilin experts`: experts trained apart, joined, and taken out again."""
+"""`resilin experts`: experts trained apart, joined, and taken out again; how a mixture uses its own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from resilin.joined.domain import Domain
+    from resilin.nested.budgets import Budget
     from resilin.run.open_model import OpenedModel
 
 app = typer.Typer(
@@ -294,6 +295,87 @@ def _shares(model: Path, text: list[Path], limit: int) -> list[list[float]]:
     batches = chain.from_iterable(text_batches(ids, window) for ids in tokens)
     shares: list[list[float]] = attribution(opened.model, islice(batches, limit)).T.tolist()
     return shares
+
+
+@app.command()
+def load(
+    model: ModelArgument,
+    text: Annotated[list[str], typer.Option(help="NAME=FILE, several times: texts of a name are counted together.")],
+    budget: Annotated[str | None, typer.Option(help="Run so much of it: a JSON file, or top_k=2.")] = None,
+    share: Annotated[float, typer.Option(help="Of the experts, those that count as most used.")] = 0.25,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many batches of about 4096 tokens of a name.")] = 16,
+    plot: Annotated[Path | None, typer.Option(help="Write heat maps of the loads here (PNG).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False,
+    step: StepOption = None,
+    tokenizer: TokenizerOption = None,
+) -> None:
+    """Say how any mixture of experts uses them: how even loads are on each kind of text, and what kinds share.
+
+    Entropy is 1 where all experts of a layer have the same load and 0 where one has it all. Overlap is the intersection
+    over union of the most used experts of two kinds.
+
+    \b
+    resilin experts load runs/elastic --text english=a.txt --text python=b.py --text python=c.py --plot loads.png
+    """
+    from resilin.nested.budgets import Budget
+    from resilin.nested.expert_plot import plot_loads
+    from resilin.nested.expert_use import normalised_entropy, overlaps, shares
+    from resilin.run.open_model import open_model
+
+    wanted = None if budget is None else Budget.parse(budget)
+    opened = open_model(model, step=step, tokenizer=tokenizer, device="cpu")
+    counts = _loads(opened, text, limit, wanted)
+    told = {
+        name: {"share": shares(one).tolist(), "entropy": normalised_entropy(one).tolist()}
+        for name, one in counts.items()
+    }
+    pairs = {f"{one}, {other}": found.tolist() for (one, other), found in overlaps(counts, share).items()}
+    if as_json:
+        typer.echo(json.dumps({"texts": told, "overlap": pairs}, indent=2))
+    else:
+        _load_tables({name: one["entropy"] for name, one in told.items()}, pairs, f"{opened.description}")
+    if plot is not None and not plot_loads(counts, plot):
+        typer.echo("No picture: matplotlib is not installed (pip install resilin[plots]).", err=True)
+
+
+def _load_tables(entropy: dict[str, list[float]], pairs: dict[str, list[float]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for what, rows in (("Entropy of loads", entropy), ("Overlap of the most used", pairs)):
+        if rows:
+            layers = range(len(next(iter(rows.values()))))
+            table = Table(title=f"{what}, {title}", title_justify="left")
+            for column in ("text", *(f"layer {layer}" for layer in layers)):
+                table.add_column(column, justify="left" if column == "text" else "right")
+            for name, values in rows.items():
+                table.add_row(name, *(f"{value:.3f}" for value in values))
+            Console().print(table)
+
+
+def _loads(opened: OpenedModel, text: list[str], limit: int, wanted: Budget | None) -> dict[str, Tensor]:
+    """Counts of each name's texts, (layer, expert)."""
+    from itertools import chain, islice
+
+    from resilin.config.errors import UserError
+    from resilin.evaluate.perplexity import read_text
+    from resilin.nested.expert_loads import expert_loads, stacked
+    from resilin.nested.text_batches import text_batches
+
+    files: dict[str, list[Path]] = {}
+    for one in text:
+        name, equals, file = one.partition("=")
+        if not equals or not name or not file:
+            raise UserError(f"--text {one}: expected NAME=FILE, such as english=a.txt")
+        files.setdefault(name, []).append(Path(file))
+    window = min(opened.model.settings.max_positions, 1024)
+    encode = opened.needed_tokenizer().encode
+    counts = {}
+    for name, paths in files.items():
+        tokens = (encode(read_text(path), parse_special=False) for path in paths)
+        batches = chain.from_iterable(text_batches(ids, window) for ids in tokens)
+        counts[name] = stacked(expert_loads(opened.model, islice(batches, limit), wanted))
+    return counts
 
 
 @app.command()

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resilin.cli.family_options import SizeOptions
+from resilin.cli.family_options import SizeOptions, TextOptions
 from resilin.cli.model_options import DTypeName, ModelArgument, StepOption, TokenizerOption
 from resilin.cli.option_groups import with_option_groups
 
 if TYPE_CHECKING:
     from resilin.models.decoder import Decoder
+    from resilin.models.decoder_settings import DecoderSettings
     from resilin.nested.budgets import Budget
     from resilin.nested.family import Record
+    from resilin.run.open_model import OpenedModel
 
 WHICH = "Which member"
 
@@ -34,6 +36,31 @@ def _chosen(model: Decoder, record: Record, params: str | None, flops: str | Non
     return largest_within(rungs, lambda wanted: measured(model, wanted, prompt=prompt).token, seconds_of(latency))[1]
 
 
+def _why(settings: DecoderSettings) -> str:
+    """What no stock architecture has."""
+    if settings.chains is not None:
+        return "layers have chains"
+    if settings.sizes_differ:
+        return "layers have different sizes"
+    return "layers are looped" if settings.loop is not None else "experts have offsets, or are weighted by sigmoids"
+
+
+def _by_use(
+    opened: OpenedModel, reading: TextOptions, layers: int | None, experts: int | None, top_k: int | None
+) -> Budget:
+    """The most used experts and the best layers on some text."""
+    from resilin.config.errors import UserError
+    from resilin.nested.deploy import deployable
+
+    batches = reading.batches(opened, own=True)
+    if batches is None:
+        raise UserError("--layers and --experts choose by reading text: give --text FILE or --data SHARDS")
+    found = deployable(opened.model, batches, layers=layers, experts=experts, top_k=top_k)
+    for one in found:
+        typer.echo(f"{one.quality.loss:.4f}  {one.wanted}")
+    return found[0].wanted
+
+
 @with_option_groups
 def extract(
     model: ModelArgument,
@@ -48,12 +75,21 @@ def extract(
     budget: Annotated[
         str | None, typer.Option(help="This one: a JSON file, or ffn=512,skip=3+4.", rich_help_panel=WHICH)
     ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="So many layers: those that do best on the text.", rich_help_panel=WHICH)
+    ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(min=1, help="So many experts of each layer: the most used on the text.", rich_help_panel=WHICH),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="So many experts to a token.", rich_help_panel=WHICH)] = None,
     dtype: Annotated[DTypeName, typer.Option(help="Of the stored weights.")] = "float32",
     force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier export in OUTPUT.")] = False,
     step: StepOption = None,
     tokenizer: TokenizerOption = None,
     *,
     sizes: SizeOptions,
+    reading: TextOptions,
 ) -> None:
     """Cut a member out of a nested model, as an ordinary model; nothing is trained.
 
@@ -66,6 +102,7 @@ def extract(
     resilin extract runs/nested small --budget ffn=128
     resilin extract runs/nested small --params 20M
     resilin extract runs/nested small --latency 20ms
+    resilin extract runs/elastic small --layers 12 --experts 32 --top-k 2     by its held-out data, or --text
     """
     import torch
 
@@ -79,14 +116,20 @@ def extract(
     from resilin.run.export import check_output, export_model
     from resilin.run.open_model import open_model, open_outline
 
+    by_use = any(size is not None for size in (layers, experts, top_k))
     given = [value for value in (params, flops, latency, budget) if value is not None]
-    if len(given) != 1:
-        raise UserError("say which member: one of --params, --flops, --latency and --budget")
+    if len(given) + by_use != 1:
+        raise UserError(
+            "say which member: one of --params, --flops, --latency and --budget, or any of --layers, --experts, --top-k"
+        )
     check_output(output, force=force)
     wanted = Budget.parse(budget) if budget is not None else None
-    outline = open_outline(model, tokenizer) if latency is None and step is None else None
+    read = latency is not None or by_use
+    outline = open_outline(model, tokenizer) if not read and step is None else None
     opened = outline or open_model(model, step=step, tokenizer=tokenizer, device="cpu")
     full, record = opened.model.settings, sizes.known(model, opened)
+    if by_use:
+        wanted = _by_use(opened, reading, layers, experts, top_k)
     if wanted is None:
         record = sizes.record(model, opened)
         wanted = _chosen(opened.model, record, params, flops, latency)
@@ -103,8 +146,6 @@ def extract(
             err=True,
         )
     if has_own_config(small.settings):
-        why = "layers have different sizes" if small.settings.sizes_differ else "layers are looped"
-        why = "layers have chains" if small.settings.chains is not None else why
-        typer.echo(f"Its {why}: resilin opens it, transformers does not.")
+        typer.echo(f"Its {_why(small.settings)}: resilin opens it, transformers does not.")
     if opened.tokenizer is None:
         typer.echo("No tokenizer was found: AutoTokenizer will not open this folder (see --tokenizer).")
