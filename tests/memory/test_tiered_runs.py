@@ -17,6 +17,8 @@ from resilin.checkpoint.folder import CheckpointFolder
 from resilin.cluster.position import Position
 from resilin.config import UserError, parse_settings
 from resilin.memory.expert_store import ExpertStore, Geometry
+from resilin.memory.tier_report import planned_bytes
+from resilin.models.settings import ModelContext
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.world import World
 from resilin.run.build import build_run
@@ -24,6 +26,7 @@ from resilin.run.divided import check_division
 from resilin.run.elastic_place import check_elastic
 from resilin.run.export import export_model
 from resilin.run.folder import changed_settings
+from resilin.run.forecast import forecast
 from resilin.run.open_model import open_model
 from resilin.run.settings import RunSettings
 from resilin.run.start import start_run
@@ -241,6 +244,21 @@ def test_divisions_that_give_an_expert_to_several_workers_are_refused(text, work
     elastic = settings_of(text, memory=SMALL, cluster={"elastic": True})
     with pytest.raises(ParallelError, match=r"set cluster\.elastic = false"):
         check_elastic(elastic, elastic.parallel.degrees(2), torch.device("cpu"))
+
+
+def test_what_tiers_will_hold_is_told_before_and_is_what_they_hold(text):
+    settings = settings_of(text, memory=SMALL)
+    told = dict(forecast(settings).groups["experts, in place of the above (at most)"])
+    assert told["disk"] == f"{24 * 28672 / 2**20:.1f} MiB"  # states of 27,672 bytes, in pages
+    run = build_run(settings)
+    outline = settings.model.outline(ModelContext(0, run.source.vocab_size))
+    planned = planned_bytes(settings.memory.experts, settings.optimizer, outline, 4)
+    run.train()
+    report = run.optimizer.tiers.report()
+    assert planned["disk"] == report.disk_bytes
+    assert RECORD * 3 < report.host_bytes <= planned["host, cache"]
+    assert 0 < report.gradient_bytes <= planned["host, gradients"]
+    assert 0 < report.device_bytes <= planned["device"]
 
 
 def go(rank: int, folder: Path, settings: RunSettings, workers: int, port: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from resilin.memory.tier_report import planned_bytes
 from resilin.models.decoder import Decoder
 from resilin.models.flops import parameter_counts
 from resilin.models.memory import memory_estimate
@@ -91,4 +92,8 @@ def forecast(settings: RunSettings) -> Forecast:
     model = settings.model.outline(ModelContext(settings.seed, getattr(source, "vocab_size", None))) if length else None
     if isinstance(model, Decoder):
         groups |= _decoder_facts(model, settings, steps, length)
+        if settings.memory.experts is not None:
+            workers = settings.parallel.expert if isinstance(settings.parallel.expert, int) else 1
+            tiers = planned_bytes(settings.memory.experts, settings.optimizer, model, steps, workers)
+            groups["experts, in place of the above (at most)"] = [(tier, _bytes(size)) for tier, size in tiers.items()]
     return Forecast(groups)
