@@ -6,7 +6,7 @@ What is measured:
   one row of its tables that is not counted: the median error, each table's, and how well each table's order is kept;
 - peak memory of real runs here, of one to four processes, beside what was predicted for each of them (a run's memory
   beyond what a process of Resilin has before it builds a model);
-- seconds a step of real runs here with two and four processes, beside predictions from measurements of this machine
+- seconds a step of real runs here with two to eight processes, beside predictions from measurements of this machine
   (as `resilin plan calibrate` makes them) and one common factor, which comes from the first of the runs.
 
     resilin bench run planner
@@ -25,13 +25,15 @@ from pathlib import Path
 
 from planner_rows.layouts import timed, weighed
 from planner_rows.runs import measure, work
-from planner_rows.scores import spearman
+from planner_rows.scores import ordered, spearman
 from resilin.bench.results import Report, Row
 from resilin.planner.calibrate import calibrate
 from resilin.planner.hardware import Cluster, load_cluster
 from resilin.planner.published import Predicted, load_tables, predict_all
 
 KINDS = ("published", "memory", "time")
+NOISE = 0.05
+"""At least, of a step's time from one run to the next."""
 LARGEST_ERROR, LARGEST_TIME_ERROR, LEAST_ORDER = 10.0, 15.0, 0.9
 
 
@@ -119,9 +121,9 @@ def memory(cluster: Cluster) -> list[Row]:
     ]
 
 
-def times(rounds: int, steps: int) -> list[Row]:
+def times(rounds: int, steps: int, layouts: int | None) -> list[Row]:
     cluster = calibrate(Path(tempfile.gettempdir()), tell=lambda line: print(line, flush=True))
-    cases = timed()
+    cases = timed()[:layouts]
     taken: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
         for case in cases:
@@ -135,11 +137,19 @@ def times(rounds: int, steps: int) -> list[Row]:
     counted = [name for name in told if name != first]
     errors = [told[name] / measured[name] - 1 for name in counted]
     runs = {name + (" (calibrates)" if name == first else ""): [measured[name], told[name]] for name in told}
+    values, predicted = [measured[n] for n in counted], [told[n] for n in counted]
+    noise = max(NOISE, statistics.median(max(each) / min(each) - 1 for each in taken.values()))
+    share, pairs = ordered(values, predicted, noise)
+    workers = sorted({case.plan.degrees.workers for case in cases})
+    many = f"{', '.join(map(str, workers[:-1]))} and {workers[-1]} processes"
     within = 100 * sum(abs(error) * 100 <= LARGEST_TIME_ERROR for error in errors) / len(errors)
     return [
-        order_row(
-            f"step time of {len(counted)} layouts here, 2 and 4 processes: order",
-            spearman([measured[n] for n in counted], [told[n] for n in counted]),
+        order_row(f"step time of {len(counted)} layouts here, {many}: order", spearman(values, predicted)),
+        Row(
+            name=f"step time of {len(counted)} layouts here: pairs apart by more than noise that are told in order",
+            unit="%",
+            ours=100 * share,
+            note=f"{pairs} pairs of layouts whose times differ by more than {noise:.0%}",
         ),
         error_row(
             f"step time of {len(counted)} layouts here: median error",
@@ -164,6 +174,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--rounds", type=int, default=2, help="of all timed layouts, one after another")
     parser.add_argument("--steps", type=int, default=7, help="of a timed run; the first two are not counted")
+    parser.add_argument("--layouts", type=int, default=None, help="time only so many, for trying it out")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--settings", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -176,7 +187,7 @@ def main() -> None:
     for kind, take in (
         ("published", published),
         ("memory", lambda: memory(load_cluster("laptop"))),
-        ("time", lambda: times(options.rounds, options.steps)),
+        ("time", lambda: times(options.rounds, options.steps, options.layouts)),
     ):
         if kind in options.only:
             began = time.perf_counter()

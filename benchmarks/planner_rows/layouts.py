@@ -36,12 +36,14 @@ class Case:
         said = str(self.plan)
         if not self.plan.parallel.sequence:
             said += ", whole sequences"
+        if self.work.tokens > 128 and self.work.model is QUICK:
+            said += f", rows of {self.work.tokens}"
         return said
 
     def predicted(self, cluster: Cluster) -> Prediction:
         """On a machine whose devices are cores."""
         cores = cluster.workers if 0 < cluster.workers < self.plan.degrees.workers else None
-        return predict(self.work, self.plan, cluster, device_type="cpu", cores=cores)
+        return predict(self.work, self.plan, wide(cluster), device_type="cpu", cores=cores)
 
     def memory(self) -> list[float]:
         """Bytes of each worker's peak, by its pipeline stage."""
@@ -61,7 +63,7 @@ class Case:
             "log": {"tensorboard": False, "live": False},
         }
         answer = LayoutAnswer(
-            cluster=cluster.model_copy(update={"levels": (cluster.levels[0].model_copy(update={"devices": 64}),)}),
+            cluster=wide(cluster),
             work=self.work,
             tokens=float(steps * self.work.step_tokens),
             workers=self.plan.degrees.workers,
@@ -71,6 +73,11 @@ class Case:
             objective="time",
         )
         return settings_of(answer, self.predicted(cluster))
+
+
+def wide(cluster: Cluster) -> Cluster:
+    """The machine with as many workers on it as are asked for: they share its cores."""
+    return cluster.model_copy(update={"levels": (cluster.levels[0].model_copy(update={"devices": 64}),)})
 
 
 def _cases(model: DecoderSettings, tokens: int, batch: int, layouts: tuple[dict[str, Any], ...]) -> list[Case]:
@@ -84,30 +91,40 @@ def _cases(model: DecoderSettings, tokens: int, batch: int, layouts: tuple[dict[
 
 
 def timed() -> list[Case]:
-    """Layouts whose steps are timed; the first calibrates and is not counted."""
-    return _cases(
+    """Layouts whose steps are timed, of 2 to 8 workers; the first calibrates and is not counted.
+
+    All have as many tokens in a step. They differ by more than this machine's noise: by what is computed again, by
+    bubbles of one to sixteen micro-batches, by how often workers exchange, and by rows that are eight times as long.
+    """
+    short = _cases(
         QUICK,
         128,
         16,
         (
-            {"micro": 4, "data": 2},
             {"micro": 8, "data": 2},
-            {"micro": 1, "data": 2},
-            {"micro": 4, "data": 2, "sharding": "fsdp"},
-            {"micro": 4, "data": 2, "recompute": "block"},
-            {"micro": 4, "tensor": 2},
-            {"micro": 4, "tensor": 2, "sequence": False},
-            {"micro": 8, "context": 2},
-            {"micro": 2, "pipeline": 2},
+            {"micro": 8, "data": 2, "recompute": "block"},
+            {"micro": 8, "tensor": 2},
+            {"micro": 1, "tensor": 2},
+            {"micro": 1, "tensor": 4},
+            {"micro": 1, "tensor": 4, "recompute": "block"},
             {"micro": 8, "pipeline": 2},
-            {"micro": 2, "pipeline": 2, "schedule": "gpipe"},
-            {"micro": 4, "pipeline": 2, "schedule": "interleaved", "chunks": 2},
-            {"micro": 4, "data": 4},
-            {"micro": 2, "data": 2, "pipeline": 2},
-            {"micro": 2, "data": 2, "tensor": 2},
-            {"micro": 2, "pipeline": 4},
+            {"micro": 16, "pipeline": 2, "recompute": "block"},
+            {"micro": 16, "pipeline": 4},
+            {"micro": 2, "data": 8, "sharding": "fsdp"},
+            {"micro": 1, "data": 2, "tensor": 4},
         ),
     )
+    long = _cases(
+        QUICK,
+        1024,
+        2,
+        (
+            {"micro": 1, "data": 2},
+            {"micro": 1, "data": 2, "recompute": "block"},
+            {"micro": 2, "pipeline": 2},
+        ),
+    )
+    return short + long
 
 
 def weighed() -> list[Case]:

@@ -84,6 +84,8 @@ def test_no_layout_changes_what_is_learned(tmp_path):
     for name, parallel, exact in (
         ("pipeline", {"pipeline": 2}, True),
         ("expert", {"expert": 2}, False),
+        ("fsdp", {"data": 2, "sharding": "fsdp"}, False),
+        ("context", {"context": 2}, False),
         ("tensor", {"tensor": 2}, False),
     ):
         told = run_ranks(2, go, text, tmp_path / name, 2, parallel, free_port(), connect=False, timeout=400)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from functools import cache
+from itertools import pairwise
 
 import pytest
 
 from resilin.models.flops import parameter_counts
+from resilin.planner.cost.memory import memory_of_ranks
 from resilin.planner.cost.stack import STACKS
 from resilin.planner.hardware import load_cluster
 from resilin.planner.published import Predicted, Table, load_tables, predict_all
@@ -96,3 +98,17 @@ def test_without_a_bubble_the_pipelines_of_figure_12_would_be_wrong() -> None:
     one = next(one for one in of("Megatron figure 12") if one.row.name == "1f1b, B 12")
     bubbleless = one.value * one.step.seconds / (one.step.seconds - one.step.bubble)
     assert abs(bubbleless / one.row.value - 1) > 0.5 > abs(one.error)
+
+
+def test_stages_hold_one_micro_batch_less_each_and_the_last_the_logits() -> None:
+    """What a device holds besides was not published: the differences between stages are compared."""
+    one = of("5.3B on 16 GPUs")[0]
+    told = [memory.total / 2**30 for memory in memory_of_ranks(one.step.work, one.step.plan, STACKS["nanotron"])]
+    published = one.row.stages_gib
+    assert len(told) == len(published) == 8
+    steps, seen = ([a - b for a, b in pairwise(each[1:7])] for each in (told, published))
+    assert steps == pytest.approx(seen, rel=0.2)
+    assert told[0] - told[1] > steps[0]  # the embedding
+    assert published[0] - published[1] > seen[0]
+    assert told[7] > told[6]  # head and logits
+    assert published[7] > published[6]

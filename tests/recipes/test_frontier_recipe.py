@@ -24,6 +24,7 @@ def test_every_cell_of_every_preset_can_be_run() -> None:
     assert len(recipe.arms) == 12
 
 
+@pytest.mark.slow
 def test_layouts_on_paper_are_as_many_as_was_asked_and_most_do_not_fit() -> None:
     steps = machine.layouts()
     assert 1800 <= len(steps) <= 2200
@@ -38,6 +39,7 @@ def test_layouts_on_paper_are_as_many_as_was_asked_and_most_do_not_fit() -> None
     assert machine.best_rate() == max(machine.rate(step) for step in fits)
 
 
+@pytest.mark.slow
 def test_a_trial_differs_by_noise_and_a_wrong_cost_model_by_choices() -> None:
     step = next(one for one in machine.layouts() if machine.needed(one) <= machine.limit())
     found = [machine.Machine(seed).run(step).rate for seed in range(30)]
@@ -48,6 +50,7 @@ def test_a_trial_differs_by_noise_and_a_wrong_cost_model_by_choices() -> None:
     assert machine.Machine(0).run(large).status == "oom"
 
 
+@pytest.mark.slow
 def test_a_short_search_ends_with_what_it_saw() -> None:
     found = searches.searched("chance", 0, 12)
     assert len(found.regret) == len(found.failed) == 12

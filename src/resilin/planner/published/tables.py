@@ -32,6 +32,8 @@ class PublishedRow(Settings):
     value: float
     gib: float = 0.0
     """Peak memory of a device; 0: not given."""
+    stages_gib: tuple[float, ...] = ()
+    """Peak memory of a device of each pipeline stage; (): not given."""
     shape: str = ""
     """A model by name, in place of the sizes."""
     hidden: int = 0

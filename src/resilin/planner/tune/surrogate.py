@@ -21,7 +21,7 @@ import numpy.typing as npt
 from resilin.config import UserError
 
 Floats = npt.NDArray[np.float64]
-TREES, FAILING_TREES = 10, 50
+TREES, FAILING_TREES = 10, 20
 LEAST_DECREASE = 0.005
 """Of the variance of scaled values, by which a split of a tree has to pay."""
 MOST_SPREAD, LEAST_SPREAD, ROUND = 1.96, 0.01, 10
@@ -126,7 +126,8 @@ class Surrogate:
         """(M,) the chance that a layout runs."""
         chance_M = np.ones(len(rows_MF))
         for trees, columns in self._failing:
-            chance_M = chance_M * (1 - trees.predict(rows_MF[:, columns]))
+            own_MF = rows_MF[:, columns]
+            chance_M = chance_M * (1 - np.mean([tree.predict(own_MF) for tree in trees.estimators_], axis=0))
         return chance_M
 
 
