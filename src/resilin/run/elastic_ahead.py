@@ -88,7 +88,7 @@ class ReadingAhead:
                     self._found = read_ahead(before, mine, number, WEIGHTS, restorer, names)
                 except CopyError:
                     time.sleep(0.01)
-                except PeerError:
-                    return  # it is lost, and this place with it
+                except (PeerError, OSError, RuntimeError):
+                    return  # a member is lost, and this place with it: it is read when there is another
                 else:
                     return
