@@ -67,7 +67,17 @@ def test_gradients_of_a_micro_batch_that_is_not_the_next_are_refused():
 
 def kept(micros: list[int], count: int) -> Kept:
     losses = {micro: Loss(torch.tensor(float(micro)), torch.tensor(1.0), {}) for micro in micros}
-    return Kept(3, tuple(sorted(micros)), losses, [summed(micros, gradients(count)).blocks()])
+    return Kept(3, tuple(sorted(micros)), losses, [summed(micros, gradients(count)).blocks()], [["weight"]])
+
+
+def test_what_is_kept_is_found_by_the_names_of_parameters_whatever_a_worker_has_from_now_on():
+    found = kept([0, 1, 2, 3, 6], 8)
+    other = found.of([["more", "weight"]])
+    assert other.sums("more") == [None, None]
+    assert all(a is b for a, b in zip(other.sums("weight"), found.sums("weight"), strict=True))
+    assert found.of([["weight"]]) is found
+    with pytest.raises(KeyError):
+        found.sums("more")
 
 
 def test_of_what_is_kept_whole_blocks_can_be_left_out():
