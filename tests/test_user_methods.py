@@ -103,7 +103,7 @@ def test_each_at_strength_zero_is_the_plain_run(text: Path) -> None:
     inner = {part: getattr(getattr(settings, part), part) for part in ("source", "model", "objective", "optimizer")}
     plain = _trained(settings.model_copy(update=inner))
     for name, tensor in changed.items():
-        torch.testing.assert_close(tensor, plain[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(tensor, plain[name], rtol=0, atol=1e-5)
     on = _trained(_settings(text))
     assert any(not torch.equal(on[name], plain[name]) for name in plain)
 
