@@ -36,7 +36,7 @@ sequence_length = 96
 source = { paths = ["text"], sequence_length = 48, tokenizer.kind = "bytes", held_out = { by = "tail" } }
 [source.pictures]
 scales = [1, 2, 4, 4]
-streams = [{ source = { use = "resilin.modalities.digits:Digits" }, before = "{class}:" }]
+streams = [{ source = { use = "resilin.vision.digits:Digits" }, before = "{class}:" }]
 fitted_to = 500
 [source.sound]
 paths = ["sound"]
@@ -186,7 +186,7 @@ def test_the_example_is_read_whole() -> None:
 @pytest.mark.slow
 def test_video_and_pictures_share_a_tokenizer_and_text_behind_sees_them(workplace: Path) -> None:
     streams = [
-        {"source": {"use": "resilin.modalities.digits:Digits", "channels": 3}, "after": ": {class}"},
+        {"source": {"use": "resilin.vision.digits:Digits", "channels": 3}, "after": ": {class}"},
         {
             "source": {
                 "use": "resilin.recipes.multigrid:PackagedClips", "frames": 3, "size": 8, "kept_side": 72,

@@ -54,7 +54,7 @@ def cut_at(width):
 
 
 def digits():
-    from resilin.recipes.elaswave.digits import digits_file
+    from resilin.vision.digits import digits_file
 
     table = np.loadtxt(gzip.decompress(digits_file().read_bytes()).decode().splitlines(), delimiter=",", dtype=np.int64)
     order = np.random.default_rng(0).permutation(len(table))

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resilin.modalities.digits import digit_pixels
 from resilin.modalities.model import GroupDecoder, GroupDecoderSettings
 from resilin.modalities.mtp import MtpSettings
 from resilin.modalities.pictures import PicturePartSettings
@@ -19,6 +18,7 @@ from resilin.modalities.sound import SoundPartSettings
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.settings import ModelContext
 from resilin.nouns import Batch
+from resilin.vision.digits import digit_pixels
 
 SHAPE = PictureShape(((1, 1), (2, 2), (4, 4), (4, 4)))
 WHOLE = PictureShape(SHAPE.scales, seen_whole=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import importlib.util
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -16,10 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from resilin.data.errors import DataError
 from resilin.data.settings import SourceContext
 from resilin.keys import Keys, dropout
 from resilin.models.settings import ModelContext, ModelSettings
+from resilin.vision.digits import digit_pixels, digits_file
 from resilin.vision.grid import Grid
 from resilin.vision.labelled import LabelledSettings, LabelledSource
 
@@ -28,29 +25,14 @@ PIXEL = 16.0
 """The largest value of a pixel."""
 
 
-def digits_file() -> Path:
-    """Where scikit-learn keeps the digits; nothing of it is imported.
-
-    Raises:
-        DataError: it is not installed.
-    """
-    spec = importlib.util.find_spec("sklearn")
-    path = Path(spec.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if spec is not None else Path()
-    if not path.is_file():
-        raise DataError("the digits come with scikit-learn, which is not installed: pip install scikit-learn")
-    return path
-
-
 class DigitSamples:
     """The images, as `resilin.vision.labelled` reads them."""
 
     def __init__(self) -> None:
-        raw = digits_file().read_bytes()
-        table = np.loadtxt(gzip.decompress(raw).decode().splitlines(), delimiter=",", dtype=np.int64)
-        self.labels_N = table[:, -1]
+        pixels_NHW, self.labels_N = digit_pixels()
         self.classes = tuple(map(str, range(10)))
-        self.digest = hashlib.sha256(raw).hexdigest()
-        self._pixels_N = torch.from_numpy(table[:, :-1].astype(np.float32) / PIXEL).reshape(-1, 1, SIDE, SIDE)
+        self.digest = hashlib.sha256(digits_file().read_bytes()).hexdigest()
+        self._pixels_N = torch.from_numpy(pixels_NHW.astype(np.float32) / PIXEL).reshape(-1, 1, SIDE, SIDE)
 
     fixed_views = 1
 

@@ -21,8 +21,8 @@ from resilin.vision.images import ImageSettings, ImagesInMemory
 from resilin.vision.labelled import LabelledSource
 
 
-def digit_pixels() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(N, 8, 8) grey values from 0 to 16, and the digit of each; nothing of scikit-learn is imported, which is slow.
+def digits_file() -> Path:
+    """Where scikit-learn keeps the digits; nothing of it is imported, which is slow.
 
     Raises:
         DataError: it is not installed.
@@ -31,7 +31,17 @@ def digit_pixels() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     path = Path(spec.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if spec is not None else Path()
     if not path.is_file():
         raise DataError("the digits come with scikit-learn, which is not installed: pip install scikit-learn")
-    table = np.loadtxt(gzip.decompress(path.read_bytes()).decode().splitlines(), delimiter=",", dtype=np.int64)
+    return path
+
+
+def digit_pixels() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(N, 8, 8) grey values from 0 to 16, and the digit of each.
+
+    Raises:
+        DataError: scikit-learn is not installed.
+    """
+    lines = gzip.decompress(digits_file().read_bytes()).decode().splitlines()
+    table = np.loadtxt(lines, delimiter=",", dtype=np.int64)
     return table[:, :-1].reshape(-1, 8, 8), table[:, -1]
 
 
