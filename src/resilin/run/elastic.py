@@ -278,7 +278,8 @@ class Elastic:
         if self._agent.stopping:
             self._ahead.wait(self._agent.check)
         if (kept := self.made.engine.kept) is not None:
-            self._agent.computed(kept.step)
+            with activity.waiting((-1,), "waiting until all have computed the step"):  # however long others take
+                self._agent.computed(kept.step)
 
     def recover(self, run: Run, error: Exception) -> bool:
         """Go on after something failed since the view changed, or will; False: it is this worker's own failure."""
