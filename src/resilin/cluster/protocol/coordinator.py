@@ -44,8 +44,9 @@ from resilin.cluster.protocol.messages import (
     Signal,
     Warm,
 )
-from resilin.cluster.protocol.newest import Copies, holding, newest_whole
+from resilin.cluster.protocol.newest import holding, newest_whole
 from resilin.cluster.protocol.reach import Probing
+from resilin.cluster.protocol.roster import Member, Roster
 from resilin.cluster.protocol.rules import Rules
 from resilin.cluster.view import View
 from resilin.parallel.pipeline.errors import ScheduleError
@@ -54,22 +55,6 @@ _TRIES = 3  # to move blocks in the middle of a step, before they move between t
 _PUNCTUAL = 0.25  # of `Rules.silence`: a clock that is later than that did not run
 
 Phase = Literal["gathering", "running", "pausing", "halting", "adopting", "ended"]
-
-
-@dataclass
-class _Member:
-    host: str
-    heard: float
-    warm: bool = False
-    leaving: bool = False
-    beat: Beat | None = None
-    epoch: int = -1  # of the last Adopt it was told
-    halted: Halted | None = None
-    ready: Ready | None = None
-    done: Done | None = None
-    failed: Failed | None = None
-    committed: Committed | None = None  # of the present view
-    computed: Computed | None = None
 
 
 @dataclass
@@ -92,7 +77,7 @@ class Coordinator:
         self.rules = rules
         self.dividing = Dividing(rules)
         self.phase: Phase = "gathering"
-        self.members: dict[int, _Member] = {}
+        self.members = Roster()
         self.view: View | None = None
         """The last one that all were ready for."""
         self.version = 0
@@ -126,7 +111,7 @@ class Coordinator:
             if isinstance(message, Hello):
                 if number not in self._known:  # a late word of one that was lost does not bring it back
                     self._known.add(number)
-                    self.members[number] = _Member(message.host, now)
+                    self.members[number] = Member(message.host, now)
             elif number in self.members:
                 member = self.members[number]
                 member.heard = now
@@ -178,7 +163,7 @@ class Coordinator:
 
     # -- what is heard ------------------------------------------------------------------------------------------
 
-    def _hear(self, number: int, member: _Member, message: Message, now: float) -> None:
+    def _hear(self, number: int, member: Member, message: Message, now: float) -> None:
         if isinstance(message, Beat):
             member.beat = message
         elif isinstance(message, Warm):
@@ -213,8 +198,10 @@ class Coordinator:
             self._took(message, now)
         elif isinstance(message, Computed):
             member.computed = message
-            if self.phase == "pausing" and self._computed and self._all_computed():
-                self._halt("", now)
+            if self.phase == "pausing" and self._computed:
+                assert self.view is not None
+                if self.members.all_computed(self.view, self.version):
+                    self._halt("", now)
         elif isinstance(message, Probed):
             if self._probing.answered(number, message):
                 self._judge(now)
@@ -228,7 +215,7 @@ class Coordinator:
                 return  # a newcomer that does not get ready changes nothing for the others
             several = self._failures.setdefault(message.step, [])
             several.append(message)
-            if len(several) >= self.rules.failures or len(self._staying()) <= self.rules.least:
+            if len(several) >= self.rules.failures or len(self.members.staying()) <= self.rules.least:
                 first = several[0]
                 self._end(False, f"member {number} failed at step {first.step}: {first.why}", first.trace)
 
@@ -248,12 +235,6 @@ class Coordinator:
             self.dividing.measure(self.view, {number: one.committed for number, one in self.members.items()})
             self._consider(now, begins=begins)
 
-    def _all_computed(self) -> bool:
-        """Whether all have computed the step: who came out earlier would end the passes of others."""
-        assert self.view is not None
-        now = Computed(self.view.epoch, self.version)
-        return all(self.members[number].computed == now for number in self.view.members if number in self.members)
-
     @property
     def _moving(self) -> bool:
         """Whether a step was taken under the present view."""
@@ -262,7 +243,7 @@ class Coordinator:
     def _part(self) -> None:
         """Let those go whose states, and whose copies of others', are elsewhere by now; who has lost its team waits."""
         assert self.view is not None
-        for number in self._in():
+        for number in self.members.placed():
             if number in self.view.members:
                 continue
             if self.members[number].leaving:
@@ -279,22 +260,14 @@ class Coordinator:
         """Where too few would stay, nobody leaves: the run is saved while all states are there, and ends."""
         view = self._next
         least = max(self.rules.least, self.rules.stages * self.rules.tensor)
-        if view is None or sum(m.warm and not m.leaving for m in self.members.values()) >= least:
+        if view is None or len(self.members.hosts()) >= least:
             return False
         self.homeward = True
         self._note("homeward", why=f"fewer than {least} would stay")
-        for number in view.members:
-            if number in self.members:
-                self.members[number].leaving = False
-                self._out.append(Tell(number, Signal(signal.SIGINT)))
+        for number in self.members.there(view.members):
+            self.members[number].leaving = False
+            self._out.append(Tell(number, Signal(signal.SIGINT)))
         return True
-
-    def _in(self) -> list[int]:
-        """Members that are in the present view, or were told to be in the next."""
-        return [number for number, member in self.members.items() if member.epoch >= 0]
-
-    def _staying(self) -> list[int]:
-        return [number for number in self._in() if not self.members[number].leaving]
 
     def _consider(self, now: float, begins: bool = False) -> None:
         """Somebody may come or go.
@@ -311,9 +284,9 @@ class Coordinator:
         elif self.phase == "running" and not self.homeward:
             assert self.view is not None
             # A row of newcomers, one after the other, must not keep the others from their work.
-            news = [n for n, member in self.members.items() if member.warm and member.epoch < 0] if self._moving else []
+            news = self.members.newcomers() if self._moving else []
             news = news[: len(news) // self.rules.tensor * self.rules.tensor]
-            leaving = [n for n in self.view.members if n in self.members and self.members[n].leaving]
+            leaving = [n for n in self.members.there(self.view.members) if self.members[n].leaving]
             better = self.dividing.better(self.view) if self._moving and not news and not leaving else None
             if news or leaving or better is not None:
                 to_be = None
@@ -357,7 +330,7 @@ class Coordinator:
             self._moves = False
         self._times.why += [why] if why else []
         self.phase = "halting"
-        for number in self._in():
+        for number in self.members.placed():
             member = self.members[number]
             if member.halted is None:
                 self._out.append(Tell(number, Halt(member.epoch, why or "a change was announced")))
@@ -390,27 +363,25 @@ class Coordinator:
         """Whether all steps were taken: who is lost then is not missed."""
         if self.view is None or self.phase not in ("running", "pausing"):
             return False
-        left = [self.members[number] for number in self.view.members if number in self.members]
-        return bool(left) and all(other.done is not None for other in left)
+        return self.members.all_done(self.view)
 
     def _decide(self, now: float) -> None:
         """What comes next, once everyone has come out."""
         if self.phase not in ("halting", "pausing"):
             return
-        left = self._in()
+        left = self.members.placed()
         if any(self.members[number].halted is None for number in left):
             return
         if not self._wished and not self._explained and len(left) > 1:
-            self._out += self._probing.ask(
-                left, now
-            )  # a connection has ended between two that live: do they still reach each other?
+            # A connection has ended between two that live: do they still reach each other?
+            self._out += self._probing.ask(left, now)
             return
         self._times.halted = now
         self._aborted += not self._wished
         if self._aborted > self.rules.aborted:
             self._end(False, f"{self._aborted} changes in a row without a step taken; the last: {self._times.why[-1]}")
             return
-        news = {n: m.host for n, m in sorted(self.members.items()) if m.warm and not m.leaving}
+        news = self.members.hosts()
         stay = [number for number in left if not self.members[number].leaving]
         if len(news) < self.rules.least:
             self._end(False, f"{len(news)} members are left, and the least number is {self.rules.least}")
@@ -419,7 +390,7 @@ class Coordinator:
             base = [n for n in news if n in stay] + [n for n in news if n not in stay]
             self._begin(base, news, now)
             return
-        found = newest_whole([view for view in (self.view, self._origin) if view is not None], self._copies())
+        found = newest_whole([view for view in (self.view, self._origin) if view is not None], self.members.copies())
         if found is None and self._at_the_start(left):
             self._begin([n for n in news if n in stay] + [n for n in news if n not in stay], news, now)
             return
@@ -435,14 +406,14 @@ class Coordinator:
             self._end(False, str(error))
             return
         others = set(view.members) != set(self.view.members)
-        kept = kept_by(self.view, view, self._halted(), version)
+        kept = kept_by(self.view, view, self.members.halted(), version)
         ready = self._moves and not others and all_is_kept(view, kept, self.rules.micros)
         view = self.dividing.next(view, may_move=self._wished and (not self._computed or ready), others=others)
         handed = ready and view.layers != self.view.layers
         if self._moves:
             self._unlike = 0 if handed else self._unlike + 1
         if not handed:
-            kept = kept_by(self.view, view, self._halted(), version)
+            kept = kept_by(self.view, view, self.members.halted(), version)
         self._offer(Adopt(view, before, version, where, kept, handed), now)
 
     def _at_the_start(self, numbers: Iterable[int]) -> bool:
@@ -462,17 +433,9 @@ class Coordinator:
             return
         self._offer(Adopt(replace(view, epoch=self._epoch + 1), None, 0, {}, {}), now)
 
-    def _halted(self) -> dict[int, Halted]:
-        """What everyone who has come out has said."""
-        return {n: halted for n in self._in() if (halted := self.members[n].halted) is not None}
-
-    def _copies(self) -> dict[int, Copies]:
-        """What they have in their memory."""
-        return {number: halted.copies for number, halted in self._halted().items()}
-
     def _unrecoverable(self) -> str:
         assert self.view is not None
-        copies = self._copies()
+        copies = self.members.copies()
         lost = [owner for owner in self.view.members if not holding(owner, self.view.epoch, copies)]
         said = [f"member {owner} (copied to {list(self.view.holders[owner])})" for owner in lost]
         return (
@@ -539,12 +502,12 @@ class Coordinator:
         if self._probing.overdue(now):
             self._judge(now, late=True)
         elif view is not None and self._probing.may_ask(now):
-            there = [number for number in view.members if number in self.members]
+            there = self.members.there(view.members)
             if len(there) > 1 and all(self._stands(self.members[number], now) for number in there):
                 self._note("probe", why=f"nobody has begun anything new for {self.rules.silence:g} s", members=there)
                 self._out += self._probing.ask(there, now)
 
-    def _stands(self, member: _Member, now: float) -> bool:
+    def _stands(self, member: Member, now: float) -> bool:
         return member.beat is not None and member.beat.seconds + now - member.heard > self.rules.silence
 
     def _judge(self, now: float, late: bool = False) -> None:
@@ -572,14 +535,11 @@ class Coordinator:
 
     def _all_done(self) -> None:
         assert self.view is not None
-        there = [self.members[number] for number in self.view.members if number in self.members]
-        done = [member.done for member in there if member.done is not None]
+        there = self.members.there(self.view.members)
+        done = [one for number in there if (one := self.members[number].done) is not None]
         if len(done) < len(there):
             return
-        told = [
-            {one.digest for n in alike if n in self.members and (one := self.members[n].done) is not None}
-            for alike in self.view.alike
-        ]
+        told = self.members.digests(self.view)
         if any(len(digests) > 1 for digests in told):
             self._end(False, f"members of one stage ended with different weights: {list(map(sorted, told))}")
             return
