@@ -25,11 +25,11 @@ from resilin.models.chain_modules import ChainEmbedding, ChainHead, matrix_of
 from resilin.models.chain_settings import reach_of
 from resilin.models.decoder import DecoderOutput
 from resilin.nested.budgets import BudgetError
+from resilin.nested.checked import CheckedLoss
 from resilin.nested.in_place import decoder_in
 from resilin.nested.listening import Listening
-from resilin.nouns import Batch, Log, Loss, Mean, StepView, keeps_weights
+from resilin.nouns import Batch, Log, Loss, Mean
 from resilin.objective.settings import ObjectiveContext, ObjectiveSettings
-from resilin.transforms import ObjectiveTransform
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
@@ -83,7 +83,7 @@ class _AtScale(Listening):
         return matrix_of(self.table[0], self.hidden_BTD.shape[-1])
 
 
-class ChainLoss(ObjectiveTransform):
+class ChainLoss(CheckedLoss):
     """The objective of `ChainLosses`; logs `loss_at_<chains>` of every scale that was computed.
 
     The gradient of a scale's loss with respect to parameters of later chains is exactly zero.
@@ -92,12 +92,6 @@ class ChainLoss(ObjectiveTransform):
     def __init__(self, settings: ChainLosses, inner: Any) -> None:
         super().__init__(inner)
         self.chain_losses = settings
-
-    @keeps_weights
-    def before_step(self, view: StepView) -> None:
-        """Refuses a model without chains, or weights that are not one for each, before anything is computed."""
-        super().before_step(view)
-        self.check(view.model)
 
     def check(self, model: nn.Module) -> tuple[int, ...]:
         """The width of each scale of a model.

@@ -21,12 +21,12 @@ from resilin.config import component
 from resilin.keys import Keys
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.nested.budgets import Budget
+from resilin.nested.checked import CheckedLoss
 from resilin.nested.elastic_sampler import Depth, ElasticSampler, Sparsity, Width
 from resilin.nested.in_place import budget, decoder_in
 from resilin.nested.sub_model import sub_model
-from resilin.nouns import Batch, Log, Loss, Mean, StepView, keeps_weights
+from resilin.nouns import Batch, Log, Loss, Mean
 from resilin.objective.settings import ObjectiveContext, ObjectiveSettings
-from resilin.transforms import ObjectiveTransform
 
 
 class ElasticPretraining(ObjectiveSettings):
@@ -65,7 +65,7 @@ class ElasticPretraining(ObjectiveSettings):
         return ElasticLoss(self, self.objective.build(context))
 
 
-class ElasticLoss(ObjectiveTransform):
+class ElasticLoss(CheckedLoss):
     """The objective of `ElasticPretraining`; logs `layers`, `experts` and `top_k` of the step, the latter two as means
     over its layers.
 
@@ -78,12 +78,6 @@ class ElasticLoss(ObjectiveTransform):
         self.elastic = settings
         self.sampler = settings.sampler
         self._checked: DecoderSettings | None = None
-
-    @keeps_weights
-    def before_step(self, view: StepView) -> None:
-        """Refuses axes and budgets that do not fit, before anything is computed."""
-        super().before_step(view)
-        self.check(view.model)
 
     def check(self, model: nn.Module) -> None:
         """Refuse what does not fit a model.

@@ -25,16 +25,16 @@ from resilin.config import component
 from resilin.keys import Keys
 from resilin.models.loop_settings import PositiveInt
 from resilin.nested.budgets import Budget, BudgetError
+from resilin.nested.checked import CheckedLoss
 from resilin.nested.in_place import budget, decoder_in, full
 from resilin.nested.listening import Listening
 from resilin.nested.trajectories import Trajectory, label_of, sequential, uniform
-from resilin.nouns import Batch, Log, Loss, Mean, StepView, keeps_weights
+from resilin.nouns import Batch, Log, Loss, Mean
 from resilin.objective.cross_entropy import CrossEntropyTerms
 from resilin.objective.distillation import DistillationTerms, TeacherStates, chunked_distillation
 from resilin.objective.next_token import softcap_of, valid_labels, valid_tokens
 from resilin.objective.settings import ObjectiveContext, ObjectiveSettings
 from resilin.objective.vocabulary import whole_head
-from resilin.transforms import ObjectiveTransform
 
 
 class Shortcut(ObjectiveSettings):
@@ -85,7 +85,7 @@ def _states(listening: Listening) -> Tensor:
     return listening.hidden("hidden states of short trajectories can be compared", "set consistency_weight = 0")
 
 
-class ShortcutLoss(ObjectiveTransform):
+class ShortcutLoss(CheckedLoss):
     """The objective of `Shortcut`; logs `loss_full`, `loss_short`, `loops`, `consistency` and
     `consistency_relative`, the squared error as a share of the squared states, which a small last norm cannot shrink.
     """
@@ -93,12 +93,6 @@ class ShortcutLoss(ObjectiveTransform):
     def __init__(self, settings: Shortcut, inner: Any) -> None:
         super().__init__(inner)
         self.shortcut = settings
-
-    @keeps_weights
-    def before_step(self, view: StepView) -> None:
-        """Refuses trajectories that the model cannot run, before anything is computed."""
-        super().before_step(view)
-        self.check(view.model)
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that is not looped, or trajectories that do not fit it.
