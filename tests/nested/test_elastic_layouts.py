@@ -73,7 +73,6 @@ def test_these_steps_leave_out_layers_experts_and_choices():
 
 @pytest.mark.slow
 def test_no_layout_changes_what_is_learned(tmp_path):
-    """Tensor parallelism has gradients of zero where others have none, by which momentum moves skipped layers."""
     text = tmp_path / "text.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 200)
     assert run_ranks(1, go, text, tmp_path / "one", 1, {}, 0, connect=False) == ["completed"]
@@ -96,5 +95,5 @@ def test_no_layout_changes_what_is_learned(tmp_path):
             where = f"{parameter}, {name}"
             if exact or parameter in offsets:
                 assert torch.equal(found[parameter], tensor), where
-            elif name != "tensor":
+            else:
                 torch.testing.assert_close(found[parameter], tensor, rtol=2e-3, atol=2e-3, msg=where)

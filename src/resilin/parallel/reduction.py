@@ -227,6 +227,7 @@ class Reduction:
         if self.group.size == 1:
             for parameter, grad in zip(self.parameters, self._total(mine), strict=True):
                 parameter.grad = grad
+            self._used = [parameter.grad is not None for parameter in self.parameters]
             return
         counts = [len(each) for each in blocks] if self.exact else [min(len(each), 1) for each in blocks]
         leaves = [node.sum for node in mine] if self.exact else [self._total(mine)][: len(mine)]
@@ -308,12 +309,13 @@ class Reduction:
 
     def used(self) -> Tensor:
         """(P,) float64: 1 for every parameter that this worker computed a gradient of in this step."""
-        flags = [p.grad is not None for p in self.parameters] if self.group.size == 1 else self._used
-        return torch.tensor(flags, dtype=torch.float64)
+        return torch.tensor(self._used, dtype=torch.float64)
 
     def set_gradients(self, used: Sequence[bool]) -> None:
         """Put the sums into `.grad` of the shards, or None for parameters that nobody computed a gradient of."""
         if self.group.size == 1:
+            for parameter, flag in zip(self.parameters, used, strict=True):
+                parameter.grad = parameter.grad if flag else None  # zeros that were summed over a team are none
             return
         for number, runs in self._runs_of.items():
             shard = self.shards[self.names[number]]
