@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -17,17 +18,35 @@ from resilin.parallel.group import Group
 from resilin.parallel.tensor.parallelise import parallelise, plan_of
 
 SETTINGS = DecoderSettings(vocab_size=40, hidden_size=16, layers=3, heads=4, mlp_size=24, init_std=0.3)
-BUDGETS = [Budget(ffn=3), Budget(ffn=12), Budget(ffn=13), Budget(ffn=(1, 24, 7), skip=(1,)), Budget(skip=(0,))]
+BUDGETS = [
+    Budget(ffn=3),
+    Budget(ffn=12),
+    Budget(ffn=13),
+    Budget(ffn=(1, 24, 7), skip=(1,)),
+    Budget(skip=(0,)),
+    Budget(heads=1),
+    Budget(heads=(3, 4, 2), ffn=5),
+    Budget(hidden=8),
+    Budget(hidden=12, heads=2, ffn=6, skip=(2,)),
+]
+GROUPED = [Budget(heads=4), Budget(heads=2, kv_heads=1), Budget(heads=4, kv_heads=2, hidden=8)]
+"""Of eight heads that share two key heads."""
+KINDS: list[tuple[dict[str, Any], list[Budget]]] = [
+    ({}, BUDGETS),
+    ({"gated": False, "mlp_bias": True, "qkv_bias": True, "out_bias": True}, BUDGETS),
+    ({"tie_embeddings": True, "qk_norm": "rms"}, BUDGETS),
+    ({"heads": 8, "kv_heads": 2, "qk_norm": "layer"}, GROUPED),
+]
 BATCH = Batch(torch.arange(2), {"tokens": TOKENS[:, :-1], "labels": TOKENS[:, 1:]})
 
 
 def differences(rank: int, ranks: int) -> list[str]:
     wrong, group = [], Group.of()
-    for gated in (True, False):
+    for changes, budgets in KINDS:
         for sequence in (False, True):
-            whole = decoder(SETTINGS.model_copy(update={"gated": gated}))
+            whole = decoder(DecoderSettings.model_validate({**SETTINGS.model_dump(), **changes}))
             local = parallelise(copy.deepcopy(whole), plan_of(whole), group, sequence=sequence)
-            for wanted in BUDGETS:
+            for wanted in budgets:
                 losses = []
                 for model in (whole, local.module):
                     model.zero_grad(set_to_none=True)
@@ -37,17 +56,18 @@ def differences(rank: int, ranks: int) -> list[str]:
                     losses.append(float(loss.sum.detach()))
                 local.sum_gradients()
                 if abs(losses[0] - losses[1]) > 1e-9 * abs(losses[0]):
-                    wrong.append(f"{wanted}: loss {losses[1]} for {losses[0]}")
+                    wrong.append(f"{changes}, {wanted}: loss {losses[1]} for {losses[0]}")
                 for (name, mine), (_, theirs) in zip(
                     local.module.named_parameters(), whole.named_parameters(), strict=True
                 ):
                     expected = 0.0 if theirs.grad is None else local.part(name, theirs.grad)
                     found = 0.0 if mine.grad is None else mine.grad
                     if float((torch.as_tensor(found) - expected).abs().max()) > 1e-9:
-                        wrong.append(f"{wanted}: {name}")
-    for refused in (Budget(heads=2), Budget(hidden=8)):
-        with pytest.raises(BudgetError, match="layers and experts can be left out"):
-            budget(local.module, refused)
+                        wrong.append(f"{changes}, {wanted}: {name}")
+    together = decoder(SETTINGS.model_copy(update={"qk_norm": "rms", "qk_norm_over": "width"}))
+    local = parallelise(together, plan_of(together), group, sequence=False)
+    with pytest.raises(BudgetError, match="normed together"):
+        budget(local.module, Budget(heads=2))
     return wrong
 
 

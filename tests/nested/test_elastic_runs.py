@@ -9,7 +9,8 @@ import pytest
 import torch
 from commands import run_command
 
-from resilin.nested import Budget, extract
+from resilin.nested import Budget, BudgetError, extract
+from resilin.nested.chosen_record import ChosenRecord
 from resilin.run.open_model import open_model
 
 PARENT = """
@@ -99,6 +100,27 @@ def test_each_target_is_taken_out_of_the_one_checkpoint(workplace):
     assert sum(p.numel() for p in small.parameters()) == told["targets"]["0.6"]["parameters"]
     done = run_command(workplace, ("generate", "small", "--prompt", "the", "--max-new-tokens", "3"))
     assert done.returncode == 0, done.stderr
+
+
+def test_the_chosen_sizes_are_the_family(workplace):
+    told = json.loads((workplace / "runs/elastic/elastic.json").read_text())["targets"]
+    done = run_command(workplace, ("family", "runs/elastic", "--json", "--no-timed"))
+    assert done.returncode == 0, done.stderr
+    members = json.loads(done.stdout)["members"]
+    assert sorted(one["name"] for one in members) == ["0.6", "0.8", "1"]
+    assert {one["kind"] for one in members} == {"trained"}
+    assert all(one["parameters"] == told[one["name"]]["parameters"] for one in members)
+    most = told["0.8"]["parameters"]
+    done = run_command(workplace, ("extract", "runs/elastic", "by-size", "--params", str(most)))
+    assert done.returncode == 0, done.stderr
+    assert f"{most:,} of" in done.stdout
+
+
+def test_sizes_that_nobody_wrote_are_refused(tmp_path):
+    assert ChosenRecord.read(tmp_path) is None
+    (tmp_path / "elastic.json").write_text('{"targets": {"0.5": {}}}')
+    with pytest.raises(BudgetError, match=r"elastic\.json: expected sizes of each target"):
+        ChosenRecord.read(tmp_path)
 
 
 def test_every_target_is_evaluated(workplace):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from resilin.models.decoder import Decoder
     from resilin.models.decoder_settings import DecoderSettings
     from resilin.nested.budgets import Budget
-    from resilin.nested.family import Record
+    from resilin.nested.trained_sizes import Record
     from resilin.run.open_model import OpenedModel
 
 WHICH = "Which member"

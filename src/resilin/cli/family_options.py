@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from resilin.nested.chain_record import ChainRecord
-    from resilin.nested.family import Record
-    from resilin.nested.loop_record import LoopRecord
+    from resilin.nested.trained_sizes import Record
     from resilin.nouns import Batch
     from resilin.run.open_model import OpenedModel
 
@@ -36,23 +34,14 @@ class SizeOptions:
     def known(self, path: Path, opened: OpenedModel) -> Record | None:
         """What is known of the sizes; those given here count as trained only where the model was trained at them."""
         from resilin.config.errors import UserError
-        from resilin.nested.elastic_pretraining import elastic_in
-        from resilin.nested.elastic_record import ElasticRecord
-        from resilin.nested.objective import nested_in
         from resilin.nested.record import NestRecord
+        from resilin.nested.trained_sizes import trained_sizes
 
-        if opened.model.settings.loop is not None and self.granularities is None and self.targets is None:
-            return self._of_loops(opened)
-        chains = opened.model.settings.chains
-        if chains is not None and self.granularities is None and self.targets is None:
-            return self._of_chains(opened, len(chains.sizes))
-        told = NestRecord.read(path) if path.is_dir() else None
-        elastic = None if opened.run is None else elastic_in(opened.run.settings().objective)
-        if elastic is not None and self.granularities is None and self.targets is None:
-            return ElasticRecord.of(elastic)
-        if opened.run is not None:
-            nested = nested_in(opened.run.settings().objective)
-            told = NestRecord.of(nested) if nested is not None else told
+        run = opened.run
+        objective, folder = (None, None) if run is None else (run.settings().objective, run.path)
+        told = trained_sizes(opened.model.settings, objective, folder)
+        if told is None and path.is_dir():
+            told = NestRecord.read(path)
         if self.granularities is None and self.targets is None:
             return told
         try:
@@ -60,26 +49,11 @@ class SizeOptions:
             cuts = tuple(one.strip() for one in (self.targets or "ffn").split(","))
             if not set(cuts) <= {"ffn", "heads"}:
                 raise ValueError(f"--targets {self.targets}: expected ffn, heads or ffn,heads")
-            trained = told is not None and told.trained and set(sizes) <= set(told.granularities)
-            return NestRecord(sizes, cuts, trained=trained and told is not None and cuts == told.targets)  # type: ignore[arg-type]
+            known = told if isinstance(told, NestRecord) and told.trained else None
+            trained = known is not None and cuts == known.targets and set(sizes) <= set(known.granularities)
+            return NestRecord(sizes, cuts, trained=trained)  # type: ignore[arg-type]
         except ValueError as error:
             raise UserError(str(error)) from None
-
-    @staticmethod
-    def _of_loops(opened: OpenedModel) -> LoopRecord:
-        from resilin.nested.loop_record import LoopRecord
-        from resilin.nested.shortcut import shortcut_in
-
-        objective = None if opened.run is None else shortcut_in(opened.run.settings().objective)
-        return LoopRecord() if objective is None else LoopRecord.of(objective)
-
-    @staticmethod
-    def _of_chains(opened: OpenedModel, chains: int) -> ChainRecord:
-        from resilin.nested.chain_objective import chain_losses_in
-        from resilin.nested.chain_record import ChainRecord
-
-        objective = None if opened.run is None else chain_losses_in(opened.run.settings().objective)
-        return ChainRecord() if objective is None else ChainRecord.of(objective, chains)
 
     def record(self, path: Path, opened: OpenedModel) -> Record:
         """The sizes.

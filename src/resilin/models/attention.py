@@ -49,7 +49,7 @@ class Attention(nn.Module):
         """(B, T, H * D) -> (B, T, H, D), normed over each head or over all of them."""
         if norm is not None and self.norm_over_width:
             x_BTW = norm(x_BTW)
-        x_BTHD = x_BTW.view(*x_BTW.shape[:2], -1, self.head_size)
+        x_BTHD = x_BTW.view(*x_BTW.shape[:2], x_BTW.shape[-1] // self.head_size, self.head_size)
         if norm is not None and not self.norm_over_width:
             x_BTHD = norm(x_BTHD)
         return x_BTHD
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         )
         norms = [None if n is None else partial(cut.norm, norm=n, name=s) for n, s in self._norms()]
         q_BTHD, k_BTKD = (self._heads(x, norm) for x, norm in zip((q_BTW, k_BTW), norms, strict=True))
-        return q_BTHD, k_BTKD, v_BTW.view(B, T, cut.key_heads, self.head_size)
+        return q_BTHD, k_BTKD, v_BTW.view(B, T, v_BTW.shape[-1] // self.head_size, self.head_size)
 
     def _chains_of(self, heads: int) -> tuple[int, ...]:
         """Query heads of each of the chains that have so many together."""
@@ -103,8 +103,10 @@ class Attention(nn.Module):
             cache.store(self.layer, slots_BT, k_BTKD, v_BTKD)
             held = cache.read(self.layer, min(cache.reach + T, cache.capacity), k_BTKD.shape[2])
             k_BKSD, v_BKSD = (x.to(q_BTHD.dtype) for x in held)
-        mixed_BHTD = self.core(q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, mask)
-        mixed_BTHD = mixed_BHTD.transpose(1, 2)
+        if q_BTHD.shape[2]:
+            mixed_BTHD = self.core(q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, mask).transpose(1, 2)
+        else:  # a rank of tensor parallelism without any head of a cut block: its gradients are zero
+            mixed_BTHD = torch.cat([q_BTHD, k_BTKD[:, :, :0], v_BTKD[:, :, :0]], 2)
         if chains:
             mixed_BTHD = by_chain(mixed_BTHD, chains, self.key_heads)
         mixed_BTW = mixed_BTHD.reshape(B, T, -1)

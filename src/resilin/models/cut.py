@@ -44,7 +44,7 @@ def view_of(tensor: Tensor, box: Region) -> Tensor:
         box = (box & where).inside(where)
     for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
         if size != tensor.shape[dim]:
-            tensor = tensor.narrow(dim, offset, size)
+            tensor = tensor.narrow(dim, offset if size else 0, size)  # nothing may lie beyond what is here
     return tensor
 
 
@@ -85,21 +85,23 @@ class BlockCut:
         if boxes is None:
             whole: Tensor = map_(x)
             return whole
-        if type(map_) is not Linear:
+        if not getattr(map_, "is_plain", False):
             raise CutError(
                 f"{name} is a {type(map_).__name__}, of which no part can be computed: make the model plain first "
                 "(merge its adapters, apply its masks), or choose a budget that leaves it whole"
             )
-        biases = (None,) * len(boxes) if map_.bias is None else self._biases(map_.bias, name, boxes)
+        assert isinstance(map_, Linear)
+        biases = (None,) * len(boxes) if map_.bias is None else self._biases(map_, name, boxes)
+        weights = [view_of(map_.weight, box) for box in boxes]  # where the map is a part, what is here of each box
         if len(boxes) == 1:
-            return product(x, view_of(map_.weight, boxes[0]), biases[0])
+            return product(x, weights[0], biases[0])
         if boxes[0].offsets[0] != boxes[1].offsets[0]:
-            rows = [product(x, view_of(map_.weight, box), bias) for box, bias in zip(boxes, biases, strict=True)]
+            rows = [product(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
             return torch.cat(rows, -1)
-        shares = x.split([box.sizes[1] for box in boxes], -1)
-        total = product(shares[0], view_of(map_.weight, boxes[0]), biases[0])
-        for share, box in zip(shares[1:], boxes[1:], strict=True):
-            total = total + product(share, view_of(map_.weight, box))
+        shares = x.split([weight.shape[1] for weight in weights], -1)
+        total = product(shares[0], weights[0], biases[0])
+        for share, weight in zip(shares[1:], weights[1:], strict=True):
+            total = total + product(share, weight)
         return total
 
     def gathered(self, x: Tensor, map_: nn.Linear, name: str) -> Tensor:
@@ -110,12 +112,12 @@ class BlockCut:
         weight_OI = torch.cat([view_of(map_.weight, box) for box in boxes])
         return product(x, weight_OI, None if map_.bias is None else self.vector(map_.bias, f"{name}.bias"))
 
-    def _biases(self, bias: Tensor, name: str, boxes: tuple[Region, ...]) -> tuple[Tensor | None, ...]:
+    def _biases(self, map_: Linear, name: str, boxes: tuple[Region, ...]) -> tuple[Tensor | None, ...]:
+        assert map_.bias is not None
         of_bias = self.regions.get(f"{name}.bias")
-        if of_bias is None:
-            return (bias,) * len(boxes)
-        parts = tuple(view_of(bias, box) for box in of_bias)
-        return parts if len(parts) == len(boxes) else parts * len(boxes)
+        parts = (map_.bias,) if of_bias is None else tuple(view_of(map_.bias, box) for box in of_bias)
+        added = tuple(map(map_.added, parts))
+        return added if len(added) == len(boxes) else added * len(boxes)
 
     def vector(self, vector: Tensor, name: str) -> Tensor:
         """The used part of a vector: a view where it is one run, else the runs put together."""

@@ -189,6 +189,15 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a product and a bias and nothing else, so that parts of it can be computed."""
+        return type(self) is Linear
+
+    def added(self, bias_O: Tensor) -> Tensor:
+        """What is added of the bias, or of a part of it, in this process."""
+        return bias_O
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         return product(x, self.weight, self.bias)

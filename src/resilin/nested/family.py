@@ -12,16 +12,13 @@ from torch import nn
 
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.nested.budgets import Budget, BudgetError
-from resilin.nested.chain_record import ChainRecord
 from resilin.nested.consistency import Consistency, consistency
 from resilin.nested.cost import Cost, Latency, cost, latency
 from resilin.nested.elastic_record import ElasticRecord
 from resilin.nested.in_place import decoder_in
-from resilin.nested.loop_record import LoopRecord
-from resilin.nested.record import Kind, NestRecord
+from resilin.nested.record import Kind
+from resilin.nested.trained_sizes import Record
 from resilin.nouns import Batch
-
-Record = NestRecord | LoopRecord | ChainRecord | ElasticRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,27 +69,29 @@ def is_cut(model: nn.Module) -> bool:
 def _check_here(decoder: Decoder, cut: Cut) -> None:
     """Refuse models of which this process has parts such that a cut would take the wrong ones.
 
-    Of a block that tensor parallelism divides, neurons can be left out: each rank leaves out those of its own part. The
-    router, which every rank has whole, says which experts are chosen among, wherever they lie.
+    Of a block that tensor parallelism divides, each rank leaves out neurons and heads of its own part. The router,
+    which every rank has whole, says which experts are chosen among, wherever they lie.
     """
+    settings, cuts = decoder.settings, [one for one in cut.blocks if one is not None]
     here = range(len(decoder.blocks)) if decoder.span is None else decoder.span.blocks
-    shapes, cuts = shapes_of(decoder.settings), [one for one in cut.blocks if one is not None]
+    shapes, in_attention = shapes_of(settings), any(one.in_attention for one in cuts)
     block, prefix = decoder.blocks[here[0]], f"blocks.{here[0]}."
-    wide = cut.hidden != decoder.settings.hidden_size
-    parts_fit = not wide and not any(one.in_attention for one in cuts)
     for name, parameter in block.named_parameters():
         whole = shapes.get(prefix + name)
-        if whole is None or parameter.shape == whole:
+        if whole is None or parameter.shape == whole or not any(name in one.regions for one in cuts):
             continue
-        cut_here = any(name in one.regions for one in cuts)
-        if parts_fit and (not cut_here or getattr(parameter, "box_in_whole", None) is not None):
-            continue
-        raise BudgetError(
-            f"{prefix}{name} is here a part of shape {tuple(parameter.shape)} of {whole}: of a model that tensor or "
-            "expert parallelism divides, layers and experts can be left out, and of one that tensor parallelism "
-            "divides neurons of the feed-forward; use data or pipeline parallelism"
-        )
-    if decoder.sequence is not None and any(one.in_attention for one in cuts):
+        found = f"{prefix}{name} is here a part of shape {tuple(parameter.shape)} of {whole}: "
+        if getattr(parameter, "box_in_whole", None) is None:
+            raise BudgetError(
+                f"{found}experts that are divided among ranks can be left out, and not made narrower; use data, tensor "
+                "or pipeline parallelism"
+            )
+        if name.startswith("attention.") and settings.qk_norm != "none" and settings.qk_norm_over == "width":
+            raise BudgetError(
+                f"{found}heads that are normed together (qk_norm_over = 'width') and divided over ranks of tensor "
+                "parallelism cannot be left out; use data or pipeline parallelism"
+            )
+    if decoder.sequence is not None and in_attention:
         raise BudgetError("rows are divided over ranks by heads or pieces: budgets of heads cannot be run there")
-    if decoder.span is not None and wide:
+    if decoder.span is not None and cut.hidden != settings.hidden_size:
         raise BudgetError("stages of a pipeline exchange whole streams: budgets of hidden cannot be run there")

@@ -24,9 +24,18 @@ class PartLinear(Linear):
         super().__init__(like.in_features, like.out_features, bias=False, device="meta")
         self.weight, self.bias, self.group = like.weight, like.bias, group
 
+    @property
+    def is_plain(self) -> bool:
+        """True: of its part, parts can be computed."""
+        return True
+
+    def added(self, bias_O: Tensor) -> Tensor:
+        """The bias on one rank, zeros on the others."""
+        return on_first(bias_O, self.group)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., I of this rank) -> (..., O), a summand."""
-        return product(x, self.weight, None if self.bias is None else on_first(self.bias, self.group))
+        return product(x, self.weight, None if self.bias is None else self.added(self.bias))
 
 
 class VocabularyEmbedding(Embedding):
