@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resilin.keys import Keys, dropout, hash64, philox
+from resilin.keys import Keys, dropout, hash64, philox, philox_of
 
 SEEDS = st.integers(0, 2**70)
 STEPS = st.integers(0, 2**40)
@@ -59,6 +59,15 @@ def test_any_counter_and_key_match_unbounded_integer_arithmetic(
 ) -> None:
     expected = [philox_in_plain_integers(counter, key) for counter in counters]
     assert philox(torch.tensor(counters), key).tolist() == expected
+    assert [list(philox_of((a, b, c, d), key)) for a, b, c, d in counters] == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEEDS, STEPS, st.lists(st.integers(0, 2**40), max_size=5), SHAPES)
+def test_few_words_are_those_that_many_would_be(seed: int, step: int, slots: list[int], shape: tuple[int, ...]) -> None:
+    """Few are drawn in Python's numbers, as part of many by tensors."""
+    keys, more = keys_of(slots, seed, step), keys_of([*slots, *range(100)], seed, step)
+    assert torch.equal(keys.bits(shape), more.bits(shape)[: len(slots)])
 
 
 @given(st.data(), SEEDS, STEPS, SHAPES, st.integers(1, 9))

@@ -23,6 +23,7 @@ _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+_FEW = 24  # blocks of four numbers that Python draws as fast as tensors are made for them
 
 
 def philox(counter_N4: Tensor, key: tuple[int, int]) -> Tensor:
@@ -48,6 +49,16 @@ def philox(counter_N4: Tensor, key: tuple[int, int]) -> Tensor:
         )
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
     return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def philox_of(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 of one counter in Python's own numbers: what `philox` gives, sooner where there are few."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
 
 
 def hash64(*parts: int | str | bytes) -> int:
@@ -123,6 +134,8 @@ class Keys:
 
     def _words(self, block_N: Tensor) -> Tensor:
         """(B, N, 4): the words of some blocks of four numbers of each sample."""
+        if self._are_few(block_N):
+            return self._few_words(block_N.tolist())
         slots_B = self.slots_B.to(block_N.device)
         counter = torch.empty(len(slots_B), len(block_N), 4, dtype=torch.int64, device=block_N.device)
         counter[..., 0] = block_N
@@ -132,6 +145,20 @@ class Keys:
         counter[..., 3] = (step >> 32) & _MASK
         key = hash64(self.seed, *self.path)
         return philox(counter, (key & _MASK, key >> 32))
+
+    def _are_few(self, block_N: Tensor) -> bool:
+        """Whether Python may draw them: few, of one step, in this process's memory, and nobody traces what is done."""
+        if self.steps_B is not None or len(self.slots_B) * len(block_N) > _FEW or torch.compiler.is_compiling():
+            return False
+        return all(type(one) is Tensor and one.device.type == "cpu" for one in (self.slots_B, block_N))
+
+    def _few_words(self, blocks: list[int]) -> Tensor:
+        """The same on the CPU, one by one: a step's choices (a budget, a size) are drawn in microseconds."""
+        hashed = hash64(self.seed, *self.path)
+        key, step = (hashed & _MASK, hashed >> 32), (self.step & _MASK, (self.step >> 32) & _MASK)
+        slots = self.slots_B.tolist()
+        words = [[philox_of((block, slot & _MASK, *step), key) for block in blocks] for slot in slots]
+        return torch.tensor(words, dtype=torch.int64).reshape(len(slots), len(blocks), 4)
 
     def _bits_at(self, shape: tuple[int, ...], places_T: Tensor, device: torch.device | str) -> Tensor:
         if shape[:1] != places_T.shape:

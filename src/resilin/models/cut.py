@@ -85,12 +85,11 @@ class BlockCut:
         if boxes is None:
             whole: Tensor = map_(x)
             return whole
-        if not getattr(map_, "is_plain", False):
+        if not (isinstance(map_, Linear) and map_.can_be_cut):
             raise CutError(
                 f"{name} is a {type(map_).__name__}, of which no part can be computed: make the model plain first "
                 "(merge its adapters, apply its masks), or choose a budget that leaves it whole"
             )
-        assert isinstance(map_, Linear)
         biases = (None,) * len(boxes) if map_.bias is None else self._biases(map_, name, boxes)
         weights = [view_of(map_.weight, box) for box in boxes]  # where the map is a part, what is here of each box
         if len(boxes) == 1:

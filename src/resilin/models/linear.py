@@ -190,7 +190,7 @@ class Linear(nn.Linear):
         """Leave the memory as it is."""
 
     @property
-    def is_plain(self) -> bool:
+    def can_be_cut(self) -> bool:
         """Whether it is a product and a bias and nothing else, so that parts of it can be computed."""
         return type(self) is Linear
 

@@ -25,9 +25,9 @@ class PartLinear(Linear):
         self.weight, self.bias, self.group = like.weight, like.bias, group
 
     @property
-    def is_plain(self) -> bool:
-        """True: of its part, parts can be computed."""
-        return True
+    def can_be_cut(self) -> bool:
+        """Whether nothing else is computed, so that of its part, too, parts can be."""
+        return type(self) is PartLinear
 
     def added(self, bias_O: Tensor) -> Tensor:
         """The bias on one rank, zeros on the others."""
