@@ -75,7 +75,8 @@ def published() -> list[Row]:
     orders = {}
     for name, table in by_table.items():
         errors = [one.error for one in table if one.counted]
-        rows.append(error_row(f"{name}: median error", errors, None, both(table), "runs: [published, predicted]"))
+        if errors:  # of a table all of whose rows calibrate nothing is predicted
+            rows.append(error_row(f"{name}: median error", errors, None, both(table), "runs: [published, predicted]"))
         if len(table) > 2:
             orders[name] = [spearman([one.row.value for one in table], [one.value for one in table])]
     rows.append(

@@ -130,11 +130,12 @@ def _losses(grid: str, arms: dict[str, _Arm]) -> Table:
         base = arms.get("elastic", arm)
         cells.append(arm.mean("measured/cost/flops of the run") / base.mean("measured/cost/flops of the run"))
         rows.append(tuple(cells))
+    small = "" if "small" not in arms else "The small model stands in the column of its size. "
     return Table(
         title=f"Held-out loss on {grid} ({UNITS[grid]}), mean over seeds",
         columns=("training", "whole", *texts, "operations of the run"),
         rows=tuple(rows),
-        note="The small model stands in the column of its size. Operations are those of the elastic run.",
+        note=f"{small}Operations are those of the elastic run.",
     )
 
 
