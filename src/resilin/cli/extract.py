@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from resilin.models.decoder import Decoder
     from resilin.models.decoder_settings import DecoderSettings
     from resilin.nested.budgets import Budget
-    from resilin.nested.trained_sizes import Record
+    from resilin.nested.rungs import SizeRecord
     from resilin.run.open_model import OpenedModel
 
 WHICH = "Which member"
 
 
-def _chosen(model: Decoder, record: Record, params: str | None, flops: str | None, latency: str | None) -> Budget:
+def _chosen(model: Decoder, record: SizeRecord, params: str | None, flops: str | None, latency: str | None) -> Budget:
     from resilin.nested.cost import latency as measured
     from resilin.nested.mix_n_match import largest_within, measured_by
     from resilin.nested.quantities import count_of, seconds_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from resilin.nested.trained_sizes import Record
+    from resilin.nested.rungs import SizeRecord
     from resilin.nouns import Batch
     from resilin.run.open_model import OpenedModel
 
@@ -31,7 +31,7 @@ class SizeOptions:
         str | None, typer.Option(help="What they cut: ffn, heads or ffn,heads.", rich_help_panel=SIZES)
     ] = None
 
-    def known(self, path: Path, opened: OpenedModel) -> Record | None:
+    def known(self, path: Path, opened: OpenedModel) -> SizeRecord | None:
         """What is known of the sizes; those given here count as trained only where the model was trained at them."""
         from resilin.config.errors import UserError
         from resilin.nested.record import NestRecord
@@ -55,7 +55,7 @@ class SizeOptions:
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def record(self, path: Path, opened: OpenedModel) -> Record:
+    def record(self, path: Path, opened: OpenedModel) -> SizeRecord:
         """The sizes.
 
         Raises:

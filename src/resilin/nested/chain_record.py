@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.nested.budgets import Budget
 from resilin.nested.chain_objective import ChainLosses
-from resilin.nested.loop_record import Rung
+from resilin.nested.rungs import Kind, Rung, SizeRecord
 from resilin.nested.sub_model import sub_model
 
 
 @dataclass(frozen=True, slots=True)
-class ChainRecord:
+class ChainRecord(SizeRecord):
     """The scales of a decoder of chains.
 
     Attributes:
@@ -35,11 +34,7 @@ class ChainRecord:
         count = len(settings.chains.sizes)
         return [(_name(chains), Budget(chains=chains)) for chains in range(1, count)] + [(_name(count), Budget())]
 
-    def rungs_per_size(self, settings: DecoderSettings) -> int:
-        """1: no rung is a mixture of others."""
-        return 1
-
-    def kind(self, settings: DecoderSettings, wanted: Budget) -> Literal["trained", "mix", "untrained"]:
+    def kind(self, settings: DecoderSettings, wanted: Budget) -> Kind:
         """Whether a scale was trained.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ from resilin.nouns import StepView, keeps_weights
 from resilin.transforms import ObjectiveTransform
 
 
-class CheckedLoss(ObjectiveTransform):
+class CheckedLoss(ObjectiveTransform, ABC):
     """An objective made of an objective, for models of which something is asked."""
 
     @keeps_weights
@@ -19,10 +20,10 @@ class CheckedLoss(ObjectiveTransform):
         super().before_step(view)
         self.check(view.model)
 
+    @abstractmethod
     def check(self, model: nn.Module) -> Any:
         """Refuse what does not fit a model.
 
         Raises:
             BudgetError: naming it.
         """
-        raise NotImplementedError(f"{type(self).__name__} asks nothing of a model: make it an ObjectiveTransform")

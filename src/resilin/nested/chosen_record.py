@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.nested.budgets import Budget, BudgetError
 from resilin.nested.elastic import FILE
-from resilin.nested.loop_record import Rung
+from resilin.nested.rungs import Kind, Rung, SizeRecord
 from resilin.nested.sub_model import sub_model
 
 
 @dataclass(frozen=True, slots=True)
-class ChosenRecord:
+class ChosenRecord(SizeRecord):
     """The sub-models of an elastic model.
 
     Attributes:
@@ -45,11 +44,7 @@ class ChosenRecord:
         """Every sub-model, ascending, named by its target; the last is the whole."""
         return [(f"{share:g}", wanted) for share, wanted in self.sizes]
 
-    def rungs_per_size(self, settings: DecoderSettings) -> int:
-        """1: no rung is a mixture of others."""
-        return 1
-
-    def kind(self, settings: DecoderSettings, wanted: Budget) -> Literal["trained", "mix", "untrained"]:
+    def kind(self, settings: DecoderSettings, wanted: Budget) -> Kind:
         """Whether a sub-model was trained.
 
         Raises:

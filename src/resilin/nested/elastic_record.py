@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.nested.budgets import Budget
 from resilin.nested.cost import cost
 from resilin.nested.elastic_pretraining import ElasticPretraining
 from resilin.nested.elastic_sampler import ElasticSampler, left_out, spread
+from resilin.nested.rungs import Kind, Rung, SizeRecord
 from resilin.nested.sub_model import LayerPart, sub_model
-
-Rung = tuple[str, Budget]
 
 
 @dataclass(frozen=True, slots=True)
-class ElasticRecord:
+class ElasticRecord(SizeRecord):
     """The ranges of layers, experts and choices that a model was trained in.
 
     Attributes:
@@ -46,17 +44,13 @@ class ElasticRecord:
             steps.append(Budget(skip=skip, top_k=top_k, experts=experts))
         return [(str(one), one) for one in reversed(steps)]
 
-    def rungs_per_size(self, settings: DecoderSettings) -> int:
-        """1: no rung is a mixture of others."""
-        return 1
-
     def axes(self, settings: DecoderSettings) -> list[Budget]:
         """Budgets that are smaller along one axis alone, by falling cost."""
         found = [Budget(experts=count) for count in sorted(self._experts(settings), reverse=True)]
         found += [Budget(skip=skip) for skip in self._skips(settings)]
         return sorted(found, key=lambda one: -cost(settings, one).flops)
 
-    def kind(self, settings: DecoderSettings, wanted: Budget) -> Literal["trained", "mix", "untrained"]:
+    def kind(self, settings: DecoderSettings, wanted: Budget) -> Kind:
         """Whether steps of the run may have computed a budget.
 
         Raises:

@@ -16,8 +16,7 @@ from resilin.nested.consistency import Consistency, consistency
 from resilin.nested.cost import Cost, Latency, cost, latency
 from resilin.nested.elastic_record import ElasticRecord
 from resilin.nested.in_place import decoder_in
-from resilin.nested.record import Kind
-from resilin.nested.trained_sizes import Record
+from resilin.nested.rungs import Kind, SizeRecord
 from resilin.nouns import Batch
 
 
@@ -77,7 +76,7 @@ class Evaluated:
 
 
 def members_of(
-    settings: DecoderSettings, record: Record, *, between: int = 1, more: Sequence[Budget] = ()
+    settings: DecoderSettings, record: SizeRecord, *, between: int = 1, more: Sequence[Budget] = ()
 ) -> list[Member]:
     """The sizes (or loops) of a record, some mixtures of neighbouring ones, and further budgets; by rising cost.
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.loop_settings import reduced
 from resilin.nested.budgets import Budget
+from resilin.nested.rungs import Kind, Rung, SizeRecord
 from resilin.nested.shortcut import Shortcut
 from resilin.nested.sub_model import sub_model
 
-Rung = tuple[str, Budget]
-
 
 @dataclass(frozen=True, slots=True)
-class LoopRecord:
+class LoopRecord(SizeRecord):
     """The trajectories of a looped decoder.
 
     Attributes:
@@ -36,11 +34,7 @@ class LoopRecord:
         count = len(settings.trajectory)
         return [(_name(loops), Budget(loops=loops)) for loops in range(1, count)] + [(_name(count), Budget())]
 
-    def rungs_per_size(self, settings: DecoderSettings) -> int:
-        """1: no rung is a mixture of others."""
-        return 1
-
-    def kind(self, settings: DecoderSettings, wanted: Budget) -> Literal["trained", "mix", "untrained"]:
+    def kind(self, settings: DecoderSettings, wanted: Budget) -> Kind:
         """Whether a trajectory was trained; "mix": its steps lie between trained ones, being no multiples of 1/L.
 
         Raises:

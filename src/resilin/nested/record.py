@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.weight_files import read_json, write_atomically
@@ -13,14 +13,14 @@ from resilin.nested.budgets import Budget, BudgetError
 from resilin.nested.granularities import Granularity, Target, budget_at, check_granularities
 from resilin.nested.mix_n_match import ladder
 from resilin.nested.objective import Nested
+from resilin.nested.rungs import Kind, SizeRecord
 from resilin.nested.sub_model import sub_model
 
 FILE = "nested.json"
-Kind = Literal["trained", "mix", "untrained"]
 
 
 @dataclass(frozen=True, slots=True)
-class NestRecord:
+class NestRecord(SizeRecord):
     """The sizes of a nested model.
 
     Attributes:

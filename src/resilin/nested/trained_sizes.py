@@ -13,12 +13,11 @@ from resilin.nested.elastic_record import ElasticRecord
 from resilin.nested.loop_record import LoopRecord
 from resilin.nested.objective import nested_in
 from resilin.nested.record import NestRecord
+from resilin.nested.rungs import SizeRecord
 from resilin.nested.shortcut import shortcut_in
 
-Record = NestRecord | LoopRecord | ChainRecord | ElasticRecord | ChosenRecord
 
-
-def trained_sizes(settings: DecoderSettings, objective: object = None, folder: Path | None = None) -> Record | None:
+def trained_sizes(settings: DecoderSettings, objective: object = None, folder: Path | None = None) -> SizeRecord | None:
     """What is known of a model's sizes; None where nothing tells that it was trained at several.
 
     Args:
