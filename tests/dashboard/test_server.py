@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,9 @@ def test_a_folder_that_is_not_there_and_a_port_that_is_taken_are_told(serve: Ser
 def test_the_command_prints_its_address_and_ends_with_ctrl_c(tmp_path: Path):
     folder = a_run(tmp_path / "run")
     command = [sys.executable, "-m", "resilin", "watch", str(folder), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Tests that a shell runs in the background are started with Ctrl-C ignored, and so would be what they start.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     try:
         told = process.stdout.readline()
         found = re.fullmatch(
