@@ -130,7 +130,7 @@ def interrupt_after(folder: Path, step: int, workplace: Path, environment: dict[
     process = subprocess.Popen(
         command, cwd=workplace, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    events, deadline = folder / "events.jsonl", time.monotonic() + 120
+    events, deadline = folder / "events.jsonl", time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
         text = events.read_text() if events.exists() else ""
         if text.count('"event": "step"') + text.count('"event":"step"') >= step:

@@ -73,7 +73,7 @@ def run(place: Path, environment: Mapping[str, str], *arguments: str) -> tuple[i
     return process.returncode, out + err
 
 
-def until(happens: Callable[[], object], seconds: float = 120) -> None:
+def until(happens: Callable[[], object], seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not happens():
         assert time.monotonic() < end, "it did not happen"
@@ -151,7 +151,7 @@ def test_an_interrupted_job_saves_together_and_goes_on(place: Path, environment:
     process = start(place, environment, *arguments)
     until(lambda: steps_done(place / "runs/stopped") > 2)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 130, out + err
     done = steps_done(place / "runs/stopped")
     assert (place / "runs/stopped/checkpoints" / f"step-{done:08d}").is_dir()
@@ -188,7 +188,7 @@ def test_a_second_interrupt_ends_at_once(place: Path, environment: dict[str, str
     time.sleep(0.5)
     assert process.poll() is None  # it waits for the step, which never ends
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 130, out + err
 
 

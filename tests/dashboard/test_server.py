@@ -36,7 +36,7 @@ class Client:
         self.server, self.port = server, server.server_address[1]
 
     def ask(self, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=100)
         try:
             connection.putrequest(method, path, skip_host="Host" in headers)
             for name, value in headers.items():
@@ -53,7 +53,7 @@ class Client:
         return json.loads(body)
 
     def until(self, path: str, right: Callable[[Any], bool]) -> Any:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 200
         while not right(told := self.json(path)):
             assert time.monotonic() < end, told
             time.sleep(0.02)

@@ -80,7 +80,7 @@ class Browser:
         """What the body of a JavaScript function returns."""
         return self._call("POST", f"{self._session}/execute/sync", {"script": script, "args": list(arguments)})
 
-    def until(self, script: str, *arguments: Any, seconds: float = 60) -> Any:
+    def until(self, script: str, *arguments: Any, seconds: float = 200) -> Any:
         """What an expression is, once it is true."""
         end = time.monotonic() + seconds
         while not (found := self.run(f"return {script}", *arguments)):

@@ -49,7 +49,7 @@ def _child(
 
 
 def run_ranks(
-    world: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120, connect: bool = True
+    world: int, work: Callable[..., Any], *arguments: Any, timeout: float = 300, connect: bool = True
 ) -> list[Any]:
     """What `work(rank, *arguments)` gives at each rank.
 

@@ -29,7 +29,7 @@ def resilin(*arguments: object, log: Path, inside: Sequence[str] = (), **more: s
         )
 
 
-def until(happens: Callable[[], object], seconds: float = 120) -> None:
+def until(happens: Callable[[], object], seconds: float = 200) -> None:
     """Wait for something."""
     end = time.monotonic() + seconds
     while not happens():

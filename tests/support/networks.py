@@ -39,7 +39,7 @@ class Networks:
 
     def _await(self) -> None:
         mine = os.readlink("/proc/self/ns/net")  # noqa: PTH115
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while any(os.readlink(f"/proc/{one.pid}/ns/net") == mine for one in self._holders):  # noqa: PTH115
             if time.monotonic() > end or any(one.poll() is not None for one in self._holders):
                 raise OSError("unshare -n is not permitted")
