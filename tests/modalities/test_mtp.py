@@ -103,7 +103,7 @@ def test_without_weight_it_is_next_token_with_its_gradients() -> None:
     alone = model_of()
     NextToken().build()(alone.decoder, batch, keys_of(batch)).sum.backward()
     for name, parameter in alone.decoder.named_parameters():
-        assert torch.equal(found[name], parameter.grad), name
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-12, atol=1e-13)  # products have other shapes
 
 
 @pytest.mark.parametrize("chunk", [0, 3])
