@@ -162,13 +162,18 @@ def test_workers_end_when_their_launcher_is_killed(place: Path, environment: dic
     folder = place / "runs/orphans"
     process = start(place, environment, "--workers", "2", "--folder", str(folder), "train.steps=100000")
     until(lambda: steps_done(folder) > 0)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    assert len(children) == 2
+    children = children_of(process.pid)
+    started = [*children, *(pid for child in children for pid in children_of(child))]
+    assert len(started) == 3  # two workers, and the process that they were forked from
     process.kill()
     process.communicate()
-    until(lambda: not any(_runs(pid) for pid in children), 60)
+    until(lambda: not any(_runs(pid) for pid in started))
     done = steps_done(folder)
     assert (folder / "checkpoints" / f"step-{done:08d}").is_dir()  # they finished the step and saved
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _runs(pid: int) -> bool:

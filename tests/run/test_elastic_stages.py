@@ -79,10 +79,10 @@ def test_members_come_and_leave_and_blocks_follow_them(text: Path, tmp_path: Pat
         if isinstance(event, Cluster) and event.what == "change" and len(event.facts["members"]) == 4:
             job.signal(0, signal.SIGTERM)
 
-    settings = staged(text, workers=2, train={"steps": 60})
-    one = alone(text, tmp_path / "one", model=MODEL, train={"steps": 60})
+    settings = staged(text, workers=2, train={"steps": 20})
+    one = alone(text, tmp_path / "one", model=MODEL, train={"steps": 20})
     assert go(settings, tmp_path / "run", watch=watch) == JobEnded(0, "")
-    check_same(tmp_path / "run", one, 60)
+    check_same(tmp_path / "run", one, 20)
     happened = changes(tmp_path / "run")
     assert {len(change["members"]) for change in happened} >= {2, 4, 3}
     assert len({tuple(change["layers"]) for change in happened}) > 1

@@ -57,6 +57,10 @@ def see_through(
 ) -> int:
     """Launch a run, tell how it ended, and give its exit code."""
     from resilin.cluster.local import worker_command
+    from resilin.cluster.process import get_ready
+
+    if starter is None:
+        get_ready(worker_command())  # beside what is imported here
     from resilin.run.elastic_start import launch
     from resilin.run.told_outcome import ToldOutcome
 

@@ -68,8 +68,8 @@ def here_or_launched(settings: RunSettings, path: Path) -> Position | None:
     from resilin.cluster.failure import REPORT
     from resilin.cluster.local import end_with_launcher, run_workers, this_command
     from resilin.cluster.position import position
+    from resilin.cluster.process import get_ready
     from resilin.config import UserError
-    from resilin.parallel.world import World
 
     place, wanted = position(), settings.parallel.workers
     if REPORT in os.environ:  # one of those that this command started
@@ -82,6 +82,9 @@ def here_or_launched(settings: RunSettings, path: Path) -> Position | None:
         )
     if place is not None or wanted < 2:
         return place
+    get_ready(this_command())  # beside what is imported here
+    from resilin.parallel.world import World
+
     degrees = settings.parallel.degrees(wanted)  # a wrong product is told before anything starts
     places = [World(degrees, rank).where for rank in range(wanted)]
     ended = run_workers(this_command(), places, path / "workers")

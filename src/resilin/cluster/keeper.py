@@ -136,8 +136,8 @@ class Keeper:
                 "where all machines find it by this name"
             ) from None
         self._theirs, self._ours = os.pipe()
-        more = {ADDRESS: self.address, HOST: self.name, KEEPER: str(self._theirs)}
-        self._starter = LocalStarter(command, self.folder, more, (self._theirs,))
+        more = {ADDRESS: self.address, HOST: self.name}
+        self._starter = LocalStarter(command, self.folder, more, {KEEPER: self._theirs})
         self._code: int | None = None
         self._lost = False
         self._notices = 0

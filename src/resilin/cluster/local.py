@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from resilin.cluster.endings import End, Ended, Failed, how_it_ended
 from resilin.cluster.failure import REPORT
 from resilin.cluster.lifeline import when_gone
 from resilin.cluster.position import LISTENING
+from resilin.cluster.process import Process, start_process
 
 LAUNCHER = "RESILIN_LAUNCHER"
 """The variable with the file descriptor of a pipe whose other end the launcher has: it ends with the launcher."""
@@ -58,7 +58,7 @@ class _Job:
     def __init__(self, places: Sequence[str], logs: Path) -> None:
         self.places, self.workers, self.logs = places, len(places), logs
         self.reports = [logs / f"worker-{rank}.failure.json" for rank in range(self.workers)]
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Process] = []
         self.interrupts = 0
         self.stopped: set[int] = set()  # whom we killed
         self.alive = [time.time()] * self.workers
@@ -80,29 +80,15 @@ class _Job:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(listening.getsockname()[1]),
                     REPORT: str(report),
-                    LAUNCHER: str(self._theirs),
                 }
+                kept = {LAUNCHER: self._theirs}
                 if rank == 0:
-                    environment[LISTENING] = str(listening.fileno())
-                    self.processes.append(self._started(command, environment, (self._theirs, listening.fileno())))
+                    kept[LISTENING] = listening.fileno()
+                    self.processes.append(start_process(command, environment, kept=kept))
                 else:
                     with self.log(rank).open("wb") as log:
-                        self.processes.append(self._started(command, environment, (self._theirs,), log.fileno()))
+                        self.processes.append(start_process(command, environment, output=log, kept=kept))
         os.close(self._theirs)
-
-    @staticmethod
-    def _started(
-        command: Sequence[str], environment: dict[str, str], kept: tuple[int, ...], log: int | None = None
-    ) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            pass_fds=kept,
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
-            stdin=None if log is None else subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
 
     def log(self, rank: int) -> Path:
         """Where a worker's output goes."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from resilin.cluster.position import MEMBER
+from resilin.cluster.process import Process, get_ready, start_process
 from resilin.cluster.starter import Door, how
 
 
@@ -20,28 +20,30 @@ class LocalStarter:
         command: what every worker runs.
         folder: where their output goes.
         more: variables for all of them.
-        kept: descriptors that they inherit.
+        kept: by variable a descriptor that they inherit.
     """
 
     steady = True
 
     def __init__(
-        self, command: Sequence[str], folder: Path, more: Mapping[str, str] | None = None, kept: Sequence[int] = ()
+        self,
+        command: Sequence[str],
+        folder: Path,
+        more: Mapping[str, str] | None = None,
+        kept: Mapping[str, int] | None = None,
     ) -> None:
-        self._command, self._folder, self._more, self._kept = list(command), folder, dict(more or {}), tuple(kept)
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._command, self._folder, self._more, self._kept = list(command), folder, dict(more or {}), dict(kept or {})
+        self._processes: dict[int, Process] = {}
+        get_ready(self._command)
 
     def start(self, number: int, environment: Mapping[str, str], door: Door, at: str | None = None) -> bool:
         """Start a process; `at` has to be nobody else's name."""
         with self.path(number).open("wb") as log:
-            self._processes[number] = subprocess.Popen(
+            self._processes[number] = start_process(
                 self._command,
-                env={**os.environ, **door.environment(), **self._more, **environment, MEMBER: str(number)},
-                pass_fds=self._kept,
-                start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                {**os.environ, **door.environment(), **self._more, **environment, MEMBER: str(number)},
+                output=log,
+                kept=self._kept,
             )
         return True
 

@@ -46,8 +46,8 @@ class RayKeeper:
             os.chdir(place)
         Path(folder).mkdir(parents=True, exist_ok=True)
         theirs, self._ours = os.pipe()
-        more = {ADDRESS: address, HOST: self._node, KEEPER: str(theirs)}
-        self._starter = LocalStarter(command, Path(folder), more, (theirs,))
+        more = {ADDRESS: address, HOST: self._node}
+        self._starter = LocalStarter(command, Path(folder), more, {KEEPER: theirs})
         self._starter.start(number, environment, door)
         os.close(theirs)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,15 @@ from resilin.parallel.pipeline.stage import Stage, cut, decoder_in
 from resilin.parallel.sequence.shard import refuse_whole_rows, shard_sequence
 from resilin.parallel.sequence.ulysses import ulysses
 from resilin.parallel.settings import ParallelSettings
-from resilin.parallel.sharded import Gathered, shard_module
 from resilin.parallel.stages import ops_of, schedule_named, stages_of
 from resilin.parallel.step import Autocast
 from resilin.parallel.tensor.parallelise import parallelise, plan_of
 from resilin.parallel.tied_ends import WEIGHT, TiedEnds
 from resilin.parallel.workers import Giver, Passes, WholeModel
 from resilin.parallel.world import World
+
+if TYPE_CHECKING:
+    from resilin.parallel.gathered import Gathered
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ def divide_decoder(
         compiled(decoder_in(module))
     gathered: Gathered | None = None
     if settings.sharding == "fsdp":
+        from resilin.parallel.gathered import Gathered, shard_module
+
         blueprint = replace(blueprint, sharded=True)
         by_step = settings.gathers_by_step(pipeline.size)
         for module in modules:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,12 @@ from resilin.parallel.messages import tell_all
 from resilin.parallel.micro_batches import Dealt, along_data, even_batches, micro_batches
 from resilin.parallel.reduction import Reduced
 from resilin.parallel.report import Report, Summed
-from resilin.parallel.sharded import Gathered
 from resilin.parallel.step import Autocast, StepGradient, check_units, non_finite_slots
 from resilin.parallel.stretches import Kept, LeafSums, StretchSums, blocks_in, in_all, stretches
 from resilin.parallel.world import World
+
+if TYPE_CHECKING:
+    from resilin.parallel.gathered import Gathered
 
 Collect = Callable[[int, int], None]
 """Told the number of some parameters, and the place of a micro-batch among those given, when their gradients of it are

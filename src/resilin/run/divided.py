@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from resilin.parallel.errors import ParallelError
 from resilin.parallel.part import Part, divide_decoder
 from resilin.parallel.pipeline.passes import PipelinePasses
 from resilin.parallel.pipeline.trace import Trace
-from resilin.parallel.sharded import Gathered, local, shard_module
+from resilin.parallel.sharded import local
 from resilin.parallel.stages import splits_backward
 from resilin.parallel.state import StateLayout, like
 from resilin.parallel.workers import Passes, WholeModel, Workers
@@ -35,6 +35,9 @@ from resilin.precision.autocast import Precision
 from resilin.precision.compiled import compile_model
 from resilin.run.run import Run
 from resilin.run.settings import RunSettings
+
+if TYPE_CHECKING:
+    from resilin.parallel.gathered import Gathered
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ def divide(
         blueprint = Blueprint.uncut(model, world.degrees, whole)
         gathered: Gathered | None = None
         if settings.parallel.sharding == "fsdp":
+            from resilin.parallel.gathered import Gathered, shard_module
+
             blueprint, by_step = replace(blueprint, sharded=True), settings.parallel.gathers_by_step(1)
             shard_module(model, world, blueprint, device.type, by_step=by_step)
             gathered = Gathered([model]) if by_step else None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,9 +33,11 @@ from resilin.parallel.pipeline.schedule import Action, B, F, I, W
 from resilin.parallel.pipeline.stage import Stage
 from resilin.parallel.pipeline.tied import TiedSum
 from resilin.parallel.pipeline.timeline import Record
-from resilin.parallel.sharded import Gathered
 from resilin.parallel.step import Autocast
 from resilin.parallel.workers import Collect
+
+if TYPE_CHECKING:
+    from resilin.parallel.gathered import Gathered
 
 _AHEAD = 4  # operations, beyond the next one, whose messages are asked for
 _SAID = {F: "forward", B: "backward", I: "backward to the input", W: "backward to the weights"}
