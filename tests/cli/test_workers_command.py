@@ -124,10 +124,10 @@ def test_a_killed_worker_is_named_with_its_log(place: Path, environment: dict[st
 def test_a_worker_that_hangs_ends_the_job_with_who_waited_for_whom(place: Path, environment: dict[str, str]):
     code, told = run(
         place, environment, "--workers", "2", "--folder", "runs/hangs", "source.use=faulty:Faulty", "source.how=hangs",
-        "parallel.pipeline=2", "model.layers=2", "train.micro_batch_size=2", "parallel.timeout=10",
+        "parallel.pipeline=2", "model.layers=2", "train.micro_batch_size=2", "parallel.timeout=5",
     )  # fmt: skip
     assert code == 1
-    assert "worker 0 (pipeline stage 0) waited for 10 s (parallel.timeout) for worker 1 in step 2" in told
+    assert "worker 0 (pipeline stage 0) waited for 5 s (parallel.timeout) for worker 1 in step 2" in told
     assert "worker 1 (pipeline stage 1) waits for none, and 1 wait for it" in told
     assert "faulty.py:" in told  # where it sleeps
     rows = told[told.index("who waits for whom:") :].splitlines()

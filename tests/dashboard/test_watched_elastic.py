@@ -41,7 +41,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     fault = Fault(1, 3, "adding gradients up", "stop")
     settings = settings_of(text_at(folder), cluster={"silence": 600})
     try:
-        ended = launch(settings, folder / "run", worker_command(), faults=[fault], watch=lambda job, _: jobs.append(job))
+        watch = lambda job, _: jobs.append(job)  # noqa: E731
+        ended = launch(settings, folder / "run", worker_command(), faults=[fault], watch=watch)
     finally:
         over.set()
         looking.join()
