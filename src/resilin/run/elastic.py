@@ -8,10 +8,13 @@ owns from the copies that survivors have, and the loop goes on (ElasWave, sectio
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Protocol
 
 import torch
@@ -54,6 +57,7 @@ _REST = ("source", "objective", "run")
 
 
 _CHANGED = (HaltedError, LinksCutError, StoppedError, PeerError, CopyError)
+_MISSED = 0.05  # seconds
 _PAUSE = 1000  # more than anything else that workers agree on
 
 
@@ -141,6 +145,7 @@ class Elastic:
         self.snapshots = Snapshots(self._connect, self._arrived)
         self._stores = StoreConnections(agent.store)
         self._weights = _Weights()
+        self._made: Assembled | None = None
         self._links: Links | None = None
         self._staged: tuple[int, int] | None = None
         self._fresh = True
@@ -241,6 +246,12 @@ class Elastic:
         self._agent.leaving()
 
     @property
+    def made(self) -> Assembled:
+        """Engine and optimizer of the view."""
+        assert self._made is not None
+        return self._made
+
+    @property
     def lead(self) -> bool:
         """Whether this worker speaks for the run."""
         return self.world.rank == 0
@@ -285,8 +296,24 @@ class Elastic:
         """Go on after something failed since the view changed, or will; False: it is this worker's own failure."""
         if _own(error):
             return False
-        self._go_on(run, self._next(run, error))
+        change = self._next(run, error)
+        self._release(run, error)
+        self._go_on(run, change)
         return True
+
+    def _release(self, run: Run, error: Exception) -> None:
+        """Let go of what this worker had in the last view: what comes now takes the same memory.
+
+        All states are in copies, and micro-batches that are finished were kept. To write to pages for the first time
+        would cost more than all that is computed here. Whoever drops a message that gloo has lost sight of waits until
+        it has failed: that is done in a thread of its own, which is mostly over before it is missed.
+        """
+        held: list[object] = [self._made, run.workers, run.engine, run.optimizer, self.optimizer]
+        self._made = None
+        del run.workers, run.engine, run.optimizer, self.optimizer
+        drops = threading.Thread(target=_drop, args=(held, error.__traceback__), name="resilin-release", daemon=True)
+        drops.start()
+        drops.join(_MISSED)
 
     def _go_on(self, run: Run, change: Adopt, placed: bool = False) -> None:
         while True:
@@ -303,9 +330,9 @@ class Elastic:
 
     def _arrived(self, version: int) -> None:
         """Copies of a version are at their holders: the step before it is never redone."""
-        engine = self.made.engine
-        if engine.kept is not None and engine.kept.step < version:
-            engine.kept = None
+        made = self._made
+        if made is not None and made.engine.kept is not None and made.engine.kept.step < version:
+            made.engine.kept = None
 
     def _sever(self, why: str) -> None:
         self.snapshots.stop(why)
@@ -317,10 +344,11 @@ class Elastic:
         self._sever(str(error))
         if run is not None:
             run.saving.leave()  # others may want to save where this one does, and it may be given no place
-        kept = self.made.engine.kept if run is not None else None
+        if self._made is not None:  # else it was let go of, but for what it had kept
+            self._kept = self._made.engine.kept if run is not None else None
+        kept = self._kept
         if kept is not None and kept.step == self._handed:
-            kept = None  # some of it is at other stages
-        self._kept = kept
+            kept = self._kept = None  # some of it is at other stages
         step = None if run is None else run.step if kept is None else kept.step
         version = None if self._fresh else -1 if self._weights.version is None else self._weights.version
         micros = kept.micros if kept is not None else ()
@@ -365,7 +393,7 @@ class Elastic:
         engine.evaluates = lambda batches: dealing.evaluated(batches)[stage][place]
         engine.computed = self._come_out
         engine.ready = lambda: self.snapshots.wait(self._staged[1] if self._staged is not None else 0)
-        self.made, self.optimizer, self.change = made, _Marking(made.optimizer, self._weights), change
+        self._made, self.optimizer, self.change = made, _Marking(made.optimizer, self._weights), change
         self.layout = StateLayout(self.blueprint, self.world.everyone)
 
     def _blueprint(self, view: View) -> ViewBlueprint:
@@ -486,6 +514,11 @@ class Elastic:
         self.snapshots.close()
         self._server.close()
         self._stores.close()
+
+
+def _drop(held: list[object], trace: TracebackType | None) -> None:
+    held.clear()
+    traceback.clear_frames(trace)  # gradients under way
 
 
 def _own(error: BaseException) -> bool:
