@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from gloo_ranks import connected
+from forked import run_ranks
 
 from resilin.checkpoint.dtensor import layout_of_specs, param_spec
 from resilin.checkpoint.errors import CheckpointError
@@ -155,14 +155,13 @@ def load_on_three(rank: int, path: str) -> None:
     folder.save(3, found)
 
 
-def test_four_processes_save_and_three_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_four_processes_save_and_three_load(tmp_path: Path) -> None:
     assert "RANK" not in os.environ
     path = str(tmp_path / "checkpoints")
-    mp.spawn(connected, (4, str(tmp_path / "first"), save_from_four, path), nprocs=4)
+    run_ranks(4, save_from_four, path)
     folder = CheckpointFolder(path)
     assert folder.steps() == [1, 2]
-    mp.spawn(connected, (3, str(tmp_path / "second"), load_on_three, path), nprocs=3)
+    run_ranks(3, load_on_three, path)
     assert folder.steps() == [1, 2, 3]
     for step in (2, 3):
         state = folder.load(step)
@@ -201,11 +200,10 @@ def one_dies(rank: int, world: int, meeting: str, path: str) -> None:
 
 
 def test_a_process_that_dies_during_a_save_costs_nothing_saved_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path, meeting = tmp_path / "checkpoints", tmp_path / "meeting"
-    mp.spawn(one_dies, (3, str(meeting), str(path)), nprocs=3)
+    mp.start_processes(one_dies, (3, str(meeting), str(path)), nprocs=3, start_method="forkserver")
     for rank in (0, 1):
         assert "lost each other" in Path(f"{meeting}-{rank}").read_text()
     folder = CheckpointFolder(path)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import run_ranks
 from torch import nn
 
 from resilin.multigrid.norms import PreciseStatistics, replace_norms
@@ -21,21 +20,6 @@ from resilin.multigrid.source import MultigridSource
 from resilin.multigrid.sub_batch_norm import SubBatchNorm
 from resilin.nouns import Batch
 from resilin.vision.grid import Grid
-
-
-def connected(rank: int, world: int, meeting: str, work: Any) -> None:
-    """Run `work(rank)` as one of several processes."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    try:
-        work(rank)
-    finally:
-        dist.destroy_process_group()
-
-
-def together(world: int, tmp_path: Path, work: Any) -> None:
-    """Run `work(rank)` in as many processes; what one of them asserts in vain is raised here."""
-    mp.spawn(connected, (world, str(tmp_path / "meeting"), work), nprocs=world)
 
 
 class Images:
@@ -153,16 +137,16 @@ def measured_statistics_are_those_of_one_process(_rank: int) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_pooled_statistics_are_those_of_the_union(world: int, tmp_path: Path) -> None:
-    together(world, tmp_path, pooled_is_batch_norm_over_the_union)
+def test_pooled_statistics_are_those_of_the_union(world: int) -> None:
+    run_ranks(world, pooled_is_batch_norm_over_the_union)
 
 
-def test_neighbours_pool_where_a_process_has_less_than_the_base(tmp_path: Path) -> None:
-    together(4, tmp_path, a_process_with_few_samples_pools_with_its_neighbours)
+def test_neighbours_pool_where_a_process_has_less_than_the_base() -> None:
+    run_ranks(4, a_process_with_few_samples_pools_with_its_neighbours)
 
 
-def test_statistics_measured_by_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    together(2, tmp_path, measured_statistics_are_those_of_one_process)
+def test_statistics_measured_by_two_processes_are_those_of_one() -> None:
+    run_ranks(2, measured_statistics_are_those_of_one_process)
 
 
 def test_pools_divide_the_world() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 _ROOT = str(Path(__file__).parents[2])  # where the names of test modules start
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed", "resilin.models.decoder", "resilin.parallel.part", "resilin.run.start"]
+    ["torch", "torch.distributed", "torch.distributed.fsdp", "resilin.models.decoder", "resilin.run.start"]
 )
 
 

@@ -54,7 +54,7 @@ class ColumnEmbedding(nn.Module):
         on = device_of(self.group, torch.empty(0, device=ids.device))
         counts = [torch.zeros(1, dtype=torch.int64, device=on) for _ in range(self.group.size)]
         mine = torch.tensor([len(flat_S)], device=on)
-        dist.all_gather(counts, mine, group=self.group.process_group)
+        self.group.wait(dist.all_gather(counts, mine, group=self.group.process_group, async_op=True))
         sizes = [int(count) for count in counts]
         ids_A = swap_rows(flat_S.repeat(self.group.size), [len(flat_S)] * self.group.size, sizes, self.group)
         rows_SH: Tensor = _Columns.apply(self.weight, ids_A, sizes, self.group)

@@ -89,7 +89,8 @@ def swap_equal(parts_PX: Tensor, group: Group) -> Tensor:
     on = device_of(group, parts_PX)
     came = torch.empty_like(parts_PX, device=on, memory_format=torch.contiguous_format)
     with waiting(group.ranks):
-        dist.all_to_all_single(came, parts_PX.to(on).contiguous(), group=group.process_group)
+        parts = parts_PX.to(on).contiguous()
+        group.wait(dist.all_to_all_single(came, parts, group=group.process_group, async_op=True))
     return came.to(parts_PX.device)
 
 
@@ -99,7 +100,8 @@ def swap_rows(rows_SD: Tensor, sent: list[int], received: list[int], group: Grou
         return rows_SD
     came = rows_SD.new_empty(sum(received), *rows_SD.shape[1:])
     with waiting(group.ranks):
-        dist.all_to_all_single(came, rows_SD.contiguous(), received, sent, group=group.process_group)
+        rows = rows_SD.contiguous()
+        group.wait(dist.all_to_all_single(came, rows, received, sent, group=group.process_group, async_op=True))
     return came
 
 

@@ -25,7 +25,10 @@ class _AllToAll(torch.autograd.Function):
         ctx.given, ctx.taken, ctx.group = given, taken, group
         out = flat.new_empty(sum(taken))
         with waiting(group.ranks):
-            dist.all_to_all_single(out, flat.contiguous(), list(taken), list(given), group=group.process_group)
+            sent = flat.contiguous()
+            group.wait(
+                dist.all_to_all_single(out, sent, list(taken), list(given), group=group.process_group, async_op=True)
+            )
         return out
 
     @staticmethod
@@ -115,7 +118,7 @@ def gather_rows(part_NBT: Tensor, group: Group) -> Tensor:
     """Some fields' tokens of every rank, (N, B, T) -> (N, B, P, T); without a gradient."""
     parts = [torch.empty_like(part_NBT) for _ in range(group.size)]
     with waiting(group.ranks):
-        dist.all_gather(parts, part_NBT.contiguous(), group=group.process_group)
+        group.wait(dist.all_gather(parts, part_NBT.contiguous(), group=group.process_group, async_op=True))
     return torch.stack(parts, dim=2)
 
 
@@ -124,5 +127,5 @@ def total(part: Tensor, group: Group) -> Tensor:
     summed = part.detach().clone()
     if group.size > 1:
         with waiting(group.ranks):
-            dist.all_reduce(summed, group=group.process_group)
+            group.wait(dist.all_reduce(summed, group=group.process_group, async_op=True))
     return summed

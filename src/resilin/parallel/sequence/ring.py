@@ -39,14 +39,14 @@ class _Passing:
         self._sent, self._coming = tensor.contiguous(), torch.empty_like(tensor, memory_format=torch.contiguous_format)
         send = dist.P2POp(dist.isend, self._sent, group.ranks[(index + 1) % P], group.process_group)
         receive = dist.P2POp(dist.irecv, self._coming, group.ranks[(index - 1) % P], group.process_group)
-        self._from = (group.ranks[(index - 1) % P],)
+        self._group, self._from = group, (group.ranks[(index - 1) % P],)
         self._works = dist.batch_isend_irecv([send, receive])
 
     def arrived(self) -> Tensor:
         """What the rank before has sent."""
         with waiting(self._from):
             for work in self._works:
-                work.wait()
+                self._group.wait(work)
         return self._coming
 
 

@@ -22,11 +22,11 @@ def vocabulary_shard(start: int, size: int, whole: int, group: Group) -> Vocabul
 
     def all_max(x: Tensor) -> None:
         with waiting(group.ranks):
-            dist.all_reduce(x, dist.ReduceOp.MAX, group=group.process_group)
+            group.wait(dist.all_reduce(x, dist.ReduceOp.MAX, group=group.process_group, async_op=True))
 
     def all_sum(x: Tensor) -> None:
         with waiting(group.ranks):
-            dist.all_reduce(x, group=group.process_group)
+            group.wait(dist.all_reduce(x, group=group.process_group, async_op=True))
 
     return VocabularyShard(start, size, whole, group.size, all_max, all_sum)
 
