@@ -77,6 +77,20 @@ def test_whoever_waits_for_a_group_to_be_made_comes_out_too(port: int):
     assert run_ranks(2, never_comes, port, connect=False)[0] < 20
 
 
+def test_a_group_in_the_making_is_left_behind_when_the_links_are_cut():
+    """Where the other should have called and is gone, there is no socket to be ended: gloo waits until the timeout."""
+    links = Links(StoreConnections(dist.TCPStore("127.0.0.1", 0, is_master=True)), 0, 0, 60.0)
+    assert links._aside(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        links._aside(lambda: 1 // 0)
+    lost = Lost()
+    threading.Timer(0.2, links.cut).start()
+    with pytest.raises(LinksCutError):
+        links._aside(lost.wait)
+    assert not lost.ends.is_set()
+    lost.ends.set()
+
+
 def patterns(rank: int, port: int) -> bool:
     group = Links(StoreConnections(store_at(port)), 0, rank, 60).group("everyone", range(3))
     parts = [torch.full((2,), float(r)) if r == rank else torch.zeros(2) for r in range(3)]

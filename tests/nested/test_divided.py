@@ -71,7 +71,7 @@ def differences(rank: int, ranks: int) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_divided_matrices_are_cut_where_the_whole_ones_are(ranks):
     """A rank may be left with no neuron at all."""
     for wrong in run_ranks(ranks, differences, ranks):

@@ -270,6 +270,7 @@ def test_pipelines_of_two_whose_embedding_is_the_head():
     )
 
 
+@pytest.mark.slow
 def test_pipelines_with_data_whose_embedding_is_the_head():
     check(
         [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilin.layout import LayoutError, Mesh, check, layout_of, plan
@@ -33,6 +33,7 @@ meshes = st.builds(
 shardings = st.sampled_from(["none", "fsdp", "zero1", "zero3", "dealt"])
 
 
+@settings(max_examples=50, deadline=None)
 @given(meshes, shardings, meshes, shardings, st.booleans())
 def test_from_any_mesh_to_any_other_every_value_arrives_and_padding_does_not(here, one, there, other, moe):
     settings = MOE if moe else SMALL

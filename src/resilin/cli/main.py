@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
@@ -124,13 +127,36 @@ def main() -> None:
     # no file there can hide an installed package.
     sys.path.append(str(Path.cwd()))
     warnings.showwarning = _show_warning  # type: ignore[assignment]  # the last arguments are only passed on
+    from resilin.cluster.position import MEMBER
+
+    code = _run()
+    if MEMBER in os.environ:
+        _end_at_once(code)
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
         app()
-    except Exception as error:
-        sys.exit(_end(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: not an error; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        return 141
+    except Exception as error:
+        return _end(error)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as left:
+        if isinstance(left.code, str):
+            typer.echo(left.code, err=True)
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
+    return 0
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End a worker of an elastic run: threads may be in gloo, which does not bear that Python ends around them."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

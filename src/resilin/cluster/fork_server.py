@@ -18,6 +18,7 @@ import sys
 import warnings
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 HEADER = struct.Struct("!I")
@@ -105,6 +106,8 @@ def _tell_ends(connection: socket.socket) -> None:
 def _become(request: dict[str, Any], descriptors: list[int]) -> None:
     """Make a forked process one that was started as the request says."""
     os.setsid()
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text("resilin-worker")  # what `top` shows
     for place, descriptor in zip((0, 1, 2), descriptors, strict=False):
         os.dup2(descriptor, place)
         os.close(descriptor)

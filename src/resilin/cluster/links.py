@@ -154,7 +154,8 @@ class Links:
         with _making:
             self._begin()
             try:
-                backend = dist.ProcessGroupGloo(store, index, len(ranks), self._options())
+                options = self._options()
+                backend = self._aside(lambda: dist.ProcessGroupGloo(store, index, len(ranks), options))
             finally:
                 self._end()
         group = dist.ProcessGroup(store, index, len(ranks))
@@ -164,6 +165,29 @@ class Links:
             self._refuse_if_cut()
             self._groups.append(group)
         return Group(ranks, index, group, _Waiter(self).wait, partial(self._within, name))
+
+    def _aside(self, make: Callable[[], Any]) -> Any:
+        """What a call gives, made in a thread that is left behind once the links are cut.
+
+        Whoever is to be connected to may be gone; where it should have called, there is no socket yet to be ended, and
+        gloo waits until the timeout.
+        """
+        made: list[Any] = []
+        failed: list[BaseException] = []
+
+        def go() -> None:
+            try:
+                made.append(make())
+            except BaseException as error:
+                failed.append(error)
+            self.something_is_done()
+
+        threading.Thread(target=go, name="resilin-making-links", daemon=True).start()
+        if not self.until(lambda: bool(made or failed)):
+            raise LinksCutError(f"the links of epoch {self.epoch} were cut")
+        if failed:
+            raise failed[0]
+        return made.pop()
 
     def _within(self, name: str, ranks: tuple[int, ...]) -> Group:
         """A group of some ranks of another."""

@@ -79,7 +79,8 @@ def _train(rank: int, context: ContextKind) -> list[tuple[float, float, dict[str
 
 
 @pytest.mark.parametrize(
-    ("context", "ranks"), [("ulysses", 2), ("ulysses", 3), ("ulysses", 4), ("ring", 2), ("ring", 3)]
+    ("context", "ranks"),
+    [("ulysses", 2), pytest.param("ulysses", 3, marks=pytest.mark.slow), ("ulysses", 4), ("ring", 2), ("ring", 3)],
 )
 def test_loss_and_gradients_summed_over_ranks_are_those_of_one_process(context: ContextKind, ranks: int) -> None:
     everyone = run_ranks(ranks, _train, context)
