@@ -249,3 +249,17 @@ def test_a_save_that_was_cut_off_with_its_links_is_no_failure_of_the_worker_s_ow
     cut.__cause__ = LinksCutError("the links of epoch 0 were cut")
     assert not _own(cut)
     assert _own(CheckpointError("the disk is full"))
+
+
+@pytest.mark.parametrize(
+    ("second", "own"),
+    [
+        (torch.distributed.DistNetworkError("Broken pipe"), False),  # of a connection that ended with a second loss
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), False),
+        (ValueError("a bug"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), True),
+    ],
+)
+def test_what_fails_in_the_midst_of_a_change_is_told_by_itself(second: Exception, own: bool):
+    second.__context__ = LinksCutError("the links of epoch 0 were cut")
+    assert _own(second) is own

@@ -38,12 +38,16 @@ def kind_of(error: BaseException) -> Kind:
         return error.kind
     root = _root(error)
     text = str(root)
-    talking = isinstance(root, dist.DistError) or (
-        isinstance(root, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "ncclRemote", "c10d"))
-    )
-    if not talking:
+    if not of_messages(root):
         return "reason"
     return "timeout" if "imed out" in text or "timeout" in text.lower() else "lost"
+
+
+def of_messages(error: BaseException) -> bool:
+    """Whether it is what torch raises when a message, or a connection to the store, has failed."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "ncclRemote", "c10d"))
+    )
 
 
 def _root(error: BaseException) -> BaseException:

@@ -183,8 +183,8 @@ class Links:
             self.something_is_done()
 
         threading.Thread(target=go, name="resilin-making-links", daemon=True).start()
-        if not self.until(lambda: bool(made or failed)):
-            raise LinksCutError(f"the links of epoch {self.epoch} were cut")
+        self.until(lambda: bool(made or failed))
+        self._refuse_if_cut()  # then it failed of that
         if failed:
             raise failed[0]
         return made.pop()

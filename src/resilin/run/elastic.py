@@ -25,7 +25,7 @@ from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.tree import put_together, take_apart
 from resilin.cluster.addresses import joined, parse
 from resilin.cluster.agent import Agent, HaltedError
-from resilin.cluster.failure import kind_of
+from resilin.cluster.failure import kind_of, of_messages
 from resilin.cluster.links import Links, LinksCutError
 from resilin.cluster.parts import Parts
 from resilin.cluster.peer import Address, Peer, PeerError, PeerServer
@@ -525,7 +525,8 @@ def _own(error: BaseException) -> bool:
     """Whether an error is this worker's own, and not what a change looks like from here."""
     cause: BaseException | None = error
     while cause is not None:  # a save that was cut says so in its own words
-        if isinstance(cause, _CHANGED):
+        # Its context is another matter: a change may be what it came in the midst of.
+        if isinstance(cause, _CHANGED) or of_messages(cause):
             return False
         cause = cause.__cause__
     return kind_of(error) == "reason"
