@@ -35,7 +35,7 @@ MESHES = [
     ("pp=4", "zero1"),
     ("dp=5", "zero3"),
     ("tp=4", "none"),
-    ("pp=2,dp=3,tp=4", "zero3"),
+    pytest.param("pp=2,dp=3,tp=4", "zero3", marks=pytest.mark.slow),
 ]
 
 
