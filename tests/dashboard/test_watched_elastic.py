@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from elastic_runs import STEPS, check_met, settings_of, text_at
 
-from resilin.cluster.elastic_job import JobEnded
+from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
 from resilin.cluster.local import worker_command
 from resilin.dashboard.follower import Follower
 from resilin.run.elastic_start import launch
+from resilin.run.events import Event
 
 Seen = tuple[dict[str, Any], dict[str, Any]]
 
@@ -40,8 +41,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     looking.start()
     fault = Fault(1, 3, "adding gradients up", "stop")
     settings = settings_of(text_at(folder), cluster={"silence": 600})
+
+    def watch(job: ElasticJob, event: Event) -> None:
+        jobs.append(job)
+
     try:
-        watch = lambda job, _: jobs.append(job)  # noqa: E731
         ended = launch(settings, folder / "run", worker_command(), faults=[fault], watch=watch)
     finally:
         over.set()

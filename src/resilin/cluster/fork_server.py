@@ -15,7 +15,6 @@ import signal
 import socket
 import struct
 import sys
-import warnings
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -50,7 +49,10 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
             _tell_ends(connection)
         if asked not in ready:
             continue
-        found = _request(connection)
+        try:
+            found = _request(connection)
+        except ConnectionError:  # whoever asked has ended without hearing all that it was told
+            found = None
         if found is None:
             return None
         request, descriptors = found
@@ -126,9 +128,8 @@ def main() -> None:
     """`python -m resilin.cluster.fork_server DESCRIPTOR MODULE...`: import modules, then serve."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
-    with warnings.catch_warnings():
-        for module in sys.argv[2:]:
-            import_module(module)
+    for module in sys.argv[2:]:
+        import_module(module)
     gc.collect()
     gc.freeze()  # pages that the collector does not touch stay shared
     request = serve(connection)

@@ -78,8 +78,10 @@ def start_process(
     """
     kept = kept or {}
     if _can_fork(command):
-        with suppress(_GoneError):
+        try:
             return _server_for(environment).start(command[2], command[3:], environment, output, kept)
+        except _GoneError:
+            sys.stderr.write("the process that forks workers is gone: this one is started anew, which takes longer\n")
     return subprocess.Popen(
         command,
         env={**environment, **{variable: str(number) for variable, number in kept.items()}},
@@ -228,6 +230,7 @@ class _Server:
                     return int(message["started"])
                 self._end(message)
             if self.gone or time.monotonic() > until:
+                self._process.kill()  # it must not fork late, when another was started instead
                 self._lose()
                 raise _GoneError
             self._receive(until - time.monotonic())
@@ -269,6 +272,7 @@ class _Server:
     def close(self) -> None:
         """End it; what it has forked goes on."""
         with self._lock:
+            self._process.kill()  # it may be in the midst of its imports, for which nobody waits any more
             self._lose()
         self._process.wait()
 
