@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from keepers import until
 
-from resilin.cluster import process
+from resilin.cluster.forked import Forked, server_for
 from resilin.cluster.process import FRESH, start_process
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -46,10 +46,10 @@ def _a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def forked(output: Path, *arguments: str, kept: dict[str, int] | None = None, **variables: str) -> process._Forked:
+def forked(output: Path, *arguments: str, kept: dict[str, int] | None = None, **variables: str) -> Forked:
     environment = {**os.environ, **variables}
     with output.open("wb") as file:
-        return process._server_for(environment).start("told", arguments, environment, file, kept or {})
+        return server_for(environment).start("told", arguments, environment, file, kept or {})
 
 
 def told(output: Path) -> dict[str, Any]:
@@ -101,20 +101,20 @@ def test_a_descriptor_is_inherited_and_nothing_else_holds_it(tmp_path: Path) -> 
 
 def test_when_the_server_was_killed_ends_are_still_seen_and_another_takes_its_place(tmp_path: Path) -> None:
     lives = forked(tmp_path / "lives", "sleep=600")
-    server = process._server_for(os.environ)
-    os.kill(server._process.pid, signal.SIGKILL)
+    server = server_for(os.environ)
+    os.kill(server.process.pid, signal.SIGKILL)
     until(lambda: lives.poll() is None and server.gone)
     assert lives.poll() is None
     lives.kill()
     assert lives.wait() == 1  # that it ended is seen, how it ended is not
     assert forked(tmp_path / "next", "exit=0").wait() == 0
-    assert process._server_for(os.environ) is not server
+    assert server_for(os.environ) is not server
 
 
 def test_variables_that_libraries_read_early_have_a_server_of_their_own(tmp_path: Path) -> None:
-    usual = process._server_for(os.environ)
-    assert process._server_for({**os.environ, "MARK": "1"}) is usual
-    other = process._server_for({**os.environ, "OMP_NUM_THREADS": "7"})
+    usual = server_for(os.environ)
+    assert server_for({**os.environ, "MARK": "1"}) is usual
+    other = server_for({**os.environ, "OMP_NUM_THREADS": "7"})
     assert other is not usual
     other.close()
 
@@ -130,7 +130,7 @@ def test_other_commands_and_whoever_wants_it_get_a_new_process(tmp_path: Path, m
         assert fresh.wait() == 0
         monkeypatch.delenv(FRESH)
         usual = start_process([sys.executable, "-m", "resilin", "--version"], os.environ, output=file)
-        assert isinstance(usual, process._Forked)
+        assert isinstance(usual, Forked)
         assert usual.wait() == 0
     lines = (tmp_path / "out").read_text().splitlines()
     assert lines[0] == "1"
@@ -140,9 +140,9 @@ def test_other_commands_and_whoever_wants_it_get_a_new_process(tmp_path: Path, m
 def test_a_server_ends_with_whoever_asked_it(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
-        "from resilin.cluster import process\n"
-        "server = process._server_for(__import__('os').environ)\n"
-        "print(server._process.pid, flush=True)\n"
+        "from resilin.cluster.forked import server_for\n"
+        "server = server_for(__import__('os').environ)\n"
+        "print(server.process.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
     asks = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

@@ -19,7 +19,7 @@ from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault
 from resilin.cluster.links import LinksCutError
 from resilin.parallel.errors import ParallelError
-from resilin.run.elastic import _own
+from resilin.run.elastic_failure import is_own
 from resilin.run.events import Cluster, Event, StepDone
 from resilin.run.run import Run
 from resilin.run.saving import Saving
@@ -244,11 +244,11 @@ def test_a_save_that_one_worker_has_to_begin_anew_is_begun_by_all():
     assert (len(saved), asked[2:]) == (2, [500, 0])
 
 
-def test_a_save_that_was_cut_off_with_its_links_is_no_failure_of_the_worker_s_own():
+def test_a_save_that_was_cut_off_with_its_links_is_no_failure_of_the_worker_sis_own():
     cut = CheckpointError("rank 0: the ranks that save this checkpoint lost each other")
     cut.__cause__ = LinksCutError("the links of epoch 0 were cut")
-    assert not _own(cut)
-    assert _own(CheckpointError("the disk is full"))
+    assert not is_own(cut)
+    assert is_own(CheckpointError("the disk is full"))
 
 
 @pytest.mark.parametrize(
@@ -262,4 +262,4 @@ def test_a_save_that_was_cut_off_with_its_links_is_no_failure_of_the_worker_s_ow
 )
 def test_what_fails_in_the_midst_of_a_change_is_told_by_itself(second: Exception, own: bool):
     second.__context__ = LinksCutError("the links of epoch 0 were cut")
-    assert _own(second) is own
+    assert is_own(second) is own

@@ -13,26 +13,24 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from resilin.checkpoint.background import BackgroundSaves
 from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.tree import put_together, take_apart
 from resilin.cluster.addresses import joined, parse
 from resilin.cluster.agent import Agent, HaltedError
-from resilin.cluster.failure import kind_of, of_messages
-from resilin.cluster.links import Links, LinksCutError
+from resilin.cluster.links import Links
 from resilin.cluster.parts import Parts
-from resilin.cluster.peer import Address, Peer, PeerError, PeerServer
-from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
+from resilin.cluster.peer import Address, Peer, PeerServer
+from resilin.cluster.pool import Copy, Pool, copy_of
 from resilin.cluster.protocol.messages import Adopt
 from resilin.cluster.restore import Need, Piece, Restorer, Shared, pieces_owned, pieces_whole
-from resilin.cluster.snapshots import Snapshots, StoppedError
+from resilin.cluster.snapshots import Snapshots
 from resilin.cluster.store_connections import StoreConnections
 from resilin.cluster.sum64 import sum64
 from resilin.cluster.view import View
@@ -41,23 +39,20 @@ from resilin.cluster.view_world import ViewWorld
 from resilin.nouns import Optimizer
 from resilin.parallel import activity
 from resilin.parallel.assemble import Assembled
-from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.handing import Handing
-from resilin.parallel.pipeline.pace import Pace
 from resilin.parallel.state import StateLayout
 from resilin.parallel.stretches import Kept
 from resilin.parallel.workers import Workers
 from resilin.run.elastic_ahead import WEIGHTS, ReadingAhead
 from resilin.run.elastic_dealing import Dealing
+from resilin.run.elastic_failure import is_own
 from resilin.run.elastic_moves import moved_between
+from resilin.run.elastic_placing import Placing
 from resilin.run.run import Run
 from resilin.transforms import OptimizerTransform
 
 _REST = ("source", "objective", "run")
-
-
-_CHANGED = (HaltedError, LinksCutError, StoppedError, PeerError, CopyError)
-_MISSED = 0.05  # seconds
+_MISSED = 0.05  # seconds that letting go may take before it is gone on beside it
 _PAUSE = 1000  # more than anything else that workers agree on
 
 
@@ -86,48 +81,6 @@ class _Weights:
     version: int | None = None
     names: frozenset[str] = frozenset()
     part: int = 0
-
-
-@dataclass(frozen=True)
-class Placed:
-    """What a worker is in a view.
-
-    Attributes:
-        model: what of it this worker has.
-        made: engine and optimizer.
-        fresh: names of parameters that have no values yet.
-        pace: of its stage.
-    """
-
-    model: nn.Module
-    made: Assembled
-    fresh: frozenset[str] = frozenset()
-    pace: Pace = field(default_factory=Pace)
-
-
-class Placing(Protocol):
-    """Builds a worker's part of a view.
-
-    Attributes:
-        whole: of the uncut model.
-        costs: of every block and the head, by which blocks are divided over stages; empty: they are not.
-    """
-
-    whole: Blueprint
-    costs: tuple[float, ...]
-
-    def holders(self, view: View) -> Mapping[str, tuple[int, ...]]:
-        """See `ViewBlueprint.holders`."""
-
-    def build(self, world: ViewWorld, blueprint: Blueprint, dealing: Dealing, *, begins: bool) -> Placed:
-        """The part of a worker.
-
-        Args:
-            world: of the view.
-            blueprint: of this worker's stage.
-            dealing: of micro-batches.
-            begins: whether all weights are what the run begins with.
-        """
 
 
 class Elastic:
@@ -190,7 +143,7 @@ class Elastic:
             try:
                 self._take_place(change)
             except (RuntimeError, OSError) as error:
-                if _own(error):
+                if is_own(error):
                     raise
                 change = self._next(None, error)
             else:
@@ -294,7 +247,7 @@ class Elastic:
 
     def recover(self, run: Run, error: Exception) -> bool:
         """Go on after something failed since the view changed, or will; False: it is this worker's own failure."""
-        if _own(error):
+        if is_own(error):
             return False
         change = self._next(run, error)
         self._release(run, error)
@@ -324,7 +277,7 @@ class Elastic:
                 self._settle(run, change)
                 return
             except (RuntimeError, OSError) as error:
-                if _own(error):
+                if is_own(error):
                     raise
                 change = self._next(run, error)
 
@@ -519,14 +472,3 @@ class Elastic:
 def _drop(held: list[object], trace: TracebackType | None) -> None:
     held.clear()
     traceback.clear_frames(trace)  # gradients under way
-
-
-def _own(error: BaseException) -> bool:
-    """Whether an error is this worker's own, and not what a change looks like from here."""
-    cause: BaseException | None = error
-    while cause is not None:  # a save that was cut says so in its own words
-        # Its context is another matter: a change may be what it came in the midst of.
-        if isinstance(cause, _CHANGED) or of_messages(cause):
-            return False
-        cause = cause.__cause__
-    return kind_of(error) == "reason"

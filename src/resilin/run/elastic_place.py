@@ -37,8 +37,9 @@ from resilin.parallel.workers import Passes, WholeModel
 from resilin.parallel.world import World
 from resilin.precision.autocast import Precision
 from resilin.run.divided import Divided, assembled, tokens_of
-from resilin.run.elastic import Elastic, Placed
+from resilin.run.elastic import Elastic
 from resilin.run.elastic_dealing import Dealing
+from resilin.run.elastic_placing import Placed
 from resilin.run.settings import RunSettings
 
 
