@@ -96,6 +96,8 @@ class Ours:
     def step(self, batch: Batch) -> None:
         """Gradients of the sum over all tokens into `.grad`."""
         rows = self.case.rows
+        for parameter in self.parameters():
+            parameter.grad = None
         keys = Keys(SEED, 0, batch.slots_B)
         micros = [(batch.rows(at, at + rows), keys.rows(at, at + rows)) for at in range(0, len(batch), rows)]
         sums = [GradientSum(list(chunk.parameters()), len(micros)) for chunk in self.passes.chunks]

@@ -52,8 +52,17 @@ def test_train_generate_and_export(tmp_path: Path) -> None:
     assert steps[-1]["logs"]["text"] < steps[0]["logs"]["text"]
     wrote = run_command(tmp_path, ("generate", "runs/further", "--prompt", "the cat", "--max-new-tokens", "4"))
     assert wrote.returncode == 0, wrote.stderr
+    how = ("--prompt", "the cat", "--max-new-tokens", "12", "--temperature", "0")
+    plain = run_command(tmp_path, ("generate", "runs/further", *how))
+    drafted = run_command(tmp_path, ("generate", "runs/further", *how, "--draft", "mtp"))
+    assert drafted.returncode == 0, drafted.stderr
+    assert drafted.stdout == plain.stdout
+    assert "drafted tokens kept" in drafted.stderr
     exported = run_command(tmp_path, ("export", "runs/further", "plain"))
     assert exported.returncode == 0, exported.stderr
     config = json.loads((tmp_path / "plain/config.json").read_text())
     assert config["model_type"] == "llama"
     assert config["num_hidden_layers"] == 1
+    refused = run_command(tmp_path, ("generate", "plain", *how, "--draft", "mtp"))
+    assert refused.returncode != 0
+    assert "which exports leave out" in refused.stderr.replace("\n", " ")

@@ -18,7 +18,7 @@ from resilin.models.huggingface import config_from_settings, load_pretrained, sa
 from resilin.nested import Budget, BudgetError, budget, cost, extract, extract_folder, is_cut, regions, sub_settings
 from resilin.nested.chain_text import ChainText
 from resilin.nested.importance import ImportanceError, importance
-from resilin.nested.speculative import Speculation
+from resilin.nested.speculative import speculate
 
 TOKENS = torch.tensor([[1, 5, 9, 2, 30, 4, 11], [3, 3, 36, 7, 0, 12, 8]])
 
@@ -254,5 +254,5 @@ def test_with_keys_of_their_own_chains_are_left_out_and_not_taken_in():
 
 def test_the_first_chain_drafts_for_all_over_one_cache():
     model = chain_decoder(air())
-    drafted = list(Speculation(model, [1, 2, 3], Budget(chains=1), max_new_tokens=10))
+    drafted = list(speculate(model, [1, 2, 3], Budget(chains=1), max_new_tokens=10))
     assert drafted == list(ChainText(model, [1, 2, 3], 3, max_new_tokens=10))

@@ -11,7 +11,7 @@ from forked import run_ranks
 from nested_cases import TOKENS, decoder
 
 from resilin.models.decoder_settings import DecoderSettings
-from resilin.nested import Budget, BudgetError, budget
+from resilin.nested import Budget, budget
 from resilin.nouns import Batch
 from resilin.objective.next_token import NextToken
 from resilin.parallel.group import Group
@@ -36,6 +36,9 @@ KINDS: list[tuple[dict[str, Any], list[Budget]]] = [
     ({"gated": False, "mlp_bias": True, "qkv_bias": True, "out_bias": True}, BUDGETS),
     ({"tie_embeddings": True, "qk_norm": "rms"}, BUDGETS),
     ({"heads": 8, "kv_heads": 2, "qk_norm": "layer"}, GROUPED),
+    ({"qk_norm": "rms", "qk_norm_over": "width"}, BUDGETS),
+    ({"heads": 8, "kv_heads": 2, "qk_norm": "layer", "qk_norm_over": "width"}, GROUPED),
+    ({"heads": 8, "kv_heads": 2, "qk_norm": "transplant", "qk_norm_over": "width"}, GROUPED),
 ]
 BATCH = Batch(torch.arange(2), {"tokens": TOKENS[:, :-1], "labels": TOKENS[:, 1:]})
 
@@ -64,10 +67,6 @@ def differences(rank: int, ranks: int) -> list[str]:
                     found = 0.0 if mine.grad is None else mine.grad
                     if float((torch.as_tensor(found) - expected).abs().max()) > 1e-9:
                         wrong.append(f"{changes}, {wanted}: {name}")
-    together = decoder(SETTINGS.model_copy(update={"qk_norm": "rms", "qk_norm_over": "width"}))
-    local = parallelise(together, plan_of(together), group, sequence=False)
-    with pytest.raises(BudgetError, match="normed together"):
-        budget(local.module, Budget(heads=2))
     return wrong
 
 

@@ -12,6 +12,7 @@ from nested_cases import DECODERS, TOKENS, decoder
 
 from resilin.inference.generate import StopRule, generate, stream
 from resilin.inference.sampling import Sampling
+from resilin.inference.speculative import SpeculationError
 from resilin.models.cache import KVCache
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.nested import Budget, BudgetError, budget, cost, extract
@@ -19,7 +20,7 @@ from resilin.nested.consistency import consistency
 from resilin.nested.granularities import budget_at
 from resilin.nested.importance import ImportanceError, importance, put_in_order
 from resilin.nested.mix_n_match import at_latency, ladder, mix_n_match
-from resilin.nested.speculative import Speculation
+from resilin.nested.speculative import speculate
 from resilin.nested.sub_model import sub_model
 from resilin.nouns import Batch
 
@@ -145,7 +146,7 @@ def test_greedy_speculation_writes_the_verifiers_text(draft, ahead):
     for verifier in (Budget(), Budget(ffn=32)):
         with budget(model, verifier):
             (expected,) = generate(model, [[3, 1, 4]], StopRule(20, frozenset(), ()))
-        speculation = Speculation(model, [3, 1, 4], draft, 20, verifier, ahead)
+        speculation = speculate(model, [3, 1, 4], draft, 20, verifier, ahead)
         assert list(speculation) == expected.tokens
         assert speculation.drafts.accepted + speculation.drafts.rounds == 20
         if draft == Budget(ffn=64) and verifier.full:  # the verifier itself: nothing is ever refused
@@ -173,15 +174,15 @@ def test_budgets_may_change_between_tokens():
 
 def test_speculation_stops_at_stop_ids_and_at_the_end_of_the_positions():
     model = decoder(PLAIN)
-    texts = list(Speculation(model, [5], Budget(ffn=8), 20))
+    texts = list(speculate(model, [5], Budget(ffn=8), 20))
     stop = texts[4]
-    cut = list(Speculation(model, [5], Budget(ffn=8), 20, stop_ids=frozenset({stop})))
+    cut = list(speculate(model, [5], Budget(ffn=8), 20, stop_ids=frozenset({stop})))
     assert cut == texts[: texts.index(stop) + 1]
-    assert len(list(Speculation(model, [1] * 60, Budget(ffn=8), 20))) == 4
-    with pytest.raises(BudgetError, match="at least one token"):
-        Speculation(model, [5], Budget(ffn=8), ahead=0)
-    with pytest.raises(BudgetError, match="repetition penalty"):
-        Speculation(model, [5], Budget(ffn=8), sampling=Sampling(repetition_penalty=1.1))
+    assert len(list(speculate(model, [1] * 60, Budget(ffn=8), 20))) == 4
+    with pytest.raises(SpeculationError, match="at least one token"):
+        speculate(model, [5], Budget(ffn=8), ahead=0)
+    with pytest.raises(SpeculationError, match="repetition penalty"):
+        speculate(model, [5], Budget(ffn=8), sampling=Sampling(repetition_penalty=1.1))
 
 
 def test_sampled_speculation_has_the_verifiers_distribution():
@@ -195,9 +196,7 @@ def test_sampled_speculation_has_the_verifiers_distribution():
     ).flatten()
     counts, kept = torch.zeros(25), 0
     for seed in range(count):
-        one = Speculation(
-            model, prompt, Budget(ffn=2), 2, ahead=1, sampling=Sampling(temperature=temperature, seed=seed)
-        )
+        one = speculate(model, prompt, Budget(ffn=2), 2, ahead=1, sampling=Sampling(temperature=temperature, seed=seed))
         a, b = one
         counts[5 * a + b] += 1
         kept += one.drafts.accepted

@@ -8,6 +8,7 @@ from hybrid_cases import hybrid, hybrid_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resilin.inference.speculative import SpeculationError
 from resilin.layout import missing
 from resilin.layout.region import Region
 from resilin.models.cache import KVCache
@@ -17,7 +18,7 @@ from resilin.models.huggingface import load_pretrained, save_pretrained
 from resilin.models.hybrid import HybridDecoder
 from resilin.nested import Budget, BudgetError, budget, cost, extract, extract_folder, regions, sub_settings
 from resilin.nested.importance import importance, put_in_order
-from resilin.nested.speculative import Speculation
+from resilin.nested.speculative import speculate
 from resilin.nouns import Batch
 
 TOKENS = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -141,5 +142,5 @@ def test_in_order_of_importance_the_whole_computes_the_same():
 
 
 def test_drafts_are_refused():
-    with pytest.raises(BudgetError, match="without a draft"):
-        Speculation(hybrid(torch.float32), [1, 2], Budget(ffn=4))
+    with pytest.raises(SpeculationError, match="without a draft"):
+        speculate(hybrid(torch.float32), [1, 2], Budget(ffn=4))

@@ -20,7 +20,7 @@ from resilin.models.huggingface import load_pretrained, save_pretrained
 from resilin.models.loop_settings import LoopSettings
 from resilin.nested import Budget, BudgetError, budget, cost, extract, extract_folder, is_cut, regions
 from resilin.nested.loop_search import search
-from resilin.nested.speculative import Speculation
+from resilin.nested.speculative import speculate
 from resilin.nouns import Batch
 
 TOKENS = torch.tensor([[1, 5, 9, 2, 30, 4, 11], [3, 3, 36, 7, 0, 12, 8]])
@@ -178,8 +178,8 @@ def test_a_cache_goes_on_with_fewer_loops_and_not_with_more():
 
 def test_few_loops_draft_what_all_loops_verify():
     model = decoder(sizes())
-    plain = list(Speculation(model, [1, 2, 3], draft=Budget(), max_new_tokens=12))
-    spec = Speculation(model, [1, 2, 3], draft=Budget(loops=1), max_new_tokens=12)
+    plain = list(speculate(model, [1, 2, 3], draft=Budget(), max_new_tokens=12))
+    spec = speculate(model, [1, 2, 3], draft=Budget(loops=1), max_new_tokens=12)
     assert list(spec) == plain
     assert spec.drafts.proposed > 0
 

@@ -14,7 +14,7 @@ from resilin.nested import Budget, budget, extract_folder
 from resilin.nested.consistency import consistency
 from resilin.nested.importance import importance, put_in_order
 from resilin.nested.objective import Nested
-from resilin.nested.speculative import Speculation
+from resilin.nested.speculative import speculate
 from resilin.nested.text_batches import text_batches
 from resilin.optim.adamw import AdamW
 from resilin.run.export import export_model
@@ -59,6 +59,6 @@ def test_smollm2_is_put_in_order_trained_a_little_and_cut(smollm2_gguf: Path, tm
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32).eval()
     with torch.no_grad(), budget(model, half):
         torch.testing.assert_close(theirs(shown).logits, model.logits(model(shown).hidden_BTD), rtol=1e-3, atol=1e-2)
-    drafts = Speculation(model, tokens[:16], half, 12)
+    drafts = speculate(model, tokens[:16], half, 12)
     assert len(list(drafts)) == 12
     assert drafts.drafts.rounds <= 12

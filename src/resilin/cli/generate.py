@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from resilin.data.tokenizer import Tokenizer
     from resilin.inference.generate import Continuation, StopRule
     from resilin.inference.sampling import Sampling
+    from resilin.inference.speculative import Speculation
     from resilin.models.decoder import Decoder
     from resilin.nested.budgets import Budget
+    from resilin.run.open_model import OpenedModel
 
 HOW, WHAT, SIZE = "How to choose", "What to write", "A part of a nested model"
 
@@ -150,16 +153,53 @@ def _as_json(prompt: str, sample: int, answer: Continuation) -> str:
     return json.dumps(line, ensure_ascii=False)
 
 
-def _speculate(asked: _Asked, verifier: Budget, draft: Budget, ahead: int) -> None:
-    """Write one answer after the other, drafted and verified inside the model; tell how many drafts were kept."""
-    from resilin.nested.speculative import Speculation
+MTP = "mtp"
+Drafted = Callable[["Sampling", list[int]], "Speculation"]
+"""(how tokens are chosen, prompt) -> its answer, drafted and verified."""
 
+
+def _drafted(asked: _Asked, opened: OpenedModel, verifier: Budget | None, draft: Budget | None, ahead: int) -> Drafted:
+    """How answers are drafted: by a part of the model; None: by its modules for tokens further on.
+
+    Raises:
+        UserError: there are no such modules.
+    """
+    from resilin.inference.speculative import Speculation
+    from resilin.nested.speculative import speculate
+
+    stop = asked.stop
+    if draft is not None:
+        return lambda how, prompt: speculate(
+            asked.model, prompt, draft, stop.max_new_tokens, verifier, ahead, how, stop.ids
+        )
+    from resilin.modalities.model import GroupDecoder
+    from resilin.modalities.mtp_draft import MtpDraft
+    from resilin.run.open_model import open_trained
+
+    if verifier is not None:
+        raise UserError(f"--draft {MTP} verifies with the whole model: leave out --budget")
+    if opened.run is None:
+        raise UserError(
+            f"--draft {MTP} needs the modules for tokens further on, which exports leave out: name the folder of a run"
+        )
+    trained = open_trained(opened.run.path, opened.step)
+    if not isinstance(trained, GroupDecoder):
+        raise UserError(
+            f"{opened.description} has no modules for tokens further on (model.mtp): --draft {MTP} needs them"
+        )
+    weight = asked.model.embed.weight
+    proposing = MtpDraft(trained.to(weight.device, weight.dtype))
+    return lambda how, prompt: Speculation(trained.inner, prompt, proposing, stop.max_new_tokens, ahead, how, stop.ids)
+
+
+def _speculate(asked: _Asked, drafted: Drafted) -> None:
+    """Write one answer after the other, drafted and verified; tell how many drafts were kept."""
     stop = asked.stop
     began, written, proposed, accepted = time.perf_counter(), 0, 0, 0
     for row, (prompt, text) in enumerate(zip(asked.prompts, asked.shown, strict=True)):
         typer.secho(text, nl=False, dim=True)
         own = asked.sampling.model_copy(update={"seed": asked.sampling.seed + row})
-        answer = Speculation(asked.model, prompt, draft, stop.max_new_tokens, verifier, ahead, own, stop.ids)
+        answer = drafted(own, prompt)
         words = asked.tokenizer.stream_decoder()
         for token in answer:
             written += 1
@@ -213,7 +253,7 @@ def _parts(model: Decoder, budget: str | None, draft: str | None) -> tuple[Budge
     from resilin.nested.budgets import Budget
     from resilin.nested.sub_model import sub_model
 
-    part, proposing = (None if text is None else Budget.parse(text) for text in (budget, draft))
+    part, proposing = (None if text in (None, MTP) else Budget.parse(text) for text in (budget, draft))
     for one in (part, proposing):
         if one is not None:
             sub_model(model.settings, one)
@@ -264,7 +304,8 @@ def generate(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="Let this smaller part propose tokens that the model, or --budget, verifies: the same text, sooner.",
+            help="Let this smaller part, or mtp: modules for tokens further on, propose tokens that the model, or "
+            "--budget, verifies: the same text, sooner.",
             rich_help_panel=SIZE,
         ),
     ] = None,
@@ -288,10 +329,10 @@ def generate(
     cat a.txt | resilin generate my-model --stop "\\n\\n" --json    for scripts
     resilin generate runs/nested -p "ROMEO." --budget ffn=128      a part of it
     resilin generate runs/nested -p "ROMEO." --draft ffn=128       draft and verify
+    resilin generate runs/groups -p "ROMEO." --draft mtp           with model.mtp
     """
     from resilin.inference.generate import StopRule
     from resilin.inference.generate import generate as answers_to
-    from resilin.nested.budgets import Budget
     from resilin.nested.in_place import budget as run_part
 
     sampling = choosing.settings()
@@ -306,7 +347,7 @@ def generate(
         strings = (*strings, "<|im_end|>")  # of ChatML, the form used where the tokenizer brings none
     rule = StopRule(max_new_tokens, opened.end_ids, strings)
     part, proposing = _parts(opened.model, budget, draft)
-    if proposing is not None and (chat or stop or as_json):
+    if draft is not None and (chat or stop or as_json):
         raise UserError("--draft writes plain answers: leave out --chat, --stop and --json")
     running = nullcontext() if part is None else run_part(opened.model, part)
     if talking:
@@ -323,8 +364,8 @@ def generate(
     began = time.perf_counter()
     shown = ["" if chat else text for text in texts for _ in range(samples)]
     asked = _Asked(opened.model, words, ids, shown, rule, sampling)
-    if proposing is not None:
-        _speculate(asked, part or Budget(), proposing, ahead)
+    if draft is not None:
+        _speculate(asked, _drafted(asked, opened, part, proposing, ahead))
         return
     with running:
         answers = _write(asked)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from resilin.config import Settings
 from resilin.keys import Keys
 from resilin.models.block import Block
+from resilin.models.cache import KVCache
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.linear import Linear
 from resilin.models.mask import Mask
@@ -51,6 +52,7 @@ class MtpModule(nn.Module):
         self.token_norm = stream_norm(settings, device)
         self.join = Linear(2 * settings.hidden_size, settings.hidden_size, bias=False, device=device)
         self.block = Block(settings, settings.layers - 1, device)  # the last one's kind: with experts or without
+        self.block.attention.layer = 0  # its keys and values lie in a cache of their own
         self.norm = stream_norm(settings, device)
 
     def forward(
@@ -65,12 +67,25 @@ class MtpModule(nn.Module):
             mask: of its last layer.
             keys: for dropout.
         """
-        joined_BTD = self.join(torch.cat((self.state_norm(state_BTD), self.token_norm(token_BTD)), -1))
+        joined_BTD = self._joined(state_BTD, token_BTD)
         own = None if keys is None else keys.fold("mtp").fold(self.depth)
         found: tuple[Tensor, Tensor | None] = run_block(
             self.settings.recompute, self.block, joined_BTD, turn, mask, own
         )
         return found
+
+    def read(
+        self, state_BTD: Tensor, token_BTD: Tensor, turn: Rotation, mask: Mask, cache: KVCache, slots_BT: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """As a call, of tokens that follow those whose keys and values are in a cache of this module's own."""
+        found: tuple[Tensor, Tensor | None] = self.block(
+            self._joined(state_BTD, token_BTD), turn, mask, None, cache, slots_BT
+        )
+        return found
+
+    def _joined(self, state_BTD: Tensor, token_BTD: Tensor) -> Tensor:
+        joined_BTD: Tensor = self.join(torch.cat((self.state_norm(state_BTD), self.token_norm(token_BTD)), -1))
+        return joined_BTD
 
 
 class Further(NamedTuple):

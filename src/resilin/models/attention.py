@@ -65,7 +65,10 @@ class Attention(nn.Module):
         q_BTW, k_BTW, v_BTW = (
             cut.linear(x_BTD, one, f"attention.{name}") for name, one in (("q", self.q), ("k", self.k), ("v", self.v))
         )
-        norms = [None if n is None else partial(cut.norm, norm=n, name=s) for n, s in self._norms()]
+        norms = [
+            None if norm is None else partial(cut.norm, norm=norm, name=name, used=heads * self.head_size)
+            for (norm, name), heads in zip(self._norms(), (cut.heads, cut.key_heads), strict=True)
+        ]
         q_BTHD, k_BTKD = (self._heads(x, norm) for x, norm in zip((q_BTW, k_BTW), norms, strict=True))
         return q_BTHD, k_BTKD, v_BTW.view(B, T, v_BTW.shape[-1] // self.head_size, self.head_size)
 

@@ -126,12 +126,18 @@ class BlockCut:
         parts = [view_of(vector, box) for box in boxes]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def norm(self, x: Tensor, norm: nn.Module, name: str) -> Tensor:
-        """A norm of the used part of its width, whose weight has this name in the block."""
-        if name not in self.regions:
-            whole: Tensor = norm(x)
-            return whole
-        part: Tensor = norm(x, self.vector(norm.weight, name))  # type: ignore[arg-type]
+    def norm(self, x: Tensor, norm: nn.Module, name: str, used: int = 0) -> Tensor:
+        """A norm of the used part of its width, whose weight has this name in the block.
+
+        Args:
+            x: as wide as that part; where ranks divide the width, as what of it is here.
+            norm: over the whole width.
+            name: of its weight.
+            used: values that all ranks together use, for a norm whose width they divide (`divided`).
+        """
+        told = {"used": used} if used and getattr(norm, "divided", False) else {}
+        weight = self.vector(norm.weight, name) if name in self.regions else None  # type: ignore[arg-type]
+        part: Tensor = norm(x, **told) if weight is None else norm(x, weight, **told)
         return part
 
     def masked(self, x: Tensor, name: str) -> Tensor:

@@ -379,10 +379,12 @@ class Decoder(nn.Module):
         continues_BT: Tensor | None,
         given: Given | None = None,
     ) -> DecoderOutput | StageOutput:
+        cut = cut_of(self)
         if self.span is not None and self.span.probing:
             rows, tokens = tokens_BT.shape
-            return StageShape(rows, tokens, self._router_widths(cut_of(self)))
-        T, device, cut = tokens_BT.shape[1], tokens_BT.device, cut_of(self)
+            width = self.settings.hidden_size if cut is None else cut.hidden
+            return StageShape(rows, tokens, width, self._router_widths(cut))
+        T, device = tokens_BT.shape[1], tokens_BT.device
         # What attention sees are whole rows, also where the tokens of a row are divided over ranks.
         rows, whole = T, (documents_BT, positions_BT, continues_BT)
         if self.sequence is not None:

@@ -31,11 +31,13 @@ class StageShape:
     Attributes:
         rows: B.
         tokens: T.
+        hidden: D, of the residual stream between stages: what is computed of it.
         routers: of each block of the model, how many experts may be chosen; 0: it has none, or is passed by.
     """
 
     rows: int
     tokens: int
+    hidden: int
     routers: tuple[int, ...] = ()
 
 

@@ -80,18 +80,10 @@ def _check_here(decoder: Decoder, cut: Cut) -> None:
         whole = shapes.get(prefix + name)
         if whole is None or parameter.shape == whole or not any(name in one.regions for one in cuts):
             continue
-        found = f"{prefix}{name} is here a part of shape {tuple(parameter.shape)} of {whole}: "
         if getattr(parameter, "box_in_whole", None) is None:
             raise BudgetError(
-                f"{found}experts that are divided among ranks can be left out, and not made narrower; use data, tensor "
-                "or pipeline parallelism"
-            )
-        if name.startswith("attention.") and settings.qk_norm != "none" and settings.qk_norm_over == "width":
-            raise BudgetError(
-                f"{found}heads that are normed together (qk_norm_over = 'width') and divided over ranks of tensor "
-                "parallelism cannot be left out; use data or pipeline parallelism"
+                f"{prefix}{name} is here a part of shape {tuple(parameter.shape)} of {whole}: experts that are divided "
+                "among ranks can be left out, and not made narrower; use data, tensor or pipeline parallelism"
             )
     if decoder.sequence is not None and in_attention:
         raise BudgetError("rows are divided over ranks by heads or pieces: budgets of heads cannot be run there")
-    if decoder.span is not None and cut.hidden != settings.hidden_size:
-        raise BudgetError("stages of a pipeline exchange whole streams: budgets of hidden cannot be run there")

@@ -64,7 +64,7 @@ class MaskedBlock(BlockCut):
             y = y * self.stream_D.to(y.dtype)
         return y
 
-    def norm(self, x: Tensor, norm: nn.Module, name: str) -> Tensor:
+    def norm(self, x: Tensor, norm: nn.Module, name: str, used: int = 0) -> Tensor:
         """The norm of what is there."""
         mask = self.inside.get(name)
         if mask is not None:  # of queries or keys, over all heads

@@ -126,10 +126,10 @@ class Stage:
         local = tokens // self._sequence_ranks
         mixed = any(settings.is_moe_layer(layer) for layer in range(end))
         dtype = torch.promote_types(self.decoder.stream_dtype, torch.float32) if mixed else self.decoder.stream_dtype
-        return Width(local, settings.hidden_size, routers, tokens, dtype)
+        return Width(local, shape.hidden, routers, tokens, dtype)
 
     def embedding(self, tokens: int) -> Width:
-        """The embedding's output, or its gradient, for rows of so many tokens."""
+        """The embedding's output, or its gradient, for rows of so many tokens: all of its width, whatever is used."""
         return Width(tokens, self.decoder.settings.hidden_size, (), tokens, self.decoder.embed.weight.dtype)
 
     def forward(self, incoming: Hidden | None, call: Callable[[], Any]) -> Any:

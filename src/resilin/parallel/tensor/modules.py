@@ -55,37 +55,45 @@ class VocabularyEmbedding(Embedding):
 
 
 class _CutNorm(nn.Module):
+    """A norm over a width of which this rank has a part, of the kind that a subclass is."""
+
+    divided = True
+    """Its call takes, as `used`, how many values of the width there are at all ranks together; None: all of them."""
+
     def __init__(self, weight: nn.Parameter | None, eps: float, width: int, copies: int, group: Group) -> None:
         super().__init__()
         self.weight, self.eps, self.width, self.copies, self.group = weight, eps, width, copies, group
 
-    def _mean(self, x: Tensor) -> Tensor:
-        """The mean over the whole width, (..., 1)."""
-        return sum_both(x.sum(-1, keepdim=True) / self.copies, self.group) / self.width
+    def _mean(self, x: Tensor, used: int | None) -> Tensor:
+        """The mean over the whole width, or over what of it is used, (..., 1)."""
+        return sum_both(x.sum(-1, keepdim=True) / self.copies, self.group) / (used or self.width)
 
-    def _normed(self, x: Tensor, centred: bool) -> Tensor:
+    def _normed(self, x: Tensor, used: int | None, *, centred: bool) -> Tensor:
         wide = x if x.dtype.itemsize >= 4 else x.float()
         if centred:
-            wide = wide - self._mean(wide)
-        return wide * (self._mean(wide.square()) + self.eps).rsqrt()
+            wide = wide - self._mean(wide, used)
+        return wide * (self._mean(wide.square(), used) + self.eps).rsqrt()
+
+    def _scale(self, weight: Tensor | None) -> Tensor:
+        found = self.weight if weight is None else weight
+        assert found is not None
+        return found
 
 
 class CutRMSNorm(_CutNorm):
     """`resilin.models.norm.RMSNorm` over a width of which this rank has a part."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None = None, used: int | None = None) -> Tensor:
         """(..., part of W) -> the same."""
-        assert self.weight is not None
-        return (self._normed(x, centred=False) * self.weight).to(x.dtype)
+        return (self._normed(x, used, centred=False) * self._scale(weight)).to(x.dtype)
 
 
 class CutLayerNorm(_CutNorm):
     """`resilin.models.norm.LayerNorm` over a width of which this rank has a part."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None = None, used: int | None = None) -> Tensor:
         """(..., part of W) -> the same."""
-        assert self.weight is not None
-        return (self._normed(x, centred=True) * self.weight).to(x.dtype)
+        return (self._normed(x, used, centred=True) * self._scale(weight)).to(x.dtype)
 
 
 class CutTransplant(_CutNorm):
@@ -95,9 +103,9 @@ class CutTransplant(_CutNorm):
         super().__init__(None, eps, width, copies, group)
         self.kappa = kappa
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, used: int | None = None) -> Tensor:
         """(..., part of W) -> the same."""
-        return (math.sqrt(self.kappa) * self._normed(x, centred=False)).to(x.dtype)
+        return (math.sqrt(self.kappa) * self._normed(x, used, centred=False)).to(x.dtype)
 
 
 def cut_norm(norm: nn.Module, name: str, width: int, copies: int, group: Group) -> nn.Module:
