@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -106,6 +106,43 @@ def test_smaller_targets_are_parts_of_larger_ones(data):
             for size in ("heads", "key_heads", "ffn", "mamba_heads", "mamba_head_size", "state_size"):
                 assert getattr(one, size) <= getattr(larger[one.layer], size)
     assert model.budget_of(2) == Budget()
+
+
+@torch.no_grad()
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_chosen_sizes_cost_what_the_target_says_and_are_the_likeliest_of_those(data):
+    """Against all combinations, one by one."""
+    kind, by_layer = data.draw(st.sampled_from(KINDS)), data.draw(st.booleans())
+    model = elastic(kind, space={"heterogeneous": by_layer}, within=data.draw(st.sampled_from([0.02, 0.1, 0.3])))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    for parameter in model.router.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    target = data.draw(st.sampled_from([0, 1]))
+    most, likely = model.chosen(target + 1), {k: v.double().log_softmax(-1) for k, v in model.router(target).items()}
+    places = [(axis.name, row) for axis in model.axes for row in range(axis.rows)]
+    found, wanted = [], model.elastic.targets[target]
+    for sizes in product(*(range(most[name][row] + 1) for name, row in places)):
+        picked: dict[str, list[int]] = {}
+        for (name, _), size in zip(places, sizes, strict=True):
+            picked.setdefault(name, []).append(size)
+        shares = one_hot(model.axes, picked)
+        off = abs(float(model.costs.expected(model.axes, shares, model.masks.kept(shares))) / wanted - 1)
+        found.append((off, sum(float(likely[name][row, s]) for (name, row), s in zip(places, sizes, strict=True))))
+    mine = abs(cost_of(model, target) / wanted - 1)
+    chosen = model.chosen(target)
+    likelihood = sum(float(likely[name][row, chosen[name][row]]) for name, row in places)
+    within, cell = model.elastic.within, model.elastic.within / 4
+    sure = [chance for off, chance in found if off <= within - cell]  # whatever the grid rounds
+    if sure:
+        assert mine <= within + 1e-9
+        assert likelihood >= max(sure) - 1e-9
+    else:
+        assert mine <= min(off for off, _ in found) + cell
+    before = model.chosen(target)
+    bias = model.router.axes[places[0][0]].down.bias
+    bias += torch.randn(bias.shape, generator=generator)
+    assert model.chosen(target) is not before  # of the router as it is now
 
 
 def test_as_the_temperature_falls_soft_choices_become_hard():

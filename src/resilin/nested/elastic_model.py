@@ -28,6 +28,7 @@ from resilin.models.around import AroundDecoder
 from resilin.models.decoder import Decoder
 from resilin.models.settings import ModelContext, ModelSettings
 from resilin.nested.budgets import Budget
+from resilin.nested.elastic_choice import fitting
 from resilin.nested.elastic_cost import CostTable, Measure, measured_by
 from resilin.nested.elastic_masks import MaskTable
 from resilin.nested.elastic_space import ElasticSpace, Share, axes_of, budget_of
@@ -63,6 +64,9 @@ class Elastic(ModelSettings):
     values and states) of a text."""
     tokens: int | None = Field(default=None, gt=0)
     """Of such a text; left out: as many as the model is meant for."""
+    within: float = Field(default=0.02, gt=0, le=1)
+    """How far from its target a sub-model's cost may be, as a share of it: sizes are the likeliest of all that are as
+    near, or the nearest, where none is. 1: the likeliest of each layer, whatever they cost (the paper)."""
     router_size: int = Field(default=256, gt=0)
     """Width of the router's networks."""
 
@@ -147,6 +151,7 @@ class ElasticModel(AroundDecoder):
         self.register_buffer("order_L", torch.tensor(list(order), dtype=torch.int64, device=device))
         self._masks: tuple[tuple[int, ...], MaskTable] | None = None
         self._costs: CostTable | None = None
+        self._chosen: tuple[Tensor, dict[int, dict[str, list[int]]]] | None = None
 
     @property
     def inner(self) -> Decoder:
@@ -178,12 +183,26 @@ class ElasticModel(AroundDecoder):
             self._costs = CostTable.of(self.settings, self.elastic.space, self.axes, measured)
         return self._costs
 
-    @torch.no_grad()
     def chosen(self, target: int) -> dict[str, list[int]]:
-        """The likeliest choices of a target (its number), without noise; none is larger than a larger target's."""
+        """The likeliest choices of a target (its number), without noise, of those that cost what it says (`within`);
+        none is larger than a larger target's.
+        """
+        state = torch.cat([self.order_L.double(), *(p.detach().double().flatten() for p in self.router.parameters())])
+        if self._chosen is None or not torch.equal(self._chosen[0], state):  # they are looked for once a router
+            self._chosen = state, {}
+        known = self._chosen[1]
+        if target not in known:
+            known[target] = self._choose(target)
+        return known[target]
+
+    @torch.no_grad()
+    def _choose(self, target: int) -> dict[str, list[int]]:
         if target == len(self.elastic.targets) - 1:
             return {axis.name: [axis.choices - 1] * axis.rows for axis in self.axes}
         larger, mine = self.chosen(target + 1), self.router(target)
+        wanted, within = self.elastic.targets[target], self.elastic.within
+        if within < 1:
+            return fitting(mine, self.axes, self.costs, self.masks.kept_JL, larger, wanted, within)
         return {
             name: [min(one, most) for one, most in zip(logits.argmax(-1).tolist(), larger[name], strict=True)]
             for name, logits in mine.items()
