@@ -25,6 +25,11 @@ SIZES = {
 }
 MOE = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
 
+GLM = {
+    "moe_intermediate_size": 24, "n_routed_experts": 6, "num_experts_per_tok": 2, "partial_rotary_factor": 1.0,
+    "num_mtp_layers": 0,
+}  # fmt: skip
+
 
 def rope(kind, **more):
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **more}}
@@ -65,6 +70,19 @@ FAMILIES = {
     ),
     "qwen3_moe window": ("Qwen3Moe", {**MOE, "use_sliding_window": True, "sliding_window": 5}),
     "qwen2_moe": ("Qwen2Moe", {**MOE, "shared_expert_intermediate_size": 40}),
+    "glm4_moe": ("Glm4Moe", {**GLM, "n_shared_experts": 2, "first_k_dense_replace": 1}),
+    "glm4_moe no shared, normed heads, biases, unnormalised": (
+        "Glm4Moe",
+        {
+            **GLM,
+            "n_shared_experts": 0,
+            "first_k_dense_replace": 0,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "head_dim": 12,
+        },
+    ),
     "olmo2": ("Olmo2", {}),
     "olmo2 grouped, biases": ("Olmo2", {"num_key_value_heads": 2, "attention_bias": True}),
     "flex_olmo": ("FlexOlmo", {"num_experts": 5, "num_experts_per_tok": 3}),
@@ -112,6 +130,9 @@ def build(name: str):
                 parameter.uniform_(0.5, 1.5)
             elif key.endswith("bias"):
                 parameter.normal_(0.0, 0.3)
+        for key, buffer in model.named_buffers():
+            if key.endswith("correction_bias"):
+                buffer.normal_(0.0, 0.3)
     return model
 
 

@@ -27,6 +27,18 @@ FAMILIES = {
     "qwen3_moe": STOCK.model_copy(
         update={"qk_norm": "rms", "head_size": 4, "moe": MoESettings(experts=4, experts_per_token=2, expert_size=24)}
     ),
+    "glm4_moe": STOCK.model_copy(
+        update={
+            "moe": MoESettings(
+                experts=4,
+                experts_per_token=2,
+                expert_size=24,
+                routing="sigmoid_topk",
+                balance="bias",
+                dense_layers=(0,),
+            )
+        }
+    ),
 }
 # the grouped products of `transformers` want widths of multiples of 16 bytes
 UNIFORM = [Budget(ffn=8), Budget(heads=4), Budget(heads=4, kv_heads=2, ffn=12), Budget(hidden=20, skip=(1,), ffn=16)]

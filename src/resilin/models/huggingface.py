@@ -1,5 +1,5 @@
 """Decoders from and to Hugging Face folders (config.json + safetensors): Llama, Mistral, Mixtral, Qwen2/2.5/3, and
-the Qwen mixtures of experts, OLMo 2, FlexOlmo and Nemotron-H.
+the Qwen mixtures of experts, GLM-4's, OLMo 2, FlexOlmo and Nemotron-H.
 """
 
 from __future__ import annotations
@@ -128,6 +128,8 @@ def fill_targets(folder: Path, targets: Mapping[str, Target], settings: DecoderS
     for stored in open_tensors(folder):
         if stored.name == "lm_head.weight" and settings.tie_embeddings:
             continue
+        if 0 in stored.shape:  # of no shared expert, say
+            continue
         parts = known(stored.name)
         if parts is None:
             raise ModelFolderError(f"{folder}: tensor {stored.name!r} is not part of any model family known here")
@@ -204,7 +206,7 @@ def save_pretrained(
     special_ids: Mapping[str, int | None] | None = None,
 ) -> list[Path]:
     """Write a decoder as a Hugging Face folder that `transformers` opens; where its blocks have different sizes, are
-    looped or have chains, or its experts have offsets, as a folder with a config of our own
+    looped or have chains, or its experts have offsets that no family has, as a folder with a config of our own
     (`resilin.models.own_config`), which only `load_pretrained` opens.
 
     Args:

@@ -19,7 +19,9 @@ from resilin.models.huggingface_rope import read_rope
 from resilin.models.own_config import MODEL_TYPE, own_settings
 from resilin.models.weight_files import ModelFolderError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmo2", "flex_olmo", HYBRID)
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmo2", "flex_olmo", HYBRID,
+)  # fmt: skip
 _OLMO = ("olmo2", "flex_olmo")
 
 _ACTIVATIONS = {
@@ -68,9 +70,14 @@ _HARMLESS = frozenset(
 _NEUTRAL: dict[str, Any] = {
     "attention_dropout": 0.0,
     "chunk_size_feed_forward": 0,
+    "n_group": 1,
+    "num_mtp_layers": 0,
+    "num_nextn_predict_layers": 0,
     "partial_rotary_factor": 1.0,
     "pretraining_tp": 1,
+    "routed_scaling_factor": 1.0,
     "router_jitter_noise": 0.0,
+    "topk_group": 1,
 }
 
 
@@ -124,7 +131,7 @@ def _windows(read: _Reader, family: str, layers: int) -> dict[str, Any]:
     if family in ("mistral", "mixtral"):
         kinds = read.get("layer_types")
         return _windows_by_kind(size, kinds) if kinds else {"sliding_window": size}
-    if family == "llama" or family in _OLMO:
+    if family in ("llama", "glm4_moe") or family in _OLMO:
         if size is not None:
             raise ModelFolderError(f"config.json: 'sliding_window' is not known for model_type {family!r}")
         kinds = read.get("layer_types")
@@ -164,6 +171,8 @@ def _biases(read: _Reader, family: str) -> dict[str, bool]:
         both = bool(read.get("attention_bias", False))
         mlp = bool(read.get("mlp_bias", False)) if family == "llama" else False
         return {"qkv_bias": both, "out_bias": both, "mlp_bias": mlp}
+    if family == "glm4_moe":
+        return {"qkv_bias": bool(read.get("attention_bias", False))}
     if family == "qwen2_moe":
         return {"qkv_bias": bool(read.get("qkv_bias", True))}
     return {"qkv_bias": family == "qwen2"}
@@ -177,6 +186,19 @@ def _experts(read: _Reader, family: str, layers: int) -> tuple[MoESettings | Non
             experts=read.get("num_local_experts", 8),
             experts_per_token=read.get("num_experts_per_tok", 2),
             expert_size=dense_size,
+        )
+        return moe, dense_size
+    if family == "glm4_moe":
+        size = int(read.need("moe_intermediate_size"))
+        moe = MoESettings(
+            experts=read.need("n_routed_experts"),
+            experts_per_token=read.need("num_experts_per_tok"),
+            expert_size=size,
+            routing="sigmoid_topk",
+            balance="bias",
+            normalise_weights=bool(read.get("norm_topk_prob", True)),
+            shared_size=size * int(read.get("n_shared_experts", 1)),
+            dense_layers=tuple(range(int(read.get("first_k_dense_replace", 1)))),
         )
         return moe, dense_size
     if family != "flex_olmo" and not family.endswith("_moe"):
@@ -234,6 +256,15 @@ def settings_from_config(config: Mapping[str, Any]) -> DecoderSettings:
     theta, scaling = read_rope(read.get, positions)
     # The key-value heads of Mistral and Mixtral default to 8, not to the query heads.
     kv_heads = read.get("num_key_value_heads", 8 if family in ("mistral", "mixtral") else heads)
+    normed = family in ("qwen3", "qwen3_moe", *_OLMO)
+    if family == "glm4_moe":
+        normed = bool(read.get("use_qk_norm", False))
+        told = (read.get("rope_parameters") or {}).get("partial_rotary_factor", 0.5)
+        if (turned := read.get("partial_rotary_factor", told)) != 1.0:
+            raise ModelFolderError(
+                f"config.json: 'partial_rotary_factor' is {turned!r} (0.5 where it is not told); this decoder turns "
+                "whole heads only"
+            )
     try:
         moe, mlp_size = _experts(read, family, layers)
         settings = DecoderSettings.model_validate(
@@ -248,7 +279,7 @@ def settings_from_config(config: Mapping[str, Any]) -> DecoderSettings:
                 "activation": _ACTIVATIONS[activation],
                 "norm_eps": read.get("rms_norm_eps", 1e-5 if family in ("mixtral", "olmo2") else 1e-6),
                 "norm_place": "after" if family in _OLMO else "before",
-                "qk_norm": "rms" if family in ("qwen3", "qwen3_moe", *_OLMO) else "none",
+                "qk_norm": "rms" if normed else "none",
                 "qk_norm_over": "width" if family in _OLMO else "head",
                 "tie_embeddings": bool(read.get("tie_word_embeddings", False)),
                 "init_std": read.get("initializer_range", 0.02) or 0.02,

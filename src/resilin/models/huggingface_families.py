@@ -17,10 +17,11 @@ _ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "flex_olmo": "FlexOlmoForCausalLM",
 }
-_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo")
+_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "flex_olmo")
 _OLMO = ("olmo2", "flex_olmo")
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2"}
 
@@ -41,11 +42,7 @@ def _common_blockers(settings: DecoderSettings) -> list[str]:
     if settings.chains is not None:
         found.append("chains: in all of them every layer reads the whole stream")
     if settings.moe is not None and settings.moe.router_bias:
-        found.append("moe.router_bias = true: none of them has offsets of experts")
-    if settings.moe is not None and settings.moe.balance == "bias":
-        found.append('moe.balance = "bias": none of them has offsets of experts')
-    if settings.moe is not None and settings.moe.routing == "sigmoid_topk":
-        found.append('moe.routing = "sigmoid_topk": all of them weight experts by a softmax')
+        found.append("moe.router_bias = true: none of them has routers with a bias")
     for name in ("attention_softcap", "logit_softcap"):
         if getattr(settings, name) is not None:
             found.append(f"{name} = {getattr(settings, name)}: none of them caps logits")
@@ -64,7 +61,8 @@ def _family_blockers(settings: DecoderSettings, family: str) -> list[str]:
             found.append(text)
 
     need((s.moe is not None) == (family in _MIXTURES), "moe" + (" = none" * (not s.moe)))
-    need((s.qk_norm == "rms") == (family.startswith("qwen3") or family in _OLMO), f'qk_norm = "{s.qk_norm}"')
+    if family != "glm4_moe":
+        need((s.qk_norm == "rms") == (family.startswith("qwen3") or family in _OLMO), f'qk_norm = "{s.qk_norm}"')
     over = "width" if family in _OLMO else "head"
     need(s.qk_norm == "none" or s.qk_norm_over == over, f'qk_norm_over = "{s.qk_norm_over}"')
     need((s.norm_place == "after") == (family in _OLMO), f'norm_place = "{s.norm_place}"')
@@ -79,10 +77,21 @@ def _family_blockers(settings: DecoderSettings, family: str) -> list[str]:
     need(family == "llama" or not s.mlp_bias, "mlp_bias = true")
     if family == "llama" or family in _OLMO:  # the config is refused by `transformers` otherwise
         need(s.hidden_size % s.heads == 0, f"hidden_size = {s.hidden_size}, no multiple of heads = {s.heads}")
-    need(family not in ("llama", *_OLMO) or s.sliding_window is None, "sliding_window")
+    need(family not in ("llama", "glm4_moe", *_OLMO) or s.sliding_window is None, "sliding_window")
     if family in ("mistral", "mixtral", "qwen3_moe"):
         need(s.window_layers is None, "window_layers")
-    if s.moe is not None:
+    if s.moe is not None and family == "glm4_moe":
+        need(s.moe.routing == "sigmoid_topk", f'moe.routing = "{s.moe.routing}"')
+        need(s.moe.balance == "bias", f'moe.balance = "{s.moe.balance}"')
+        need(s.moe.experts > 1, "moe.experts = 1")
+        whole = s.moe.shared_size % s.moe.expert_size == 0
+        need(whole, f"moe.shared_size = {s.moe.shared_size}, no multiple of moe.expert_size = {s.moe.expert_size}")
+        need(not s.moe.shared_gate, "moe.shared_gate = true")
+        first = tuple(range(len(s.moe.dense_layers)))
+        need(s.moe.dense_layers == first, f"moe.dense_layers = {list(s.moe.dense_layers)}, which are not the first")
+    elif s.moe is not None:
+        need(s.moe.routing != "sigmoid_topk", f'moe.routing = "{s.moe.routing}"')
+        need(s.moe.balance == "none", f'moe.balance = "{s.moe.balance}"')
         need(bool(s.moe.shared_size) == (family == "qwen2_moe"), f"moe.shared_size = {s.moe.shared_size}")
         need(s.moe.shared_gate == (family == "qwen2_moe"), f"moe.shared_gate = {str(s.moe.shared_gate).lower()}")
         if family == "mixtral":
@@ -91,6 +100,11 @@ def _family_blockers(settings: DecoderSettings, family: str) -> list[str]:
         if family in ("mixtral", "flex_olmo"):
             need(not s.moe.dense_layers, "moe.dense_layers")
     return found
+
+
+def fits(settings: DecoderSettings, family: str) -> bool:
+    """Whether a family computes exactly what these settings describe."""
+    return not _common_blockers(settings) and not _family_blockers(settings, family)
 
 
 def family_of(settings: DecoderSettings) -> str:
@@ -127,6 +141,20 @@ def _moe_keys(settings: DecoderSettings, family: str) -> dict[str, Any]:
             "num_experts_per_tok": moe.experts_per_token,
             "norm_topk_prob": moe.normalise_weights or moe.routing == "topk_softmax",
         }
+    if family == "glm4_moe":
+        return {
+            "intermediate_size": settings.feed_forward_size,
+            "moe_intermediate_size": moe.expert_size,
+            "n_routed_experts": moe.experts,
+            "n_shared_experts": moe.shared_size // moe.expert_size,
+            "num_experts_per_tok": moe.experts_per_token,
+            "norm_topk_prob": moe.normalise_weights,
+            "first_k_dense_replace": len(moe.dense_layers),
+            "routed_scaling_factor": 1.0,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_nextn_predict_layers": 0,
+        }
     keys = {
         "intermediate_size": settings.feed_forward_size,
         "moe_intermediate_size": moe.expert_size,
@@ -144,7 +172,7 @@ def _moe_keys(settings: DecoderSettings, family: str) -> dict[str, Any]:
 def _window_keys(settings: DecoderSettings, family: str) -> dict[str, Any]:
     if family in ("mistral", "mixtral"):
         return {"sliding_window": settings.sliding_window}
-    if family == "llama" or family in _OLMO:
+    if family in ("llama", "glm4_moe") or family in _OLMO:
         return {}
     keys: dict[str, Any] = {
         "use_sliding_window": settings.sliding_window is not None,
@@ -198,8 +226,11 @@ def config_from_settings(
         **_moe_keys(settings, family),
         **_window_keys(settings, family),
     }
-    if family in ("llama", "qwen3", "qwen3_moe", *_OLMO):
+    if family in ("llama", "qwen3", "qwen3_moe", "glm4_moe", *_OLMO):
         config["attention_bias"] = settings.qkv_bias
+    if family == "glm4_moe":  # which turns half of each head unless it is told
+        config["use_qk_norm"] = settings.qk_norm == "rms"
+        config["partial_rotary_factor"] = config["rope_parameters"]["partial_rotary_factor"] = 1.0
     if family == "llama":
         config["mlp_bias"] = settings.mlp_bias
     if settings.rope_scaling is not None:

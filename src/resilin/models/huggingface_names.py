@@ -29,6 +29,7 @@ _IN_LAYER = {
     "mlp.down_proj": "mlp.down",
     "modulation": "modulation",  # of looped decoders, which are in no family
     "mlp.gate": "moe.router",
+    **{f"mlp.shared_experts.{matrix}_proj": f"moe.shared.{matrix}" for matrix in ("gate", "up", "down")},  # of GLM-4
     "mlp.shared_expert.gate_proj": "moe.shared.gate",
     "mlp.shared_expert.up_proj": "moe.shared.up",
     "mlp.shared_expert.down_proj": "moe.shared.down",
@@ -154,7 +155,10 @@ def stored_tensors(model: Decoder, family: str) -> Iterator[tuple[str, Tensor]]:
             yield prefix + _BALANCE, tensor
         else:
             stem, _, kind = rest.rpartition(".")
-            yield f"{prefix}{in_layer[stem]}.{kind}", tensor
+            there = in_layer[stem]
+            if family == "glm4_moe":
+                there = there.replace("shared_expert.", "shared_experts.")
+            yield f"{prefix}{there}.{kind}", tensor
 
 
 def _stored_experts(prefix: str, matrix: str, stacked: Tensor, family: str) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,6 @@
 """A `config.json` of our own, for decoders that no Hugging Face family describes: those whose blocks differ in size,
-are looped or have chains, whose experts have offsets or are weighted by sigmoids, and hybrids whose head is tied.
+are looped or have chains, whose experts have offsets or are weighted by sigmoids (unless as in GLM-4's mixtures), and
+hybrids whose head is tied.
 
     {"model_type": "resilin", "architectures": ["ResilinDecoder"], "dtype": "float32",
      "settings": {...},                        a decoder's settings as in a run's [model], without what is usual
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 
 from resilin.config.errors import explain
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.huggingface_families import fits
 from resilin.models.hybrid_settings import HybridSettings
 from resilin.models.weight_files import ModelFolderError
 
@@ -28,11 +30,12 @@ MODEL_TYPE = "resilin"
 
 def has_own_config(settings: DecoderSettings) -> bool:
     """Whether no family describes such a decoder: it has blocks of different sizes, loops, chains, offsets of experts
-    or weights of theirs by sigmoids, or is a hybrid with a tied head.
+    or weights of theirs by sigmoids other than in GLM-4's mixtures, or is a hybrid with a tied head.
     """
     tied_hybrid = isinstance(settings, HybridSettings) and settings.tie_embeddings
     moe = settings.moe
     offsets = moe is not None and (moe.router_bias or moe.balance == "bias" or moe.routing == "sigmoid_topk")
+    offsets = offsets and not fits(settings, "glm4_moe")
     return settings.sizes_differ or settings.loop is not None or settings.chains is not None or tied_hybrid or offsets
 
 
