@@ -21,11 +21,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 
 TOLD = """
 import json, os, sys, threading, time
+if "resilin" in sys.modules:
+    from resilin.parallel import activity
 out = {
     "name": __name__, "arguments": sys.argv[1:], "folder": os.getcwd(), "path": sys.path[0],
     "leads": os.getsid(0) == os.getpid(),
     "variables": {k: v for k, v in os.environ.items() if k not in ("LC_CTYPE", "_", "HELD")}, "input": sys.stdin.read(),
     "threads": threading.active_count(),
+    "began": round(time.monotonic() - activity.now.activity.since) if "resilin" in sys.modules else 0,
 }
 print(json.dumps(out), flush=True)
 kind, _, value = sys.argv[-1].partition("=")
@@ -67,6 +70,14 @@ def test_a_forked_process_sees_what_a_new_one_sees(tmp_path: Path) -> None:
     assert found == told(tmp_path / "new")
     assert found["leads"]
     assert (found["variables"]["MARK"], found["arguments"], found["name"]) == ("ä=1", ["a b", "exit=0"], "__main__")
+
+
+def test_a_forked_process_begins_when_it_is_forked(tmp_path: Path) -> None:
+    """Not when the process that has imported everything did: who is added late would seem to have hung since."""
+    assert forked(tmp_path / "first", "exit=0").wait() == 0
+    time.sleep(2)
+    assert forked(tmp_path / "late", "exit=0").wait() == 0
+    assert told(tmp_path / "late")["began"] == 0
 
 
 def test_ends_are_told_as_they_were(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ micro-batch (one or two microseconds each); a thread of `resilin.cluster.watch` 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -33,11 +34,17 @@ class _Now:
     __slots__ = ("activity", "place", "step", "told")
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
         self.activity, self.step, self.place = Activity(("starting",), (), time.monotonic()), 0, ""
         self.told: Callable[[str], None] | None = None
 
 
 now = _Now()
+if hasattr(os, "register_at_fork"):
+    # A process that is forked begins then, however long whoever forked it has been there.
+    os.register_at_fork(after_in_child=now.begin)
 """activity: what is done; step: the step it is for; place: of this worker in words ("pipeline stage 1, data 0");
 told: called with whatever is begun, in words, if it is set."""
 
