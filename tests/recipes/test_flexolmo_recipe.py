@@ -141,7 +141,10 @@ def test_the_runner_measures_everything_the_analysis_reads(tmp_path, monkeypatch
             metrics = {f"joined/{name}": value for name, value in event["metrics"].items()}
     one = RunRecord(hash="h", status="finished", evaluations=(Evaluation(step=1, metrics=metrics),))
     found = analyse(Study("flexolmo", "cpu", (Trial("main", "flexolmo", {}, 0, one),), None))
-    assert all(value is not None for table in found.tables for row in table.rows for value in row)
+    pairs = [row for table in found.tables for row in table.rows if str(row[0]).startswith("the expert of")]
+    assert len(pairs) == len(team["domains"])  # each was measured on its own domain
+    assert all(sum(value is not None for value in row[1:-2]) == 1 for row in pairs)
+    assert not [(table.title, row) for table in found.tables for row in table.rows if None in row and row not in pairs]
     assert all(
         claim.evidence != "no seed measured both"
         for claim in found.claims
