@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from resilin.keys import Keys
 from resilin.modalities.mtp import MtpModule, MtpSettings
 from resilin.modalities.pictures import PicturePart, PicturePartSettings
-from resilin.modalities.sequence import PICTURE, SOUND
+from resilin.modalities.seen import SeenPart, SeenPartSettings, SeenPictures
+from resilin.modalities.sequence import PICTURE, SEEN, SOUND
 from resilin.modalities.sound import SoundPart, SoundPartSettings, SoundSteps
 from resilin.models.around import AroundDecoder
 from resilin.models.decoder import Decoder
@@ -37,6 +38,8 @@ class GroupDecoderSettings(ModelSettings):
     """Modules that predict the tokens after the next one; left out of every export."""
     pictures: PicturePartSettings | None = None
     """How pictures go in and out."""
+    seen: SeenPartSettings | None = None
+    """How pictures that are only looked at go in."""
     sound: SoundPartSettings | None = None
     """How sound goes in and out."""
 
@@ -57,8 +60,10 @@ class GroupDecoderSettings(ModelSettings):
         model = GroupDecoder(self, decoder)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if not name.startswith("decoder."):
+                if not name.startswith(("decoder.", "seen.")):
                     parameter.copy_(initial_value(name, parameter.shape, decoder.settings, context.seed))
+            if model.seen is not None:
+                model.seen.fill(context.seed)
         return model
 
 
@@ -72,6 +77,7 @@ class Kinds:
         features_PNF: of the places of every picture, in the order of rows and places.
         codes_BTQ: of sound, -1 where there is none.
         steps: what is predicted of sound, and how.
+        seen: pictures that are looked at.
     """
 
     modality_BT: Tensor | None = None
@@ -79,6 +85,7 @@ class Kinds:
     features_PNF: Tensor | None = None
     codes_BTQ: Tensor | None = None
     steps: SoundSteps | None = None
+    seen: SeenPictures | None = None
 
 
 class GroupOutput(NamedTuple):
@@ -109,6 +116,7 @@ class GroupDecoder(AroundDecoder):
         self.mtp = nn.ModuleList(MtpModule(own, depth) for depth in depths)
         self.pictures = PicturePart(settings.pictures, own) if settings.pictures is not None else None
         self.sound = SoundPart(settings.sound, own) if settings.sound is not None else None
+        self.seen = SeenPart(settings.seen, own) if settings.seen is not None else None
         self.width = width
 
     @property
@@ -126,15 +134,20 @@ class GroupDecoder(AroundDecoder):
         x_BTD: Tensor = self.decoder.embed(tokens_BT).to(self.decoder.stream_dtype)
         if kinds.modality_BT is None:
             return x_BTD
-        for kind, part, found in (
-            (PICTURE, self.pictures, kinds.features_PNF),
-            (SOUND, self.sound, kinds.codes_BTQ),
-        ):
-            there_BT = kinds.modality_BT == kind
-            if part is None or found is None:
-                continue
-            values_ND = part.embedded(found.flatten(0, 1) if kind == PICTURE else found[there_BT])
-            index_N = there_BT.flatten().nonzero()[:, 0]
+        values: dict[int, Tensor] = {}
+        if self.pictures is not None and kinds.features_PNF is not None:
+            values[PICTURE] = self.pictures.embedded(kinds.features_PNF.flatten(0, 1))
+        if self.sound is not None and kinds.codes_BTQ is not None:
+            values[SOUND] = self.sound.embedded(kinds.codes_BTQ[kinds.modality_BT == SOUND])
+        if self.seen is not None and kinds.seen is not None:
+            values[SEEN] = self.seen.embedded(kinds.seen)
+        for kind, values_ND in values.items():
+            index_N = (kinds.modality_BT == kind).flatten().nonzero()[:, 0]
+            if len(index_N) != len(values_ND):
+                raise ValueError(
+                    f"{len(index_N)} positions for {len(values_ND)} tokens of pictures that are looked at: "
+                    "source.seen.cell is model.seen.patch * side, and frames are the same in both"
+                )
             flat_ND = x_BTD.flatten(0, 1).index_copy(0, index_N, values_ND.to(x_BTD.dtype))
             x_BTD = flat_ND.view(x_BTD.shape)
         return x_BTD

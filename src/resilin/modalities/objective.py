@@ -23,6 +23,7 @@ from resilin.modalities.mtp import further
 from resilin.modalities.picture_batch import PictureBatch, PictureNoise, read_pictures
 from resilin.modalities.pictures import bit_losses
 from resilin.modalities.scale_tokens import ScaleTokenizer
+from resilin.modalities.seen import SeenPictures
 from resilin.modalities.sequence import PICTURE, TEXT
 from resilin.modalities.sound import SoundSteps
 from resilin.models.decoder import DecoderOutput
@@ -160,7 +161,20 @@ class NextGroupLoss(NextTokenLoss):
             index_A = (next_NQ[:, 0] >= 0).nonzero()[:, 0]
             steps = SoundSteps(index_A, next_NQ.index_select(0, index_A))
         features = None if pictures is None else pictures.features_PNF
-        return Kinds(modality_BT, self.groups(batch, keys), features, codes_BTQ, steps)
+        return Kinds(modality_BT, self.groups(batch, keys), features, codes_BTQ, steps, self._seen(model, batch))
+
+    @staticmethod
+    def _seen(model: GroupDecoder, batch: Batch) -> SeenPictures | None:
+        numbers_BF = batch.get("seen_numbers")
+        if numbers_BF is None:
+            return None
+        if model.seen is None:
+            raise ValueError(
+                "the batch holds pictures to look at, and the model has no part for them: set source.seen and "
+                "model.seen together"
+            )
+        there_BF = numbers_BF >= 0
+        return SeenPictures(batch["seen"][there_BF].float(), numbers_BF[there_BF])
 
     def groups(self, batch: Batch, keys: Keys | None) -> Groups:
         """Who sees whom in these rows; frames of the past are hidden where there are keys."""

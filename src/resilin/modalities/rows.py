@@ -20,7 +20,18 @@ from resilin.data.ordered import OrderedSource
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.data.tokenizer import Tokenizer
 from resilin.modalities.scale_tokens import ScaleTokenizer
-from resilin.modalities.sequence import IGNORED, TEXT, Document, Frames, Segment, Sound, Words, places_of, row_of
+from resilin.modalities.sequence import (
+    IGNORED,
+    TEXT,
+    Document,
+    Frames,
+    Seen,
+    Segment,
+    Sound,
+    Words,
+    places_of,
+    row_of,
+)
 from resilin.modalities.sound_codec import SoundCodec
 from resilin.nouns import Batch, Source, State
 from resilin.transforms import SourceTransform
@@ -33,29 +44,49 @@ class Room:
     Attributes:
         length: T.
         levels: Q; 0: no row has sound.
-        picture: channels, height and width; None: no row has pictures.
-        pictures: F.
+        picture: channels, height and width; None: no row has pictures that are predicted.
+        pictures: F of those.
+        look: channels, height and width; None: no row has pictures that are looked at.
+        looks: F of those.
     """
 
     length: int
     levels: int = 0
     picture: tuple[int, int, int] | None = None
     pictures: int = 0
+    look: tuple[int, int, int] | None = None
+    looks: int = 0
 
-    def pictures_of(self, found: Sequence[Tensor], numbers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """The fields of pictures of some rows: the pictures of each row, and their numbers in their videos."""
-        if self.picture is None:
-            return {}
-        pixels = torch.zeros(len(numbers), self.pictures, *self.picture)
-        frames = torch.full((len(numbers), self.pictures), -1)
-        for row, (own, of_row) in enumerate(zip(found, numbers, strict=True)):
-            pixels[row, : len(own)] = own
-            frames[row, : len(of_row)] = torch.tensor(list(of_row), dtype=torch.int64)
-        return {"pictures": pixels, "frame_numbers": frames}
+    def pictures_of(
+        self, found: Sequence[Tensor], numbers: Sequence[Sequence[int]], *, seen: bool = False
+    ) -> dict[str, Tensor]:
+        """The fields of pictures of some rows: the pictures of each row, and their numbers in their videos.
+
+        Args:
+            found: of each row.
+            numbers: of each row.
+            seen: whether they are looked at; else they are predicted.
+        """
+        return {**self._fields(found, numbers, seen=seen), **self._none(len(numbers), seen=not seen)}
 
     def no_pictures(self, rows: int) -> dict[str, Tensor]:
         """The same for rows without any."""
-        return self.pictures_of([torch.empty(0, *(self.picture or ()))] * rows, [[]] * rows)
+        return {**self._none(rows, seen=False), **self._none(rows, seen=True)}
+
+    def _none(self, rows: int, *, seen: bool) -> dict[str, Tensor]:
+        return self._fields([torch.empty(0)] * rows, [[]] * rows, seen=seen)
+
+    def _fields(self, found: Sequence[Tensor], numbers: Sequence[Sequence[int]], *, seen: bool) -> dict[str, Tensor]:
+        shape, most = (self.look, self.looks) if seen else (self.picture, self.pictures)
+        if shape is None:
+            return {}
+        pixels = torch.zeros(len(numbers), most, *shape)
+        frames = torch.full((len(numbers), most), -1)
+        for row, (own, of_row) in enumerate(zip(found, numbers, strict=True)):
+            if of_row:
+                pixels[row, : len(own)] = own
+                frames[row, : len(of_row)] = torch.tensor(list(of_row), dtype=torch.int64)
+        return {"seen": pixels, "seen_numbers": frames} if seen else {"pictures": pixels, "frame_numbers": frames}
 
 
 class TextRows(SourceTransform):
@@ -100,37 +131,94 @@ class TextRows(SourceTransform):
         return Batch(batch.slots_B, fields)
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """Pictures that are predicted, scale by scale.
+
+    Attributes:
+        pictures: their tokenizer.
+    """
+
+    pictures: ScaleTokenizer
+    seen = False
+
+    def segment(self, frames: int, size: tuple[int, int]) -> Segment:
+        """In a row."""
+        return Frames(frames, self.pictures.shape)
+
+    @property
+    def facts(self) -> list[object]:
+        """What changes the tokens."""
+        return [self.pictures.shape, self.pictures.patch]
+
+
+@dataclass(frozen=True)
+class LookedAt:
+    """Pictures that are looked at.
+
+    Attributes:
+        cell: pixels of a token's side.
+        together: frames that share a token, at most.
+    """
+
+    cell: int
+    together: int
+    seen = True
+
+    def segment(self, frames: int, size: tuple[int, int]) -> Segment:
+        """In a row.
+
+        Raises:
+            DataError: sides that tokens do not divide.
+        """
+        if any(side % self.cell for side in size):
+            raise DataError(
+                f"source.seen: pictures of {size[0]} x {size[1]} pixels are not divided by tokens of {self.cell}: "
+                "change source.seen.cell, or the pictures' size"
+            )
+        return Seen(frames, (size[0] // self.cell, size[1] // self.cell), self.together)
+
+    @property
+    def facts(self) -> list[object]:
+        """What changes the tokens."""
+        return [self.cell, self.together]
+
+
 class PictureRows:
     """Rows of labelled pictures, or clips of video, as many as fit into a row, each a document.
 
     Attributes:
         room: of its rows.
+        picture: channels, height and width.
         pictures_of_row: pictures that a row holds at most.
     """
 
     def __init__(
         self,
         settings: SourceSettings,
-        pictures: ScaleTokenizer,
+        kind: Predicted | LookedAt,
         room: Room,
         tokenizer: Tokenizer,
         context: SourceContext,
         before: str,
         after: str,
     ) -> None:
-        self.pictures, self.room, self.tokenizer = pictures, room, tokenizer
+        self.kind, self.room, self.tokenizer = kind, room, tokenizer
         self.before, self.after = before, after
         one: Any = settings.build(replace(context, batch_size=1))
         shape = one.read([0])["inputs"].shape
         self.frames = 1 if len(shape) == 4 else int(shape[2])
+        self.picture = int(shape[1]), int(shape[-2]), int(shape[-1])
+        self._segment = kind.segment(self.frames, self.picture[1:])
         self._words: dict[int, tuple[list[int], list[int]]] = {}
         self.classes: tuple[str, ...] = one.classes
         longest = max(places_of(self._document(label)) for label in range(len(self.classes)))
         if longest > room.length:
+            where, what = ("seen", "larger cells") if kind.seen else ("pictures", "fewer or coarser scales")
             raise DataError(
-                f"source.pictures: {self.frames} frame{'s' if self.frames > 1 else ''} of {pictures.shape.places} "
-                f"positions each, and the text beside them, take {longest}: raise source.sequence_length, use fewer or "
-                "coarser scales, or fewer frames"
+                f"source.{where}: {self.frames} frame{'s' if self.frames > 1 else ''} in {self._segment.places} "
+                f"positions, and the text beside them, take {longest}: raise source.sequence_length, use {what}, or "
+                "fewer frames"
             )
         self.per_row = room.length // longest
         self.pictures_of_row = self.per_row * self.frames
@@ -143,13 +231,13 @@ class PictureRows:
             first, last = (list(self.tokenizer.encode(text)) if text else [] for text in texts)
             self._words[label] = first, last
         first, last = self._words[label]
-        segments: list[Segment] = [Words(first), Frames(self.frames, self.pictures.shape), Words(last)]
+        segments: list[Segment] = [Words(first), self._segment, Words(last)]
         return [segment for segment in segments if segment.places]
 
     @property
     def digest(self) -> str:
         """Changes with the pictures, their texts and how they become tokens."""
-        facts = [self.inner.digest, self.before, self.after, self.pictures.shape, self.pictures.patch, self.room.length]
+        facts = [self.inner.digest, self.before, self.after, *self.kind.facts, self.room.length]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def slots(self, step: int) -> int:
@@ -179,7 +267,7 @@ class PictureRows:
             numbers.append([*range(self.frames)] * len(own))
             at += len(own)
         fields = {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
-        fields |= self.room.pictures_of(pixels, numbers)
+        fields |= self.room.pictures_of(pixels, numbers, seen=self.kind.seen)
         return Batch(torch.tensor(list(slots), dtype=torch.int64), fields)
 
     def state_dict(self) -> State:

@@ -1,4 +1,4 @@
-"""Pictures, video and sound from a trained decoder of groups, with or without a text in front.
+"""Pictures, video and sound from a trained decoder of groups, with or without a text in front; and text about pictures.
 
 A picture takes one pass for each scale, sound one for each frame. Rows are read again as a whole each time: a cache of
 keys and values holds no groups.
@@ -15,10 +15,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from resilin.inference.sampling import GREEDY, Sampling, filtered
+from resilin.inference.sampling import draw as draw_token
 from resilin.keys import Keys
 from resilin.modalities.model import GroupDecoder, Kinds
 from resilin.modalities.scale_tokens import ScaleTokenizer
-from resilin.modalities.sequence import PICTURE, SOUND, Document, Frames, Sound, Words, places_of, row_of
+from resilin.modalities.seen import SeenPictures
+from resilin.modalities.sequence import PICTURE, SOUND, Document, Frames, Seen, Sound, Words, places_of, row_of
 from resilin.modalities.sound import SoundSteps
 from resilin.models.groups import Groups, ends_of, frame_gaps
 
@@ -174,3 +177,56 @@ def sample_sound(
         new_R1Q = torch.stack(steps.drawn, 1)[:, None].cpu()
         codes_RAQ = torch.cat((codes_RAQ, new_R1Q), 1)
     return codes_RAQ
+
+
+@torch.no_grad()
+def sample_text(
+    model: GroupDecoder,
+    pixels_FCHW: Tensor,
+    before: Sequence[int],
+    after: Sequence[int],
+    *,
+    max_new_tokens: int = 32,
+    sampling: Sampling = GREEDY,
+    stop_ids: frozenset[int] = frozenset(),
+) -> list[int]:
+    """Tokens behind a picture, or a video, that the model looks at.
+
+    Args:
+        model: in evaluation mode.
+        pixels_FCHW: of each frame, as the source gives them.
+        before: token ids in front of it; may be empty.
+        after: token ids behind it, at least one: a picture that is looked at predicts nothing.
+        max_new_tokens: the most that are added.
+        sampling: how tokens are chosen; a repetition penalty is refused.
+        stop_ids: tokens that end the text; they are given too.
+
+    Raises:
+        ValueError: the model has no part for it, nothing stands behind the picture, or its sides do not fit.
+    """
+    _needed(model.seen, "seen")
+    assert model.seen is not None
+    if not after:
+        raise ValueError("a picture that is looked at predicts nothing: give at least one token behind it")
+    if sampling.repetition_penalty != 1.0:
+        raise ValueError("a repetition penalty is not known here: set it to 1")
+    part, (height, width) = model.seen, pixels_FCHW.shape[2:]
+    look = Seen(len(pixels_FCHW), (height // part.cell, width // part.cell), part.own.frames)
+    device, levels = model.head_weight.device, 0 if model.sound is None else model.sound.levels
+    seen = SeenPictures(pixels_FCHW.to(device), torch.arange(len(pixels_FCHW), device=device))
+    text, said = list(after), []
+    for place in range(max_new_tokens):
+        fields = _rows([[*([Words(list(before))] if before else []), look, Words(text)]], levels, device)
+        kinds = Kinds(fields["modality"], Groups(ends_of(fields["groups"])), None, fields.get("codes"), seen=seen)
+        output = model(fields["tokens"], fields["positions"], fields["documents"], kinds=kinds)
+        logits_1V = model.logits(output.hidden_BTD[:, -1])
+        if sampling.greedy:
+            token = int(logits_1V.argmax(-1))
+        else:
+            uniform = Keys.of_step(sampling.seed, place).fold("text").uniform((1,))[0].double().to(device)
+            token = int(draw_token(filtered(logits_1V, sampling), uniform)[0])
+        text.append(token)
+        said.append(token)
+        if token in stop_ids:
+            break
+    return said

@@ -6,10 +6,11 @@ A document is a list of segments, a row a list of documents. What a position hol
     picture   what coarser scales (and the frame before) say,    the token of this very place,
               brought to this scale's grid                       with all others of its scale at once
     sound     the sum of its levels' embeddings                  the levels of the next frame, one after another
+    seen      what an encoder makes of a part of a picture       nothing
 
-So no position of a picture holds anything of its own group: a whole scale is predicted in parallel, and positions of a
-group may see each other. A position of sound is a group of its own. Which kind of segment comes next is not predicted:
-whoever asks the model says so.
+So no position of a picture that is predicted holds anything of its own group: a whole scale is predicted in parallel,
+and positions of a group may see each other. A position of sound is a group of its own; the parts of a picture that is
+looked at are one group. Which kind of segment comes next is not predicted: whoever asks the model says so.
 
 Shapes: T positions, Q levels of sound, A frames of sound.
 """
@@ -26,7 +27,7 @@ from resilin.data.errors import DataError
 from resilin.modalities.positions import picture_positions, text_positions
 from resilin.modalities.shape import PictureShape
 
-TEXT, PICTURE, SOUND = 0, 1, 2
+TEXT, PICTURE, SOUND, SEEN = 0, 1, 2, 3
 IGNORED = -100
 _NONE = -1
 
@@ -65,6 +66,26 @@ class Frames:
         return self.count * self.shape.places
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A picture, or the frames of a video, that is looked at.
+
+    Attributes:
+        count: frames; 1 for a picture.
+        grid: tokens of a frame, height and width.
+        together: frames that share a token, at most.
+    """
+
+    count: int
+    grid: tuple[int, int]
+    together: int
+
+    @property
+    def places(self) -> int:
+        """Positions in a row."""
+        return -(-self.count // self.together) * self.grid[0] * self.grid[1]
+
+
 @dataclass(frozen=True, eq=False)
 class Sound:
     """Frames of sound; a position without a code begins it.
@@ -81,7 +102,7 @@ class Sound:
         return len(self.codes_AQ) + 1
 
 
-Segment = Words | Frames | Sound
+Segment = Words | Frames | Seen | Sound
 Document = Sequence[Segment]
 
 
@@ -141,6 +162,17 @@ class _Row:
             self.frame += 1
         return at + max(frames.count, *shape.finest)
 
+    def seen(self, seen: Seen, document: int, at: float) -> float:
+        """Adds pictures that are looked at: a group for the tokens that frames share."""
+        shape, count = PictureShape((seen.grid,)), seen.grid[0] * seen.grid[1]
+        for frame in range(0, seen.count, seen.together):
+            self.add(
+                count, tokens=0, labels=IGNORED, documents=document, modality=SEEN, groups=self.group, frames=_NONE,
+                videos=_NONE, positions=picture_positions(shape, at, frame), **self.silent(count),
+            )  # fmt: skip
+            self.group += 1
+        return at + max(seen.count, *seen.grid)
+
     def sound(self, sound: Sound, document: int, at: float) -> float:
         """Adds sound."""
         count = sound.places
@@ -180,6 +212,8 @@ def row_of(documents: Iterable[Document], length: int, levels: int = 0) -> dict[
                 at = row.words(segment, number, at)
             elif isinstance(segment, Frames):
                 at = row.pictures(segment, number, at)
+            elif isinstance(segment, Seen):
+                at = row.seen(segment, number, at)
             elif segment.codes_AQ.ndim != 2 or segment.codes_AQ.shape[1] != levels or not levels:
                 have = tuple(segment.codes_AQ.shape)
                 raise DataError(f"document {number}: sound of shape {have} in a row of {levels} levels")

@@ -23,7 +23,7 @@ from resilin.data.mix import ChainSource, MixSource, whole_weights
 from resilin.data.order import BatchSizes
 from resilin.data.settings import SourceContext, SourceSettings
 from resilin.data.tokenizer import Tokenizer
-from resilin.modalities.rows import PictureRows, Room, SoundRows, TextRows
+from resilin.modalities.rows import LookedAt, PictureRows, Predicted, Room, SoundRows, TextRows
 from resilin.modalities.scale_tokens import ScaleTokenizer, check_scales, fit
 from resilin.modalities.shape import PictureShape
 from resilin.modalities.sound_codec import SoundCodec
@@ -93,6 +93,30 @@ class Pictures(Settings):
         return PictureShape(grids, self.seen_whole)
 
 
+class SeenStream(Settings):
+    """Rows of pictures or video that are looked at, each between two texts."""
+
+    weight: Weight = 1.0
+    """Its share of the slots."""
+    source: Annotated[SourceSettings, component("resilin.vision.images:ImageFolder")]
+    """Labelled images or video clips."""
+    before: str = ""
+    """A text in front of each picture; `{class}` is its label."""
+    after: str = ""
+    """A text behind each picture, which sees all of it."""
+
+
+class SeenSettings(Settings):
+    """Pictures that are looked at, and not predicted; `model.seen` is how they go in."""
+
+    streams: Annotated[tuple[SeenStream, ...], Field(min_length=1)]
+    """The sources; all of one size and as many channels."""
+    cell: Positive
+    """Pixels of a token's side: `model.seen.patch` times `model.seen.side`."""
+    frames: Positive = 4
+    """Frames of a video that share a token, as `model.seen.frames` has it."""
+
+
 class SoundStream(Settings):
     """How sound becomes tokens, and where it comes from: wave files, cut into rows."""
 
@@ -128,6 +152,8 @@ class Together(SourceSettings):
     """Rows of text."""
     pictures: Pictures | None = None
     """Rows of pictures and video."""
+    seen: SeenSettings | None = None
+    """Rows of pictures and video that are looked at."""
     sound: SoundStream | None = None
     """Rows of sound."""
 
@@ -155,11 +181,16 @@ class Together(SourceSettings):
         )
         picture_rows = [] if pictures is None else self._picture_rows(context, room, pictures, tokenizer)
         room = replace(room, pictures=max((rows.pictures_of_row for rows in picture_rows), default=0))
-        for rows in picture_rows:
+        seen_rows = self._seen_rows(context, room, tokenizer)
+        if seen_rows:
+            looks = max(rows.pictures_of_row for rows in seen_rows)
+            room = replace(room, look=seen_rows[0].picture, looks=looks)
+        for rows in (*picture_rows, *seen_rows):
             rows.room = room
-        sources: list[Source] = [TextRows(text, room), *picture_rows]
+        sources: list[Source] = [TextRows(text, room), *picture_rows, *seen_rows]
         weights = [self.text.weight]
         weights += [stream.weight for stream in self.pictures.streams] if self.pictures is not None else []
+        weights += [stream.weight for stream in self.seen.streams] if self.seen is not None else []
         if self.sound is not None and codec is not None:
             sources.append(SoundRows(sounds, codec, room, tokenizer, context, self.sound.before, self.sound.held_out))
             weights.append(self.sound.weight)
@@ -191,9 +222,22 @@ class Together(SourceSettings):
     ) -> list[PictureRows]:
         assert self.pictures is not None
         return [
-            PictureRows(stream.source, pictures, room, tokenizer, context, stream.before, stream.after)
+            PictureRows(stream.source, Predicted(pictures), room, tokenizer, context, stream.before, stream.after)
             for stream in self.pictures.streams
         ]
+
+    def _seen_rows(self, context: SourceContext, room: Room, tokenizer: Tokenizer) -> list[PictureRows]:
+        if self.seen is None:
+            return []
+        kind = LookedAt(self.seen.cell, self.seen.frames)
+        found = [
+            PictureRows(stream.source, kind, room, tokenizer, context, stream.before, stream.after)
+            for stream in self.seen.streams
+        ]
+        shapes = {rows.picture for rows in found}
+        if len(shapes) > 1:
+            raise DataError(f"source.seen: its streams give pictures of different shapes: {sorted(shapes)}")
+        return found
 
     def _sounds(self, context: SourceContext) -> tuple[SoundCodec | None, list[tuple[str, Tensor]]]:
         """The codec, fitted to what is trained on, and all sounds by name."""

@@ -113,8 +113,8 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=True, align_corners=False)
         return torch.cat((own, grid.flatten(2).transpose(1, 2)), 1)
 
-    def forward(self, inputs: Tensor, *, keys: Keys | None = None) -> Tensor:
-        """(B, C, H, W) -> logits (B, classes); `keys`: for dropout, None for none.
+    def features(self, inputs: Tensor, keys: Keys | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, N, D): what is made of each patch, row by row, behind the class token where there is one.
 
         Raises:
             ValueError: for a height or width that is not divisible by the patch.
@@ -134,6 +134,15 @@ class VisionTransformer(nn.Module):
         x_BND = dropout(x_BND, self.settings.dropout, keys.fold("embed") if keys else None)
         for index, block in enumerate(self.blocks):
             x_BND = block(x_BND, keys.fold(index) if keys else None)
-        x_BND = self.norm(x_BND)
+        normed_BND: Tensor = self.norm(x_BND)
+        return normed_BND
+
+    def forward(self, inputs: Tensor, *, keys: Keys | None = None) -> Tensor:
+        """(B, C, H, W) -> logits (B, classes); `keys`: for dropout, None for none.
+
+        Raises:
+            ValueError: for a height or width that is not divisible by the patch.
+        """
+        x_BND = self.features(inputs, keys)
         logits: Tensor = self.head(x_BND[:, 0] if self.class_token is not None else x_BND.mean(1))
         return logits
