@@ -31,7 +31,10 @@ def _child(
     import torch
     import torch.distributed as dist
 
+    from resilin.cluster.scheduling import compute_on
+
     torch.set_num_threads(1)
+    compute_on()
     try:
         if connect:
             dist.init_process_group(

@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from resilin.cluster.position import Position
+from resilin.cluster.scheduling import compute_on
 from resilin.cluster.watch import Watch
 from resilin.parallel.activity import waiting
 from resilin.parallel.errors import ParallelError
@@ -38,6 +39,8 @@ def joined(place: Position, device: torch.device, timeout: float) -> Iterator[No
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        compute_on()
     # torchrun's store still has what workers have left there before it started them anew.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:

@@ -31,6 +31,7 @@ from resilin.cluster.notice import await_notice, notice_of
 from resilin.cluster.place import Place
 from resilin.cluster.position import MEMBER
 from resilin.cluster.protocol.rules import Rules
+from resilin.cluster.scheduling import compute_on
 from resilin.cluster.settings import ClusterSettings
 from resilin.cluster.starter import ADDRESS, COORDINATOR, HOST, STORE, Door, Starter
 from resilin.cluster.tunnel import Relay
@@ -213,6 +214,7 @@ def work() -> Outcome:
         EndedError: it is over for this worker, with its exit code.
     """
     end_with_keeper()
+    compute_on()
     number, door = int(os.environ[MEMBER]), _door()
     with ExitStack() as stack:
         port = door.store

@@ -54,7 +54,10 @@ def _rank(rank: int, count: int, folder: str, sizes: Sequence[int]) -> None:
     import torch
     import torch.distributed as dist
 
+    from resilin.cluster.scheduling import compute_on
+
     torch.set_num_threads(1)
+    compute_on()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     where = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=count)
