@@ -80,6 +80,7 @@ def test_the_text_is_the_models_and_drafts_are_those_of_whole_rows(kind: str, de
         assert one.drafts.proposed <= one.drafts.rounds * min(depth, ahead)
 
 
+@pytest.mark.slow
 def test_sampled_texts_have_the_models_distribution() -> None:
     model, prompt, temperature, count = model_of(1, vocab_size=5, init_std=0.6), [1, 2], 0.9, 500
 

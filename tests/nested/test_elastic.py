@@ -109,7 +109,7 @@ def test_smaller_targets_are_parts_of_larger_ones(data):
 
 
 @torch.no_grad()
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_chosen_sizes_cost_what_the_target_says_and_are_the_likeliest_of_those(data):
     """Against all combinations, one by one."""
