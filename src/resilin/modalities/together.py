@@ -48,7 +48,7 @@ class TextStream(Settings):
 
 
 class PictureStream(Settings):
-    """Rows of pictures or video, each between two texts."""
+    """Rows of pictures or video, predicted or looked at, each between two texts."""
 
     weight: Weight = 1.0
     """Its share of the slots."""
@@ -57,7 +57,8 @@ class PictureStream(Settings):
     before: str = ""
     """A text in front of each picture; `{class}` is its label."""
     after: str = ""
-    """A text behind each picture; needs `seen_whole`, or it would not see the last scale."""
+    """A text behind each picture; behind one that is predicted it needs `seen_whole`, or it would not see the last
+    scale."""
 
 
 class Pictures(Settings):
@@ -93,23 +94,10 @@ class Pictures(Settings):
         return PictureShape(grids, self.seen_whole)
 
 
-class SeenStream(Settings):
-    """Rows of pictures or video that are looked at, each between two texts."""
-
-    weight: Weight = 1.0
-    """Its share of the slots."""
-    source: Annotated[SourceSettings, component("resilin.vision.images:ImageFolder")]
-    """Labelled images or video clips."""
-    before: str = ""
-    """A text in front of each picture; `{class}` is its label."""
-    after: str = ""
-    """A text behind each picture, which sees all of it."""
-
-
 class SeenSettings(Settings):
     """Pictures that are looked at, and not predicted; `model.seen` is how they go in."""
 
-    streams: Annotated[tuple[SeenStream, ...], Field(min_length=1)]
+    streams: Annotated[tuple[PictureStream, ...], Field(min_length=1)]
     """The sources; all of one size and as many channels."""
     cell: Positive
     """Pixels of a token's side: `model.seen.patch` times `model.seen.side`."""
