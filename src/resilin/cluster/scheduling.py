@@ -1,12 +1,10 @@
 """How the workers of a machine share its cores.
 
-Collectives on CPUs are carried out by threads of gloo beside the one that computes, woken by sockets and by each
-other several times for one sum. Linux lets a thread that wakes up interrupt another one that computes, so that with as
-many workers as cores, or more, threads that would be done in microseconds drive each other from core to core. A thread
-of the policy "batch" does not interrupt others: it computes on until it waits or its slice ends. Sums of little data
-between computations took 0.3 ms in place of 2 ms among two workers on two cores, 3.6 ms in place of 7.6 ms among four
-(Linux 6.18). The policy needs no privilege, costs nothing where cores are free, and is passed on to threads and
-processes that are started afterwards.
+Collectives on CPUs are carried out by threads of gloo beside the one that computes, woken by sockets and by each other
+several times for one sum. Linux lets a thread that wakes up interrupt another one that computes, so that with as many
+workers as cores, or more, threads that would be done in microseconds drive each other from core to core. A thread of
+the policy "batch" does not interrupt others: it computes on until it waits or its slice ends. The policy needs no
+privilege, costs nothing where cores are free, and is passed on to threads and processes that are started afterwards.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class GroupDecoder(AroundDecoder):
             values[SEEN] = self.seen.embedded(kinds.seen)
         for kind, values_ND in values.items():
             index_N = (kinds.modality_BT == kind).flatten().nonzero()[:, 0]
-            if len(index_N) != len(values_ND):
+            if kind == SEEN and len(index_N) != len(values_ND):
                 raise ValueError(
                     f"{len(index_N)} positions for {len(values_ND)} tokens of pictures that are looked at: "
                     "source.seen.cell is model.seen.patch * side, and frames are the same in both"
