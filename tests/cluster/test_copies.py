@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resilin.cluster.checksum import checksum
 from resilin.cluster.pages import Pages
 from resilin.cluster.peer import Peer, PeerError, PeerServer
 from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
 from resilin.cluster.restore import Need, Owners, Restorer, pieces_owned, pieces_whole
 from resilin.cluster.snapshots import Snapshots, StoppedError
-from resilin.cluster.sum64 import sum64
 from resilin.layout.dealing import deal, redeal
 from resilin.parallel.ownership import Ownership
 
@@ -27,17 +27,17 @@ NAMES = ("a", "b", "c", "d")
 @settings(max_examples=80)
 def test_a_sum_changes_with_every_bit_and_place(raw: bytes, data: st.DataObject):
     tensor = torch.frombuffer(bytearray(raw or b"\0"), dtype=torch.uint8)
-    was, bit = sum64(tensor), data.draw(st.integers(0, 8 * len(tensor) - 1))
+    was, bit = checksum(tensor), data.draw(st.integers(0, 8 * len(tensor) - 1))
     tensor[bit // 8] ^= 1 << (bit % 8)
-    assert sum64(tensor) != was
+    assert checksum(tensor) != was
     tensor[bit // 8] ^= 1 << (bit % 8)
-    assert sum64(tensor) == was
-    assert sum64(torch.cat([tensor, torch.zeros(1, dtype=torch.uint8)])) != was
+    assert checksum(tensor) == was
+    assert checksum(torch.cat([tensor, torch.zeros(1, dtype=torch.uint8)])) != was
 
 
 def test_a_sum_of_many_blocks_knows_where_they_stand():
     blocks = torch.randint(0, 255, (4, 1 << 17), dtype=torch.uint8)
-    assert sum64(blocks) != sum64(blocks[[1, 0, 2, 3]].contiguous())
+    assert checksum(blocks) != checksum(blocks[[1, 0, 2, 3]].contiguous())
 
 
 def copy(owner: int = 1, version: int = 3, epoch: int = 0, scale: float = 1.0) -> Copy:
@@ -70,7 +70,7 @@ def test_memory_is_used_again():
     pool, seen = Pool(1), set()
     for version in range(12):
         made = copy_of(
-            1, version // 6, version, [("w", "weights", torch.full((64 + version,), float(version)))], None, pool
+            1, version // 6, version, [("w", "weights", torch.full((6400 + version,), float(version)))], None, pool
         )
         seen.add(made.data.data_ptr())
         pool.put(made)
@@ -78,6 +78,21 @@ def test_memory_is_used_again():
         for kept in pool.versions()[1, version // 6]:
             pool.get(1, version // 6, kept).check()
     assert len(seen) == 3, "two that are kept, and one that is filled"
+
+
+def test_memory_is_there_for_more_than_was_owned():
+    pool = Pool(1)
+    for version in range(8):
+        if version == 3:
+            pool.reserve(4000)
+            pool.reserve(4000)  # it is there
+        pool.put(copy_of(1, 0, version, [("w", "weights", torch.full((400,), 1.0))], None, pool))
+        assert pool.get(1, 0, version).pages.data.numel() < 2000, "the smallest that fits is taken"
+    assert pool.memory(4000).data.numel() == 4000
+    assert pool.memory(4000).data.numel() > 4000, "there was one"
+    pool.reserve(10_000)
+    assert pool.memory(1000).data.numel() < 4000, "what is far too large is let go of"
+    assert pool.memory(10_000).data.numel() > 10_000
 
 
 def test_a_flipped_bit_is_found():

@@ -15,7 +15,7 @@ from ports import free_port
 
 from resilin.cluster.join import joined
 from resilin.cluster.position import Position
-from resilin.cluster.scheduling import compute_on
+from resilin.cluster.scheduling import answer_at_once, compute_on
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="policies of processes are Linux's")
 
@@ -44,12 +44,34 @@ def test_threads_that_are_started_afterwards_have_it_too() -> None:
     assert in_a_child(work) == [os.SCHED_OTHER, 1, os.SCHED_BATCH, os.SCHED_BATCH]
 
 
-def test_a_policy_that_somebody_chose_is_kept() -> None:
+def test_a_thread_that_answers_leaves_it() -> None:
     def work() -> list[int]:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        return [int(compute_on()), os.sched_getscheduler(0)]
+        found = []
 
-    assert in_a_child(work) == [0, os.SCHED_IDLE]
+        def answers() -> None:
+            answer_at_once()
+            found.append(os.sched_getscheduler(0))
+
+        compute_on()
+        thread = threading.Thread(target=answers)
+        thread.start()
+        thread.join()
+        return [*found, os.sched_getscheduler(0)]
+
+    assert in_a_child(work) == [os.SCHED_OTHER, os.SCHED_BATCH]
+
+
+@pytest.mark.parametrize("policy", ["SCHED_IDLE", "SCHED_BATCH"])
+def test_a_policy_that_somebody_chose_is_kept(policy: str) -> None:
+    chosen = getattr(os, policy)
+
+    def work() -> list[int]:
+        os.sched_setscheduler(0, chosen, os.sched_param(0))
+        found = int(compute_on())
+        answer_at_once()
+        return [found, os.sched_getscheduler(0)]
+
+    assert in_a_child(work) == [int(policy == "SCHED_BATCH"), chosen]
 
 
 def worker(rank: int, port: int) -> int:

@@ -109,8 +109,7 @@ def take_apart(tree: Mapping[str, Any], separate: Collection[str] = ()) -> Taken
     result = TakenApart()
     seen: dict[object, str] = {}
 
-    def visit(node: Any, path: tuple[str, ...]) -> Json:
-        where = "/".join(path)
+    def visit(node: Any, where: str, inside: str = "") -> Json:
         if isinstance(node, Tensor | Deferred):
             same = _same_memory(node)
             name = where if same is None or where in separate else seen.setdefault(same, where)
@@ -126,15 +125,17 @@ def take_apart(tree: Mapping[str, Any], separate: Collection[str] = ()) -> Taken
                         f"since JSON has no others; use {str(key)!r}, or a list"
                     )
                 plain = str.__str__(key)
-                out[f"${plain}" if plain.startswith("$") else plain] = visit(item, (*path, escape(plain)))
+                out[f"${plain}" if plain.startswith("$") else plain] = visit(
+                    item, name := f"{inside}{escape(plain)}", f"{name}/"
+                )
             return out
         if isinstance(node, list):
-            return [visit(item, (*path, str(index))) for index, item in enumerate(node)]
+            return [visit(item, f"{inside}{index}", f"{inside}{index}/") for index, item in enumerate(node)]
         return _leaf(node, where)
 
     if not isinstance(tree, Mapping):
         raise CheckpointError(f"a state is a dict at the top, not a {type(tree).__name__}")
-    result.json = visit(tree, ())
+    result.json = visit(tree, "")
     return result
 
 

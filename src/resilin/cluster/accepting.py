@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from resilin.cluster.handshake import HandshakeError, admit
+from resilin.cluster.scheduling import answer_at_once
 
 
 def accept_each(listening: socket.socket, serve: Callable[[socket.socket], object], name: str) -> None:
@@ -18,13 +19,18 @@ def accept_each(listening: socket.socket, serve: Callable[[socket.socket], objec
         name: of the threads.
     """
 
+    def served(connection: socket.socket) -> None:
+        answer_at_once()
+        serve(connection)
+
     def accept() -> None:
+        answer_at_once()
         while True:
             try:
                 connection, _ = listening.accept()
             except OSError:
                 return
-            threading.Thread(target=serve, args=(connection,), name=name, daemon=True).start()
+            threading.Thread(target=served, args=(connection,), name=name, daemon=True).start()
 
     threading.Thread(target=accept, name=f"{name}s", daemon=True).start()
 

@@ -43,6 +43,7 @@ from resilin.cluster.protocol.messages import (
     to_json,
 )
 from resilin.cluster.reach import lacking
+from resilin.cluster.scheduling import answer_at_once
 from resilin.cluster.sockets import At, at_of
 from resilin.cluster.starter import Door
 from resilin.cluster.watch import line_of
@@ -288,6 +289,7 @@ class Agent:
     # -- the other threads --------------------------------------------------------------------------------------
 
     def _hear(self) -> None:
+        answer_at_once()
         while (told := self._wire.hear()) is not None:
             try:
                 message = of_json(told)
@@ -341,6 +343,7 @@ class Agent:
         self._say(Probed(asked.number, lacking(others, self._where, self.secret, self._silence)))
 
     def _beat(self) -> None:
+        answer_at_once()
         while not self._closed and self._ended is None:
             activity = now.activity
             at = line_of(sys._current_frames().get(self._main))

@@ -68,10 +68,12 @@ class Pages:
         data: (bytes,) uint8.
         handle: with which others map it; None: this system has no such memory, and it is this process's alone.
         own: whether this process made it, and may fill it anew.
+        laid_out: what lies in it, and views of that, for whoever fills it anew with the like.
     """
 
     def __init__(self, data: Tensor, handle: Handle | None = None, *, own: bool = True) -> None:
         self.data, self.handle, self.own = data, handle, own
+        self.laid_out: tuple[object, list[Tensor]] | None = None
 
     @classmethod
     def of(cls, size: int) -> Pages:

@@ -131,6 +131,7 @@ class PeerServer:
             if told["do"] == "put":
                 size = int(told["head"]["bytes"])
                 pages = self._pool.memory(size)
+                pages.laid_out = None
                 channel.fill(pages.data[:size])
                 copy = Copy.of_head(told["head"], pages)
                 copy.check()

@@ -8,6 +8,7 @@ kept, beside those of the new one, until these are known to be everywhere (`forg
 from __future__ import annotations
 
 import threading
+from bisect import insort
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from resilin.checkpoint.tensor_record import DTYPE_NAMES, DTYPES
+from resilin.cluster.checksum import checksum
 from resilin.cluster.pages import Pages
-from resilin.cluster.sum64 import sum64
 
 KEPT = 2
 _SPARE = 4
@@ -60,7 +61,7 @@ class Copy:
         rest: JSON values that belong to it.
         bytes: of its data.
         pages: host memory, of so many bytes at least, which begins with the data.
-        sum: `sum64` of the data.
+        sum: `checksum` of the data.
     """
 
     owner: int
@@ -118,7 +119,7 @@ class Copy:
         Raises:
             CopyError: they differ.
         """
-        found = sum64(self.data)
+        found = checksum(self.data)
         if found != self.sum:
             raise CopyError(
                 f"the copy of member {self.owner}'s states of version {self.version} is damaged: its sum is "
@@ -150,12 +151,31 @@ class Pool:
     def memory(self, size: int) -> Pages:
         """Memory for so many bytes at least: that of a version which is no longer kept, where one fits."""
         with self._lock:
+            self._free = [old for old in self._free if old.data.numel() <= 4 * size]  # what is owned has become less
             for place, old in enumerate(self._free):
-                if size <= old.data.numel() <= 4 * size:
+                if size <= old.data.numel():
                     return self._free.pop(place)
-            del self._free[_SPARE:]  # sizes change when ownership does
-        # Memory that was never written to costs nothing, and whoever is left after a loss owns more than before.
-        return Pages.of(size + size // 2)
+        return Pages.of(size + size // 8)  # states may grow a little; pages that are never written to cost nothing
+
+    def reserve(self, size: int) -> None:
+        """See to it that `memory` has so much at once, without pages that are written to for the first time.
+
+        The system clears each page at its first use, which takes several times as long as copying into it. Whoever is
+        left after a loss owns more than before, and everyone waits for its first copy of that.
+        """
+        with self._lock:
+            if any(size <= old.data.numel() for old in self._free):
+                return
+        pages = Pages.of(size)
+        pages.data.zero_()
+        with self._lock:
+            self._keep(pages)
+
+    def _keep(self, pages: Pages) -> None:
+        """Memory that is free now; the smallest first, the largest few."""
+        if pages.own:
+            insort(self._free, pages, key=lambda one: one.data.numel())
+            del self._free[:-_SPARE]
 
     def put(self, copy: Copy) -> None:
         """Keep a complete copy; of this owner's others of the epoch the newest `KEPT - 1` stay."""
@@ -163,8 +183,7 @@ class Pool:
             mine = self._copies.setdefault((copy.owner, copy.epoch), {})
             mine[copy.version] = copy
             for version in sorted(mine)[:-KEPT]:
-                if (pages := mine.pop(version).pages).own:
-                    self._free.insert(0, pages)
+                self._keep(mine.pop(version).pages)
 
     def get(self, owner: int, epoch: int, version: int) -> Copy:
         """A copy.
@@ -190,8 +209,8 @@ class Pool:
         """Drop copies of epochs before this one."""
         with self._lock:
             for key in [key for key in self._copies if key[1] < epoch]:
-                self._free += [copy.pages for copy in self._copies.pop(key).values() if copy.pages.own]
-            del self._free[_SPARE:]
+                for copy in self._copies.pop(key).values():
+                    self._keep(copy.pages)
 
 
 def copy_of(
@@ -213,14 +232,20 @@ def copy_of(
         size += -(-tensor.nbytes // _ALIGN) * _ALIGN
     pages = Pages.of(size) if pool is None else pool.memory(size)
     data = pages.data[:size]
-    views, given = [], []
-    end = 0
-    for slot, (_, _, tensor) in zip(slots, tensors, strict=True):
-        data[end : slot.start].zero_()  # what lies between tensors is part of the sum
-        end = slot.start + slot.bytes
-        views.append(data[slot.start : end].view(tensor.dtype).view(tensor.shape))
-        given.append(tensor.detach())
-    data[end:].zero_()
-    if views:
-        torch._foreach_copy_(views, given)
-    return Copy(owner, epoch, version, tuple(slots), rest, size, pages, sum64(data))
+    if views := _places(pages, tuple(slots), data):
+        torch._foreach_copy_(views, [tensor.detach() for _, _, tensor in tensors])
+    return Copy(owner, epoch, version, tuple(slots), rest, size, pages, checksum(data))
+
+
+def _places(pages: Pages, slots: tuple[Slot, ...], data: Tensor) -> list[Tensor]:
+    """Where tensors go, and zeros between them, which are part of the sum; mostly those of an earlier version."""
+    if pages.laid_out is None or pages.laid_out[0] != slots:
+        views, end = [], 0
+        for slot in slots:
+            data[end : slot.start].zero_()
+            end = slot.start + slot.bytes
+            views.append(data[slot.start : end].view(DTYPES[slot.dtype]).view(slot.shape))
+        data[end:].zero_()
+        pages.laid_out = slots, views
+    views = pages.laid_out[1]
+    return views

@@ -76,27 +76,32 @@ def _place(member: int) -> Place:
 
 
 def _pieces(before: Sequence[Owners], wanted: Sequence[tuple[str, Place, Region]]) -> dict[str, list[Piece]]:
-    asked = {name for name, _, _ in wanted}
-    if not asked:
-        return {}
-    held = [
-        (name, _place(member), Region((run.begin,), (run.size,)))
-        for each in before
-        for index, member in enumerate(each.members)
-        for number, name in enumerate(each.names)
-        if name in asked
-        for run in each.ownership.runs_of(number, index)
-    ]
-    shapes = {
-        name: ((size,), "U8") for each in before for name, size in zip(each.names, each.ownership.sizes, strict=True)
-    }
-    source = Layout.of({name: shape for name, shape in shapes.items() if name in asked}, held)
-    target = Layout.of({name: shape for name, shape in shapes.items() if name in asked}, wanted)
+    wants: dict[str, list[tuple[Place, Region]]] = {}
+    for name, place, region in wanted:
+        wants.setdefault(name, []).append((place, region))
+    held: dict[str, list[tuple[Place, Region]]] = {name: [] for name in wants}
+    sizes: dict[str, int] = {}
+    for each in before:
+        for number, name in enumerate(each.names):
+            if name not in wants:
+                continue
+            sizes[name] = each.ownership.sizes[number]
+            for index, member in enumerate(each.members):
+                for run in each.ownership.runs_of(number, index):
+                    held[name].append((_place(member), Region((run.begin,), (run.size,))))
+    # Blocks are alike: what is planned for a parameter holds for all of its size with the same owners.
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for name, wish in wants.items():
+        alike.setdefault((sizes.get(name), *held[name], *wish), []).append(name)
+    firsts = [names[0] for names in alike.values()]
+    shapes = {name: ((sizes[name],), "U8") for name in firsts if name in sizes}
+    source = Layout.of(shapes, [(name, *each) for name in firsts for each in held[name]])
+    target = Layout.of(shapes, [(name, *each) for name in firsts for each in wants[name]])
     found: dict[str, list[Piece]] = {}
     for move in plan(source, target):
         piece = Piece(int(move.source.place.name), move.source.start, move.target.start, move.region.numel)
         found.setdefault(move.tensor, []).append(piece)
-    return found
+    return {name: found.get(names[0], []) for names in alike.values() for name in names}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from resilin.cluster.peer import Peer, PeerError
 from resilin.cluster.pool import Copy, CopyError
+from resilin.cluster.scheduling import answer_at_once
 
 _ATTEMPTS = 3
 
@@ -84,6 +85,7 @@ class Snapshots:
         self._thread.join()
 
     def _go(self) -> None:
+        answer_at_once()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._copy is not None or self._closed)

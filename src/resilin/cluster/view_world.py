@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
+from resilin.checkpoint.coordinator import Coordinator
+from resilin.checkpoint.late_coordinator import LateCoordinator
 from resilin.checkpoint.process_group import ProcessGroup
 from resilin.cluster.links import Links
 from resilin.cluster.view import View
@@ -99,10 +101,14 @@ class ViewWorld(World):
         ranks = self._ranks_of(number for stage in (stages[0], stages[-1]) for number in stage.part(self._part))
         return self.links.group(f"ends{self._part}", ranks)
 
-    def saving(self) -> ProcessGroup | None:
-        """Of saves, which go on beside the training; None where one worker saves. All members call together."""
+    def saving(self) -> Coordinator | None:
+        """Of saves, which go on beside the training; None where one worker saves."""
+        return None if self.size == 1 else LateCoordinator(self.rank, self.size, self._saving)
+
+    def _saving(self) -> ProcessGroup:
         group = self.links.group("checkpoint", range(self.size))
-        return None if group.process_group is None else ProcessGroup(group.process_group, group.wait)
+        assert group.process_group is not None
+        return ProcessGroup(group.process_group, group.wait)
 
     def members(self, *axes: str) -> list[tuple[int, ...]]:
         """The ranks of this worker's stage, of its team, or this one by itself."""

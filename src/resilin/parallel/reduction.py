@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -24,25 +25,46 @@ from resilin.parallel.group import Group
 from resilin.parallel.ownership import Ownership, Run
 from resilin.parallel.pool import Pool
 
-BUCKET_BYTES = 32 << 20
+BUCKET_BYTES = 8 << 20
+"""Small, as memory for what is sent and received grows with it: after a loss, workers have blocks that are no
+neighbours, send each by itself, and touch that memory for the first time while all wait."""
 _IN_FLIGHT = 2  # buckets that travel at one time
 _PAD = 16  # elements; every shard begins at a multiple, as vector kernels like it
 
 
-@dataclass(frozen=True)
-class _Bucket:
-    """Parameters whose gradients travel together.
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Neighbouring elements of a parameter, in a bucket.
 
     Attributes:
-        runs: for each rank what it owns of them.
-        spans: for each rank where the bucket begins and ends in that rank's flat memory.
-        starts: for each rank where each of its runs begins in its part of the bucket.
+        parameter: its number.
+        begin: the first element, in row-major order.
+        end: one past the last.
+        start: where it begins in its rank's part of the bucket.
+    """
+
+    parameter: int
+    begin: int
+    end: int
+    start: int
+
+    def of(self, part: Tensor) -> Tensor:
+        """Its place in a rank's part of the bucket."""
+        return part[self.start : self.start + self.end - self.begin]
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """What travels together: of every rank's flat memory the next so many elements.
+
+    Attributes:
+        pieces: for each rank what lies there.
+        spans: for each rank where the bucket begins and ends in its flat memory.
         given: whether their sums come from elsewhere: then only their weights travel.
     """
 
-    runs: list[list[Run]]
+    pieces: list[list[_Piece]]
     spans: list[tuple[int, int]]
-    starts: list[list[int]]
     given: bool
 
     def size(self, rank: int) -> int:
@@ -154,10 +176,9 @@ class Reduction:
         if group.size == 1:
             self.shards = dict(parameters)
             return
-        self._buckets = self._fill_buckets(bucket_bytes, given)
-        size = max((bucket.spans[group.index][1] for bucket in self._buckets), default=0)
+        self._lay_out(bucket_bytes, given)
         like = self.parameters[0] if self.parameters else torch.empty(0)
-        self._weights = torch.zeros(size, dtype=like.dtype, device=like.device)
+        self._weights = torch.zeros(self._size, dtype=like.dtype, device=like.device)
         self._gradient = torch.zeros_like(self._weights)
         self._packed, self._beside, self._received = (Pool(like, _IN_FLIGHT) for _ in range(3))
         self._own, self._grads = self._views(self._weights), self._views(self._gradient)
@@ -166,54 +187,54 @@ class Reduction:
 
     # -- what is where ------------------------------------------------------------------------------------------
 
-    def _fill_buckets(self, bucket_bytes: int, given: Collection[str]) -> list[_Bucket]:
-        buckets, begin = [], [0] * self.group.size
-        members: list[int] = []
-        size = 0
+    def _lay_out(self, bucket_bytes: int, given: Collection[str]) -> None:
+        """Every rank's flat memory, parameter by parameter: what it owns of one lies together."""
+        ranks = range(self.group.size)
+        self._buckets: list[_Bucket] = []
+        self._at: dict[int, int] = {}  # by parameter where this rank's runs of it begin
+        ends = [0] * self.group.size
         # The last layers' gradients are there first.
-        order = range(len(self.parameters) - 1, -1, -1)
-        kinds = [name in given for name in self.names]
-        for place, number in enumerate(order):
-            members.append(number)
-            size += self.parameters[number].nbytes
-            more = place + 1 < len(order) and kinds[order[place + 1]] is kinds[number]
-            if size < bucket_bytes and more:
-                continue
-            runs, spans, starts = [], [], []
-            for rank in range(self.group.size):
-                mine = [run for member in members for run in self.ownership.runs_of(member, rank)]
-                at, places = 0, []
-                for run in mine:
-                    places.append(at)
-                    at += -(-run.size // _PAD) * _PAD
-                runs.append(mine)
-                starts.append(places)
-                spans.append((begin[rank], begin[rank] + at))
-                begin[rank] += at
-            buckets.append(_Bucket(runs, spans, starts, kinds[number]))
-            members, size = [], 0
-        return buckets
+        for kind, members in groupby(range(len(self.parameters) - 1, -1, -1), lambda n: self.names[n] in given):
+            begins, numbers = list(ends), list(members)
+            lying: list[list[tuple[int, Run]]] = [[] for _ in ranks]
+            for number in numbers:
+                for rank in ranks:
+                    at = ends[rank]
+                    for run in self.ownership.runs_of(number, rank):
+                        lying[rank].append((at, run))
+                        if rank == self.group.index:
+                            self._at.setdefault(number, at)
+                        at += run.size
+                    ends[rank] += -(-(at - ends[rank]) // _PAD) * _PAD
+            count = max(-(-sum(self.parameters[number].nbytes for number in numbers) // bucket_bytes), 1)
+            cuts = [_cuts(begins[rank], ends[rank], count) for rank in ranks]
+            pieces = [_pieces(lying[rank], cuts[rank]) for rank in ranks]
+            for place in range(count):
+                spans = [(cuts[rank][place], cuts[rank][place + 1]) for rank in ranks]
+                self._buckets.append(_Bucket([pieces[rank][place] for rank in ranks], spans, kind))
+        self._size = ends[self.group.index]
 
     def _views(self, flat: Tensor) -> dict[Run, Tensor]:
         """This rank's runs in flat memory of its own."""
-        rank = self.group.index
-        return {
-            run: flat[bucket.spans[rank][0] + start :][: run.size]
-            for bucket in self._buckets
-            for run, start in zip(bucket.runs[rank], bucket.starts[rank], strict=True)
-        }
+        found = {}
+        for number, at in self._at.items():
+            for run in self.ownership.runs_of(number, self.group.index):
+                found[run] = flat[at : at + run.size]
+                at += run.size
+        return found
+
+    def _whole(self, number: int, flat: Tensor) -> Tensor:
+        """All that this rank owns of a parameter, in flat memory."""
+        owned = sum(run.size for run in self._runs_of[number])
+        found = flat[self._at[number] : self._at[number] + owned]
+        return found if self.ownership.whole[number] is None else found.view(self.parameters[number].shape)
 
     def _make_shards(self) -> None:
-        """Shards of one run are views of the flat memory; others, which a changed table may leave, are copies."""
-        by_parameter: dict[int, list[Run]] = {}
+        self._runs_of: dict[int, list[Run]] = {}
         for run in sorted(self._own, key=lambda run: (run.parameter, run.begin)):
-            by_parameter.setdefault(run.parameter, []).append(run)
-        self._runs_of = by_parameter
-        for number, runs in by_parameter.items():
-            value = self._own[runs[0]] if len(runs) == 1 else torch.cat([self._own[run] for run in runs])
-            if self.ownership.whole[number] is not None:
-                value = value.view(self.parameters[number].shape)
-            self.shards[self.names[number]] = nn.Parameter(value)
+            self._runs_of.setdefault(run.parameter, []).append(run)
+        for number in self._runs_of:
+            self.shards[self.names[number]] = nn.Parameter(self._whole(number, self._weights))
 
     # -- gradients ----------------------------------------------------------------------------------------------
 
@@ -267,13 +288,13 @@ class Reduction:
         targets, given = [], []
         for rank in range(self.group.size):
             for leaf, place in zip(leaves, own if rank == me else places, strict=False):
-                for run, start in zip(bucket.runs[rank], bucket.starts[rank], strict=True):
-                    target, grad = place[start : start + run.size], leaf[run.parameter]
+                for piece in bucket.pieces[rank]:
+                    target, grad = piece.of(place), leaf[piece.parameter]
                     if grad is None:
                         target.zero_()
                     else:
                         targets.append(target)
-                        given.append(grad.reshape(-1)[run.begin : run.end])
+                        given.append(grad.reshape(-1)[piece.begin : piece.end])
         if targets:
             torch._foreach_copy_(targets, given)
         received = self._received.take(sum(gets))
@@ -317,13 +338,8 @@ class Reduction:
             for parameter, flag in zip(self.parameters, used, strict=True):
                 parameter.grad = parameter.grad if flag else None  # zeros that were summed over a team are none
             return
-        for number, runs in self._runs_of.items():
-            shard = self.shards[self.names[number]]
-            if not used[number]:
-                shard.grad = None
-                continue
-            grad = self._grads[runs[0]] if len(runs) == 1 else torch.cat([self._grads[run] for run in runs])
-            shard.grad = grad.view(shard.shape)
+        for number in self._runs_of:
+            self.shards[self.names[number]].grad = self._whole(number, self._gradient) if used[number] else None
 
     def squares(self) -> Tensor:
         """(P, V) float64 squared norms of the owned virtual shards of the summed gradients, zeros elsewhere."""
@@ -357,20 +373,12 @@ class Reduction:
             return
         for run, view in self._own.items():
             view.copy_(self.parameters[run.parameter].detach().reshape(-1)[run.begin : run.end])
-        for number, runs in self._runs_of.items():
-            if len(runs) > 1:
-                self.shards[self.names[number]].data.copy_(torch.cat([self._own[run] for run in runs]))
 
     @torch.no_grad()
     def gather(self) -> None:
         """Give the weights of the shards, as the optimizer left them, to all ranks."""
         if self.group.size == 1:
             return
-        for number, runs in self._runs_of.items():
-            if len(runs) > 1:
-                parts = self.shards[self.names[number]].detach().split([run.size for run in runs])
-                for run, part in zip(runs, parts, strict=True):
-                    self._own[run].copy_(part)
         waiting: list[tuple[_Bucket, list[Tensor], Wait]] = []
         for bucket in self._buckets:
             sizes = [0 if rank == self.group.index else bucket.size(rank) for rank in range(self.group.size)]
@@ -386,8 +394,30 @@ class Reduction:
         """Put the weights of a bucket into the parameters."""
         wait()
         targets, given = [], []
-        for runs, starts, part in zip(bucket.runs, bucket.starts, parts, strict=True):
-            for run, start in zip(runs, starts, strict=True):
-                targets.append(self.parameters[run.parameter].detach().view(-1)[run.begin : run.end])
-                given.append(part[start : start + run.size])
+        for pieces, part in zip(bucket.pieces, parts, strict=True):
+            for piece in pieces:
+                targets.append(self.parameters[piece.parameter].detach().view(-1)[piece.begin : piece.end])
+                given.append(piece.of(part))
         torch._foreach_copy_(targets, given)
+
+
+def _cuts(begin: int, end: int, count: int) -> list[int]:
+    """Where so many buckets begin and end in a rank's flat memory."""
+    step = -(-(end - begin) // (count * _PAD)) * _PAD
+    return [min(begin + place * step, end) for place in range(count + 1)]
+
+
+def _pieces(lying: Sequence[tuple[int, Run]], cuts: Sequence[int]) -> list[list[_Piece]]:
+    """What lies in each bucket, of runs and where they begin in a rank's flat memory."""
+    found: list[list[_Piece]] = [[] for _ in cuts[1:]]
+    place = 0
+    for at, run in lying:
+        low, end = at, at + run.size
+        while low < end:
+            while cuts[place + 1] <= low:
+                place += 1
+            high = min(end, cuts[place + 1])
+            begin = run.begin + low - at
+            found[place].append(_Piece(run.parameter, begin, begin + high - low, low - cuts[place]))
+            low = high
+    return found

@@ -24,6 +24,7 @@ from resilin.checkpoint.folder import CheckpointFolder
 from resilin.checkpoint.tree import put_together, take_apart
 from resilin.cluster.addresses import joined, parse
 from resilin.cluster.agent import Agent, HaltedError
+from resilin.cluster.checksum import checksum
 from resilin.cluster.links import Links
 from resilin.cluster.parts import Parts
 from resilin.cluster.peer import Address, Peer, PeerServer
@@ -32,7 +33,6 @@ from resilin.cluster.protocol.messages import Adopt
 from resilin.cluster.restore import Need, Piece, Restorer, Shared, pieces_owned, pieces_whole
 from resilin.cluster.snapshots import Snapshots
 from resilin.cluster.store_connections import StoreConnections
-from resilin.cluster.sum64 import sum64
 from resilin.cluster.view import View
 from resilin.cluster.view_blueprint import ViewBlueprint
 from resilin.cluster.view_world import ViewWorld
@@ -53,6 +53,7 @@ from resilin.transforms import OptimizerTransform
 
 _REST = ("source", "objective", "run")
 _MISSED = 0.05  # seconds that letting go may take before it is gone on beside it
+_SETTLED = 2  # steps of a view after which it is thought of the next
 _PAUSE = 1000  # more than anything else that workers agree on
 
 
@@ -160,13 +161,22 @@ class Elastic:
         epoch = self.change.view.epoch
         if self._staged != (epoch, run.step):
             activity.doing("copying its states")
+            if run.step > self.change.version:  # an exchange under this view has been completed
+                self.pool.forget(epoch)
             copy = self._copy(run, epoch)
             self.pool.put(copy)
             self.snapshots.give(copy)
             self._staged = epoch, run.step
-            if run.step > self.change.version:  # an exchange under this view has been completed
-                self.pool.forget(epoch)
+            if run.step == self.change.version + _SETTLED:
+                self._reserve(copy.bytes)
             self._agent.committed(run.step, self._pace.steps, self._pace.seconds)
+
+    def _reserve(self, size: int) -> None:
+        """Have memory for what this worker would own after the loss of one of those who own as it does."""
+        table, left = self.change.view.stages[self.world.stage].owners, self.world.axis("dp") - 1
+        if left and (mine := table.count(self.world.coordinate("dp"))):
+            more = size * -(-len(table) // left) // mine + size // 64  # shards are not all of one size
+            threading.Thread(target=self.pool.reserve, args=(more,), name="resilin-reserve", daemon=True).start()
 
     def asks(self, signal: int) -> int:
         """To come out, if a change was announced; else what the signal asks."""
@@ -452,7 +462,7 @@ class Elastic:
             if name in (self._rows if names is None else names):
                 which = f"{name}#{self.world.coordinate('tp')}" if self.world.axis("tp") > 1 else name
                 mark = int.from_bytes(hashlib.blake2b(which.encode(), digest_size=8).digest(), "little") | 1
-                total += mark * sum64(parameter.detach().cpu())
+                total += mark * checksum(parameter.detach().cpu())
         return f"{total % 2**64:016x}"
 
     def _at(self, member: int) -> tuple[str, int]:
