@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resilin.adapt.tiles import add_unfolded, bat_col, fold, row_tiles, unfold
+from resilin.models.function import PlainFunction
 
 
 def _may_write() -> bool:
@@ -41,7 +42,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-class _Miss(torch.autograd.Function):
+class _Miss(PlainFunction):
     """y = x W^T + b + s fold(x) D; with G the gradient of y: dD = s fold(x)^T G, dx = G W + unfold(s G D^T)."""
 
     generate_vmap_rule = True
@@ -80,7 +81,7 @@ class _Miss(torch.autograd.Function):
         return of_x, None, of_bias, of_block, None
 
 
-class _Lora(torch.autograd.Function):
+class _Lora(PlainFunction):
     """y = x W^T + b + s (x A^T) B^T; with G the gradient of y and P = s G B: dA = P^T x, dB = s G^T (x A^T),
     dx = G W + P A.
     """
@@ -121,7 +122,7 @@ class _Lora(torch.autograd.Function):
         return of_x, None, of_bias, of_down, of_up, None
 
 
-class _BatCol(torch.autograd.Function):
+class _BatCol(PlainFunction):
     """y = x W'^T + b, W' = `bat_col(W, B)`; with H = G^T x: dB[a] = sum over c of W[a][c]^T H[a][c] + H[a][c]."""
 
     generate_vmap_rule = True

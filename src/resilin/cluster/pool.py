@@ -247,5 +247,4 @@ def _places(pages: Pages, slots: tuple[Slot, ...], data: Tensor) -> list[Tensor]
             views.append(data[slot.start : end].view(DTYPES[slot.dtype]).view(slot.shape))
         data[end:].zero_()
         pages.laid_out = slots, views
-    views = pages.laid_out[1]
-    return views
+    return pages.laid_out[1]

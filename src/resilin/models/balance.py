@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resilin.models.function import PlainFunction
+
 TINY = 2.0**-80
 """Of a load in the gradient, where only its sign counts. Loads are whole numbers, so sums of them are exact in whatever
 order they are added; so small, they do not change a bit of the gradients' common norm, and clip nothing."""
 
 
-class _Counted(torch.autograd.Function):
+class _Counted(PlainFunction):
     """The weights as they are; the gradient of the offsets is what was counted."""
 
     @staticmethod

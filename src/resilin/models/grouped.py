@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resilin.models.function import PlainFunction
 from resilin.models.linear import product
 
 
@@ -39,7 +40,7 @@ def group_choices(chosen_Nk: Tensor, groups: int) -> Groups:
     return Groups(order_R, rank_R, edges.diff())
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(PlainFunction):
     """Token n's row copied to each place its choices went."""
 
     @staticmethod
@@ -58,7 +59,7 @@ class _Spread(torch.autograd.Function):
         return gathered.view(-1, ctx.choices, gathered.shape[-1]).sum(1), None, None, None
 
 
-class _Permute(torch.autograd.Function):
+class _Permute(PlainFunction):
     """Rows in another order."""
 
     @staticmethod

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resilin.models import uncompiled
+from resilin.models.function import PlainFunction
 
 _ROWS = 32  # that the order is chosen for; any number may come
 
 
-class _Widened(torch.autograd.Function):
+class _Widened(PlainFunction):
     """x W^T + b with W taken to x's format for each pass: no layer keeps a second copy for the backward pass."""
 
     generate_vmap_rule = True

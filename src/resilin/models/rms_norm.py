@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resilin.models.function import PlainFunction
+
 
 def _normed(x: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The normed y and its factor r, of `_RMSNormOnCPU`."""
@@ -38,7 +40,7 @@ def _pulled(
     return grad_x, grad_weight
 
 
-class _RMSNormOnCPU(torch.autograd.Function):
+class _RMSNormOnCPU(PlainFunction):
     """With r = (mean(x**2) + eps)**-0.5, y = w r x: dx = r w g - x r**3 mean(w g x), dw = sum(g r x)."""
 
     generate_vmap_rule = True

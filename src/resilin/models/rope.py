@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from resilin.models.decoder_settings import DecoderSettings
+from resilin.models.function import PlainFunction
 from resilin.models.rope_scaling import DynamicScaling, LongRopeScaling, base_frequencies
 
 
@@ -70,7 +71,7 @@ def _swap_halves(x: Tensor) -> Tensor:
     return torch.cat((x[..., half:], x[..., :half]), dim=-1)
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotate(PlainFunction):
     """A rotation's gradient is the rotation back, so nothing of the activations is kept.
 
     One product and one fused multiply-add over whole heads: on the CPU twice as fast as working on half heads.

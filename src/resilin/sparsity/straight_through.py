@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resilin.models.function import PlainFunction
 
-class _Masked(torch.autograd.Function):
+
+class _Masked(PlainFunction):
     """weight * mask; the weight's gradient is that of the product."""
 
     generate_vmap_rule = True
