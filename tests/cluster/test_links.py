@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -108,44 +110,79 @@ def test_the_exchanges_of_an_engine_work_in_such_groups(port: int):
 
 
 class Lost:
-    """A message that gloo has lost sight of: nobody says that it is over."""
+    """What gloo has lost sight of: nobody says that it is over."""
 
     def __init__(self) -> None:
-        self.ends = threading.Event()
+        self.ends, self.begun = threading.Event(), threading.Event()
+
+    def is_completed(self) -> bool:
+        return self.ends.is_set()
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        self.begun.set()
+        if not self.ends.wait(None if timeout is None else timeout.total_seconds()):
+            raise RuntimeError("Operation timed out!")
+
+
+class Fails:
+    """What has failed."""
+
+    def is_completed(self) -> bool:
+        return True
 
     def wait(self) -> None:
-        self.ends.wait()
+        raise RuntimeError("connection closed")
 
 
-def test_whoever_waits_for_a_message_that_gloo_has_lost_comes_out_when_the_links_are_cut():
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-    links, lost, said = Links(StoreConnections(store), 0, 0, 60.0), Lost(), []
-    waiter = _Waiter(links)
+def links_of_one() -> Links:
+    return Links(StoreConnections(dist.TCPStore("127.0.0.1", 0, is_master=True)), 0, 0, 60.0)
+
+
+def for_messages(links: Links) -> Callable[[Any], object]:
+    return _Waiter(links).wait
+
+
+def for_collectives(links: Links) -> Callable[[Any], object]:
+    return links.wait
+
+
+@pytest.mark.parametrize("kind", [for_messages, for_collectives])
+def test_whoever_waits_for_what_gloo_has_lost_comes_out_when_the_links_are_cut(kind: Any):
+    links, lost, said = links_of_one(), Lost(), []
+    waits = kind(links)
 
     def wait() -> None:
         try:
-            waiter.wait(lost)
+            waits(lost)
         except LinksCutError as error:
             said.append(str(error))
 
     thread = threading.Thread(target=wait)
     thread.start()
+    assert lost.begun.wait(20)
     links.cut()
     thread.join(20)
     assert said == ["the links of epoch 0 were cut"]
-    lost.ends.set()
     with pytest.raises(LinksCutError):
-        waiter.wait(lost)
+        waits(lost)
+    lost.ends.set()
 
 
-def test_what_a_work_raises_is_raised_to_whoever_waits():
-    class Fails:
-        def wait(self) -> None:
-            raise RuntimeError("connection closed")
-
-    links = Links(StoreConnections(dist.TCPStore("127.0.0.1", 0, is_master=True)), 0, 0, 60.0)
+@pytest.mark.parametrize("kind", [for_messages, for_collectives])
+def test_what_a_work_raises_is_raised_to_whoever_waits(kind: Any):
+    links = links_of_one()
     with pytest.raises(RuntimeError, match="connection closed"):
-        _Waiter(links).wait(Fails())
+        kind(links)(Fails())
+    links.cut()
+    with pytest.raises(LinksCutError):
+        kind(links)(Fails())
+
+
+def test_whoever_waits_longer_than_a_look_waits_on():
+    links, late = links_of_one(), Lost()
+    threading.Timer(0.35, late.ends.set).start()
+    links.wait(late)
+    assert late.is_completed()
     links.cut()
 
 

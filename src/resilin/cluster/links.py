@@ -5,7 +5,9 @@ third. So every epoch has groups of its own, made in about ten milliseconds over
 `cut` ends the sockets beneath the old ones: whoever waits in them comes out with an error at once.
 
 Almost at once: a message that is handed to gloo while it notices that a connection has ended is lost sight of, and who
-waits for it waits until the timeout. So it is a thread for each group that waits, and whom it waits for looks at both.
+waits for it waits until the timeout. So whoever waits for a collective looks now and then whether the links were cut.
+Who gives up to wait for a message between two ranks ends the connections of all: there it is a thread for each group
+that waits, and whom it waits for looks at both.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from resilin.parallel.group import Group
 
 _making = threading.Lock()
 _POLL = 0.5
+_LOOK = timedelta(seconds=0.1)
 
 
 class _Old:
@@ -73,7 +76,7 @@ class LinksCutError(RuntimeError):
 
 
 class _Waiter:
-    """Waits for what is under way in one group, one after the other, in a thread that is left behind if need be."""
+    """Waits for messages of one group, one after the other, in a thread that is left behind if need be."""
 
     def __init__(self, links: Links) -> None:
         self._links = links
@@ -164,7 +167,26 @@ class Links:
         with self._lock:
             self._refuse_if_cut()
             self._groups.append(group)
-        return Group(ranks, index, group, _Waiter(self).wait, partial(self._within, name))
+        return Group(ranks, index, group, self.wait, _Waiter(self).wait, partial(self._within, name))
+
+    def wait(self, work: Any) -> None:
+        """Return when a collective is done.
+
+        Raises:
+            LinksCutError: the links were cut before.
+            RuntimeError: it has failed.
+        """
+        while not work.is_completed():
+            if self._cut:
+                raise LinksCutError(f"the links of epoch {self.epoch} were cut")
+            with suppress(RuntimeError):  # only that it is not done yet; else it is told below
+                work.wait(_LOOK)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            if self._cut:
+                raise LinksCutError(f"the links of epoch {self.epoch} were cut") from error
+            raise
 
     def _aside(self, make: Callable[[], Any]) -> Any:
         """What a call gives, made in a thread that is left behind once the links are cut.

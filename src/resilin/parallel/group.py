@@ -21,7 +21,8 @@ class Group:
         ranks: their numbers in the whole job.
         index: which of them this process is.
         process_group: what torch's collectives take; None where there is one rank only, who needs none.
-        wait: for a collective, or a message, of this group that is under way.
+        wait: for a collective of this group that is under way.
+        wait_message: for a message between two of its ranks.
         make: another group of such ranks, called by all of them; None: by torch's default groups.
     """
 
@@ -29,6 +30,7 @@ class Group:
     index: int
     process_group: dist.ProcessGroup | None = None
     wait: Callable[[Any], object] = field(default=_until_done, compare=False)
+    wait_message: Callable[[Any], object] = field(default=_until_done, compare=False)
     make: Callable[[tuple[int, ...]], Group] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:

@@ -258,7 +258,7 @@ class PipelinePasses:
         doing("sending to other stages")
         for work, _, rank in walk.sends:
             with waiting((rank,)):
-                self._group.wait(work)
+                self._group.wait_message(work)
 
     def _call(self, stage: Stage, micro: Micro) -> Any:
         batch, keys = micro
@@ -406,7 +406,7 @@ class PipelinePasses:
         post = walk.posts.pop(way)
         for work, rank in post.works:
             with waiting((rank,)):
-                self._group.wait(work)
+                self._group.wait_message(work)
         self._began = time.time()  # waiting for it was no computing
         return post.buffer
 

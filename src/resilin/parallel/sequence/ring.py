@@ -46,7 +46,7 @@ class _Passing:
         """What the rank before has sent."""
         with waiting(self._from):
             for work in self._works:
-                self._group.wait(work)
+                self._group.wait_message(work)
         return self._coming
 
 
