@@ -8,6 +8,7 @@ import statistics
 import sys
 import sysconfig
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from resilin.parallel.world import World
 from resilin.run.settings import RunSettings
 
 WARM_UP = 2
+_LOOKS = 0.005  # seconds between two looks at the memory
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -45,12 +47,34 @@ def text_files() -> list[str]:
     return [str(library / name) for name in ("argparse.py", "ast.py", "datetime.py", "inspect.py", "typing.py")]
 
 
-def resident(name: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most so far."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status does not tell {name}")
+def resident() -> int:
+    """Bytes of this process now; of pages that several workers of the machine see, its share."""
+    told: dict[str, int] = {}
+    for file in ("status", "smaps_rollup"):
+        for line in Path(f"/proc/self/{file}").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if value.endswith("kB"):
+                told[name] = int(value.split()[0]) * 1024
+    return told["VmRSS"] - told["RssShmem"] + told["Pss_Shmem"]
+
+
+class Peak:
+    """The most that was resident at any look, from now on."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._over.wait(_LOOKS):
+            self.bytes = max(self.bytes, resident())
+
+    def end(self) -> int:
+        self._over.set()
+        self._thread.join()
+        return self.bytes
 
 
 def _give_back() -> bool:
@@ -80,11 +104,12 @@ def work(settings_file: Path, folder: Path, *, give_back: bool) -> None:
     # What a first backward pass and optimizer load of torch is no part of the model.
     x = torch.ones(4, 4, requires_grad=True)
     (x @ x).sum().backward()
-    before = resident("VmRSS")
+    before, peak = resident(), Peak() if give_back else None
     settings = load_settings(RunSettings, settings_file)
     start_run(settings, folder, place=place)
     rank = 0 if place is None else place.rank
-    (folder / f"memory-{rank}.json").write_text(json.dumps(resident("VmHWM") - before), encoding="utf-8")
+    held = resident() if peak is None else peak.end()
+    (folder / f"memory-{rank}.json").write_text(json.dumps(held - before), encoding="utf-8")
 
 
 def measure(settings: str, script: str, *, give_back: bool) -> Measured:

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilin.cluster.checksum import checksum
-from resilin.cluster.pages import Pages
 from resilin.cluster.peer import Peer, PeerError, PeerServer
 from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
 from resilin.cluster.restore import Need, Owners, Restorer, pieces_owned, pieces_whole
 from resilin.cluster.snapshots import Snapshots, StoppedError
 from resilin.layout.dealing import deal, redeal
+from resilin.memory.pages import Pages
 from resilin.parallel.ownership import Ownership
 
 SIZES = (5, 64, 1000, 4097)

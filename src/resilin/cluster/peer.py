@@ -21,8 +21,8 @@ from torch import Tensor
 from resilin.cluster.accepting import accept_each, admitted
 from resilin.cluster.addresses import listen
 from resilin.cluster.handshake import HandshakeError, prove
-from resilin.cluster.pages import Handle, Pages, PagesError
 from resilin.cluster.pool import Copy, CopyError, Pool
+from resilin.memory.pages import Handle, Pages, PagesError
 
 _LINE = 1 << 26  # bytes; the head of a copy names every tensor
 _PIECES = 1 << 16

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resilin.checkpoint.tensor_record import DTYPE_NAMES, DTYPES
 from resilin.cluster.checksum import checksum
-from resilin.cluster.pages import Pages
+from resilin.memory.pages import Pages
 
 KEPT = 2
 _SPARE = 4

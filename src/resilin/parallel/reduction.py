@@ -8,7 +8,7 @@ bit (Rajbhandari et al., ZeRO, 2020, section 5; ElasWave, sections 5 and 6).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from resilin.memory.pages import Pages
 from resilin.optim.clip import shard_norms
 from resilin.parallel.canonical import Node, TreeSum
+from resilin.parallel.carriers import Carrier, carrier_of
 from resilin.parallel.errors import ParallelError
-from resilin.parallel.exchange import Wait, share, swap
 from resilin.parallel.group import Group
 from resilin.parallel.ownership import Ownership, Run
 from resilin.parallel.pool import Pool
@@ -28,7 +29,6 @@ from resilin.parallel.pool import Pool
 BUCKET_BYTES = 8 << 20
 """Small, as memory for what is sent and received grows with it: after a loss, workers have blocks that are no
 neighbours, send each by itself, and touch that memory for the first time while all wait."""
-_IN_FLIGHT = 2  # buckets that travel at one time
 _PAD = 16  # elements; every shard begins at a multiple, as vector kernels like it
 
 
@@ -80,14 +80,12 @@ class _Sent:
     Attributes:
         bucket: which.
         own: for each of this worker's blocks what stays here; the first in its place in the gradient.
-        received: what comes from all others, in the order of ranks and blocks.
-        wait: until it is there.
+        arrived: waits for what comes from all others, by rank.
     """
 
     bucket: _Bucket
     own: list[Tensor]
-    received: Tensor
-    wait: Wait
+    arrived: Callable[[], list[Tensor]]
 
 
 class Reduced(Protocol):
@@ -144,6 +142,8 @@ class Reduction:
         exact: whether the order of additions is that of the tree over micro-batches; else each worker adds its own in
             order, and the workers' sums are added in theirs.
         given: names of parameters whose sums are put into `sums_of` by others, who have them.
+        bucket_bytes: of gradients that travel together.
+        shared: whether ranks of one machine exchange through memory that all of them see.
 
     Attributes:
         shards: by name what this rank owns, as parameters for an optimizer; flat (n,), or of the parameter's own
@@ -161,6 +161,7 @@ class Reduction:
         exact: bool,
         given: Collection[str] = (),
         bucket_bytes: int = BUCKET_BYTES,
+        shared: bool = True,
     ) -> None:
         dtypes = {p.dtype for _, p in parameters}
         if len(dtypes) > 1:
@@ -178,9 +179,15 @@ class Reduction:
             return
         self._lay_out(bucket_bytes, given)
         like = self.parameters[0] if self.parameters else torch.empty(0)
-        self._weights = torch.zeros(self._size, dtype=like.dtype, device=like.device)
+        self._pages = Pages.of(self._size * like.element_size()) if shared and like.device.type == "cpu" else None
+        if self._pages is None:
+            self._weights = torch.zeros(self._size, dtype=like.dtype, device=like.device)
+        else:
+            self._weights = self._pages.data.view(like.dtype).zero_()
         self._gradient = torch.zeros_like(self._weights)
-        self._packed, self._beside, self._received = (Pool(like, _IN_FLIGHT) for _ in range(3))
+        self._beside = Pool(like, 2)
+        self._made: Carrier | None = None
+        self._shown = False  # whether the others may be taking weights from this rank's memory
         self._own, self._grads = self._views(self._weights), self._views(self._gradient)
         self._make_shards()
         self.read()
@@ -236,6 +243,12 @@ class Reduction:
         for number in self._runs_of:
             self.shards[self.names[number]] = nn.Parameter(self._whole(number, self._weights))
 
+    @property
+    def _carrier(self) -> Carrier:
+        if self._made is None:  # what is built for a look at it meets nobody
+            self._made = carrier_of(self.group, self._weights, self._pages)
+        return self._made
+
     # -- gradients ----------------------------------------------------------------------------------------------
 
     def reduce(self, mine: Sequence[Node], blocks: Sequence[Sequence[tuple[int, int]]]) -> None:
@@ -255,12 +268,13 @@ class Reduction:
         if len(leaves) != counts[self.group.index]:
             raise ValueError(f"{len(leaves)} blocks were added up where {counts[self.group.index]} are this worker's")
         self._used = [any(leaf[number] is not None for leaf in leaves) for number in range(len(self.parameters))]
+        self._shown = False  # whoever takes part in an exchange has taken the weights before
         waiting: list[_Sent] = []
         for bucket in self._buckets:
             if bucket.given:
                 continue
             waiting.append(self._send(bucket, leaves, counts))
-            if len(waiting) == _IN_FLIGHT:  # one travels while the next is packed
+            if len(waiting) == self._carrier.in_flight:  # one travels while the next is packed
                 self._receive(waiting.pop(0), blocks, counts)
         for sent in waiting:
             self._receive(sent, blocks, counts)
@@ -277,9 +291,8 @@ class Reduction:
     def _send(self, bucket: _Bucket, leaves: Sequence[Sequence[Tensor | None]], counts: Sequence[int]) -> _Sent:
         """Pack a bucket for all others, and what stays here where it is to be added up."""
         me, sizes = self.group.index, [bucket.size(rank) for rank in range(self.group.size)]
-        gives = [0 if rank == me else size * len(leaves) for rank, size in enumerate(sizes)]
-        gets = [0 if rank == me else sizes[me] * count for rank, count in enumerate(counts)]
-        packed = self._packed.take(sum(gives))
+        table = [[0 if to == by else size * count for to, size in enumerate(sizes)] for by, count in enumerate(counts)]
+        packed = self._carrier.room(table)
         own = [self._gradient[slice(*bucket.spans[me])]] if leaves else []
         if len(leaves) > 1:
             beside = self._beside.take(sizes[me] * (len(leaves) - 1))
@@ -297,19 +310,17 @@ class Reduction:
                         given.append(grad.reshape(-1)[piece.begin : piece.end])
         if targets:
             torch._foreach_copy_(targets, given)
-        received = self._received.take(sum(gets))
-        return _Sent(bucket, own, received, swap(received, packed, gets, gives, self.group))
+        return _Sent(bucket, own, self._carrier.swap(packed, table))
 
     def _receive(self, sent: _Sent, blocks: Sequence[Sequence[tuple[int, int]]], counts: Sequence[int]) -> None:
-        sent.wait()
+        arrived = sent.arrived()
         size, me = sent.bucket.size(self.group.index), self.group.index
         if not size or not sum(counts):
             return
         tree = TreeSum(home=sent.own[0] if sent.own else None)
-        theirs = iter(sent.received.split(size))
         parts: list[tuple[tuple[int, int], Tensor]] = []
         for rank, (each, count) in enumerate(zip(blocks, counts, strict=True)):
-            mine = iter(sent.own) if rank == me else theirs
+            mine = iter(sent.own if rank == me else arrived[rank].split(size))
             parts += [(block, next(mine)) for block in (each if self.exact else [(rank, 0)] * count)]
         for (_, height), part in sorted(parts, key=lambda one: one[0][0]):
             tree.push([part], height)
@@ -371,6 +382,9 @@ class Reduction:
         """Take the weights of the shards from the parameters, which a checkpoint may have filled."""
         if self.group.size == 1:
             return
+        if self._shown:  # others may still be taking them
+            self._carrier.show()
+            self._shown = False
         for run, view in self._own.items():
             view.copy_(self.parameters[run.parameter].detach().reshape(-1)[run.begin : run.end])
 
@@ -379,22 +393,20 @@ class Reduction:
         """Give the weights of the shards, as the optimizer left them, to all ranks."""
         if self.group.size == 1:
             return
-        waiting: list[tuple[_Bucket, list[Tensor], Wait]] = []
+        self._carrier.show()
+        self._shown = True
+        waiting: list[tuple[_Bucket, Callable[[], list[Tensor]]]] = []
         for bucket in self._buckets:
-            sizes = [0 if rank == self.group.index else bucket.size(rank) for rank in range(self.group.size)]
-            parts = list(self._received.take(sum(sizes)).split(sizes))
-            parts[self.group.index] = self._weights[slice(*bucket.spans[self.group.index])]
-            waiting.append((bucket, parts, share(parts, self.group)))
-            if len(waiting) == _IN_FLIGHT:
+            waiting.append((bucket, self._carrier.weights(bucket.spans)))
+            if len(waiting) == self._carrier.in_flight:
                 self._fill(*waiting.pop(0))
         for each in waiting:
             self._fill(*each)
 
-    def _fill(self, bucket: _Bucket, parts: Sequence[Tensor], wait: Wait) -> None:
+    def _fill(self, bucket: _Bucket, arrived: Callable[[], list[Tensor]]) -> None:
         """Put the weights of a bucket into the parameters."""
-        wait()
         targets, given = [], []
-        for pieces, part in zip(bucket.pieces, parts, strict=True):
+        for pieces, part in zip(bucket.pieces, arrived(), strict=True):
             for piece in pieces:
                 targets.append(self.parameters[piece.parameter].detach().view(-1)[piece.begin : piece.end])
                 given.append(piece.of(part))

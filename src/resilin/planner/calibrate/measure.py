@@ -54,7 +54,7 @@ def calibrate(folder: Path, processes: int = 2, tell: Tell = print) -> Cluster:
             peak=peak,
             launch=computed.launch,
         ),
-        levels=(Level(name="loopback", bandwidth=bandwidth, latency=latency),),
+        levels=(Level(name="loopback", bandwidth=bandwidth, latency=latency, shared=_shared(device)),),
         workers=_devices(device),
         efficiency=Efficiency(source="passes of small decoders, measured"),
         disk=Disk(read=read, write=written),
@@ -66,6 +66,10 @@ def calibrate(folder: Path, processes: int = 2, tell: Tell = print) -> Cluster:
         f"{found.device.launch * 1e6:.0f} us an operation"
     )
     return found
+
+
+def _shared(device: torch.device) -> bool:
+    return device.type == "cpu" and hasattr(os, "memfd_create")
 
 
 def _name(device: torch.device) -> str:

@@ -61,6 +61,17 @@ def gather_seconds(cluster: Cluster, span: Span, total: float) -> float:
     return slowest + sum((within // inside - 1) * latency for inside, within, _, latency in crossed)
 
 
+def in_one_memory(cluster: Cluster, span: Span) -> bool:
+    """Whether a group's ranks see the same memory."""
+    reach, inner = (span.size - 1) * span.stride + 1, cluster.levels[0]
+    return inner.shared and (not inner.devices or reach <= inner.devices)
+
+
+def agreement_seconds(cluster: Cluster, span: Span) -> float:
+    """Until all ranks of a group know that all have come."""
+    return 2 * (span.size - 1) * cluster.levels[0].latency
+
+
 def all_reduce_seconds(cluster: Cluster, span: Span, bytes_each: float) -> float:
     """A sum of so many bytes at each rank, which all of them end with."""
     return 2 * gather_seconds(cluster, span, bytes_each)

@@ -8,11 +8,19 @@ from dataclasses import dataclass
 
 from resilin.models.flops import parameter_counts, train_flops_per_token
 from resilin.parallel.pipeline import Costs, Schedule, simulate
+from resilin.parallel.reduction import BUCKET_BYTES
 from resilin.parallel.stages import splits_backward
 from resilin.planner.cost.arrangement import Arrangement, Workload
 from resilin.planner.cost.blocks import PassTimes, Pricing, block_times, ends_times
 from resilin.planner.cost.device_time import traffic_seconds
-from resilin.planner.cost.links import all_reduce_seconds, gather_seconds, message_seconds
+from resilin.planner.cost.links import (
+    Span,
+    agreement_seconds,
+    all_reduce_seconds,
+    gather_seconds,
+    in_one_memory,
+    message_seconds,
+)
 from resilin.planner.cost.memory import Memory, memory_of
 from resilin.planner.cost.parameters import LocalParameters
 from resilin.planner.cost.seconds import Seconds
@@ -282,10 +290,23 @@ def _reduction(pricing: Pricing, dense: int, experts: int) -> float:
     spread = type(span)(shards, span.stride * degrees.expert)
     total = 0.0
     for group, count in ((span, dense), (spread, experts)):
+        if stack.beside and plan.states_divided and in_one_memory(cluster, group):
+            total += _in_one_memory(pricing, group, count)
+            continue
         total += gather_seconds(cluster, group, count * stack.sent_gradient)
         back = stack.sent_weight if plan.states_divided else stack.sent_gradient
         total += gather_seconds(cluster, group, count * back)
     return total
+
+
+def _in_one_memory(pricing: Pricing, span: Span, count: int) -> float:
+    """The same where nothing is sent: what is packed, added up from there and taken is read and written."""
+    if span.size == 1 or not count:
+        return 0.0
+    stack, others = pricing.stack, (span.size - 1) / span.size
+    moved = count * (stack.sent_gradient * (2 + 3 * others) + 2 * stack.sent_weight)
+    exchanges = -(-count * stack.sent_gradient // BUCKET_BYTES) + 1
+    return traffic_seconds(pricing.cluster, moved) + exchanges * agreement_seconds(pricing.cluster, span)
 
 
 def _update(pricing: Pricing, dense: int, experts: int) -> float:

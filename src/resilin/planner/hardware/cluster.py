@@ -49,6 +49,9 @@ class Level(Settings):
     """Bytes a second that each device sends, while all of them send and receive at once."""
     latency: NotNegative = 0.0
     """Seconds of one message."""
+    shared: bool = False
+    """Whether it joins cores of one machine, whose processes see the same memory: there gradients and weights of data
+    parallelism are not sent."""
 
 
 class Efficiency(Settings):

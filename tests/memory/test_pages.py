@@ -8,9 +8,9 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from resilin.cluster.pages import Handle, Pages, PagesError
 from resilin.cluster.peer import Address, Peer, PeerServer
 from resilin.cluster.pool import CopyError, Pool, copy_of
+from resilin.memory.pages import Handle, Pages, PagesError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no such memory")
 
