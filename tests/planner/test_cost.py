@@ -248,3 +248,22 @@ def test_adam_takes_the_published_bytes_a_parameter() -> None:
 def test_an_attention_block_s_backward_is_twice_its_forward() -> None:
     times = block_times(Pricing(Workload(LARGE, 2048, 8), arranged(4), A100, RESILIN), 0)
     assert times.backward.products == pytest.approx(2 * times.forward.products, rel=0.1)
+
+
+def test_where_memory_is_shared_data_parallelism_sends_nothing() -> None:
+    laptop = load_cluster("laptop")
+    (level,) = laptop.levels
+    assert (level.shared, level.devices) == (True, 4)
+    slow, apart, both = (
+        laptop.model_copy(update={"levels": (level.model_copy(update=update),)})
+        for update in ({"bandwidth": 1e6}, {"shared": False}, {"bandwidth": 1e6, "shared": False})
+    )
+    work, plan = Workload(DENSE, 64, 8), replace(arranged(1, data=4), compute="fp32")
+    shared, shared_slow, sent, sent_slow = (predict(work, plan, one).reduction for one in (laptop, slow, apart, both))
+    assert 0 < shared == shared_slow
+    assert 10 * sent < sent_slow
+    wide = replace(arranged(1, data=8), compute="fp32")  # more workers than one machine has cores
+    outer = level.model_copy(update={"name": "network", "devices": 0, "shared": False})
+    two, cut = (laptop.model_copy(update={"levels": (one, outer)}) for one in (level, apart.levels[0]))
+    assert predict(work, wide, two).reduction == predict(work, wide, cut).reduction
+    assert predict(work, plan, two).reduction == shared

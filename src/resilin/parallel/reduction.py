@@ -183,7 +183,7 @@ class Reduction:
         if self._pages is None:
             self._weights = torch.zeros(self._size, dtype=like.dtype, device=like.device)
         else:
-            self._weights = self._pages.data.view(like.dtype).zero_()
+            self._weights = self._pages.data.view(like.dtype)
         self._gradient = torch.zeros_like(self._weights)
         self._beside = Pool(like, 2)
         self._made: Carrier | None = None
