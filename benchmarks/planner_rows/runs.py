@@ -29,7 +29,7 @@ class Measured:
 
     Attributes:
         seconds: of each step after the first ones.
-        memory: bytes that each worker's peak is above what it had when it began.
+        memory: bytes that each worker's peak is above what it had when it began; of runs that give back only.
     """
 
     seconds: list[float]
@@ -108,8 +108,8 @@ def work(settings_file: Path, folder: Path, *, give_back: bool) -> None:
     settings = load_settings(RunSettings, settings_file)
     start_run(settings, folder, place=place)
     rank = 0 if place is None else place.rank
-    held = resident() if peak is None else peak.end()
-    (folder / f"memory-{rank}.json").write_text(json.dumps(held - before), encoding="utf-8")
+    if peak is not None:
+        (folder / f"memory-{rank}.json").write_text(json.dumps(peak.end() - before), encoding="utf-8")
 
 
 def measure(settings: str, script: str, *, give_back: bool) -> Measured:

@@ -8,7 +8,9 @@ containers that do not see each other, systems without such memory) and on GPUs,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Protocol
 
@@ -106,14 +108,13 @@ class SharedMemory:
 
     Args:
         group: the ranks.
-        pages: of this rank's flat weights.
         weights: every rank's flat weights.
     """
 
     in_flight = 1
 
-    def __init__(self, group: Group, pages: Pages, weights: list[Tensor]) -> None:
-        self._group, self._pages, self._weights = group, pages, weights
+    def __init__(self, group: Group, weights: list[Tensor]) -> None:
+        self._group, self._weights = group, weights
         self._rooms: list[Tensor] = [weights[0].new_empty(0)] * group.size
         self._number = 0
 
@@ -167,10 +168,19 @@ def carrier_of(group: Group, weights: Tensor, pages: Pages | None) -> Carrier:
         weights: this rank's flat weights.
         pages: that they begin, which another process can map; None: they are in other memory.
     """
-    found = None if pages is None or group.backend != "gloo" else _mapped_by_all(pages, group)
-    if found is None or pages is None:
+    if pages is None or group.backend != "gloo":
         return Messages(group, weights)
-    return SharedMemory(group, pages, [data.view(weights.dtype) for data in found])
+    found = _mapped_by_all(pages, group)
+    if found is not None:
+        return SharedMemory(group, [data.view(weights.dtype) for data in found])
+    if group.index == 0:
+        _tell_once()
+    return Messages(group, weights)
+
+
+@cache
+def _tell_once() -> None:
+    sys.stderr.write("gradients and weights travel in messages: not all workers can map each other's memory\n")
 
 
 def _mapped_by_all(pages: Pages, group: Group) -> list[Tensor] | None:

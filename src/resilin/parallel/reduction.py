@@ -268,7 +268,6 @@ class Reduction:
         if len(leaves) != counts[self.group.index]:
             raise ValueError(f"{len(leaves)} blocks were added up where {counts[self.group.index]} are this worker's")
         self._used = [any(leaf[number] is not None for leaf in leaves) for number in range(len(self.parameters))]
-        self._shown = False  # whoever takes part in an exchange has taken the weights before
         waiting: list[_Sent] = []
         for bucket in self._buckets:
             if bucket.given:
@@ -310,6 +309,7 @@ class Reduction:
                         given.append(grad.reshape(-1)[piece.begin : piece.end])
         if targets:
             torch._foreach_copy_(targets, given)
+        self._shown = False  # whoever takes part in an exchange has taken the weights before
         return _Sent(bucket, own, self._carrier.swap(packed, table))
 
     def _receive(self, sent: _Sent, blocks: Sequence[Sequence[tuple[int, int]]], counts: Sequence[int]) -> None:
