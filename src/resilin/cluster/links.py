@@ -167,7 +167,13 @@ class Links:
         with self._lock:
             self._refuse_if_cut()
             self._groups.append(group)
-        return Group(ranks, index, group, self.wait, _Waiter(self).wait, partial(self._within, name))
+        made = Group(ranks, index, group, self.wait, _Waiter(self).wait, partial(self._within, name))
+        with _making:
+            self._begin()
+            try:
+                return made.met(self._timeout.total_seconds())
+            finally:
+                self._end()
 
     def wait(self, work: Any) -> None:
         """Return when a collective is done.

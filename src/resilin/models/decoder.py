@@ -306,17 +306,19 @@ class Decoder(nn.Module):
                     "a decoder whose rows are divided over ranks cannot read a cache: use an undivided one"
                 )
             return self._forward_cached(tokens_BT, positions_BT, documents_BT, cache)
-        if asked_BT is not None and continues_BT is None and self._may_leave_out(keys):
+        if asked_BT is not None and continues_BT is None and self._may_leave_out:
             places_N = asked_places(documents_BT, asked_BT)
-            if 0 < len(places_N) <= (1 - _WORTH_LEAVING_OUT) * asked_BT.numel():
+            worth = 0 < len(places_N) <= (1 - _WORTH_LEAVING_OUT) * asked_BT.numel()
+            if worth and (keys is None or not self.draws):  # random numbers go by the rows as they are
                 return self._forward_some(tokens_BT, positions_BT, documents_BT, keys, places_N)
         return self._forward_all(tokens_BT, positions_BT, documents_BT, keys, continues_BT)
 
-    def _may_leave_out(self, keys: Keys | None) -> bool:
-        # Routers are judged by all real tokens; scaled rotations, and random numbers, go by the rows as they are.
-        # Ranks that share a row compute equally many places of it.
+    @property
+    def _may_leave_out(self) -> bool:
+        # Routers are judged by all real tokens; scaled rotations go by the rows as they are. Ranks that share a row
+        # compute equally many places of it.
         plain = self.settings.moe is None and not depends_on_length(self.settings) and self.sequence is None
-        return plain and self.attends_by_document and (keys is None or not self.draws)
+        return plain and self.attends_by_document
 
     def _forward_some(
         self,

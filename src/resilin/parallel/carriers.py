@@ -8,17 +8,13 @@ containers that do not see each other, systems without such memory) and on GPUs,
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from itertools import accumulate
 from typing import Protocol
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from resilin.memory.pages import Handle, Pages, PagesError
+from resilin.memory.pages import Pages
 from resilin.parallel.activity import waiting
 from resilin.parallel.exchange import share, swap
 from resilin.parallel.group import Group
@@ -104,60 +100,43 @@ class Messages:
 class SharedMemory:
     """Through pages of each rank that all others have mapped.
 
-    A rank packs into two halves of its pages in turn: whoever says that the next exchange is packed has read the last.
-
     Args:
-        group: the ranks.
+        group: the ranks, which are near.
         weights: every rank's flat weights.
     """
 
     in_flight = 1
 
     def __init__(self, group: Group, weights: list[Tensor]) -> None:
-        self._group, self._weights = group, weights
-        self._rooms: list[Tensor] = [weights[0].new_empty(0)] * group.size
-        self._number = 0
+        assert group.near is not None
+        self._group, self._near, self._weights = group, group.near, weights
 
     def room(self, table: Table) -> Tensor:
-        """Half of this rank's pages; larger ones are made wherever they are too small, which all ranks know."""
-        needs, group = [sum(row) for row in table], self._group
-        if any(2 * need > len(room) for need, room in zip(needs, self._rooms, strict=True)):
-            most = max(needs)
-            like = self._weights[0]
-            found = _mapped_by_all(Pages.of(2 * most * like.element_size()), group)
-            if found is None:
-                raise PagesError("a rank cannot map the pages of another any more, as it could before")
-            self._rooms = [data.view(like.dtype) for data in found]
-        self._number += 1
-        return self._half(group.index)[: needs[group.index]]
-
-    def _half(self, rank: int) -> Tensor:
-        half = len(self._rooms[rank]) // 2
-        return self._rooms[rank][self._number % 2 * half :][:half]
+        """Half of this rank's room, into which nobody looks any more."""
+        like = self._weights[0]
+        return self._near.room(sum(table[self._group.index]) * like.element_size()).view(like.dtype)
 
     def swap(self, packed: Tensor, table: Table) -> Callable[[], list[Tensor]]:
         """What is packed stays where it is."""
         me = self._group.index
-        self._say("exchanging gradients")
         found = []
-        for rank, row in enumerate(table):
-            begins = list(accumulate(row, initial=0))
-            found.append(self._half(rank)[begins[me] : begins[me + 1]])
+        for data, row in zip(self._show("exchanging gradients"), table, strict=True):
+            begins = [begin * packed.element_size() for begin in accumulate(row, initial=0)]
+            found.append(data[begins[me] : begins[me + 1]].view(packed.dtype))
         return lambda: found
 
     def show(self) -> None:
         """All may look."""
-        self._say("exchanging weights")
+        self._show("exchanging weights")
 
     def weights(self, spans: Spans) -> Callable[[], list[Tensor]]:
         """They are there."""
         parts = [weights[low:high] for weights, (low, high) in zip(self._weights, spans, strict=True)]
         return lambda: parts
 
-    def _say(self, what: str) -> None:
-        said = torch.zeros(1)
+    def _show(self, what: str) -> list[Tensor]:
         with waiting(self._group.ranks, what):
-            self._group.wait(dist.all_reduce(said, group=self._group.process_group, async_op=True))
+            return self._near.show()
 
 
 def carrier_of(group: Group, weights: Tensor, pages: Pages | None) -> Carrier:
@@ -166,36 +145,10 @@ def carrier_of(group: Group, weights: Tensor, pages: Pages | None) -> Carrier:
     Args:
         group: of two or more.
         weights: this rank's flat weights.
-        pages: that they begin, which another process can map; None: they are in other memory.
+        pages: that they begin, which another process can map; None: they are in other memory, at all ranks.
     """
-    if pages is None or group.backend != "gloo":
+    if group.near is None or pages is None:
         return Messages(group, weights)
-    found = _mapped_by_all(pages, group)
-    if found is not None:
-        return SharedMemory(group, [data.view(weights.dtype) for data in found])
-    if group.index == 0:
-        _tell_once()
-    return Messages(group, weights)
-
-
-@cache
-def _tell_once() -> None:
-    sys.stderr.write("gradients and weights travel in messages: not all workers can map each other's memory\n")
-
-
-def _mapped_by_all(pages: Pages, group: Group) -> list[Tensor] | None:
-    """Every rank's pages, or None where some rank cannot map some."""
-    mine = torch.tensor([0] * 5 if pages.handle is None else pages.handle.json())
-    told = [torch.empty_like(mine) for _ in range(group.size)]
     with waiting(group.ranks):
-        group.wait(dist.all_gather(told, mine, group=group.process_group, async_op=True))
-    found, failed = [], 0
-    for rank, handle in enumerate(told):
-        try:
-            found.append(pages.data if rank == group.index else Pages.mapped(Handle.of_json(handle.tolist())).data)
-        except PagesError:
-            failed = 1
-    failures = torch.tensor([failed])
-    with waiting(group.ranks):
-        group.wait(dist.all_reduce(failures, group=group.process_group, async_op=True))
-    return None if int(failures) else found
+        found = group.near.map_all(pages)
+    return Messages(group, weights) if found is None else SharedMemory(group, [d.view(weights.dtype) for d in found])

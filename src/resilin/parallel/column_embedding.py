@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from resilin.layout import Shard
 from resilin.parallel.errors import ParallelError
-from resilin.parallel.expert.exchange import device_of, swap_rows
+from resilin.parallel.exchange import gathered, swapped
+from resilin.parallel.expert.exchange import device_of
 from resilin.parallel.group import Group
 from resilin.parallel.local_model import LocalModel
 
@@ -52,11 +52,8 @@ class ColumnEmbedding(nn.Module):
         if self.group.size == 1:
             return self.weight[ids]
         on = device_of(self.group, torch.empty(0, device=ids.device))
-        counts = [torch.zeros(1, dtype=torch.int64, device=on) for _ in range(self.group.size)]
-        mine = torch.tensor([len(flat_S)], device=on)
-        self.group.wait(dist.all_gather(counts, mine, group=self.group.process_group, async_op=True))
-        sizes = [int(count) for count in counts]
-        ids_A = swap_rows(flat_S.repeat(self.group.size), [len(flat_S)] * self.group.size, sizes, self.group)
+        sizes: list[int] = gathered(torch.tensor([len(flat_S)], device=on), 0, self.group).tolist()
+        ids_A = swapped(flat_S.repeat(self.group.size), [len(flat_S)] * self.group.size, sizes, self.group)
         rows_SH: Tensor = _Columns.apply(self.weight, ids_A, sizes, self.group)
         return rows_SH.view(*ids.shape, self.group.size * self.weight.shape[1])
 
@@ -69,7 +66,7 @@ class _Columns(torch.autograd.Function):
         ctx.save_for_backward(ids_A)
         ctx.sizes, ctx.group, ctx.rows = sizes, group, len(weight_Vh)
         own, width = sizes[group.index], weight_Vh.shape[1]
-        came = swap_rows(weight_Vh.index_select(0, ids_A), sizes, [own] * group.size, group)
+        came = swapped(weight_Vh.index_select(0, ids_A), sizes, [own] * group.size, group)
         return came.view(group.size, own, width).transpose(0, 1).reshape(own, group.size * width)
 
     @staticmethod
@@ -78,7 +75,7 @@ class _Columns(torch.autograd.Function):
         own, ranks = ctx.sizes[ctx.group.index], ctx.group.size
         width = grad_SH.shape[1] // ranks
         sent = grad_SH.view(own, ranks, width).transpose(0, 1).reshape(ranks * own, width)
-        grad_Ah = swap_rows(sent, [own] * ranks, ctx.sizes, ctx.group)
+        grad_Ah = swapped(sent, [own] * ranks, ctx.sizes, ctx.group)
         total = grad_Ah.new_zeros(ctx.rows, width)
         if grad_Ah.is_cuda:  # sorts ids and adds equal ones in order, where index_add has atomics
             return total.index_put((ids_A,), grad_Ah, accumulate=True), None, None, None

@@ -1,8 +1,14 @@
-"""Sending tensors around a group: the two patterns that ZeRO needs, over whichever way the backend is fast at."""
+"""What ranks of a group do together: each pattern the quickest way there is between them.
+
+On the CPUs of one machine that is memory which all of them see (`resilin.parallel.neighbours`); else the way that the
+group's backend is fast at.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +16,10 @@ from torch import Tensor
 
 from resilin.parallel.activity import waiting
 from resilin.parallel.group import Group
+
+# Renamed in torch 2.13, whose predecessors the project also takes.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Wait = Callable[[], object]
 
@@ -33,16 +43,23 @@ def swap(
     if group.size == 1:
         received.copy_(sent)
         return _done
+    if group.near is not None:
+        return _waiting(
+            group, "exchanging gradients", group.near.swap_later(received, sent, received_sizes, sent_sizes)
+        )
     # gloo takes three times as long for a reduce-scatter of the same bytes, and adds them in an order of its own.
     work = dist.all_to_all_single(
         received, sent, list(received_sizes), list(sent_sizes), group=group.process_group, async_op=True
     )
+    return _waiting(group, "exchanging gradients", lambda: group.wait(work))
 
-    def wait() -> None:
-        with waiting(group.ranks, "exchanging gradients"):
-            group.wait(work)
 
-    return wait
+def _waiting(group: Group, what: str, wait: Wait) -> Wait:
+    def waits() -> None:
+        with waiting(group.ranks, what):
+            wait()
+
+    return waits
 
 
 def share(parts: Sequence[Tensor], group: Group) -> Wait:
@@ -57,6 +74,8 @@ def share(parts: Sequence[Tensor], group: Group) -> Wait:
     """
     if group.size == 1:
         return _done
+    if group.near is not None:
+        return _waiting(group, "exchanging weights", group.near.share_later(parts))
     # A broadcast each takes gloo half the time of its all-gather, and needs no common size.
     works = [
         dist.broadcast(part, group=group.process_group, group_src=index, async_op=True)
@@ -65,26 +84,131 @@ def share(parts: Sequence[Tensor], group: Group) -> Wait:
     ]
 
     def wait() -> None:
-        with waiting(group.ranks, "exchanging weights"):
-            for work in works:
-                group.wait(work)
+        for work in works:
+            group.wait(work)
 
-    return wait
+    return _waiting(group, "exchanging weights", wait)
 
 
 def add_up(tensor: Tensor, group: Group) -> Tensor:
     """The sum over a group, in place."""
     if group.size > 1:
         with waiting(group.ranks):
-            group.wait(dist.all_reduce(tensor, group=group.process_group, async_op=True))
+            if group.near is not None:
+                tensor.copy_(group.near.sum(tensor))
+            else:
+                group.wait(dist.all_reduce(tensor, group=group.process_group, async_op=True))
     return tensor
+
+
+def summed(tensor: Tensor, group: Group) -> Tensor:
+    """The sum over a group, a new tensor."""
+    if group.near is None:
+        return add_up(tensor.clone(memory_format=torch.contiguous_format), group)
+    with waiting(group.ranks):
+        return group.near.sum(tensor)
 
 
 def largest(tensor: Tensor, group: Group) -> Tensor:
     """The largest of a group's, in place."""
     if group.size > 1:
-        group.wait(dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group.process_group, async_op=True))
+        with waiting(group.ranks):
+            if group.near is not None:
+                tensor.copy_(group.near.largest(tensor))
+            else:
+                group.wait(dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group.process_group, async_op=True))
     return tensor
+
+
+def gathered(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Tensors of one shape, of a dimension or more, at all ranks side by side along one, in the order of ranks."""
+    if group.size == 1:
+        return x
+    with waiting(group.ranks):
+        if group.near is not None:
+            return group.near.gather(x, dim)
+        parts = x.new_empty(group.size, *x.shape)
+        group.wait(_all_gather(parts.flatten(0, 1), x.contiguous(), group=group.process_group, async_op=True))
+    dim = dim % x.ndim
+    return parts.flatten(0, 1) if dim == 0 else parts.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def scattered_sum(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part, along a dimension, of the sum over a group."""
+    dim = dim % x.ndim
+    if group.near is not None:
+        with waiting(group.ranks):
+            return group.near.scatter_sum(x, dim)
+    parts = x.unflatten(dim, (group.size, -1)).movedim(dim, 0).contiguous()
+    if x.device.type == "cpu":  # gloo's reduce-scatter takes twice as long as this, on two ranks and on four
+        return swapped_equal(parts, group).sum(0, dtype=x.dtype)
+    own = x.new_empty(parts.shape[1:])
+    with waiting(group.ranks):
+        group.wait(_reduce_scatter(own, parts.flatten(0, 1), group=group.process_group, async_op=True))
+    return own
+
+
+def swapped(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
+    """Rows from every rank to every rank.
+
+    Args:
+        rows: (sum of sent, ...) by receiver.
+        sent: rows for each rank.
+        received: rows from each rank.
+        group: all of its ranks call together.
+
+    Returns:
+        (sum of received, ...) by sender, each in the sender's order.
+    """
+    if group.size == 1:
+        return rows
+    with waiting(group.ranks):
+        if group.near is not None:
+            return group.near.swap(rows, sent, received)
+        came = rows.new_empty(sum(received), *rows.shape[1:])
+        given = rows.contiguous()
+        group.wait(
+            dist.all_to_all_single(came, given, list(received), list(sent), group=group.process_group, async_op=True)
+        )
+    return came
+
+
+def swapped_equal(parts: Tensor, group: Group) -> Tensor:
+    """(P, ...): what goes to each rank -> what came from each."""
+    return swapped(parts, [1] * group.size, [1] * group.size, group)
+
+
+def post(x: Tensor, to: int, tag: int, group: Group) -> Any:
+    """Send a tensor to one rank, without waiting for it.
+
+    Args:
+        x: contiguous.
+        to: the rank, as the group numbers it.
+        tag: by which it is asked for; those of one tag come in order.
+        group: of both.
+
+    Returns:
+        What is under way until it `is_completed`, and to be waited for by `group.wait_message`: till then the tensor
+        must not change. None: it has been taken already.
+    """
+    if group.near is not None:
+        return group.near.post(x, (to,), tag)
+    return dist.isend(x, group=group.process_group, tag=tag, group_dst=to)
+
+
+def ask(into: Tensor, by: int, tag: int, group: Group) -> Wait:
+    """Gives what waits until a tensor that another rank has sent is there.
+
+    Args:
+        into: to be filled, contiguous.
+        by: the rank, as the group numbers it.
+        tag: that it has sent it with.
+        group: of both.
+    """
+    if group.near is not None:
+        return partial(group.near.receive, into, by, tag)
+    work = dist.irecv(into, group=group.process_group, tag=tag, group_src=by)
+    return lambda: group.wait_message(work)
 
 
 def add_up_all(
@@ -112,7 +236,8 @@ def add_up_all(
 
 
 def _add_up_bucket(tensors: Sequence[Tensor], group: Group, in_order: bool) -> None:
-    add = _add_up_in_order if in_order and group.size > 2 else add_up  # of two, one order is the other
+    # Of two, one order is the other.
+    add = _add_up_in_order if in_order and group.size > 2 and group.near is None else add_up
     if len(tensors) == 1 and tensors[0].is_contiguous():
         add(tensors[0], group)
     elif tensors:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
+import torch
 import torch.distributed as dist
+
+from resilin.parallel.activity import waiting
+from resilin.parallel.meeting import meet
+from resilin.parallel.neighbours import Neighbours
+
+_met: WeakValueDictionary[str, Neighbours] = WeakValueDictionary()  # by name of the process group
 
 
 def _until_done(work: Any) -> None:
@@ -24,6 +32,7 @@ class Group:
         wait: for a collective of this group that is under way.
         wait_message: for a message between two of its ranks.
         make: another group of such ranks, called by all of them; None: by torch's default groups.
+        near: what exchanges through memory, where all ranks are on the CPUs of one machine; None: messages do.
     """
 
     ranks: tuple[int, ...]
@@ -32,6 +41,7 @@ class Group:
     wait: Callable[[Any], object] = field(default=_until_done, compare=False)
     wait_message: Callable[[Any], object] = field(default=_until_done, compare=False)
     make: Callable[[tuple[int, ...]], Group] | None = field(default=None, compare=False)
+    near: Neighbours | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < len(self.ranks):
@@ -69,6 +79,32 @@ class Group:
         """This process's number in the whole job."""
         return self.ranks[self.index]
 
+    def met(self, timeout: float | None = None) -> Group:
+        """The same group, whose ranks exchange through memory where they can; all of them call together.
+
+        Args:
+            timeout: seconds that a rank waits for another; None: as the process group does.
+        """
+        if self.size == 1 or self.backend != "gloo":
+            return self
+        assert self.process_group is not None
+        if timeout is None:
+            timeout = _timeout_of(self.process_group)
+        with waiting(self.ranks, "meeting the others"):
+            met = meet(self.ranks, self.index, timeout, self._tell, self._all_did)
+        return self if met is None else replace(self, near=Neighbours(self.index, met))
+
+    def _tell(self, numbers: list[int]) -> list[list[int]]:
+        mine = torch.tensor(numbers)
+        told = [torch.empty_like(mine) for _ in self.ranks]
+        self.wait(dist.all_gather(told, mine, group=self.process_group, async_op=True))
+        return [each.tolist() for each in told]
+
+    def _all_did(self, done: bool) -> bool:
+        failures = torch.tensor([not done], dtype=torch.int64)
+        self.wait(dist.all_reduce(failures, group=self.process_group, async_op=True))
+        return not int(failures)
+
     def among(self, members: Sequence[int]) -> Group:
         """The group of some of these ranks, this one among them, made by all of them together.
 
@@ -81,7 +117,7 @@ class Group:
         if self.make is not None:
             return self.make(ranks)
         made = dist.new_group(list(ranks), use_local_synchronization=True, group_desc="copies")
-        return Group(ranks, list(members).index(self.index), made)
+        return _listed(Group(ranks, list(members).index(self.index), made).met())
 
     @classmethod
     def alone(cls, rank: int = 0) -> Group:
@@ -99,7 +135,26 @@ class Group:
 def named(name: str) -> Group:
     """The group of a name, for compiled code, which keeps names only: process groups end when nobody holds them."""
     c10d: Any = dist.distributed_c10d
-    return Group.of(c10d._resolve_process_group(name))
+    return replace(Group.of(c10d._resolve_process_group(name)), near=_met.get(name))
+
+
+def of_all() -> Group:
+    """All ranks of torch's default group, who call together."""
+    return _listed(Group.of().met())
+
+
+def _listed(group: Group) -> Group:
+    """A group that `named` finds."""
+    if group.process_group is not None:
+        _met.pop(group.name, None)
+        if group.near is not None:
+            _met[group.name] = group.near
+    return group
+
+
+def _timeout_of(process_group: dist.ProcessGroup) -> float:
+    backend: Any = process_group._get_backend(torch.device("cpu"))
+    return float(backend.options._timeout.total_seconds())
 
 
 def make_groups(members: Sequence[Sequence[int]], rank: int, name: str) -> Group:
@@ -117,4 +172,4 @@ def make_groups(members: Sequence[Sequence[int]], rank: int, name: str) -> Group
             mine = Group(tuple(ranks), list(ranks).index(rank), made)
     if mine is None:
         raise ValueError(f"rank {rank} is in none of the groups {members}")
-    return mine
+    return _listed(mine.met())

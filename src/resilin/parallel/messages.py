@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from resilin.parallel.activity import waiting
+from resilin.parallel.exchange import gathered
 from resilin.parallel.group import Group
 
 
@@ -17,17 +17,14 @@ def tell_all(value: Any, group: Group) -> list[Any]:
     if group.size == 1:
         return [value]
     raw = json.dumps(value).encode()
+    if group.near is not None:
+        with waiting(group.ranks):
+            return [json.loads(text) for text in group.near.tell(raw)]
     device = _device_of(group)
-    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size)]
-    with waiting(group.ranks):
-        mine = torch.tensor([len(raw)], device=device)
-        group.wait(dist.all_gather(lengths, mine, group=group.process_group, async_op=True))
-    counts = [int(length) for length in lengths]
+    counts: list[int] = gathered(torch.tensor([len(raw)], device=device), 0, group).tolist()
     mine = torch.zeros(max(counts), dtype=torch.uint8, device=device)
     mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    texts = [torch.empty_like(mine) for _ in counts]
-    with waiting(group.ranks):
-        group.wait(dist.all_gather(texts, mine, group=group.process_group, async_op=True))
+    texts = gathered(mine[None], 0, group)
     return [json.loads(text[:count].cpu().numpy().tobytes()) for text, count in zip(texts, counts, strict=True)]
 
 

@@ -12,7 +12,7 @@ from resilin.layout import Mesh, Place
 from resilin.layout import rank as rank_place
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.errors import ParallelError
-from resilin.parallel.group import Group, make_groups
+from resilin.parallel.group import Group, make_groups, of_all
 
 
 class World:
@@ -74,7 +74,7 @@ class World:
     def everyone(self) -> Group:
         """All workers."""
         self._connected()
-        return Group.of() if self.size > 1 else Group.alone()
+        return of_all() if self.size > 1 else Group.alone()
 
     def _connected(self) -> None:
         if self.size == 1:

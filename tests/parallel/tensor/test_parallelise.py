@@ -25,6 +25,7 @@ from resilin.models.decoder import Decoder
 from resilin.models.decoder_plan import decoder_plan
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.models.linear import Linear
+from resilin.parallel import exchange
 from resilin.parallel.decoder_specs import decoder_specs
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.errors import ParallelError
@@ -32,7 +33,7 @@ from resilin.parallel.group import Group
 from resilin.parallel.local_model import shapes_of
 from resilin.parallel.sequence.shard import shard_sequence
 from resilin.parallel.sequence.ulysses import ulysses
-from resilin.parallel.tensor import collectives, parallelise, plan_of
+from resilin.parallel.tensor import parallelise, plan_of
 from resilin.parallel.world import World
 from resilin.posttrain.reward_model import RewardModel
 
@@ -44,14 +45,14 @@ class Counted:
         self.calls: Counter[str] = Counter()
 
     def __enter__(self) -> Counted:
-        self._before = dist.all_reduce, collectives._all_gather, dist.all_to_all_single
+        self._before = dist.all_reduce, exchange._all_gather, dist.all_to_all_single
         dist.all_reduce = self._of("all_reduce", dist.all_reduce)
-        collectives._all_gather = self._of("all_gather", collectives._all_gather)
+        exchange._all_gather = self._of("all_gather", exchange._all_gather)
         dist.all_to_all_single = self._of("reduce_scatter", dist.all_to_all_single)  # what a CPU does in its place
         return self
 
     def __exit__(self, *_: object) -> None:
-        dist.all_reduce, collectives._all_gather, dist.all_to_all_single = self._before
+        dist.all_reduce, exchange._all_gather, dist.all_to_all_single = self._before
 
     def _of(self, kind: str, call: Any) -> Any:
         def counted(*arguments: Any, **named: Any) -> Any:

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from resilin.parallel.activity import waiting
+from resilin.parallel.exchange import swapped, swapped_equal
 from resilin.parallel.group import Group
 
 
@@ -59,11 +58,11 @@ class FlatRoute:
 
     def there(self, rows_SD: Tensor) -> Tensor:
         """(S, D) by receiver -> (R, D) by sender."""
-        return swap_rows(rows_SD, self.sent, self.received, self.group)
+        return swapped(rows_SD, self.sent, self.received, self.group)
 
     def back(self, rows_RD: Tensor) -> Tensor:
         """(R, D) by sender -> (S, D) by receiver."""
-        return swap_rows(rows_RD, self.received, self.sent, self.group)
+        return swapped(rows_RD, self.received, self.sent, self.group)
 
 
 class FlatExchange:
@@ -84,25 +83,7 @@ class FlatExchange:
 
 def swap_equal(parts_PX: Tensor, group: Group) -> Tensor:
     """(P, ...): what goes to each rank -> what came from each."""
-    if group.size == 1:
-        return parts_PX
-    on = device_of(group, parts_PX)
-    came = torch.empty_like(parts_PX, device=on, memory_format=torch.contiguous_format)
-    with waiting(group.ranks):
-        parts = parts_PX.to(on).contiguous()
-        group.wait(dist.all_to_all_single(came, parts, group=group.process_group, async_op=True))
-    return came.to(parts_PX.device)
-
-
-def swap_rows(rows_SD: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
-    """(S, D) by receiver -> (R, D) by sender, each in the sender's order."""
-    if group.size == 1:
-        return rows_SD
-    came = rows_SD.new_empty(sum(received), *rows_SD.shape[1:])
-    with waiting(group.ranks):
-        rows = rows_SD.contiguous()
-        group.wait(dist.all_to_all_single(came, rows, received, sent, group=group.process_group, async_op=True))
-    return came
+    return swapped_equal(parts_PX.to(device_of(group, parts_PX)), group).to(parts_PX.device)
 
 
 def device_of(group: Group, tensor: Tensor) -> torch.device:

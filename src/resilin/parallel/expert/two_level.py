@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from resilin.parallel.errors import ParallelError
-from resilin.parallel.expert.exchange import Route, swap_equal, swap_rows
+from resilin.parallel.exchange import swapped
+from resilin.parallel.expert.exchange import Route, swap_equal
 from resilin.parallel.group import Group
 
 
@@ -70,15 +71,15 @@ class _TwoLevelRoute:
     def there(self, rows_SD: Tensor) -> Tensor:
         """(S, D) by receiver -> (R, D) by sender."""
         near = rows_SD.index_select(0, self.by_number.to(rows_SD.device))
-        passing = swap_rows(near, self.sent_a, self.received_a, self.node)
+        passing = swapped(near, self.sent_a, self.received_a, self.node)
         passing = passing.index_select(0, self.by_node.to(rows_SD.device))
-        return swap_rows(passing, self.sent_b, self.received_b, self.peers)
+        return swapped(passing, self.sent_b, self.received_b, self.peers)
 
     def back(self, rows_RD: Tensor) -> Tensor:
         """(R, D) by sender -> (S, D) by receiver."""
-        passing = swap_rows(rows_RD, self.received_b, self.sent_b, self.peers)
+        passing = swapped(rows_RD, self.received_b, self.sent_b, self.peers)
         passing = passing.index_select(0, self.to_pass.to(rows_RD.device))
-        near = swap_rows(passing, self.received_a, self.sent_a, self.node)
+        near = swapped(passing, self.received_a, self.sent_a, self.node)
         return near.index_select(0, self.to_node.to(rows_RD.device))
 
 

@@ -17,7 +17,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -26,6 +25,7 @@ from resilin.models.linear import WeightGradients, weight_gradients_later
 from resilin.models.stage_span import Hidden, StageShape
 from resilin.nouns import Batch, Loss, Objective
 from resilin.parallel.activity import doing, waiting
+from resilin.parallel.exchange import Wait, ask, post
 from resilin.parallel.group import Group
 from resilin.parallel.pipeline.messages import Carried, Message, Op, Part, Receive, Send
 from resilin.parallel.pipeline.pace import Pace
@@ -68,7 +68,7 @@ class _Post:
     """A payload that was asked for: its rows come in one message or in several."""
 
     buffer: Tensor
-    works: list[tuple[Any, int]] = field(default_factory=list)  # and from whom
+    coming: list[tuple[Wait, int]] = field(default_factory=list)  # and from whom
 
 
 @dataclass
@@ -398,17 +398,16 @@ class PipelinePasses:
         buffer = walk.posts[way].buffer
         if isinstance(message, Part):
             buffer = buffer[message.rows.receiver_row :][: message.rows.rows]
-        group = self._group.process_group
-        work = dist.irecv(buffer, group=group, tag=self._tag(message), group_src=op.peer)
-        walk.posts[way].works.append((work, self._peers[op.peer]))
+        coming = ask(buffer, op.peer, self._tag(message), self._group)
+        walk.posts[way].coming.append((coming, self._peers[op.peer]))
 
     def _arrived(self, walk: _Walk, way: Way) -> Tensor:
-        post = walk.posts.pop(way)
-        for work, rank in post.works:
+        asked = walk.posts.pop(way)
+        for wait, rank in asked.coming:
             with waiting((rank,)):
-                self._group.wait_message(work)
+                wait()
         self._began = time.time()  # waiting for it was no computing
-        return post.buffer
+        return asked.buffer
 
     def _hand_on(self, walk: _Walk, way: Way, target: int, payload: Tensor) -> None:
         """To a stage of this rank at once; to those of others when it is their turn."""
@@ -425,7 +424,8 @@ class PipelinePasses:
             del walk.made[way]
         if isinstance(message, Part):
             payload = payload[message.rows.sender_row :][: message.rows.rows]
-        group = self._group.process_group
-        work = dist.isend(payload, group=group, tag=self._tag(message), group_dst=op.peer)
+        with waiting((self._peers[op.peer],)):  # that is, where it takes nothing any more
+            work = post(payload, op.peer, self._tag(message), self._group)
         walk.sends = [sent for sent in walk.sends if not sent[0].is_completed()]
-        walk.sends.append((work, payload, self._peers[op.peer]))
+        if work is not None:
+            walk.sends.append((work, payload, self._peers[op.peer]))

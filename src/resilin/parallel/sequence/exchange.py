@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from resilin.parallel.activity import waiting
+from resilin.parallel.exchange import gathered, summed, swapped
 from resilin.parallel.group import Group
 from resilin.parallel.sequence.heads import HeadShares
 
@@ -23,13 +22,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flat: Tensor, given: Sequence[int], taken: Sequence[int], group: Group) -> Tensor:
         ctx.given, ctx.taken, ctx.group = given, taken, group
-        out = flat.new_empty(sum(taken))
-        with waiting(group.ranks):
-            sent = flat.contiguous()
-            group.wait(
-                dist.all_to_all_single(out, sent, list(taken), list(given), group=group.process_group, async_op=True)
-            )
-        return out
+        return swapped(flat, given, taken, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,16 +109,9 @@ def rows_to_heads(mixed_BhRD: Tensor, shares: HeadShares, group: Group) -> Tenso
 
 def gather_rows(part_NBT: Tensor, group: Group) -> Tensor:
     """Some fields' tokens of every rank, (N, B, T) -> (N, B, P, T); without a gradient."""
-    parts = [torch.empty_like(part_NBT) for _ in range(group.size)]
-    with waiting(group.ranks):
-        group.wait(dist.all_gather(parts, part_NBT.contiguous(), group=group.process_group, async_op=True))
-    return torch.stack(parts, dim=2)
+    return gathered(part_NBT[None], 0, group).movedim(0, 2).contiguous()
 
 
 def total(part: Tensor, group: Group) -> Tensor:
     """The sum of each rank's tensor; without a gradient."""
-    summed = part.detach().clone()
-    if group.size > 1:
-        with waiting(group.ranks):
-            group.wait(dist.all_reduce(summed, group=group.process_group, async_op=True))
-    return summed
+    return part.detach().clone() if group.size == 1 else summed(part.detach(), group)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from resilin.models import uncompiled
@@ -25,6 +24,7 @@ from resilin.models.mask_rule import MaskRule
 from resilin.models.recompute import nothing_kept
 from resilin.models.tiled_attention import Stretch, refuse_second_derivative
 from resilin.parallel.activity import waiting
+from resilin.parallel.exchange import ask, post
 from resilin.parallel.group import Group
 from resilin.parallel.sequence.part import RankPart, pieces_of
 from resilin.parallel.sequence.piece_attention import attend_piece, piece_gradients
@@ -35,18 +35,19 @@ class _Passing:
     """A tensor on its way to the next rank, and the one that comes from the rank before."""
 
     def __init__(self, tensor: Tensor, group: Group) -> None:
-        P, index = group.size, group.index
+        before, after = ((group.index + step) % group.size for step in (-1, 1))
         self._sent, self._coming = tensor.contiguous(), torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        send = dist.P2POp(dist.isend, self._sent, group.ranks[(index + 1) % P], group.process_group)
-        receive = dist.P2POp(dist.irecv, self._coming, group.ranks[(index - 1) % P], group.process_group)
-        self._group, self._from = group, (group.ranks[(index - 1) % P],)
-        self._works = dist.batch_isend_irecv([send, receive])
+        self._group, self._from, self._to = group, (group.ranks[before],), (group.ranks[after],)
+        self._work = post(self._sent, after, 0, group)
+        self._wait = ask(self._coming, before, 0, group)
 
     def arrived(self) -> Tensor:
         """What the rank before has sent."""
         with waiting(self._from):
-            for work in self._works:
-                self._group.wait_message(work)
+            self._wait()
+        if self._work is not None:
+            with waiting(self._to):
+                self._group.wait_message(self._work)
         return self._coming
 
 

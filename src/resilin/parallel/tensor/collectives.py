@@ -18,18 +18,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from resilin.models import uncompiled
-from resilin.parallel.activity import waiting
 from resilin.parallel.errors import ParallelError
-from resilin.parallel.exchange import add_up
+from resilin.parallel.exchange import gathered, scattered_sum, summed
 from resilin.parallel.group import Group, named
-
-# Renamed in torch 2.13, whose predecessors the project also takes.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @torch.library.custom_op("resilin::summed", mutates_args=())
@@ -70,36 +64,21 @@ def _summed(x: Tensor, group: Group) -> Tensor:
     if torch.compiler.is_compiling():
         message: Tensor = _summed_op(x, group.name)
         return message
-    return add_up(x.clone(memory_format=torch.contiguous_format), group)
+    return summed(x, group)
 
 
 def _gathered(x: Tensor, dim: int, group: Group) -> Tensor:
-    dim = dim % x.ndim
     if torch.compiler.is_compiling():
-        message: Tensor = _gathered_op(x, dim, group.size, group.name)
+        message: Tensor = _gathered_op(x, dim % x.ndim, group.size, group.name)
         return message
-    parts = x.new_empty(group.size, *x.shape)
-    with waiting(group.ranks):
-        group.wait(_all_gather(parts.flatten(0, 1), x.contiguous(), group=group.process_group, async_op=True))
-    return parts.flatten(0, 1) if dim == 0 else parts.movedim(0, dim).flatten(dim, dim + 1)
+    return gathered(x, dim, group)
 
 
 def _scattered_sum(x: Tensor, dim: int, group: Group) -> Tensor:
-    dim = dim % x.ndim
     if torch.compiler.is_compiling():
-        message: Tensor = _scattered_sum_op(x, dim, group.size, group.name)
+        message: Tensor = _scattered_sum_op(x, dim % x.ndim, group.size, group.name)
         return message
-    parts = x.unflatten(dim, (group.size, -1)).movedim(dim, 0).contiguous()
-    if x.device.type == "cpu":  # gloo's reduce-scatter takes twice as long as this, on two ranks and on four
-        received = torch.empty_like(parts)
-        with waiting(group.ranks):
-            sent = parts.flatten(0, 1)
-            group.wait(dist.all_to_all_single(received.flatten(0, 1), sent, group=group.process_group, async_op=True))
-        return received.sum(0)
-    own = x.new_empty(parts.shape[1:])
-    with waiting(group.ranks):
-        group.wait(_reduce_scatter(own, parts.flatten(0, 1), group=group.process_group, async_op=True))
-    return own
+    return scattered_sum(x, dim, group)
 
 
 def _own(x: Tensor, dim: int, group: Group) -> Tensor:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from resilin.models.linear import PackedWeight
 from resilin.objective.vocabulary import VocabularyShard
-from resilin.parallel.activity import waiting
 from resilin.parallel.errors import ParallelError
+from resilin.parallel.exchange import add_up, largest
 from resilin.parallel.group import Group
 from resilin.parallel.tensor.collectives import copy_in, put_together
 
@@ -21,12 +20,10 @@ def vocabulary_shard(start: int, size: int, whole: int, group: Group) -> Vocabul
     """A rank's tokens, and messages among the group."""
 
     def all_max(x: Tensor) -> None:
-        with waiting(group.ranks):
-            group.wait(dist.all_reduce(x, dist.ReduceOp.MAX, group=group.process_group, async_op=True))
+        largest(x, group)
 
     def all_sum(x: Tensor) -> None:
-        with waiting(group.ranks):
-            group.wait(dist.all_reduce(x, group=group.process_group, async_op=True))
+        add_up(x, group)
 
     return VocabularyShard(start, size, whole, group.size, all_max, all_sum)
 
