@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +49,19 @@ def copy(owner: int = 1, version: int = 3, epoch: int = 0, scale: float = 1.0) -
         ("", "x", torch.ones(2, 3)),
     ]
     return copy_of(owner, epoch, version, tensors, {"run": {"step": version}})
+
+
+def test_large_and_small_tensors_are_copied_and_summed_up_in_stretches():
+    pool, draw = Pool(0), torch.Generator().manual_seed(0)
+    sizes = [(3,), (700, 300), (90_000,), (1,), (0,), (65_536,), (131_073,), (4, 262_144), (17,)]
+    for _ in range(4):  # into new memory, and into memory that was used before
+        given = [torch.randn(size, generator=draw) for size in sizes]
+        given += [torch.randn(600, 500, generator=draw).T, torch.arange(300_000), torch.ones(5, dtype=torch.bfloat16)]
+        made = copy_of(1, 0, 3, [(str(n), "x", tensor) for n, tensor in enumerate(given)], None, pool)
+        made.check()
+        for slot, tensor in zip(made.slots, given, strict=True):
+            assert torch.equal(made.tensor(slot), tensor)
+        pool._keep(made.pages)
 
 
 def far(near: Copy) -> Copy:
@@ -120,6 +135,32 @@ def test_copies_go_to_another_member_and_pieces_come_back():
         with pytest.raises(CopyError, match="bytes"):
             peer.get(1, 0, 3, [(0, 1 << 30)])
         assert peer.head(1, 0, 3) == sent.head()  # a refusal ends nothing
+    finally:
+        server.close()
+
+
+def test_what_is_where_is_told_once_and_when_it_changes():
+    theirs = Pool(2)
+    server = PeerServer(theirs, "secret")
+    try:
+        peer = Peer(server.address, "secret", 10)
+        lengths = []
+        say = peer._channel.say
+
+        def counted(message: Mapping[str, Any], *data: memoryview) -> None:
+            lengths.append("slots" in message["head"])
+            say(message, *data)
+
+        peer._channel.say = counted  # type: ignore[method-assign]
+        pool = Pool(1)
+        for version, size in ((3, 5), (4, 5), (5, 5), (6, 9), (7, 9), (8, 5)):
+            made = copy_of(1, 0, version, [("w", "weights", torch.arange(float(size)))], None, pool)
+            peer.put(made)
+            pool.put(made)
+            kept = theirs.get(1, 0, version)
+            kept.check()
+            assert kept.head() == made.head()
+        assert lengths == [True, False, False, True, False, True]
     finally:
         server.close()
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from resilin.cluster.accepting import accept_each, admitted
 from resilin.cluster.addresses import listen
 from resilin.cluster.handshake import HandshakeError, prove
-from resilin.cluster.pool import Copy, CopyError, Pool
+from resilin.cluster.pool import KEPT, Copy, CopyError, Pool, Slot
 from resilin.memory.pages import Handle, Pages, PagesError
 
 _LINE = 1 << 26  # bytes; the head of a copy names every tensor
 _PIECES = 1 << 16
+_MAPPED = KEPT + 1  # copies of one member that are read, and the one that comes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class _Channel:
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connection = connection
+        self.slots: tuple[Slot, ...] | None = None  # of the last copy that was shared over it
+        self.mapped: dict[Handle, Pages] = {}  # the pages of the last few, the newest last
         self._read: Any = connection.makefile("rb", buffering=1 << 16)
 
     def say(self, message: Mapping[str, Any], *data: memoryview) -> None:
@@ -138,7 +141,7 @@ class PeerServer:
                 self._pool.put(copy)
                 channel.say({"ok": True})
             elif told["do"] == "share":
-                self._pool.put(Copy.of_head(told["head"], Pages.mapped(Handle.of_json(told["pages"]))))
+                self._pool.put(self._shared(channel, told))
                 channel.say({"ok": True})
             elif told["do"] == "head":
                 copy = self._pool.get(*_key(told))
@@ -157,6 +160,17 @@ class PeerServer:
             channel.say({"ok": False, "far": True, "why": f"{error}"})
         except (CopyError, KeyError) as error:
             channel.say({"ok": False, "why": f"{error}"})
+
+    @staticmethod
+    def _shared(channel: _Channel, told: dict[str, Any]) -> Copy:
+        """A copy in pages of a process of this machine, which fills the same few in turn."""
+        handle = Handle.of_json(told["pages"])
+        pages = channel.mapped.pop(handle, None) or Pages.mapped(handle)
+        copy = Copy.of_head(told["head"], pages, channel.slots)
+        channel.slots, channel.mapped[handle] = copy.slots, pages
+        if len(channel.mapped) > _MAPPED:
+            del channel.mapped[next(iter(channel.mapped))]
+        return copy
 
     def close(self) -> None:
         """Stop listening, and end all connections."""
@@ -212,12 +226,14 @@ class Peer:
         """
         if self._near and copy.pages.handle is not None:
             try:
-                self._ask({"do": "share", "head": copy.head(), "pages": copy.pages.handle.json()})
+                head = copy.head(self._channel.slots)
+                self._ask({"do": "share", "head": head, "pages": copy.pages.handle.json()})
             except PagesError as error:  # another machine, or as good as
                 self._near = False
                 where = f"{self._address.host}:{self._address.port}"
                 sys.stderr.write(f"copies for the member at {where} are sent from now on: {error}\n")
             else:
+                self._channel.slots = copy.slots
                 return
         self._ask({"do": "put", "head": copy.head()}, _bytes(copy.data))
 

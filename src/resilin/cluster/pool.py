@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from bisect import insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from resilin.checkpoint.tensor_record import DTYPE_NAMES, DTYPES
-from resilin.cluster.checksum import checksum
+from resilin.cluster.checksum import RunningSum, checksum
 from resilin.memory.pages import Pages
 
 KEPT = 2
 _SPARE = 4
 _ALIGN = 64
+_STRETCH = 1 << 18  # bytes
 
 
 class CopyError(RuntimeError):
@@ -82,28 +84,38 @@ class Copy:
         """A view of one tensor."""
         return self.data[slot.start : slot.start + slot.bytes].view(DTYPES[slot.dtype]).view(slot.shape)
 
-    def head(self) -> dict[str, Any]:
-        """All but the data, as JSON values."""
-        slots = [[s.parameter, s.path, s.dtype, list(s.shape), s.start, s.bytes] for s in self.slots]
-        return {
+    def head(self, like: tuple[Slot, ...] | None = None) -> dict[str, Any]:
+        """All but the data, as JSON values.
+
+        Args:
+            like: slots that whoever hears it has: where they are the same they are left out.
+        """
+        head: dict[str, Any] = {
             "owner": self.owner,
             "epoch": self.epoch,
             "version": self.version,
-            "slots": slots,
             "rest": self.rest,
             "bytes": self.bytes,
             "sum": self.sum,
         }
+        if self.slots != like:
+            head["slots"] = [[s.parameter, s.path, s.dtype, list(s.shape), s.start, s.bytes] for s in self.slots]
+        return head
 
     @classmethod
-    def of_head(cls, head: dict[str, Any], pages: Pages) -> Copy:
+    def of_head(cls, head: dict[str, Any], pages: Pages, like: tuple[Slot, ...] | None = None) -> Copy:
         """From a head and the data that came with it. The sum is not compared yet: see `check`.
+
+        Args:
+            head: see `head`.
+            pages: with the data.
+            like: the slots of a head without any.
 
         Raises:
             CopyError: there are fewer bytes than the head says, or it is none.
         """
         try:
-            slots = slots_of(head)
+            slots = slots_of(head) if like is None or "slots" in head else like
             owner, epoch, version = int(head["owner"]), int(head["epoch"]), int(head["version"])
             made = cls(owner, epoch, version, slots, head["rest"], int(head["bytes"]), pages, int(head["sum"]))
         except (KeyError, TypeError, ValueError) as error:
@@ -232,9 +244,39 @@ def copy_of(
         size += -(-tensor.nbytes // _ALIGN) * _ALIGN
     pages = Pages.of(size) if pool is None else pool.memory(size)
     data = pages.data[:size]
-    if views := _places(pages, tuple(slots), data):
-        torch._foreach_copy_(views, [tensor.detach() for _, _, tensor in tensors])
-    return Copy(owner, epoch, version, tuple(slots), rest, size, pages, checksum(data))
+    views = _places(pages, tuple(slots), data)
+    return Copy(owner, epoch, version, tuple(slots), rest, size, pages, _fill(data, slots, views, tensors))
+
+
+def _fill(
+    data: Tensor, slots: Sequence[Slot], views: Sequence[Tensor], tensors: Sequence[tuple[str, str, Tensor]]
+) -> int:
+    """Copy tensors to where they go, and take the sum of it all a stretch at a time, while that is near the core."""
+    total, done = RunningSum(data), 0
+    targets: list[Tensor] = []
+    given: list[Tensor] = []
+
+    def copy_up_to(end: int) -> int:
+        torch._foreach_copy_(targets, given)
+        targets.clear()
+        given.clear()
+        total.up_to(end)
+        return end
+
+    for slot, view, (_, _, tensor) in zip(slots, views, tensors, strict=True):
+        parts, values = [view], [tensor.detach()]
+        if slot.bytes > 2 * _STRETCH and tensor.is_contiguous():
+            parts, values = (list(one.view(-1).split(_STRETCH // one.element_size())) for one in (view, values[0]))
+        end = slot.start
+        for part, value in zip(parts, values, strict=True):
+            targets.append(part)
+            given.append(value)
+            end += part.nbytes
+            if end - done >= _STRETCH:
+                done = copy_up_to(end)
+    if targets:
+        copy_up_to(len(data))
+    return total.up_to(len(data))
 
 
 def _places(pages: Pages, slots: tuple[Slot, ...], data: Tensor) -> list[Tensor]:
