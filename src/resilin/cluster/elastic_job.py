@@ -132,10 +132,10 @@ class ElasticJob:
             for _ in range(self._begin):
                 self.add()
             ticked = time.monotonic()
-            while not self._over.wait(_POLL):
+            while not self._over.wait(self._pause()):
                 self._reap()
                 self._pass_on()
-                if time.monotonic() - ticked > _TICK:
+                if time.monotonic() - ticked >= _TICK:
                     ticked = time.monotonic()
                     with self._lock:
                         self._do(self._coordinator.tick(ticked))
@@ -152,6 +152,11 @@ class ElasticJob:
             if self._setter is not None:
                 self._setter.close()
         return self._ended()
+
+    def _pause(self) -> float:
+        """Seconds until it is looked again. The end of a worker that is connected is noticed by its connection."""
+        with self._lock:
+            return _TICK if self._wires.keys() >= self._starter.running().keys() else _POLL
 
     def _write_file(self, path: Path) -> None:
         called = self._place.called or (
