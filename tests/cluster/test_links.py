@@ -20,6 +20,7 @@ from resilin.cluster.links import Links, LinksCutError, _Waiter
 from resilin.cluster.store_connections import StoreConnections
 from resilin.parallel.exchange import add_up, share, swap
 from resilin.parallel.messages import tell_all
+from resilin.run.elastic_failure import is_own
 
 
 def store_at(port: int) -> dist.TCPStore:
@@ -107,6 +108,27 @@ def patterns(rank: int, port: int) -> bool:
 
 def test_the_exchanges_of_an_engine_work_in_such_groups(port: int):
     assert run_ranks(3, patterns, port, connect=False) == [True] * 3
+
+
+def waits_near(rank: int, port: int) -> tuple[bool, bool]:
+    links = Links(StoreConnections(store_at(port)), 0, rank, 60)
+    group = links.group("everyone", range(2))
+    assert group.near is not None
+    assert links.group("by messages", range(2), near=False).near is None
+    if rank == 0:
+        store_at(port).get("over")
+        return True, False
+    threading.Timer(0.3, links.cut).start()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        add_up(torch.ones(1), group)
+    took = time.monotonic() - began
+    store_at(port).set("over", "")
+    return took < 20, is_own(caught.value)
+
+
+def test_whoever_waits_for_memory_to_be_filled_comes_out_when_the_links_are_cut(port: int):
+    assert run_ranks(2, waits_near, port, connect=False) == [(True, False)] * 2
 
 
 class Lost:

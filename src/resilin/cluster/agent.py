@@ -42,6 +42,7 @@ from resilin.cluster.protocol.messages import (
     of_json,
     to_json,
 )
+from resilin.cluster.pulse import begin
 from resilin.cluster.reach import lacking
 from resilin.cluster.scheduling import answer_at_once
 from resilin.cluster.sockets import At, at_of
@@ -98,7 +99,8 @@ class Agent:
         self._silence = silence
         self._isolation = Isolation([at_of(connection.getpeername()), ("127.0.0.1", store.port)])
         self._wire = Wire(connection)
-        self._wire.say({"number": number})
+        pulse = begin()
+        self._wire.say({"number": number, "pulse": [] if pulse is None else pulse.json()})
         self._main = threading.get_ident()
         self._changed = threading.Condition()
         self._adopt: Adopt | None = None

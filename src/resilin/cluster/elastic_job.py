@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ from resilin.cluster.protocol.coordinator import Coordinator
 from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, SetClocks, Tell
 from resilin.cluster.protocol.messages import Isolate, MessageError, Signal, Told, of_json, to_json
 from resilin.cluster.protocol.rules import Rules
-from resilin.cluster.starter import Door, Starter
+from resilin.cluster.pulse import watch
+from resilin.cluster.starter import Door, Starter, how
 from resilin.cluster.status import status_of
 from resilin.cluster.wire import Wire
 
@@ -104,6 +106,7 @@ class ElasticJob:
         self._lock = threading.RLock()
         self._setter = ClockSetter(clocks, note) if clocks is not None else None
         self._wires: dict[int, Wire] = {}
+        self._dying: set[int] = set()  # whose deaths are known, and whose ends are yet to come
         self._number = 0
         self._finish: Finish | None = None
         self._over = threading.Event()
@@ -283,10 +286,13 @@ class ElasticJob:
 
     def _reap(self) -> None:
         with self._lock:
-            for number, how in self._starter.ended():
-                self._gone(number, how)
+            for number, why in self._starter.ended():
+                if number in self._dying:
+                    self._dying.remove(number)
+                else:
+                    self._gone(number, why)
 
-    def _gone(self, number: int, how: str) -> None:
+    def _gone(self, number: int, why: str) -> None:
         self._starter.gone(number)
         if self._over.is_set():
             return
@@ -298,20 +304,28 @@ class ElasticJob:
             wire.close()
         before = self._coordinator.phase
         if not known and before == "gathering":  # it did not even say hello
-            self._lost_before(number, how)
+            self._lost_before(number, why)
             return
         leaving = known and self._coordinator.members[number].leaving
-        self._do(self._coordinator.gone(number, how, _now()))
+        self._do(self._coordinator.gone(number, why, _now()))
         if known and not leaving and before != "gathering":
             self._take_the_place_of_one()
+
+    def _dies(self, wire: Wire, number: int, which: int) -> None:
+        """A worker's process has begun to die of a signal; that it has ended is told later, and is no news then."""
+        with self._lock:
+            reached = time.monotonic() > self._beyond_reach.get(number, 0.0)
+            if self._wires.get(number) is wire and number in self._coordinator.members and reached:
+                self._dying.add(number)
+                self._gone(number, how(-which))
 
     def _take_the_place_of_one(self) -> None:
         """Another worker for one that was lost, if so wished."""
         if self._replace and not self._over.is_set():
             self.add()
 
-    def _lost_before(self, number: int, how: str) -> None:
-        why = f"{how} before it began; see {self._starter.log(number)}"
+    def _lost_before(self, number: int, why: str) -> None:
+        why = f"{why} before it began; see {self._starter.log(number)}"
         if self._starter.steady:
             self._do(self._coordinator.stop(f"worker {number} {why}"))
         else:
@@ -339,7 +353,7 @@ class ElasticJob:
             if "keeper" in first:
                 self._hear_keeper(wire, first)
             else:
-                self._hear_member(wire, int(first["number"]))
+                self._hear_member(wire, int(first["number"]), first.get("pulse", ()))
         except Exception as error:  # of a listener, say: a disk that is full
             trace = "".join(traceback.format_exception(error))
             with self._lock:
@@ -362,9 +376,10 @@ class ElasticJob:
                 self.add(keeper.key)
         self._starter.hear(keeper)
 
-    def _hear_member(self, wire: Wire, number: int) -> None:
+    def _hear_member(self, wire: Wire, number: int, pulse: Sequence[int]) -> None:
         with self._lock:
             self._wires[number] = wire
+        watch(pulse, partial(self._dies, wire, number))
         while (told := wire.hear()) is not None:
             try:
                 message = of_json(told)

@@ -138,12 +138,13 @@ class Links:
         self._store.set_timeout(self._timeout)
         self._before: dict[int, int] | None = None
 
-    def group(self, name: str, ranks: Sequence[int]) -> Group:
+    def group(self, name: str, ranks: Sequence[int], near: bool = True) -> Group:
         """A group; all of its members ask for it.
 
         Args:
             name: the same at all of them, and no other group's.
             ranks: of its members in the view, in order.
+            near: whether they exchange through memory where they can: by one thread each.
 
         Raises:
             LinksCutError: the links were cut.
@@ -168,6 +169,8 @@ class Links:
             self._refuse_if_cut()
             self._groups.append(group)
         made = Group(ranks, index, group, self.wait, _Waiter(self).wait, partial(self._within, name))
+        if not near:
+            return made
         with _making:
             self._begin()
             try:

@@ -106,7 +106,7 @@ class ViewWorld(World):
         return None if self.size == 1 else LateCoordinator(self.rank, self.size, self._saving)
 
     def _saving(self) -> ProcessGroup:
-        group = self.links.group("checkpoint", range(self.size))
+        group = self.links.group("checkpoint", range(self.size), near=False)
         assert group.process_group is not None
         return ProcessGroup(group.process_group, group.wait)
 
