@@ -1,8 +1,10 @@
-"""Steps divided over workers: our data parallelism and pipelines against torch's, in turns in the same processes.
+"""Steps divided over workers: our data and tensor parallelism and pipelines against torch, in turns in one job.
 
 What is measured:
 - a step of ZeRO-1 with canonical sums (`parallel.reduction = fast` and `exact`) against torch's
   DistributedDataParallel (default buckets) and FSDP2, all with the same model, objective, clipping and fused AdamW;
+- forward and backward passes under tensor parallelism against transformers' Llama, the same weights, cut by torch's
+  parallelize_module;
 - forward and backward passes of a pipeline against torch.distributed.pipelining: the same stages, schedule and
   micro-batches;
 - the bubble of a pipeline of two against (p - 1) / m, and against a simulation with the stages' mean costs: from the
@@ -27,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from parallel_rows import data, pipeline
+from parallel_rows import data, pipeline, tensor
 from resilin.bench.results import Report, Row, results_name
 from resilin.cluster.join import joined
 from resilin.cluster.local import run_workers
@@ -41,7 +43,7 @@ SMALL = DecoderSettings(vocab_size=256, hidden_size=128, layers=4, heads=4, mlp_
 GPU = DecoderSettings(vocab_size=32768, hidden_size=1024, layers=12, heads=16, mlp_size=2816)
 STAGES = DecoderSettings(vocab_size=256, hidden_size=256, layers=8, heads=4, mlp_size=688)
 GPU_STAGES = DecoderSettings(vocab_size=1024, hidden_size=2048, layers=16, heads=16, mlp_size=5632)
-KINDS = ("data", "pipeline", "bubbles", "held")
+KINDS = ("data", "tensor", "pipeline", "bubbles", "held")
 
 
 def data_cases(workers: int, device: str, scale: float) -> list[data.Case]:
@@ -56,6 +58,13 @@ def data_cases(workers: int, device: str, scale: float) -> list[data.Case]:
         data.Case(LARGE, rows, 64, 4, rounds(8)),
         data.Case(SMALL, 4 * rows, 64, 2, rounds(40)),
     ]
+
+
+def tensor_cases(device: str, scale: float) -> list[tensor.Case]:
+    rounds = max(2, round(12 * scale))
+    if device == "cuda":
+        return [tensor.Case(2048, 8, 16, 5632, 32768, 4, 2048, rounds)]
+    return [tensor.Case(384, 6, 8, 1024, 4096, 4, 128, rounds), tensor.Case(128, 4, 4, 344, 256, 4, 64, 2 * rounds)]
 
 
 def pipeline_rows(options: argparse.Namespace, device: torch.device) -> list[Row]:
@@ -82,6 +91,9 @@ def worker(options: argparse.Namespace) -> None:
         if options.kind == "data":
             for case in data_cases(place.workers, options.device, options.scale):
                 rows += data.rows_of(case, device)
+        elif options.kind == "tensor":
+            for shape in tensor_cases(options.device, options.scale):
+                rows += tensor.rows_of(shape, device)
         else:
             rows = pipeline_rows(options, device)
     if place.rank == 0:
@@ -123,8 +135,9 @@ def main() -> None:
     gpus = torch.cuda.device_count()
     counts = options.workers or ([gpus] if options.device == "cuda" else [2, 4])
     rows = []
-    for workers in counts if "data" in options.only else ():
-        rows += measured("data", workers, options)
+    for kind in ("data", "tensor"):
+        for workers in counts if kind in options.only else ():
+            rows += measured(kind, workers, options)
     for kind in ("pipeline", "bubbles"):
         if kind in options.only and (options.device == "cpu" or gpus > 1):
             rows += measured(kind, 2, options)

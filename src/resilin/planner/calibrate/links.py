@@ -1,4 +1,4 @@
-"""How quickly processes of this machine exchange tensors: sums and messages of several sizes over gloo.
+"""How quickly processes of this machine exchange tensors, as runs do: sums and messages of several sizes.
 
 Sums are taken between products, as in a run: one that follows another finds everyone awake, and is several times as
 quick as one for which the others have to be waited for, and woken.
@@ -63,12 +63,16 @@ def _rank(rank: int, count: int, folder: str, sizes: Sequence[int]) -> None:
     import torch.distributed as dist
 
     from resilin.cluster.scheduling import compute_on
+    from resilin.parallel.exchange import add_up, ask, post
+    from resilin.parallel.group import of_all
+    from resilin.parallel.messages import tell_all
 
     torch.set_num_threads(1)
     compute_on()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     where = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=count)
+    group = of_all()
     found: dict[str, dict[int, float]] = {"sums": {}, "messages": {}}
     left, right = torch.randn(_SIDE, _SIDE), torch.randn(_SIDE, 2 * _SIDE)
     for size in sizes:
@@ -76,10 +80,10 @@ def _rank(rank: int, count: int, folder: str, sizes: Sequence[int]) -> None:
         ahead, behind = (rank + 1) % count, (rank - 1) % count
 
         def message(data: torch.Tensor = data, other: torch.Tensor = other, to: int = ahead, by: int = behind) -> None:
-            sent = dist.isend(data, to)
-            dist.recv(other, by)
+            sent = post(data, to, 0, group)
+            ask(other, by, 0, group)()
             if sent is not None:
-                sent.wait()
+                group.wait_message(sent)
 
         alone: list[float] = []
         summed: list[float] = []
@@ -92,7 +96,7 @@ def _rank(rank: int, count: int, folder: str, sizes: Sequence[int]) -> None:
                     for _ in range(_PRODUCTS):
                         torch.mm(left, right)
                     if exchange:
-                        dist.all_reduce(data)
+                        add_up(data, group)
                 taken.append((time.perf_counter() - began) / _BETWEEN)
                 data.fill_(1.0)
             dist.barrier()
@@ -102,11 +106,11 @@ def _rank(rank: int, count: int, folder: str, sizes: Sequence[int]) -> None:
         compute, both = statistics.median(alone[1:]), statistics.median(summed[1:])
         found["sums"][size] = max(both - compute, _LEAST)
         found["messages"][size] = statistics.median(messages[1:])
-    slowest: list[dict[str, dict[int, float]] | None] = [None] * count
-    dist.all_gather_object(slowest, found)
+    told = tell_all([[found[kind][size] for size in sizes] for kind in found], group)
     if rank == 0:
+        slowest = np.array(told).max(axis=0).tolist()
         whole = {
-            kind: {size: max(one[kind][size] for one in slowest if one is not None) for size in sizes} for kind in found
+            kind: dict(zip(map(str, sizes), taken, strict=True)) for kind, taken in zip(found, slowest, strict=True)
         }
         (Path(folder) / "found.json").write_text(json.dumps(whole), encoding="utf-8")
     dist.destroy_process_group()
