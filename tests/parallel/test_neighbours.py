@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -148,6 +150,7 @@ def later(rank: int) -> list[str]:
             wrong.append("swap")
         if not all(map(torch.equal, mine, parts)) or total.tolist() != [3, 3]:
             wrong.append("share")
+    exchange.add_up(torch.ones(1), group)  # nobody leaves before all have read
     return wrong
 
 
@@ -200,6 +203,35 @@ def refuses_to_connect(*arguments: object, **named: object) -> socket.socket:
 
 def test_where_one_cannot_connect_to_another_all_send_messages():
     assert run_ranks(RANKS, unreachable) == [[None, 3.0]] * RANKS
+
+
+def without_a_door(rank: int) -> list[Any]:
+    if rank == 1:
+        socket.create_server = refuses_to_connect  # type: ignore[assignment]
+    group = of_all()
+    return [group.near, exchange.add_up(torch.ones(1), group).item()]
+
+
+def test_where_one_cannot_listen_all_send_messages():
+    assert run_ranks(RANKS, without_a_door) == [[None, 3.0]] * RANKS
+
+
+def dropped(rank: int) -> tuple[bool, int]:
+    group = Group.of()
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    met = group.met()
+    exchange.post(torch.ones(10), (rank + 1) % RANKS, 0, met)
+    exchange.ask(torch.ones(10), (rank - 1) % RANKS, 0, met)()
+    exchange.add_up(torch.ones(100_000), met)
+    gone = weakref.ref(near(met))
+    dist.barrier()
+    del met
+    gc.collect()
+    return gone() is None, len(os.listdir("/proc/self/fd")) - before  # noqa: PTH208
+
+
+def test_a_group_that_nobody_has_any_more_leaves_nothing_open():
+    assert run_ranks(RANKS, dropped) == [(True, 0)] * RANKS
 
 
 def dies(rank: int) -> tuple[str, str, float]:
@@ -266,19 +298,17 @@ def connected() -> tuple[Line, Line]:
 
 def test_a_line_sorts_what_it_hears():
     one, other = connected()
-    read: list[int] = []
-    one.taken = read.append
     for said in (Said(Kind.LETTER, 4, 1, 8), Said(Kind.SHOWN, 0), Said(Kind.TAKEN, 0, 7), Said(Kind.LETTER, 4, 2, 8)):
         other.say(said)
     assert one.hear(Kind.SHOWN, 0) == Said(Kind.SHOWN, 0)
     assert [one.hear(Kind.LETTER, 4).box for _ in range(2)] == [1, 2]
-    assert read == [7]
+    assert one.taken == [7]
     one.look()  # nothing more was said: it does not wait
     other.say(Said(Kind.TAKEN, 0, 9))
     until = time.monotonic() + 20
-    while read == [7] and time.monotonic() < until:
+    while one.taken == [7] and time.monotonic() < until:
         one.look()
-    assert read == [7, 9]
+    assert one.taken == [7, 9]
     one.close()
     with pytest.raises(NeighbourError, match="the connection to worker 0 was ended"):
         other.hear(Kind.SHOWN, 0)

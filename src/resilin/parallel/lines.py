@@ -10,7 +10,6 @@ from __future__ import annotations
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -65,19 +64,20 @@ class Line:
         connection: a connected socket, which is this object's from now on.
         rank: who is at its other end, for errors.
         timeout: seconds that whoever waits waits.
-        taken: called with the number of the box whose letter was read.
+
+    Attributes:
+        taken: boxes whose letters the other has read, to be emptied by whoever looks.
     """
 
-    def __init__(
-        self, connection: socket.socket, rank: int, timeout: float, taken: Callable[[int], object] = lambda box: None
-    ) -> None:
+    def __init__(self, connection: socket.socket, rank: int, timeout: float) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         span = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # by the system: no look at the clock between
             connection.setsockopt(socket.SOL_SOCKET, option, span)
-        self._connection, self._rank, self._timeout, self.taken = connection, rank, timeout, taken
+        self._connection, self._rank, self._timeout = connection, rank, timeout
         self._buffer, self._filled = memoryview(bytearray(_FORMAT.size)), 0
         self._heard: dict[tuple[int, int], deque[Said]] = {}
+        self.taken: list[int] = []
 
     def say(self, said: Said) -> None:
         """Send it.
@@ -129,7 +129,7 @@ class Line:
         self._filled = 0
         kind, tag, box, size, *handle = _FORMAT.unpack(self._buffer)
         if kind == Kind.TAKEN:
-            self.taken(box)
+            self.taken.append(box)
         else:
             self._heard.setdefault((kind, tag), deque()).append(Said(kind, tag, box, size, tuple(handle)))
         return True

@@ -6,6 +6,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -42,21 +43,30 @@ def meet(
     Returns:
         None where some rank cannot reach another, or map its pages: at all of them.
     """
-    room, token = Pages.of(_FIRST), secrets.token_bytes(_TOKEN)
-    with socket.create_server(("127.0.0.1", 0), backlog=len(ranks)) as door:
-        door.settimeout(timeout)
-        mine = [0] * 5 if room.handle is None else room.handle.json()
+    token = secrets.token_bytes(_TOKEN)
+    with ExitStack() as stack:
+        handle, port = [0] * 5, 0
+        try:
+            room = Pages.of(_FIRST)
+            door = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=len(ranks)))
+            door.settimeout(timeout)
+            if room.handle is not None:
+                handle, port = room.handle.json(), door.getsockname()[1]
+        except OSError:  # this process may have no more descriptors: then nobody can reach it
+            pass
         secret = [int.from_bytes(token[at : at + 4], "little") for at in range(0, _TOKEN, 4)]
-        told = tell([*mine, door.getsockname()[1], _boot(), *secret])
+        told = tell([*handle, port, _boot(), *secret])
         rooms: list[Pages] = []
         made: dict[int, socket.socket] = {}
         try:
-            for rank, (*handle, _, _, _, _, _, _) in enumerate(told):
-                rooms.append(room if rank == index else Pages.mapped(Handle.of_json(handle)))
-            for rank, (_, _, _, _, _, port, _, *parts) in enumerate(told[:index]):
+            for rank, numbers in enumerate(told):
+                rooms.append(room if rank == index else Pages.mapped(Handle.of_json(numbers[:5])))
+            for rank, (*_, port, _, a, b, c, d) in enumerate(told[:index]):
                 made[rank] = socket.create_connection(("127.0.0.1", port), timeout)
-                made[rank].sendall(index.to_bytes(8, "little") + b"".join(n.to_bytes(4, "little") for n in parts))
-            done = room.handle is not None
+                made[rank].sendall(
+                    index.to_bytes(8, "little") + b"".join(n.to_bytes(4, "little") for n in (a, b, c, d))
+                )
+            done = any(handle)
         except (OSError, PagesError):
             done = False
         if not all_did(done):

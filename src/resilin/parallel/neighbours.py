@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -75,8 +76,6 @@ class Neighbours:
         self._later = 0
         self._boxes: list[_Box] = []
         self._theirs: dict[tuple[int, int], Pages] = {}
-        for line in self._lines.values():
-            line.taken = self._taken
         weakref.finalize(self, _close, list(self._lines.values()))
 
     # -- rooms --------------------------------------------------------------------------------------------------
@@ -231,7 +230,7 @@ class Neighbours:
     # -- letters ------------------------------------------------------------------------------------------------
 
     def post(self, x: Tensor, to: Sequence[int], tag: int) -> None:
-        """Leave a tensor for other ranks; it may change at once.
+        """Leave a tensor for other ranks; it may change at once. A rank that ends before it was read takes it along.
 
         Args:
             x: of any shape, not empty.
@@ -254,8 +253,7 @@ class Neighbours:
         """A box of at least so many bytes that nobody reads; its number."""
         for looked in (False, True):
             if looked:
-                for line in self._lines.values():
-                    line.look()
+                self._look()
             found = [number for number, box in enumerate(self._boxes) if not box.readers and size <= box.size]
             if found:
                 number = min(found, key=lambda one: self._boxes[one].size)
@@ -266,8 +264,13 @@ class Neighbours:
         self._boxes.append(box)
         return len(self._boxes) - 1, box
 
-    def _taken(self, number: int) -> None:
-        self._boxes[number].readers -= 1
+    def _look(self) -> None:
+        """Hear which letters were read."""
+        for line in self._lines.values():
+            line.look()
+            for number in line.taken:
+                self._boxes[number].readers -= 1
+            line.taken.clear()
 
     def receive(self, into: Tensor, by: int, tag: int) -> None:
         """Fill a tensor with what another rank has left; waits for it.
@@ -285,7 +288,8 @@ class Neighbours:
         if heard.size != into.nbytes:
             raise ValueError(f"{into.nbytes} bytes were to come from rank {by} of a group, and {heard.size} did")
         into.copy_(self._theirs[place].data[: heard.size].view(into.dtype).view(into.shape))
-        line.say(Said(Kind.TAKEN, tag, heard.box))
+        with suppress(NeighbourError):  # who has left needs no box any more
+            line.say(Said(Kind.TAKEN, tag, heard.box))
 
     def swap_later(
         self, received: Tensor, sent: Tensor, gets: Sequence[int], gives: Sequence[int]
