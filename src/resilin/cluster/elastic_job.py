@@ -191,8 +191,11 @@ class ElasticJob:
         """Workers end by themselves; those that do not are killed."""
         self._starter.part(self._ended().code)
         until = time.monotonic() + _GRACE
-        while time.monotonic() < until and self._starter.running():
-            self._starter.ended()
+        while time.monotonic() < until:
+            with self._lock:  # those who hear the last connections end ask as well
+                self._starter.ended()
+                if not self._starter.running():
+                    return
             time.sleep(_POLL)
 
     def _interrupt(self, number: int, frame: object) -> None:

@@ -66,9 +66,9 @@ class Forked:
         return self._handle is None or _readable(self._handle, 0.0)
 
     def _let_go(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
 
     def wait(self) -> int:
         """The same, once it has ended."""
