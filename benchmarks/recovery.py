@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import signal
 import statistics
@@ -67,7 +68,8 @@ class Seen:
 def paces(times: list[float], kills: list[float]) -> tuple[float, float]:
     before = [t for t in times if t < kills[0]]
     after = [t for t in times if t > kills[-1]][1:]
-    found = [statistics.median(b - a for a, b in pairwise(ts)) for ts in (before, after)]
+    # Who stood still after a kill has no pace there.
+    found = [statistics.median(b - a for a, b in pairwise(ts)) if len(ts) > 1 else math.nan for ts in (before, after)]
     return found[0], found[1]
 
 
