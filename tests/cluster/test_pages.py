@@ -10,7 +10,7 @@ import torch
 
 from resilin.cluster.peer import Address, Peer, PeerServer
 from resilin.cluster.pool import CopyError, Pool, copy_of
-from resilin.memory.pages import Handle, Pages, PagesError
+from resilin.memory.pages import Handle, Pages, PagesError, Spares
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no such memory")
 
@@ -139,3 +139,17 @@ def test_nothing_but_the_copy_that_was_meant_is_opened():
     for told in (None, [1, 2, 3], [1, 2, 3, 4, -5], [1, 2, 3, 4, "5"], [True, 2, 3, 4, 5]):
         with pytest.raises(PagesError, match="no handle of pages"):
             Handle.of_json(told)
+
+
+def test_spare_pages_are_used_again_the_smallest_that_do():
+    spares = Spares(most=2)
+    small, large, other = spares.take(100), spares.take(1000), spares.take(400)
+    assert [len(one.data) for one in (small, large, other)] == [200, 2000, 800]  # with room for more
+    for one in (large, small, other):
+        spares.give(one)
+    assert spares.take(100) is other  # the smallest of the largest two
+    assert spares.take(900) is large
+    assert len(spares.take(10).data) == 20
+    theirs = Pages.mapped(large.handle)  # type: ignore[arg-type]
+    spares.give(theirs)  # another's are not to be filled anew
+    assert spares.take(2000) is not theirs

@@ -11,7 +11,9 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import threading
 import weakref
+from bisect import insort
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,3 +124,38 @@ class Pages:
             raise PagesError(f"{path} cannot be mapped: {error}") from None
         finally:
             os.close(file)
+
+
+class Spares:
+    """Pages that nobody uses any more, kept for who needs some next.
+
+    The system clears each page at its first use, which takes several times as long as copying into it.
+    """
+
+    def __init__(self, most: int = 3) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._free: list[Pages] = []
+
+    def take(self, size: int) -> Pages:
+        """Of so many bytes at least, with anything in them: the smallest that are there, or new ones.
+
+        New ones have room for twice as much, for whoever needs more next time: pages that are never written to cost
+        nothing.
+        """
+        with self._lock:
+            for place, pages in enumerate(self._free):
+                if size <= len(pages.data):
+                    return self._free.pop(place)
+        return Pages.of(2 * size)
+
+    def give(self, pages: Pages) -> None:
+        """Whoever else has mapped them reads them no more."""
+        if pages.own and pages.handle is not None:
+            with self._lock:
+                insort(self._free, pages, key=lambda one: len(one.data))
+                del self._free[: -self._most]
+
+
+spares = Spares()
+"""Of this process: what groups and engines of one view leave to those of the next."""

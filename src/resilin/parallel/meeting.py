@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
-from resilin.memory.pages import Handle, Pages, PagesError
+from resilin.memory.pages import Handle, Pages, PagesError, spares
 from resilin.parallel.lines import Line
 
 _TOKEN = 16
@@ -47,7 +47,7 @@ def meet(
     with ExitStack() as stack:
         handle, port = [0] * 5, 0
         try:
-            room = Pages.of(_FIRST)
+            room = spares.take(_FIRST)
             door = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=len(ranks)))
             door.settimeout(timeout)
             if room.handle is not None:

@@ -23,7 +23,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from resilin.memory.pages import Handle, Pages, PagesError
+from resilin.memory.pages import Handle, Pages, PagesError, spares
 from resilin.parallel.lines import Kind, Line, NeighbourError, Said
 from resilin.parallel.meeting import Met
 
@@ -76,21 +76,20 @@ class Neighbours:
         self._later = 0
         self._boxes: list[_Box] = []
         self._theirs: dict[tuple[int, int], Pages] = {}
-        weakref.finalize(self, _close, list(self._lines.values()))
+        self._own = [rooms[index]]
+        weakref.finalize(self, _close, list(self._lines.values()), self._own)
 
     # -- rooms --------------------------------------------------------------------------------------------------
 
     def room(self, size: int) -> Tensor:
         """(size,) uint8 of this rank to fill, which `show` shows next."""
-        now = len(self._rooms[self.index].data)
-        if 2 * size > now:
-            half = -(-max(size, now) // _ALIGNED) * _ALIGNED
-            self._rooms[self.index], self._grown = Pages.of(2 * half), True
+        if size > len(self._half(self.index)):
+            self._rooms[self.index], self._grown = spares.take(2 * (size + _ALIGNED)), True
         return self._half(self.index)[:size]
 
     def _half(self, rank: int) -> Tensor:
         data = self._rooms[rank].data
-        half = len(data) // 2
+        half = len(data) // (2 * _ALIGNED) * _ALIGNED
         return data[self._shown % 2 * half :][:half]
 
     def show(self) -> list[Tensor]:
@@ -116,6 +115,7 @@ class Neighbours:
         self._shown += 1
         if news:  # whoever has larger pages keeps them until all have mapped them
             self._meet()
+            self._own[0] = self._rooms[self.index]
         return found
 
     def _meet(self) -> None:
@@ -341,6 +341,8 @@ def _added(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _close(lines: Sequence[Line]) -> None:
+def _close(lines: Sequence[Line], own: Sequence[Pages]) -> None:
     for line in lines:
         line.close()
+    for pages in own:
+        spares.give(pages)

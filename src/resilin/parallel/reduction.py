@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resilin.memory.pages import Pages
+from resilin.memory.pages import spares
 from resilin.optim.clip import shard_norms
 from resilin.parallel.canonical import Node, TreeSum
 from resilin.parallel.carriers import Carrier, carrier_of
@@ -179,11 +179,12 @@ class Reduction:
             return
         self._lay_out(bucket_bytes, given)
         like = self.parameters[0] if self.parameters else torch.empty(0)
-        self._pages = Pages.of(self._size * like.element_size()) if shared and like.device.type == "cpu" else None
+        size = self._size * like.element_size()
+        self._pages = spares.take(size) if shared and like.device.type == "cpu" else None
         if self._pages is None:
             self._weights = torch.zeros(self._size, dtype=like.dtype, device=like.device)
         else:
-            self._weights = self._pages.data.view(like.dtype)
+            self._weights = self._pages.data[:size].view(like.dtype)
         self._gradient = torch.zeros_like(self._weights)
         self._beside = Pool(like, 2)
         self._made: Carrier | None = None
@@ -402,6 +403,12 @@ class Reduction:
                 self._fill(*waiting.pop(0))
         for each in waiting:
             self._fill(*each)
+
+    def give_up(self) -> None:
+        """Leave the memory of the weights to others: shards are not to be used any more."""
+        if self.group.size > 1 and self._pages is not None:
+            spares.give(self._pages)
+            self._pages = None
 
     def _fill(self, bucket: _Bucket, arrived: Callable[[], list[Tensor]]) -> None:
         """Put the weights of a bucket into the parameters."""

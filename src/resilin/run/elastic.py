@@ -40,6 +40,7 @@ from resilin.nouns import Optimizer
 from resilin.parallel import activity
 from resilin.parallel.assemble import Assembled
 from resilin.parallel.handing import Handing
+from resilin.parallel.reduction import Reduction
 from resilin.parallel.state import StateLayout
 from resilin.parallel.stretches import Kept
 from resilin.parallel.workers import Workers
@@ -271,6 +272,9 @@ class Elastic:
         would cost more than all that is computed here. Whoever drops a message that gloo has lost sight of waits until
         it has failed: that is done in a thread of its own, which is mostly over before it is missed.
         """
+        for reduction in self._made.reductions.values() if self._made is not None else ():
+            if isinstance(reduction, Reduction):
+                reduction.give_up()
         held: list[object] = [self._made, run.workers, run.engine, run.optimizer, self.optimizer]
         self._made = None
         del run.workers, run.engine, run.optimizer, self.optimizer
