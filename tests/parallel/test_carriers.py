@@ -13,6 +13,7 @@ from forked import run_ranks
 from resilin.memory.pages import Handle, Pages, PagesError
 from resilin.parallel.carriers import Carrier, Messages, SharedMemory, carrier_of
 from resilin.parallel.degrees import Degrees
+from resilin.parallel.exchange import add_up
 from resilin.parallel.group import Group
 from resilin.parallel.ownership import Ownership
 from resilin.parallel.reduction import Reduction
@@ -55,6 +56,7 @@ def swaps(rank: int) -> list[str]:
                 if not torch.equal(part, value(by, rank, table[by][rank], turn)):
                     wrong.append(f"{type(carrier).__name__}, turn {turn}, by {by}: {part.tolist()}")
                 part += 1  # sums are added up in place
+    add_up(torch.ones(1), group)  # nobody leaves before all have read what it sent
     return wrong
 
 
@@ -72,6 +74,7 @@ def shows(rank: int) -> list[list[float]]:
         parts = carrier.weights([(by, by + 2) for by in range(RANKS)])()
         found.append(torch.cat([part.clone() for part in parts]).tolist())
         carrier.swap(carrier.room([[0] * RANKS] * RANKS), [[0] * RANKS] * RANKS)()  # all have looked
+        add_up(torch.ones(1), group)  # nobody leaves before all have read what it sent
     return found
 
 
@@ -129,6 +132,7 @@ def steps(rank: int, shared: bool, exact: bool, owners: Sequence[int]) -> list[A
         found.append([p.detach().clone() for _, p in parameters])
     made.read()
     found.append({name: shard.detach().clone() for name, shard in made.shards.items()})
+    add_up(torch.ones(1), made.group)  # nobody leaves before all have read what it sent
     return found
 
 
