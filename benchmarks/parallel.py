@@ -69,14 +69,13 @@ def tensor_cases(device: str, scale: float) -> list[tensor.Case]:
 
 def pipeline_rows(options: argparse.Namespace, device: torch.device) -> list[Row]:
     case = pipeline.Case(GPU_STAGES, 1, 2048) if options.device == "cuda" else pipeline.Case(STAGES, 1, 128)
-    rounds = max(2, round(12 * options.scale))
     if options.kind == "held":
         return pipeline.held(case, ("gpipe", "1f1b"), 8, device)
     if options.kind == "bubbles":
         # Passes of some tenths of a second: of a sixteenth, a message and the system's own work are a hundredth part.
         longer = case if options.device == "cuda" else replace(case, rows=2, tokens=512)
         return pipeline.bubbles(longer, ("gpipe", "1f1b"), (4, 8, 16), max(2, round(8 * options.scale)), device)
-    return pipeline.against_torch(case, 8, rounds, device)
+    return pipeline.against_torch(case, 8, max(2, round(40 * options.scale)), device)  # a round is a third of a second
 
 
 def worker(options: argparse.Namespace) -> None:
