@@ -225,6 +225,7 @@ def dropped(rank: int) -> tuple[bool, int]:
     exchange.add_up(torch.ones(100_000), met)
     gone = weakref.ref(near(met))
     dist.barrier()
+    near(met).give_up()
     del met
     gc.collect()
     kept = spares.take(200_000)  # the room that had grown

@@ -30,6 +30,7 @@ from torch._C._distributed_c10d import PrefixStore
 from resilin.cluster.sockets import internet_sockets, opened
 from resilin.cluster.store_connections import StoreConnections
 from resilin.parallel.group import Group
+from resilin.parallel.neighbours import Neighbours
 
 _making = threading.Lock()
 _POLL = 0.5
@@ -129,6 +130,7 @@ class Links:
         self.epoch, self.rank = epoch, rank
         self._timeout, self._address = timedelta(seconds=timeout), address
         self._groups: list[Any] = []
+        self._near: list[Neighbours] = []
         self._cut = False
         self._after: list[Callable[[], object]] = []
         self._lock = threading.Lock()
@@ -174,9 +176,12 @@ class Links:
         with _making:
             self._begin()
             try:
-                return made.met(self._timeout.total_seconds())
+                made = made.met(self._timeout.total_seconds())
             finally:
                 self._end()
+        if made.near is not None:
+            self._near.append(made.near)
+        return made
 
     def wait(self, work: Any) -> None:
         """Return when a collective is done.
@@ -279,6 +284,11 @@ class Links:
         for then in after:
             then()
         self.something_is_done()
+
+    def give_up(self) -> None:
+        """Leave the memory of these groups to those of the next view, once all of its members have come out of them."""
+        while self._near:
+            self._near.pop().give_up()
 
     def _end_sockets(self) -> None:
         for number, inode in self._sockets.items():

@@ -76,8 +76,7 @@ class Neighbours:
         self._later = 0
         self._boxes: list[_Box] = []
         self._theirs: dict[tuple[int, int], Pages] = {}
-        self._own = [rooms[index]]
-        weakref.finalize(self, _close, list(self._lines.values()), self._own)
+        weakref.finalize(self, _close, list(self._lines.values()))
 
     # -- rooms --------------------------------------------------------------------------------------------------
 
@@ -115,7 +114,6 @@ class Neighbours:
         self._shown += 1
         if news:  # whoever has larger pages keeps them until all have mapped them
             self._meet()
-            self._own[0] = self._rooms[self.index]
         return found
 
     def _meet(self) -> None:
@@ -127,7 +125,7 @@ class Neighbours:
     def _mapped(self, handle: Sequence[int], rank: int) -> Pages:
         try:
             return Pages.mapped(Handle.of_json(list(handle)))
-        except PagesError as error:  # as they could be when the group was made, their owner is gone
+        except PagesError as error:  # others could be mapped when the group was made: their owner is gone
             raise NeighbourError(f"the memory of rank {rank} of a group is gone: {error}") from None
 
     def _show(self, x: Tensor) -> list[Tensor]:
@@ -154,6 +152,10 @@ class Neighbours:
         found = [pages if rank == self.index else self._mapped(handle, rank) for rank, handle in enumerate(handles)]
         self._meet()
         return [each.data for each in found]
+
+    def give_up(self) -> None:
+        """Leave the room to whoever needs memory next: all ranks have come out of whatever they did together."""
+        spares.give(self._rooms[self.index])
 
     # -- collectives --------------------------------------------------------------------------------------------
 
@@ -341,8 +343,6 @@ def _added(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _close(lines: Sequence[Line], own: Sequence[Pages]) -> None:
+def _close(lines: Sequence[Line]) -> None:
     for line in lines:
         line.close()
-    for pages in own:
-        spares.give(pages)

@@ -272,6 +272,8 @@ class Elastic:
         would cost more than all that is computed here. Whoever drops a message that gloo has lost sight of waits until
         it has failed: that is done in a thread of its own, which is mostly over before it is missed.
         """
+        if self._links is not None:
+            self._links.give_up()  # there is a next view: everyone has come out
         for reduction in self._made.reductions.values() if self._made is not None else ():
             if isinstance(reduction, Reduction):
                 reduction.give_up()
