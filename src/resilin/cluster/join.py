@@ -89,7 +89,7 @@ def lead_first(world: World | None) -> Iterator[None]:
             dist.barrier()
     yield
     if not world.rank:
-        with waiting(world.everyone.ranks, "waiting for the others to be ready"):
+        with waiting(range(world.size), "waiting for the others to be ready"):  # groups are made by all together
             dist.barrier()
 
 

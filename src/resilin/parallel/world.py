@@ -72,7 +72,7 @@ class World:
 
     @cached_property
     def everyone(self) -> Group:
-        """All workers."""
+        """All workers, who ask for it together the first time."""
         self._connected()
         return of_all() if self.size > 1 else Group.alone()
 
