@@ -14,6 +14,7 @@ Sums are taken in the order of ranks, element by element: the same bits at all r
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,6 +30,7 @@ from resilin.parallel.meeting import Met
 
 _SMALL = 1 << 16  # bytes of a sum that every rank takes in whole; of larger ones each takes a part, among three or more
 _ALIGNED = 64
+_LEAVING, _POLL = 5.0, 0.001  # seconds that whoever leaves waits for its letters to be read, and between two looks
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -76,7 +78,7 @@ class Neighbours:
         self._later = 0
         self._boxes: list[_Box] = []
         self._theirs: dict[tuple[int, int], Pages] = {}
-        weakref.finalize(self, _close, list(self._lines.values()))
+        weakref.finalize(self, _close, list(self._lines.values()), self._boxes)
 
     # -- rooms --------------------------------------------------------------------------------------------------
 
@@ -232,7 +234,7 @@ class Neighbours:
     # -- letters ------------------------------------------------------------------------------------------------
 
     def post(self, x: Tensor, to: Sequence[int], tag: int) -> None:
-        """Leave a tensor for other ranks; it may change at once. A rank that ends before it was read takes it along.
+        """Leave a tensor for other ranks; it may change at once.
 
         Args:
             x: of any shape, not empty.
@@ -255,7 +257,9 @@ class Neighbours:
         """A box of at least so many bytes that nobody reads; its number."""
         for looked in (False, True):
             if looked:
-                self._look()
+                for line in self._lines.values():
+                    with suppress(NeighbourError):  # who has left reads nothing; whoever is needed is missed elsewhere
+                        _look(line, self._boxes)
             found = [number for number, box in enumerate(self._boxes) if not box.readers and size <= box.size]
             if found:
                 number = min(found, key=lambda one: self._boxes[one].size)
@@ -265,14 +269,6 @@ class Neighbours:
             raise NeighbourError("this process has no more memory that others can map")
         self._boxes.append(box)
         return len(self._boxes) - 1, box
-
-    def _look(self) -> None:
-        """Hear which letters were read."""
-        for line in self._lines.values():
-            line.look()
-            for number in line.taken:
-                self._boxes[number].readers -= 1
-            line.taken.clear()
 
     def receive(self, into: Tensor, by: int, tag: int) -> None:
         """Fill a tensor with what another rank has left; waits for it.
@@ -343,6 +339,23 @@ def _added(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _close(lines: Sequence[Line]) -> None:
+def _look(line: Line, boxes: Sequence[_Box]) -> None:
+    """Hear which letters were read at the other end."""
+    line.look()
+    for number in line.taken:
+        boxes[number].readers -= 1
+    line.taken.clear()
+
+
+def _close(lines: Sequence[Line], boxes: Sequence[_Box]) -> None:
+    """Leave, once what was posted is read: its memory goes with this process."""
+    there, until = list(lines), time.monotonic() + _LEAVING
+    while there and any(box.readers for box in boxes) and time.monotonic() < until:
+        for line in list(there):
+            try:
+                _look(line, boxes)
+            except NeighbourError:  # it has left, or the links were cut
+                there.remove(line)
+        time.sleep(_POLL)
     for line in lines:
         line.close()
