@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
+from resilin.checkpoint.dying import killed_by
 from resilin.cluster import pulse
 from resilin.memory.pages import Pages
 
@@ -93,12 +94,12 @@ def test_where_there_are_no_such_mutexes_there_is_no_pulse(monkeypatch: pytest.M
 def test_a_signal_is_read_of_a_process_that_is_dying():
     process, _, pipe = begun()
     assert process.pid is not None
-    assert pulse._killed_by(process.pid) == 0
+    assert killed_by(process.pid) == 0
     os.kill(process.pid, signal.SIGKILL)
     until = time.monotonic() + 60
-    while pulse._killed_by(process.pid) != signal.SIGKILL:
+    while killed_by(process.pid) != signal.SIGKILL:
         assert time.monotonic() < until
         time.sleep(0.005)
     process.join(60)
-    assert pulse._killed_by(process.pid) == 0  # nobody has this number any more
+    assert killed_by(process.pid) == 0  # nobody has this number any more
     pipe.close()

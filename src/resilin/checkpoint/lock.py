@@ -9,13 +9,16 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 import warnings
 from errno import EACCES, EAGAIN
 from pathlib import Path
 
+from resilin.checkpoint.dying import killed_by
 from resilin.checkpoint.errors import CheckpointError
 
 _NAME = ".lock"
+_DYING, _POLL = 60.0, 0.005  # seconds that one waits for a holder that is being killed, and between two looks
 # Such a lock belongs to the process, and closing any descriptor of the file drops it: so one descriptor per folder
 # and process, shared by all who ask and never closed while somebody holds it.
 _held: dict[tuple[int, str], tuple[int, int]] = {}
@@ -39,8 +42,14 @@ def lock_folder(folder: Path) -> None:
         _held[key] = handle, count + 1
         return
     handle = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    until = time.monotonic() + _DYING
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while not _locked(handle):
+            # Whoever was killed keeps its locks until it has given up its memory.
+            if time.monotonic() > until or not killed_by(_process(handle)):
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(_POLL)
     except OSError as error:
         owner = os.pread(handle, 200, 0).decode(errors="replace").strip()
         os.close(handle)
@@ -57,6 +66,23 @@ def lock_folder(folder: Path) -> None:
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     _held[key] = handle, 1
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (EACCES, EAGAIN):
+            return False
+        raise
+    return True
+
+
+def _process(handle: int) -> int:
+    """Who has written that it holds the lock, if it is of this machine; 0: nobody."""
+    said = os.pread(handle, 200, 0).decode(errors="replace").split()
+    here = len(said) == 4 and said[1].isdigit() and said[3] == socket.gethostname()
+    return int(said[1]) if here else 0
 
 
 def unlock_folder(folder: Path) -> None:

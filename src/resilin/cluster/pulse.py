@@ -13,15 +13,14 @@ import ctypes
 import errno
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from resilin.checkpoint.dying import killed_by
 from resilin.memory.pages import Handle, Pages, PagesError
 
 _BYTES = 4096
 _ATTRIBUTES = 64  # more than any system's pthread_mutexattr_t
 _SHARED, _ROBUST = 1, 1  # PTHREAD_PROCESS_SHARED, PTHREAD_MUTEX_ROBUST of Linux
-_EXIT_CODE = 49  # of what stands behind the name in /proc/<pid>/stat
 
 _held: list[Pages] = []  # by a thread, as long as this process lives
 
@@ -68,7 +67,7 @@ def watch(told: Sequence[int], then: Callable[[int], object]) -> bool:
 
 
 def _wait(pages: Pages, process: int, then: Callable[[int], object]) -> None:
-    if _lock(pages) == errno.EOWNERDEAD and (signal := _killed_by(process)):
+    if _lock(pages) == errno.EOWNERDEAD and (signal := killed_by(process)):
         then(signal)
 
 
@@ -92,12 +91,3 @@ def _lock(pages: Pages) -> int:
 def _call(name: str, *arguments: Any) -> int:
     function: Any = getattr(ctypes.CDLL(None), name)
     return int(function(*arguments))
-
-
-def _killed_by(process: int) -> int:
-    """The signal that a process is dying of; 0: of none, or that cannot be seen."""
-    try:
-        told = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace")
-        return int(told[told.rindex(")") + 2 :].split()[_EXIT_CODE]) & 0x7F
-    except (OSError, ValueError, IndexError):
-        return 0
