@@ -16,7 +16,7 @@ from forked import run_ranks
 from torch import Tensor
 
 from resilin.cluster.failure import kind_of
-from resilin.memory.pages import Handle, Pages, PagesError, spares
+from resilin.memory.pages import Pages, PagesError, spares
 from resilin.parallel import exchange
 from resilin.parallel.group import Group, make_groups, named, of_all
 from resilin.parallel.lines import Kind, Line, NeighbourError, Said
@@ -175,45 +175,30 @@ def test_groups_of_groups_and_groups_by_name_are_near_as_well():
     assert run_ranks(4, groups) == [[2, 1, True, True], [4, 1, True, True], [2, 5, True, True], [4, 5, True, True]]
 
 
-def blind(rank: int) -> list[Any]:
-    if rank == 1:
-
-        def refuses(handle: Handle) -> Pages:
-            raise PagesError("no")
-
-        Pages.mapped = refuses  # type: ignore[method-assign, assignment]
-    group = of_all()
-    return [group.near, exchange.add_up(torch.ones(1), group).item()]
+def refuses(*arguments: object, **named: object) -> Any:
+    raise PagesError("no")
 
 
-def test_where_one_cannot_map_the_pages_of_another_all_send_messages(capfd: pytest.CaptureFixture[str]):
-    assert run_ranks(RANKS, blind) == [[None, 3.0]] * RANKS
-
-
-def unreachable(rank: int) -> list[Any]:
-    if rank == 2:
-        socket.create_connection = refuses_to_connect  # type: ignore[assignment]
-    group = of_all()
-    return [group.near, exchange.add_up(torch.ones(1), group).item()]
-
-
-def refuses_to_connect(*arguments: object, **named: object) -> socket.socket:
+def refused(*arguments: object, **named: object) -> Any:
     raise ConnectionRefusedError("no")
 
 
-def test_where_one_cannot_connect_to_another_all_send_messages():
-    assert run_ranks(RANKS, unreachable) == [[None, 3.0]] * RANKS
-
-
-def without_a_door(rank: int) -> list[Any]:
+def hindered(rank: int, what: str) -> list[Any]:
+    """One that cannot do its part of meeting the others."""
     if rank == 1:
-        socket.create_server = refuses_to_connect  # type: ignore[assignment]
+        {
+            "map": lambda: setattr(Pages, "mapped", refuses),
+            "connect": lambda: setattr(socket, "create_connection", refused),
+            "listen": lambda: setattr(socket, "create_server", refused),
+            "have pages": lambda: setattr(spares, "take", refused),
+        }[what]()
     group = of_all()
     return [group.near, exchange.add_up(torch.ones(1), group).item()]
 
 
-def test_where_one_cannot_listen_all_send_messages():
-    assert run_ranks(RANKS, without_a_door) == [[None, 3.0]] * RANKS
+@pytest.mark.parametrize("what", ["map", "connect", "listen", "have pages"])
+def test_where_one_cannot_all_send_messages(what: str):
+    assert run_ranks(RANKS, hindered, what) == [[None, 3.0]] * RANKS
 
 
 def dropped(rank: int) -> tuple[bool, int]:

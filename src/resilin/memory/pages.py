@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 _NAME = "resilin-copy"
+_ALIGNED = 64
 _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 0) | getattr(fcntl, "F_SEAL_GROW", 0)
 
 
@@ -147,7 +148,7 @@ class Spares:
             for place, pages in enumerate(self._free):
                 if size <= len(pages.data):
                     return self._free.pop(place)
-        return Pages.of(2 * size)
+        return Pages.of(2 * -(-size // _ALIGNED) * _ALIGNED)  # for elements of every format
 
     def give(self, pages: Pages) -> None:
         """Whoever else has mapped them reads them no more."""

@@ -6,9 +6,11 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
+
+import torch
 
 from resilin.memory.pages import Handle, Pages, PagesError, spares
 from resilin.parallel.lines import Line
@@ -45,15 +47,14 @@ def meet(
     """
     token = secrets.token_bytes(_TOKEN)
     with ExitStack() as stack:
-        handle, port = [0] * 5, 0
-        try:
-            room = spares.take(_FIRST)
+        room, handle, port = Pages(torch.empty(0, dtype=torch.uint8)), [0] * 5, 0
+        # A process may have no descriptor left: then it says that nobody can reach it, and all send messages.
+        with suppress(OSError):
             door = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=len(ranks)))
             door.settimeout(timeout)
+            room = spares.take(_FIRST)
             if room.handle is not None:
                 handle, port = room.handle.json(), door.getsockname()[1]
-        except OSError:  # this process may have no more descriptors: then nobody can reach it
-            pass
         secret = [int.from_bytes(token[at : at + 4], "little") for at in range(0, _TOKEN, 4)]
         told = tell([*handle, port, _boot(), *secret])
         rooms: list[Pages] = []
