@@ -124,7 +124,7 @@ def test_digits_are_scikit_learn_s() -> None:
 # ---- real processes ------------------------------------------------------------------------------------------------
 
 
-def run_settings(**objective: Any) -> RunSettings:
+def run_settings(steps: int = 8, **objective: Any) -> RunSettings:
     tree = {
         "source": {"use": "resilin.recipes.elaswave.digits:Digits"},
         "model": {"use": "resilin.recipes.elaswave.digits:DigitNetworkSettings", "widths": [64, 16, 10]},
@@ -132,7 +132,7 @@ def run_settings(**objective: Any) -> RunSettings:
             "use": "resilin.recipes.elaswave.replicas:Replicas", "inner": INNER, "replicas": 3, "micro": 2, **objective,
         },
         "optimizer": {"lr": 1e-2, "schedule": {"use": "resilin.optim.schedule:Constant", "warmup": 1}},
-        "train": {"steps": 8, "batch_size": 12, "micro_batch_size": 2, "threads": 1, "device": "cpu"},
+        "train": {"steps": steps, "batch_size": 12, "micro_batch_size": 2, "threads": 1, "device": "cpu"},
         "precision": {"compute": "fp32"},
         "evaluation": {"every": 4, "batches": 1},
         "checkpoint": {"every": 0},
@@ -149,11 +149,12 @@ def record(settings: RunSettings, folder: Path) -> RunRecord:
 
 
 def test_killed_processes_leave_the_bits_of_one_process(tmp_path: Path) -> None:
-    quiet = record(run_settings(processes=True), tmp_path / "quiet")
-    struck = record(run_settings(processes=True, lost=[[2, 1], [5, 2]]), tmp_path / "struck")
+    # Steps of so small a model are quicker than the moment within which a kill falls: many, for the last to be struck.
+    quiet = record(run_settings(60, processes=True), tmp_path / "quiet")
+    struck = record(run_settings(60, processes=True, lost=[[2, 1], [5, 2]]), tmp_path / "struck")
     assert struck.weights == quiet.weights
     assert struck.series == quiet.series
-    assert len(struck.series["loss"]) == 8
+    assert len(struck.series["loss"]) == 60
     assert struck.final["loss"] == quiet.final["loss"]
     assert struck.final["cluster/killed"] == 2
     assert struck.final["cluster/members"] == 1
