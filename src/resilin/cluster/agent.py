@@ -136,14 +136,17 @@ class Agent:
         """What is called, by the hearing thread, when this member, which has a place, is about to get more to do."""
         self._read = read
 
-    def warm(self, costs: Sequence[float] = (), prepare: Callable[[Prepare], None] = lambda told: None) -> Adopt:
+    def warm(
+        self, costs: Sequence[float] = (), experts: int = 0, prepare: Callable[[Prepare], None] = lambda told: None
+    ) -> Adopt:
         """Ready for a place; returns once there is one.
 
         Args:
             costs: see `Warm`.
+            experts: likewise.
             prepare: called when there is about to be one.
         """
-        self._say(Warm(tuple(costs)))
+        self._say(Warm(tuple(costs), experts))
         return self._await_place(prepare)
 
     def halted(
@@ -194,19 +197,19 @@ class Agent:
         adopt = self._adopt
         return adopt if adopt is not None and adopt.view.epoch > self._epoch else None
 
-    def adopted(self, adopt: Adopt, digest: str, parts: Parts) -> None:
+    def adopted(self, adopt: Adopt, digests: tuple[str, str], parts: Parts) -> None:
         """This member is what it was told to be; returns once all are.
 
         Args:
             adopt: what it was told.
-            digest: see `Ready.state`.
+            digests: `Ready.state` and `Ready.experts`.
             parts: what it took.
 
         Raises:
             HaltedError: something else has changed.
         """
         seconds = {part: round(took, 5) for part, took in parts.seconds.items()}
-        self._say(Ready(adopt.view.epoch, adopt.view.digest, digest, seconds, parts.bytes))
+        self._say(Ready(adopt.view.epoch, adopt.view.digest, *digests, seconds, parts.bytes))
         with self._changed:
             self._changed.wait_for(
                 lambda: self._ended is not None or self._go >= adopt.view.epoch or self._halted_now() is not None
@@ -248,13 +251,13 @@ class Agent:
             self._leave_if_ended()
             raise HaltedError(self._halted_now() or "")
 
-    def done(self, version: int, digest: str) -> None:
-        """All steps were taken; returns once all members are so far.
+    def done(self, version: int, digest: str, experts: str = "") -> None:
+        """All steps were taken; returns once all members are so far. See `Done`.
 
         Raises:
             HaltedError: something has changed before that.
         """
-        self._say(Done(self._epoch, version, digest))
+        self._say(Done(self._epoch, version, digest, experts))
         with self._changed:
             self._changed.wait_for(lambda: self._ended is not None or self._halted_now() is not None)
             if self._ended is None:

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 
 from resilin.checkpoint.tensor_record import DTYPES
-from resilin.cluster.restore import Ahead, Need, Owners, Piece, Restorer, pieces_owned, pieces_whole
+from resilin.cluster.restore import Ahead, Need, Owners, Piece, Restorer, pieces_held, pieces_owned
 
 
 def read_ahead(
     before: Sequence[Owners],
-    after: Owners,
+    after: Sequence[Owners],
     member: int,
     weights: str,
     restorer: Restorer,
@@ -27,8 +27,8 @@ def read_ahead(
     """Read all that a member needs of others' copies.
 
     Args:
-        before: by stage who owns what.
-        after: of the member's stage.
+        before: who owns what of all parameters.
+        after: of those that the member will have.
         member: whose place it will be.
         weights: the path of weights in copies.
         restorer: of the copies.
@@ -51,8 +51,8 @@ def read_ahead(
             values = max(piece.at + piece.values for piece in pieces)
         return Need(name, path, torch.empty(values, dtype=DTYPES[slot.dtype]), pieces)
 
-    names = after.names if lacking is None else lacking
-    needs = [need(name, weights, pieces) for name, pieces in pieces_whole(before, names, member).items()]
+    names = [name for each in after for name in each.names] if lacking is None else lacking
+    needs = [need(name, weights, pieces) for name, pieces in pieces_held(before, after, names, member).items()]
     for name, pieces in pieces_owned(before, after, member).items():
         paths = [path for parameter, path in restorer.slots(pieces[0].owner) if parameter == name and path != weights]
         needs += [need(name, path, pieces) for path in paths]

@@ -24,6 +24,8 @@ def first_view(
     layers: Sequence[int] = (),
     copies: int = 1,
     tensor: int = 1,
+    expert: int = 1,
+    experts: int = 0,
 ) -> View:
     """The view that a run begins with: stages get near-equal runs of the members, or of teams of them.
 
@@ -34,6 +36,8 @@ def first_view(
         layers: see `View`.
         copies: see `View`.
         tensor: members of a team.
+        expert: see `View`.
+        experts: of a layer; 0: a run without expert parallelism.
 
     Raises:
         NobodyLeftError: there are fewer members, or teams, than stages.
@@ -50,9 +54,10 @@ def first_view(
         mine = teams[first : first + base + (stage < more)]
         first += len(mine)
         owners = deal(VIRTUAL_SHARDS, len(mine))
-        made.append(Stage(sum(mine, ()), tuple(mine[owner][0] for owner in owners), tensor))
+        new = Stage(sum(mine, ()), tuple(mine[owner][0] for owner in owners), tensor)
+        made.append(_with_experts(new, None, expert, experts))
     known = {number: hosts[number] for team in teams for number in team}
-    return View(0, tuple(made), known, tuple(layers), copies)
+    return View(0, tuple(made), known, tuple(layers), copies, expert)
 
 
 def changed(view: View, gone: Collection[int] = (), come: Mapping[int, str] | None = None) -> View:
@@ -86,7 +91,7 @@ def changed(view: View, gone: Collection[int] = (), come: Mapping[int, str] | No
         if not stage:  # its last member is lost: one of the stage that has most moves here
             stage.append(max(lists, key=len).pop())
     known = {number: hosts[number] for teams in lists for team in teams for number in team}
-    return View(view.epoch + 1, _restaged(view, lists), known, view.layers, view.copies)
+    return View(view.epoch + 1, _restaged(view, lists), known, view.layers, view.copies, view.expert)
 
 
 def moved(view: View) -> View:
@@ -108,10 +113,31 @@ def gaining(before: View, after: View) -> list[int]:
 
 def _restaged(view: View, lists: Sequence[Sequence[tuple[int, ...]]]) -> tuple[Stage, ...]:
     """Stages of these teams, in which shards stay with whoever has them as far as that is fair."""
-    return tuple(
-        Stage(sum(teams, ()), _owners(stage.shards, [team[0] for team in teams]), view.tensor)
-        for stage, teams in zip(view.stages, lists, strict=True)
-    )
+    made = []
+    for stage, teams in zip(view.stages, lists, strict=True):
+        new = Stage(sum(teams, ()), _owners(stage.shards, [team[0] for team in teams]), view.tensor)
+        made.append(_with_experts(new, stage, view.expert, len(stage.experts)))
+    return tuple(made)
+
+
+def _with_experts(stage: Stage, before: Stage | None, expert: int, experts: int) -> Stage:
+    """A stage whose teams have its experts between them. Of teams that all share one set as few move as can.
+
+    Args:
+        stage: its members.
+        before: what it was.
+        expert: so many teams, at least, are to share a set.
+        experts: of a layer.
+    """
+    if not experts:
+        return stage
+    teams = len(stage.teams)
+    sharing = next(size for size in range(min(expert, teams), teams + 1) if not teams % size)
+    table = deal(experts, sharing)
+    if before is not None and sharing == teams and before.sharing == len(before.teams):
+        place = {lead: index for index, lead in enumerate(stage.leads)}
+        table = redeal([place.get(before.leads[owner]) for owner in before.experts], sharing)
+    return replace(stage, sharing=sharing, experts=table)
 
 
 def _owners(shards: Iterable[int], members: Sequence[int]) -> tuple[int, ...]:

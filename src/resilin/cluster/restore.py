@@ -7,7 +7,7 @@ state of the optimizer, which lie alike. So what is planned is one interval at a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +30,43 @@ class Owners:
         names: of the parameters.
         ownership: of their elements.
         members: the numbers of those whom `ownership` counts.
+        experts: numbers of the experts that these members have of every parameter, one after the other; (): they have
+            all of it.
+        of: so many experts, of one size.
     """
 
     names: tuple[str, ...]
     ownership: Ownership
     members: tuple[int, ...]
+    experts: tuple[int, ...] = ()
+    of: int = 1
+
+    def size(self, number: int) -> int:
+        """Elements of a parameter, those that these members do not have among them."""
+        return self.ownership.sizes[number] * self.of // max(len(self.experts), 1)
+
+    def owned(self, number: int, place: int) -> list[Region]:
+        """What a member owns of a parameter, in its order there: where it lies in the whole."""
+        return [
+            region
+            for run in self.ownership.runs_of(number, place)
+            for region in self._regions(number, run.begin, run.end)
+        ]
+
+    def held(self, number: int) -> list[Region]:
+        """What every one of these members has of a parameter."""
+        return self._regions(number, 0, self.ownership.sizes[number])
+
+    def _regions(self, number: int, begin: int, end: int) -> list[Region]:
+        if not self.experts:
+            return [Region((begin,), (end - begin,))]
+        each = self.ownership.sizes[number] // len(self.experts)
+        found = []
+        for place, expert in enumerate(self.experts):
+            low, high = max(begin, place * each), min(end, (place + 1) * each)
+            if low < high:
+                found.append(Region((low + (expert - place) * each,), (high - low,)))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +86,35 @@ class Piece:
     values: int
 
 
-def pieces_owned(before: Sequence[Owners], after: Owners, member: int) -> dict[str, list[Piece]]:
-    """What makes up the elements that a member owns from now on; `before` has one for each stage."""
-    place = after.members.index(member)
+def pieces_owned(before: Sequence[Owners], after: Sequence[Owners], member: int) -> dict[str, list[Piece]]:
+    """What makes up the elements that a member owns from now on.
+
+    Args:
+        before: of all parameters.
+        after: of those that the member has.
+        member: its number.
+    """
     wanted = [
-        (name, _place(member), Region((run.begin,), (run.size,)))
-        for number, name in enumerate(after.names)
-        for run in after.ownership.runs_of(number, place)
+        (name, _place(member), region)
+        for each in after
+        for number, name in enumerate(each.names)
+        for region in each.owned(number, each.members.index(member))
     ]
     return _pieces(before, wanted)
 
 
-def pieces_whole(before: Sequence[Owners], names: Sequence[str], member: int) -> dict[str, list[Piece]]:
-    """What makes up some parameters in whole."""
-    sizes = {name: size for each in before for name, size in zip(each.names, each.ownership.sizes, strict=True)}
-    return _pieces(before, [(name, _place(member), Region((0,), (sizes[name],))) for name in names])
+def pieces_held(
+    before: Sequence[Owners], after: Sequence[Owners], names: Collection[str], member: int
+) -> dict[str, list[Piece]]:
+    """What makes up all that a member has of some parameters; see `pieces_owned`."""
+    wanted = [
+        (name, _place(member), region)
+        for each in after
+        for number, name in enumerate(each.names)
+        if name in names
+        for region in each.held(number)
+    ]
+    return _pieces(before, wanted)
 
 
 def _place(member: int) -> Place:
@@ -85,10 +131,9 @@ def _pieces(before: Sequence[Owners], wanted: Sequence[tuple[str, Place, Region]
         for number, name in enumerate(each.names):
             if name not in wants:
                 continue
-            sizes[name] = each.ownership.sizes[number]
+            sizes[name] = each.size(number)
             for index, member in enumerate(each.members):
-                for run in each.ownership.runs_of(number, index):
-                    held[name].append((_place(member), Region((run.begin,), (run.size,))))
+                held[name] += [(_place(member), region) for region in each.owned(number, index)]
     # Blocks are alike: what is planned for a parameter holds for all of its size with the same owners.
     alike: dict[tuple[object, ...], list[str]] = {}
     for name, wish in wants.items():

@@ -30,11 +30,16 @@ class Stage:
         shards: (V,) the number of the member that owns each virtual shard of this stage's optimizer states; of a team
             that of its first member, each of whom owns that shard of its own part.
         tensor: members of a team, each of which has a part of every matrix.
+        sharing: teams, neighbours, that have one set of experts between them; it divides the number of teams.
+        experts: (E,) by expert of a layer the place, among those teams, of the one that has it; (): a run without
+            expert parallelism.
     """
 
     members: tuple[int, ...]
     shards: tuple[int, ...]
     tensor: int = 1
+    sharing: int = 1
+    experts: tuple[int, ...] = ()
 
     @property
     def teams(self) -> tuple[tuple[int, ...], ...]:
@@ -57,6 +62,14 @@ class Stage:
         """Of each team the member that has this part of every matrix."""
         return self.members[part :: self.tensor]
 
+    def with_experts(self, part: int, place: int) -> tuple[int, ...]:
+        """Of the members with this part of every matrix those that have the experts of a place."""
+        return self.part(part)[place :: self.sharing]
+
+    def experts_of(self, place: int) -> tuple[int, ...]:
+        """The experts of a place, ascending."""
+        return tuple(expert for expert, owner in enumerate(self.experts) if owner == place)
+
 
 @dataclass(frozen=True)
 class View:
@@ -68,6 +81,7 @@ class View:
         hosts: by member the machine it is on.
         layers: (stages + 1,) the first block of each stage, and one past the last; () where nothing is divided.
         copies: of every member's states in others' memory.
+        expert: teams of a stage that are to have one set of experts between them: so many at least, if there are.
     """
 
     epoch: int
@@ -75,6 +89,7 @@ class View:
     hosts: Mapping[int, str]
     layers: tuple[int, ...] = ()
     copies: int = 1
+    expert: int = 1
 
     def __post_init__(self) -> None:
         counts = Counter(number for stage in self.stages for number in stage.members)
@@ -92,6 +107,17 @@ class View:
                 )
             if strangers := set(stage.shards) - set(stage.leads):
                 raise ViewError(f"epoch {self.epoch}: {min(strangers)} owns a shard of stage {number} and is no member")
+            self._check_experts(number, stage)
+
+    def _check_experts(self, number: int, stage: Stage) -> None:
+        teams = len(stage.teams)
+        if stage.sharing < 1 or teams % stage.sharing:
+            raise ViewError(f"epoch {self.epoch}: {stage.sharing} of {teams} teams of stage {number} share experts")
+        if any(not 0 <= place < stage.sharing for place in stage.experts):
+            raise ViewError(
+                f"epoch {self.epoch}: stage {number} has experts at {sorted(set(stage.experts))}, of {stage.sharing} "
+                "teams that share them"
+            )
 
     def __str__(self) -> str:
         counts = " + ".join(str(len(stage.teams)) for stage in self.stages)
@@ -106,8 +132,19 @@ class View:
 
     @property
     def alike(self) -> list[tuple[int, ...]]:
-        """Members that have the same weights: of each stage those with the same part of every matrix."""
+        """Members that have the same weights, experts apart: of each stage those with the same part of every matrix."""
         return [stage.part(part) for stage in self.stages for part in range(self.tensor)]
+
+    @property
+    def alike_experts(self) -> list[tuple[int, ...]]:
+        """Members that have the same experts; none where all of a stage have all."""
+        return [
+            stage.with_experts(part, place)
+            for stage in self.stages
+            if stage.sharing > 1
+            for part in range(self.tensor)
+            for place in range(stage.sharing)
+        ]
 
     def team_of(self, number: int) -> tuple[int, ...]:
         """The members that compute together with one, itself among them."""
@@ -167,10 +204,18 @@ class View:
         """
         try:
             stages = tuple(
-                Stage(tuple(one["members"]), tuple(one["shards"]), int(one["tensor"])) for one in told["stages"]
+                Stage(
+                    tuple(one["members"]),
+                    tuple(one["shards"]),
+                    int(one["tensor"]),
+                    int(one["sharing"]),
+                    tuple(one["experts"]),
+                )
+                for one in told["stages"]
             )
             hosts = {int(number): str(host) for number, host in told["hosts"].items()}
-            return cls(int(told["epoch"]), stages, hosts, tuple(told["layers"]), int(told["copies"]))
+            numbers = int(told["copies"]), int(told["expert"])
+            return cls(int(told["epoch"]), stages, hosts, tuple(told["layers"]), *numbers)
         except (KeyError, TypeError, AttributeError) as error:
             raise ViewError(f"this is no view: {told!r:.200} ({type(error).__name__}: {error})") from None
 

@@ -15,15 +15,16 @@ from resilin.parallel.errors import ParallelError
 from resilin.parallel.group import Group
 from resilin.parallel.world import World
 
-_ALONE = {"rep", "cp", "ep"}  # axes of one worker each
-_DATA = {"dp", "edp"}
+_ALONE = {"rep", "cp"}  # axes of one worker each
+_DATA = {"dp", "edp", "ep"}
 
 
 class ViewWorld(World):
     """The members of a view, as one of them sees them: its groups are of the view's epoch.
 
     Stages may have unlike numbers of members, so there is no mesh of all. This member's data axis is its own stage, or
-    those there who have the same part of every matrix; its tensor axis is its team.
+    those there who have the same part of every matrix; its tensor axis is its team. Those of the data axis who share a
+    set of experts are neighbours there: its axis of experts.
 
     Args:
         view: who there is.
@@ -38,6 +39,7 @@ class ViewWorld(World):
         self._team = view.team_of(member)
         self._part = self._team.index(member)
         self._alike = view.stages[self.stage].part(self._part)
+        self._sharing = view.stages[self.stage].sharing
         self._made: dict[tuple[int, ...], Group] = {}
         super().__init__(Degrees(data=len(view.members)), view.members.index(member))
 
@@ -56,6 +58,8 @@ class ViewWorld(World):
             said.append(f"data {self.coordinate('dp')}")
         if len(self._team) > 1:
             said.append(f"tensor {self._part}")
+        if self._sharing > 1:
+            said.append(f"experts {self.coordinate('ep')}")
         return ", ".join(said)
 
     @cached_property
@@ -68,13 +72,15 @@ class ViewWorld(World):
     def coordinate(self, axis: str) -> int:
         """Where this worker stands: the place in its stage or in its team, or the stage."""
         if axis in _DATA:
-            return self._alike.index(self.member)
+            place = self._alike.index(self.member)
+            return {"ep": place % self._sharing, "edp": place // self._sharing}.get(axis, place)
         return {"pp": self.stage, "tp": self._part}.get(self._known(axis), 0)
 
     def axis(self, axis: str) -> int:
         """How many teams this worker's stage has, how many members a team has, or how many stages there are."""
         if axis in _DATA:
-            return len(self._alike)
+            count = len(self._alike)
+            return {"ep": self._sharing, "edp": count // self._sharing}.get(axis, count)
         return {"pp": len(self.view.stages), "tp": len(self._team)}.get(self._known(axis), 1)
 
     @staticmethod
@@ -115,10 +121,18 @@ class ViewWorld(World):
         return [self._ranks_of(self._along(axes))]
 
     def _along(self, axes: tuple[str, ...]) -> tuple[int, ...]:
-        data, tensor = bool(_DATA & set(axes)), "tp" in axes
-        if data and tensor:
-            return self._mine
-        return self._alike if data else self._team if tensor else (self.member,)
+        places, tensor = self._places(set(axes)), self.view.tensor
+        parts = range(tensor) if "tp" in axes else (self._part,)
+        return tuple(self._mine[place * tensor + part] for place in places for part in parts)
+
+    def _places(self, axes: set[str]) -> range:
+        """Of this worker's data axis, places that differ on these axes only."""
+        mine, count, sharing = self.coordinate("dp"), len(self._alike), self._sharing
+        if "dp" in axes or {"ep", "edp"} <= axes:
+            return range(count)
+        if "ep" in axes:
+            return range(mine - mine % sharing, mine - mine % sharing + sharing)
+        return range(mine % sharing, count, sharing) if "edp" in axes else range(mine, mine + 1)
 
     def _connected(self) -> None:
         return None

@@ -19,7 +19,7 @@ def micro_batches(count: int, size: int, workers: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def even_batches(count: int, size: int, workers: int) -> list[range]:
+def even_batches(count: int, size: int, workers: int, *, alike: bool = False) -> list[range]:
     """The slots of every micro-batch of a step, cut for so many workers: no share is more than one slot larger.
 
     Dealt in runs, each worker has one share of the slots, in micro-batches as few and as equal as can be (ElasWave,
@@ -29,10 +29,12 @@ def even_batches(count: int, size: int, workers: int) -> list[range]:
         count: slots of the step.
         size: the most of a micro-batch; 0: a worker's share.
         workers: of the data axis.
+        alike: every worker has as many micro-batches as all others, of which some may be empty: for workers that
+            exchange something in each of them.
     """
     each = -(-count // (workers * size)) if size else 1
     shares = in_runs(count, workers)
-    return [share[cut.start : cut.stop] for share in shares for cut in in_runs(len(share), each) if len(cut)]
+    return [share[cut.start : cut.stop] for share in shares for cut in in_runs(len(share), each) if alike or len(cut)]
 
 
 Dealt = Callable[[int, int], Sequence[Sequence[int]]]

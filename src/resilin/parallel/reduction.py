@@ -284,8 +284,9 @@ class Reduction:
         if not mine:
             return [None] * len(self.parameters)
         tree = TreeSum()
+        whole = self.exact and self.group.size == 1
         for node in mine:
-            tree.push(node.sum, node.height if self.group.size == 1 else 0)
+            tree.push(node.sum, node.height if whole else 0)
         return tree.total()
 
     def _send(self, bucket: _Bucket, leaves: Sequence[Sequence[Tensor | None]], counts: Sequence[int]) -> _Sent:

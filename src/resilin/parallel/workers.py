@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -93,6 +93,7 @@ class WholeModel:
         speaks: whether this worker's losses are counted.
         prepare: takes this worker's part of a batch, where rows are divided.
         gathered: of weights that are gathered once a step; None: each worker has them, or they come and go.
+        between: parameters whose gradients are also of tokens that other workers send: experts.
     """
 
     in_order = True
@@ -108,8 +109,9 @@ class WholeModel:
         speaks: bool = True,
         prepare: Callable[[Batch], Batch] = lambda batch: batch,
         gathered: Gathered | None = None,
+        between: Collection[nn.Parameter] = (),
     ) -> None:
-        self._gathered = gathered
+        self._gathered, self._between = gathered, {id(parameter) for parameter in between}
         self.chunks: Sequence[nn.Module] = (model,)
         self.speaks, self._prepare = speaks, prepare
         self._objective, self._computed, self._device, self._autocast = objective, computed, device, autocast
@@ -119,17 +121,43 @@ class WholeModel:
         """All, as the model has them now."""
         return [list(self.chunks[0].parameters())]
 
-    def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect, losses: dict[int, Loss]) -> None:
-        """Forward, backward, forward, backward, ..."""
+    def train(
+        self,
+        micros: Sequence[tuple[Batch, Keys]],
+        collect: Collect,
+        losses: dict[int, Loss],
+        idle: Collection[int] = (),
+    ) -> None:
+        """Forward, backward, forward, backward, ...
+
+        Args:
+            micros: see `Passes`, like what follows.
+            collect: takes gradients.
+            losses: gets losses.
+            idle: places of micro-batches that stand in for none: others have one more, whose tokens come here too.
+        """
         for number, (batch, keys) in enumerate(micros):
             doing("forward and backward of micro-batch", number)
             with self._autocast():
                 loss = self._objective(self._computed, self._prepare(batch.to(self._device)), keys)
+            if number in idle:
+                self._take_others(loss)
+                collect(0, number)
+                continue
             if self._gathered is not None:
                 self._gathered.before_backward(0, last=number == len(micros) - 1)
             loss.sum.backward()
             collect(0, number)
             losses[number] = Loss(loss.sum.detach(), loss.units.detach(), loss.logs)
+
+    def _take_others(self, loss: Loss) -> None:
+        """A backward pass of which nothing counts but what others' tokens give the experts here."""
+        parameters = [p for p in self.chunks[0].parameters() if p.requires_grad]
+        # Of all, not of the experts alone: then tokens' gradients go back to the others in every layer.
+        found = torch.autograd.grad(loss.sum * 0, parameters, allow_unused=True)
+        for parameter, grad in zip(parameters, found, strict=True):
+            if id(parameter) in self._between and grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], total: int) -> list[Loss]:
@@ -300,7 +328,9 @@ class Workers:
 
     def micro_batches(self, count: int) -> list[range]:
         """The slots of every micro-batch of a step of `count` slots."""
-        return (even_batches if self.even else micro_batches)(count, self._micro, self.world.axis("dp"))
+        if self.even:
+            return even_batches(count, self._micro, self.world.axis("dp"), alike=self._lockstep)
+        return micro_batches(count, self._micro, self.world.axis("dp"))
 
     def _micros_of(self, step: int, count: int) -> list[tuple[int, ...]]:
         """Which micro-batches each worker computes."""
@@ -320,7 +350,8 @@ class Workers:
         micros = self.micro_batches(count)
         runs = stretches(self._missing(step, count))
         if len(runs) == 1:
-            return range(micros[runs[0].start].start, micros[runs[0].stop - 1].stop)
+            mine = range(micros[runs[0].start].start, micros[runs[0].stop - 1].stop)
+            return mine or range(1)  # one that stands in where others exchange something with this worker
         return [slot for run in runs for number in run for slot in micros[number]]
 
     # -- the step -----------------------------------------------------------------------------------------------
@@ -330,9 +361,10 @@ class Workers:
         micros, todo = self.micro_batches(count), self._missing(keys.step, count)
         parts, row = [], 0
         for number in todo:
-            rows = row, row + len(micros[number])
+            rows = (row, row + len(micros[number])) if micros[number] else (0, 1)
             parts.append((batch.rows(*rows), keys.rows(*rows)))
-            row = rows[1]
+            row += len(micros[number])
+        idle = [place for place, number in enumerate(todo) if not micros[number]]
         if self.handing is not None and self.handing.step != keys.step:
             self.handing = None
         sums = [self._summing(names, todo) for names in self.collected]
@@ -353,7 +385,10 @@ class Workers:
         keeps = self.keeps and self._exact  # fast sums are added up in the memory of the blocks
         try:
             with self.trace.step(keys.step) if self.trace is not None else nullcontext():
-                self.passes.train(parts, collect, losses)
+                if idle and isinstance(self.passes, WholeModel):
+                    self.passes.train(parts, collect, losses, idle)
+                else:
+                    self.passes.train(parts, collect, losses)
         except (RuntimeError, OSError):
             if keeps and not self.passes.in_order:
                 whole = in_all([[part] for part in finished])  # a tied weight may be behind the rest of its stage

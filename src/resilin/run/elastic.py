@@ -30,7 +30,7 @@ from resilin.cluster.parts import Parts
 from resilin.cluster.peer import Address, Peer, PeerServer
 from resilin.cluster.pool import Copy, Pool, copy_of
 from resilin.cluster.protocol.messages import Adopt
-from resilin.cluster.restore import Need, Piece, Restorer, Shared, pieces_owned, pieces_whole
+from resilin.cluster.restore import Need, Piece, Restorer, Shared, pieces_held, pieces_owned
 from resilin.cluster.snapshots import Snapshots
 from resilin.cluster.store_connections import StoreConnections
 from resilin.cluster.view import View
@@ -140,7 +140,8 @@ class Elastic:
             store: makes the folder of checkpoints of a view's workers.
         """
         self._placing, self._store = placing, store
-        change = self._agent.warm(placing.costs, self._ahead.newcomer)
+        shapes = [placing.whole.specs[name].shape for name in placing.experts]
+        change = self._agent.warm(placing.costs, max((shape[0] for shape in shapes), default=0), self._ahead.newcomer)
         while True:
             try:
                 self._take_place(change)
@@ -200,10 +201,11 @@ class Elastic:
             HaltedError: something has changed before that.
         """
         trained = self.made.engine.trained
-        firsts = [name for name in self.blueprint.firsts(self.world.stage) if trained[name].counted]
-        digest = self._digest(run, firsts)
+        firsts = {name for name in self.blueprint.firsts(self.world.stage) if trained[name].counted}
+        shared = self.blueprint.shared(self.world.stage)
+        digests = self._digest(run, firsts - shared), self._digest(run, firsts & shared)
         with activity.waiting((-1,), "waiting for the others to end"):
-            self._agent.done(run.step, digest)
+            self._agent.done(run.step, *digests)
 
     def leave(self) -> None:
         """End, once this worker's states are elsewhere."""
@@ -366,7 +368,7 @@ class Elastic:
         self.layout = StateLayout(self.blueprint, self.world.everyone)
 
     def _blueprint(self, view: View) -> ViewBlueprint:
-        return ViewBlueprint(self._placing.whole, view, self._placing.holders(view))
+        return ViewBlueprint(self._placing.whole, view, self._placing.holders(view), self._placing.experts)
 
     def _handing(self, change: Adopt, engine: Workers) -> Handing:
         """Blocks have moved after all of a step was computed: their gradients follow, and nothing is computed again."""
@@ -403,10 +405,12 @@ class Elastic:
         self._fresh = False
         self.snapshots.begin(change.view.holders[self.number])
         self._parts.begin("verify")
-        digest = self._digest(run)  # which all members of a stage have alike
+        shared = self.blueprint.shared(self.world.stage)
+        # All members of a stage have the first alike.
+        digests = self._digest(run, self._rows.keys() - shared), self._digest(run, shared)
         self._parts.begin("")
         with activity.waiting((-1,), "waiting for the others to be ready"):
-            self._agent.adopted(change, digest, self._parts)
+            self._agent.adopted(change, digests, self._parts)
 
     def _new_store(self, run: Run) -> None:
         if self._store is None:
@@ -421,21 +425,20 @@ class Elastic:
         assert change.before is not None
         activity.doing("reading its states from copies")
         self._parts.begin("plan")
-        part = self.world.coordinate("tp")
-        before = self._blueprint(change.before).owners(part)
-        after = self.blueprint.owners(part)[self.world.stage]
+        before = self._blueprint(change.before).all_owners(self.world.coordinate("tp"))
+        after = self.blueprint.owners_with(self.number)
         if self._weights.version != change.version:
             self._weights.version, self._weights.names = None, frozenset()
-        lacking = [name for name in after.names if name not in self._weights.names]
-        parameters, whole = dict(run.model.named_parameters()), pieces_whole(before, lacking, self.number)
-        needs = [Need(name, WEIGHTS, parameters[name].data, whole[name]) for name in lacking]
+        lacking = [name for each in after for name in each.names if name not in self._weights.names]
+        parameters, held = dict(run.model.named_parameters()), pieces_held(before, after, lacking, self.number)
+        needs = [Need(name, WEIGHTS, parameters[name].data, held[name]) for name in lacking]
         state = self.optimizer.state_dict()
         apart = take_apart({"optimizer": state})
         mine = pieces_owned(before, after, self.number)
         for name, tensor in apart.tensors.items():
             assert isinstance(tensor, Tensor)
             parameter, path = self._slot(name)
-            if parameter:
+            if parameter in mine:  # else it has no expert, and the states of none
                 needs.append(Need(parameter, path, tensor, mine[parameter]))
         anyone = next(iter(change.where))
         shared = restorer.rest(self.number if self.number in change.where else anyone)
@@ -461,14 +464,23 @@ class Elastic:
             if name.startswith("model/"):
                 own[name.removeprefix("model/")].copy_(tensor)
 
-    def _digest(self, run: Run, names: Collection[str] | None = None) -> str:
-        """Of this worker's weights, or of some: the sum modulo 2**64 of each parameter's, whatever their order."""
-        total = 0
+    def _digest(self, run: Run, names: Collection[str]) -> str:
+        """Of some of this worker's weights: the sum modulo 2**64 of each one's, whatever their order.
+
+        Each expert counts by itself, wherever it is.
+        """
+        total, stage = 0, self.change.view.stages[self.world.stage]
+        here = stage.experts_of(self.world.coordinate("ep"))
+        part = f"#{self.world.coordinate('tp')}" if self.world.axis("tp") > 1 else ""
         for name, parameter in run.model.named_parameters():
-            if name in (self._rows if names is None else names):
-                which = f"{name}#{self.world.coordinate('tp')}" if self.world.axis("tp") > 1 else name
-                mark = int.from_bytes(hashlib.blake2b(which.encode(), digest_size=8).digest(), "little") | 1
-                total += mark * checksum(parameter.detach().cpu())
+            if name not in names:
+                continue
+            weights = parameter.detach().cpu()
+            stacked = name in self._placing.experts
+            each = {f"{name}/{n}": w for n, w in zip(here, weights, strict=True)} if stacked else {name: weights}
+            for which, weight in each.items():
+                mark = int.from_bytes(hashlib.blake2b(f"{which}{part}".encode(), digest_size=8).digest(), "little") | 1
+                total += mark * checksum(weight)
         return f"{total % 2**64:016x}"
 
     def _at(self, member: int) -> tuple[str, int]:

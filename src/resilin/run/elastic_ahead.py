@@ -76,8 +76,8 @@ class ReadingAhead:
     def _read(self, told: Prepare, lacking: Collection[str] | None) -> None:
         began, number, members = time.monotonic(), self._pool.member, told.before.members
         part = told.view.team_of(number).index(number)
-        before, after = (self._blueprint(view).owners(part) for view in (told.before, told.view))
-        mine, where = after[told.view.stage_of(number)], {member: member for member in members}
+        before, mine = self._blueprint(told.before).all_owners(part), self._blueprint(told.view).owners_with(number)
+        where = {member: member for member in members}
         with ExitStack() as stack:
             connect = cache(lambda member: stack.enter_context(closing(self._connect(member))))
             # Not every member has a copy of this version yet.

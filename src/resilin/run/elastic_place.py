@@ -17,11 +17,14 @@ from resilin.cluster.view_world import ViewWorld
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.flops import block_flops_per_token, head_flops_per_token
 from resilin.models.initial import initial_value
+from resilin.models.moe import Experts
 from resilin.models.stage_span import Elsewhere
 from resilin.nouns import Objective, Source
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.errors import ParallelError
+from resilin.parallel.expert.parallelise import parallelise_experts
+from resilin.parallel.expert.table import ExpertTable
 from resilin.parallel.local_model import LocalModel
 from resilin.parallel.part import facts_of, holders_of, specs_of_decoder
 from resilin.parallel.pipeline.member_orders import MemberOrders
@@ -62,7 +65,8 @@ def elastic_degrees(parallel: ParallelSettings) -> Degrees:
                 f"{workers} workers cannot hold {stages} pipeline stages{teams}: start {stages * tensor} or more"
             )
         workers = -(-workers // (stages * tensor)) * stages * tensor
-    return parallel.degrees(workers)
+    # How many share a set of experts follows from how many there are, at any time.
+    return parallel.model_copy(update={"expert": 1}).degrees(workers)
 
 
 def check_elastic(settings: RunSettings, degrees: Degrees, device: torch.device) -> None:
@@ -72,16 +76,19 @@ def check_elastic(settings: RunSettings, degrees: Degrees, device: torch.device)
         ParallelError: what it is.
     """
     parallel = settings.parallel
-    if degrees.workers != degrees.data * degrees.pipeline * degrees.tensor or degrees.expert > 1:
+    if degrees.workers != degrees.data * degrees.pipeline * degrees.tensor:
         raise ParallelError(
-            f"workers come and go with parallel.data, parallel.pipeline and parallel.tensor, not {degrees}; other "
-            "kinds of parallelism need elastic = false"
+            f"workers come and go with parallel.data, parallel.pipeline, parallel.tensor and parallel.expert, not "
+            f"{degrees}; other kinds of parallelism need elastic = false"
         )
-    if degrees.tensor > 1 and settings.precision.compile:
-        raise ParallelError(
-            "compiled code of parallel.tensor knows the groups it was made with, which an elastic run replaces: set "
-            "precision.compile = false, or parallel.tensor = 1"
-        )
+    for axis in ("tensor", "expert"):
+        if getattr(parallel, axis) != 1 and settings.precision.compile:
+            raise ParallelError(
+                f"compiled code of parallel.{axis} knows the groups it was made with, which an elastic run replaces: "
+                f"set precision.compile = false, or parallel.{axis} = 1"
+            )
+    if parallel.expert > 1:
+        _check_experts(settings, degrees)
     if settings.memory.experts is not None:
         raise ParallelError(
             "[memory.experts] keeps experts on a worker's own disk, where no other can go on from them: set "
@@ -115,6 +122,20 @@ def check_elastic(settings: RunSettings, degrees: Degrees, device: torch.device)
         )
 
 
+def _check_experts(settings: RunSettings, degrees: Degrees) -> None:
+    moe = settings.model.moe if isinstance(settings.model, DecoderSettings) else None
+    if isinstance(settings.model, DecoderSettings) and (moe is None or moe.experts < settings.parallel.expert):
+        raise ParallelError(
+            f"parallel.expert = {settings.parallel.expert} divides experts, of which this model has "
+            f"{moe.experts if moe is not None else 'none'}: set model.moe, or parallel.expert to no more than it has"
+        )
+    if degrees.pipeline > 1:
+        raise ParallelError(
+            "the workers of a pipeline stage that share experts must have equally many micro-batches, which an elastic "
+            "run does not give them: set parallel.pipeline = 1, parallel.expert = 1, or cluster.elastic = false"
+        )
+
+
 class WholePlacing:
     """Every worker has the whole model.
 
@@ -128,6 +149,7 @@ class WholePlacing:
     """
 
     costs: tuple[float, ...] = ()
+    experts: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -161,7 +183,7 @@ class StagePlacing:
     """Every worker has one stage of a decoder, or a part of it, of which there may be another division in every view.
 
     Blocks that a worker has already stay the objects they are, compiled code and all. Where matrices are cut over a
-    team, modules talk to its members, and are made anew around the same parameters.
+    team, or workers have experts between them, modules talk to others, and are made anew around the same parameters.
 
     Args:
         settings: of the run; its steps are known.
@@ -206,6 +228,15 @@ class StagePlacing:
             alone = Degrees(tensor=degrees.tensor)
             whole = replace(whole, degrees=alone, specs=specs_of_decoder(self._outline, World(alone)))
         self.whole = whole
+        self.experts = frozenset(
+            f"{prefix}.{name}"
+            for prefix, module in self._outline.named_modules()
+            if isinstance(module, Experts) and settings.parallel.expert > 1
+            for name, _ in module.named_parameters()
+        )
+        if not self.experts and settings.parallel.expert > 1:
+            raise ParallelError("parallel.expert divides experts, and the model has none: set model.moe, or leave it 1")
+        self._has: tuple[int, ...] = ()  # of every layer's experts, this worker
         tokens, shape = tokens_of(source, model), decoder.settings
         self.costs = (
             *(block_flops_per_token(shape, layer, tokens) for layer in range(shape.layers)),
@@ -222,7 +253,8 @@ class StagePlacing:
     def build(self, world: ViewWorld, blueprint: Blueprint, dealing: Dealing, *, begins: bool) -> Placed:
         """This worker's stage, with engine and optimizer."""
         tensor = world.axis("tp")
-        local, fresh = self._stage_part(world) if tensor > 1 else self._stage(world.view, world.stage)
+        alone = tensor == 1 and not self.experts
+        local, fresh = self._stage(world.view, world.stage) if alone else self._stage_part(world)
         module = local.module
         with torch.no_grad():
             for name, parameter in module.named_parameters():
@@ -231,6 +263,8 @@ class StagePlacing:
                     parameter.copy_(local.part(name, self._initial(name, local.parameters[name].spec.shape)))
                     fresh.remove(name)
         self._module = module
+        if self.experts:
+            return self._with_experts(world, blueprint, local, fresh)
         ends = self._ends(world, local)
         costs = Split(world.view.layers).costs(self.costs[:-1], 0.0, self.costs[-1])
         orders = MemberOrders(
@@ -271,6 +305,30 @@ class StagePlacing:
         )
         return Placed(module, made, frozenset(fresh), passes.pace)
 
+    def _with_experts(self, world: ViewWorld, blueprint: Blueprint, local: LocalModel, fresh: set[str]) -> Placed:
+        """The whole model, but for experts that others have: all of a stage's workers pass through it together."""
+        passes = WholeModel(
+            local.module,
+            self._objective,
+            local.module,
+            device=self._device,
+            autocast=self._precision.autocast,
+            speaks=world.coordinate("tp") == 0,
+            between=[parameter for name, parameter in local.module.named_parameters() if name in self.experts],
+        )
+        made = assembled(
+            self._settings,
+            world,
+            passes,
+            blueprint,
+            self._outline,
+            self._objective,
+            device=self._device,
+            precision=self._precision,
+            facts=facts_of([local]),
+        )
+        return Placed(local.module, made, frozenset(fresh))
+
     @property
     def _tied_name(self) -> str:
         return next(name for name in self.whole.rows if name.endswith(WEIGHT))
@@ -293,13 +351,21 @@ class StagePlacing:
 
     def _stage_part(self, world: ViewWorld) -> tuple[LocalModel, set[str]]:
         """This worker's part of a stage, and the names of its parameters that have no values yet."""
-        module = cut(copy.deepcopy(self._outline), Split(world.view.layers), [world.stage])[0]
-        local = parallelise(
-            LocalModel.of(module), plan_of(module), world.group("tp"), sequence=self._settings.parallel.sequence
-        )
+        stage = world.view.stages[world.stage]
+        whole = copy.deepcopy(self._outline)
+        module = whole if self.experts else cut(whole, Split(world.view.layers), [world.stage])[0]
+        local = LocalModel.of(module)
+        if stage.sharing > 1:
+            table = ExpertTable(stage.experts, stage.sharing)
+            local = parallelise_experts(local, world.group("ep"), dealt=lambda *_: table)
+        if world.axis("tp") > 1:
+            local = parallelise(local, plan_of(module), world.group("tp"), sequence=self._settings.parallel.sequence)
         same = self._module is not None and self._part == world.coordinate("tp")
         known = dict(self._module.named_parameters()) if self._module is not None and same else {}
-        self._part = world.coordinate("tp")
+        here = stage.experts_of(world.coordinate("ep"))
+        if here != self._has:
+            known = {name: parameter for name, parameter in known.items() if name not in self.experts}
+        self._part, self._has = world.coordinate("tp"), here
         fresh = set()
         for name, parameter in list(module.named_parameters()):
             owner, _, own = name.rpartition(".")
@@ -371,7 +437,7 @@ def first_place(
         ParallelError: the model cannot be divided so.
     """
     place = partial(WholePlacing, settings, model, objective)
-    if settings.parallel.pipeline == settings.parallel.tensor == 1:
+    if settings.parallel.pipeline == settings.parallel.tensor == settings.parallel.expert == 1:
         elastic.first(place(compiled, device=device, precision=precision), store)
     else:
         stages = StagePlacing(settings, model, objective, source, blocks, device=device, precision=precision)
@@ -381,6 +447,5 @@ def first_place(
 
 def starts_as_stage(settings: RunSettings) -> bool:
     """Whether an elastic worker draws the initial weights of its stage, and never has the whole model."""
-    return type(settings.model) is DecoderSettings and (
-        settings.parallel.pipeline != 1 or settings.parallel.tensor != 1
-    )
+    parallel = settings.parallel
+    return type(settings.model) is DecoderSettings and not parallel.pipeline == parallel.tensor == parallel.expert == 1

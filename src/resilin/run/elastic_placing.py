@@ -39,9 +39,11 @@ class Placing(Protocol):
     Attributes:
         whole: of the uncut model.
         costs: of every block and the head, by which blocks are divided over stages; empty: they are not.
+        experts: names of the parameters that are stacked experts, where members may have them between them.
     """
 
     whole: Blueprint
+    experts: frozenset[str]
     costs: tuple[float, ...]
 
     def holders(self, view: View) -> Mapping[str, tuple[int, ...]]:

@@ -95,6 +95,7 @@ def launch(
         members=settings.parallel.workers,
         stages=degrees.pipeline,
         tensor=degrees.tensor,
+        expert=settings.parallel.expert,
         layers=settings.parallel.layers,
         micros=-(-settings.train.batch_size // settings.train.micro_batch_size),
         least=cluster.least,
@@ -105,7 +106,7 @@ def launch(
         clocks=_clocks(cluster),
         micro=settings.train.micro_batch_size,
         slots=settings.train.batch_size,
-        keeps=settings.parallel.reduction == "exact",
+        keeps=settings.parallel.reduction == "exact" and settings.parallel.expert == 1,
     )
     facts = {
         "settings": json.dumps(settings.model_dump(mode="json")),

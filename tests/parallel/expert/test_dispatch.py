@@ -224,4 +224,4 @@ def test_models_that_cannot_be_divided_are_refused():
 
 def test_a_table_for_other_ranks_is_refused():
     with pytest.raises(ParallelError, match="is given 1 ranks"):
-        Dispatch(ExpertTable((2, 2)), FlatExchange(Group.alone()))
+        Dispatch(ExpertTable.runs((2, 2)), FlatExchange(Group.alone()))

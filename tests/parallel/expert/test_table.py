@@ -22,12 +22,12 @@ def test_runs_are_what_the_layout_cuts(experts, ranks):
     assert table.cut() == Shard("ep", 0)
     shapes = ParamSpec((experts, 3), cuts=(table.cut(),)).local_shapes(Mesh.of(ep=ranks))
     assert [shape[0] for shape in shapes] == list(table.counts)
-    assert [e for rank in range(ranks) for e in table.run(rank)] == list(range(experts))
+    assert [e for rank in range(ranks) for e in table.held(rank)] == list(range(experts))
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any))
 def test_runs_of_any_lengths_are_cut_so(counts):
-    table = ExpertTable(tuple(counts))
+    table = ExpertTable.runs(counts)
     shapes = ParamSpec((table.experts, 3), cuts=(table.cut(),)).local_shapes(Mesh.of(ep=len(counts)))
     assert [shape[0] for shape in shapes] == counts
 
@@ -46,4 +46,4 @@ def test_a_decoders_own_rules_give_the_same_runs():
 @pytest.mark.parametrize("counts", [(), (0, 0), (2, -1)])
 def test_a_table_without_experts_is_refused(counts):
     with pytest.raises(ParallelError, match="a count from 0 for each rank"):
-        ExpertTable(counts)
+        ExpertTable.runs(counts)

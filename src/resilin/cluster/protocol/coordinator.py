@@ -98,6 +98,7 @@ class Coordinator:
         self._moves = False  # whether blocks are to move then
         self._unlike = 0  # how often in a row they could not, as not all micro-batches were there
         self._epoch = -1
+        self._experts = 0  # of a layer, which members may have between them
         self._aborted = 0
         self._failures: dict[int, list[Failed]] = {}
         self._times = _Times()
@@ -169,6 +170,7 @@ class Coordinator:
         elif isinstance(message, Warm):
             member.warm = True
             self.dividing.costs(message.costs)
+            self._experts = message.experts
             if self.phase != "gathering":
                 self._note("ready", member=number)
             self._consider(now)
@@ -426,7 +428,9 @@ class Coordinator:
 
     def _begin(self, numbers: list[int], hosts: Mapping[int, str], now: float) -> None:
         try:
-            view = first_view(numbers, hosts, self.rules.stages, (), self.rules.copies, self.rules.tensor)
+            rules = self.rules
+            more = rules.copies, rules.tensor, rules.expert, self._experts
+            view = first_view(numbers, hosts, rules.stages, (), *more)
             view = replace(view, layers=self.dividing.layers(view))
         except (NobodyLeftError, ScheduleError) as error:
             self._end(False, str(error))
@@ -459,8 +463,8 @@ class Coordinator:
         ready = {number: self.members[number].ready for number in view.members}
         if any(one is None for one in ready.values()):
             return
-        for alike in view.alike:
-            told = {number: (one.view, one.state) for number in alike if (one := ready[number]) is not None}
+        for alike, what in [*((each, "state") for each in view.alike), *((e, "experts") for e in view.alike_experts)]:
+            told = {n: (one.view, getattr(one, what)) for n in alike if (one := ready[n]) is not None}
             if len(set(told.values())) > 1 or any(digest != view.digest for digest, _ in told.values()):
                 self._end(False, f"epoch {view.epoch}: members of one stage have different states or views: {told}")
                 return

@@ -31,10 +31,12 @@ class Warm:
 
     Attributes:
         costs: of every block of the model and of its head, in any unit; empty: it is not divided over stages.
+        experts: of a layer, which members may have between them; 0: none.
     """
 
     kind: ClassVar[str] = "warm"
     costs: tuple[float, ...] = ()
+    experts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ class Ready:
         epoch: of the view.
         view: the view's digest.
         state: digest of what all members of its stage have alike.
+        experts: digest of what those have alike who have the same experts.
         seconds: by part what it took; see `Parts`.
         bytes: by part what was read.
     """
@@ -97,6 +100,7 @@ class Ready:
     epoch: int
     view: str
     state: str
+    experts: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     bytes: Mapping[str, int] = field(default_factory=dict)
 
@@ -162,12 +166,14 @@ class Done:
         epoch: of the view.
         version: steps taken.
         digest: of its weights.
+        experts: of those that the members of its stage have between them.
     """
 
     kind: ClassVar[str] = "done"
     epoch: int
     version: int
     digest: str
+    experts: str = ""
 
 
 @dataclass(frozen=True, slots=True)

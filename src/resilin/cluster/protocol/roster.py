@@ -86,6 +86,7 @@ class Roster(dict[int, Member]):
     def digests(self, view: View) -> list[set[str]]:
         """What members of a view that have the same weights have told of them when they were done."""
         return [
-            {done.digest for number in self.there(alike) if (done := self[number].done) is not None}
-            for alike in view.alike
+            {getattr(done, what) for number in self.there(alike) if (done := self[number].done) is not None}
+            for what, groups in (("digest", view.alike), ("experts", view.alike_experts))
+            for alike in groups
         ]

@@ -16,6 +16,7 @@ class Rules:
         least: below how many the job ends.
         stages: of the pipeline.
         tensor: members of a team, who compute the same micro-batches with a part of every matrix each.
+        expert: teams of a stage that have one set of experts between them: so many at least, if there are.
         layers: blocks of each stage, where they are not to follow their costs.
         micros: micro-batches of a step.
         copies: of every member's states in others' memory.
@@ -34,6 +35,7 @@ class Rules:
     least: int = 1
     stages: int = 1
     tensor: int = 1
+    expert: int = 1
     layers: tuple[int, ...] = ()
     micros: int = 1
     copies: int = 1

@@ -38,10 +38,11 @@ class Dispatch:
         if table.ranks != exchange.group.size:
             raise ParallelError(f"a table of {table.ranks} ranks ({table.counts}) is given {exchange.group.size} ranks")
         self.table, self.exchange = table, exchange
-        experts = range(table.experts)
-        owner = [rank for rank in range(table.ranks) for _ in table.run(rank)]
-        self._owner_E = torch.tensor(owner)
-        self._place_E = torch.tensor([e - table.run(rank).start for e, rank in zip(experts, owner, strict=True)])
+        # Experts by owner: as rows are sent, a run to each rank.
+        order = [expert for rank in range(table.ranks) for expert in table.held(rank)]
+        self._owner_E = torch.tensor([table.owners[expert] for expert in order])
+        self._place_E = torch.tensor([place for count in table.counts for place in range(count)])
+        self._number_E = None if order == sorted(order) else torch.tensor(order).argsort()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Dispatch:
         return self  # process groups cannot be copied, and nothing here changes
@@ -55,6 +56,8 @@ class Dispatch:
             weights_Nk: of their choices; None: each has one, which counts as it is.
             chosen_Nk: numbers of experts of the whole layer.
         """
+        if self._number_E is not None:
+            chosen_Nk = self._number_E.to(chosen_Nk.device)[chosen_Nk]
         groups = group_choices(chosen_Nk, self.table.experts)
         counts_PC = torch.zeros(self.table.ranks, self.table.most, dtype=torch.int64)
         counts_PC[self._owner_E, self._place_E] = groups.sizes_G.cpu()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from resilin.models.moe import Experts
@@ -15,8 +17,13 @@ from resilin.parallel.local_model import LocalModel
 AXIS = "ep"
 
 
-def parallelise_experts(model: nn.Module | LocalModel, group: Group, exchange: Exchange | None = None) -> LocalModel:
-    """Give each rank its run of every layer's experts, in place; everything else stays whole.
+def parallelise_experts(
+    model: nn.Module | LocalModel,
+    group: Group,
+    exchange: Exchange | None = None,
+    dealt: Callable[[int, int], ExpertTable] = ExpertTable.of,
+) -> LocalModel:
+    """Give each rank its experts of every layer, in place; everything else stays whole.
 
     The ranks of the group have different tokens. A rank's gradient of its experts sums over the tokens of them all, so
     what is left to sum is over the axes "rep" and "edp" of the expert mesh, where a dense parameter's is over "rep",
@@ -26,6 +33,7 @@ def parallelise_experts(model: nn.Module | LocalModel, group: Group, exchange: E
         model: with all its experts. Where tensor parallelism cuts them too, it comes after this.
         group: the axis "ep"; a group of one changes nothing.
         exchange: how rows travel among the group; None: one all-to-all.
+        dealt: who has which of so many experts, among so many ranks.
 
     Returns:
         The same module, with the cuts made.
@@ -42,10 +50,10 @@ def parallelise_experts(model: nn.Module | LocalModel, group: Group, exchange: E
     exchange = exchange if exchange is not None else FlatExchange(group)
     cuts = {}
     for prefix, layer in layers.items():
-        table = ExpertTable.of(len(layer.up), group.size)
-        mine = table.run(group.index)
+        table = dealt(len(layer.up), group.size)
+        mine = list(table.held(group.index))
         for name, parameter in list(layer.named_parameters(recurse=False)):
-            part = parameter.detach()[mine.start : mine.stop].clone()
+            part = parameter.detach()[mine]
             setattr(layer, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
             cuts[f"{prefix}.{name}" if prefix else name] = (table.cut(AXIS),)
         layer.dispatch = Dispatch(table, exchange)

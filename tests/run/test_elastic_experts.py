@@ -1,0 +1,144 @@
+"""Elastic runs whose workers have the experts of each layer between them, beside one process that has all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from elastic_checks import changes, events, states
+from elastic_runs import STEPS, alone, go, settings_of
+
+from resilin.cluster.elastic_job import ElasticJob, JobEnded
+from resilin.cluster.faults import Fault
+from resilin.parallel.errors import ParallelError
+from resilin.run.events import Event, StepDone
+
+MOE: dict[str, Any] = {"moe": {"experts": 6, "expert_size": 16, "experts_per_token": 2}}
+
+
+def shared(text: Path, workers: int = 3, expert: int = 3, **over: Any):
+    parallel = {"workers": workers, "expert": expert, **over.pop("parallel", {})}
+    return settings_of(text, parallel=parallel, model=MOE | over.pop("model", {}), **over)
+
+
+@pytest.fixture(scope="module")
+def one(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, to which nothing happens."""
+    return alone(text, tmp_path_factory.mktemp("elastic") / "one", model=MOE)
+
+
+def check_close(folder: Path, other: Path) -> None:
+    """Losses of all steps, evaluations and the last state, but for rounding."""
+    for kind, read in (("step", lambda e: e["loss"]), ("eval", lambda e: e["metrics"]["loss"])):
+        found, expected = ([read(e) for e in events(at, kind)] for at in (folder, other))
+        assert len(found) == len(expected) > 0
+        assert found == pytest.approx(expected, rel=1e-4), kind
+    mine, theirs = states(folder, STEPS), states(other, STEPS)
+    assert mine["model"].keys() == theirs["model"].keys()
+    for name, weight in theirs["model"].items():
+        assert (mine["model"][name] - weight).abs().max() < 2e-4, name
+    for name, state in theirs["optimizer"]["parameters"].items():
+        found = mine["optimizer"]["parameters"][name]
+        for what, value in state.items():
+            assert (found[what] - value).norm() <= 1e-2 * value.norm(), (name, what)
+
+
+def test_workers_with_experts_between_them_compute_what_one_process_does(text: Path, one: Path, tmp_path: Path):
+    assert go(shared(text), tmp_path / "run") == JobEnded(0, "")
+    check_close(tmp_path / "run", one)
+
+
+@pytest.mark.parametrize(
+    ("workers", "expert", "faults", "sharing"),
+    [
+        (3, 3, [Fault(1, 4, "forward")], [3, 2]),
+        (2, 2, [Fault(0, 5, "adding gradients up")], [2, 1]),  # who is left has all experts, and computes by itself
+        # Two sets of experts, then one among three, then one among two.
+        (4, 2, [Fault(3, 3, "updating weights"), Fault(0, 9, "copying its states")], [2, 3, 2]),
+        pytest.param(
+            3, 2, [Fault(2, 4, "forward"), Fault(0, 4, "reading its states")], [3, 1], marks=pytest.mark.slow
+        ),
+        pytest.param(6, 3, [Fault(1, 2, "backward"), Fault(2, 7, "backward")], [3, 5, 4], marks=pytest.mark.slow),
+    ],
+)
+def test_lost_experts_are_the_others(
+    workers: int, expert: int, faults: list[Fault], sharing: list[int], text: Path, one: Path, tmp_path: Path
+):
+    settings = shared(text, workers, expert, cluster={"copies": 2})
+    assert go(settings, tmp_path / "run", faults) == JobEnded(0, "")
+    check_close(tmp_path / "run", one)
+    stages = [change["view"]["stages"][0] for change in changes(tmp_path / "run")]
+    assert [stage["sharing"] for stage in stages] == sharing
+    for stage in stages:
+        counts = [stage["experts"].count(place) for place in range(stage["sharing"])]
+        assert max(counts) - min(counts) <= 1
+    assert all(change["redone"] <= 1 for change in changes(tmp_path / "run"))
+
+
+def test_a_newcomer_is_given_its_share_of_the_experts(text: Path, one: Path, tmp_path: Path):
+    def watch(job: ElasticJob, event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 1:
+            job.add()
+
+    settings = shared(text, 2, 2, train={"steps": 120})
+    assert go(settings, tmp_path / "run", watch=watch) == JobEnded(0, "")
+    stages = [change["view"]["stages"][0] for change in changes(tmp_path / "run")]
+    assert [(stage["members"], stage["experts"]) for stage in stages] == [
+        ([0, 1], [0, 0, 0, 1, 1, 1]), ([0, 1, 2], [0, 0, 2, 1, 1, 2]),
+    ]  # fmt: skip
+    alone(text, tmp_path / "one", model=MOE, train={"steps": 120})
+    found, expected = ([e["loss"] for e in events(tmp_path / at, "step")] for at in ("run", "one"))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "workers"),
+    [
+        # Of three workers one has no expert; of five, three have no slot.
+        ({"model": {"moe": MOE["moe"] | {"experts": 2}}}, 3),
+        ({"train": {"batch_size": 2}}, 5),
+        pytest.param(
+            {"model": {"moe": MOE["moe"] | {"balance": "bias", "shared_size": 8}}, "objective": {"load_balance": 0.0}},
+            3, marks=pytest.mark.slow,
+        ),
+        pytest.param({"model": {"tie_embeddings": True, "recompute": "block"}}, 3, marks=pytest.mark.slow),
+        pytest.param({"optimizer": {"use": "resilin.optim.muon:Muon", "lr": 1e-3}}, 4, marks=pytest.mark.slow),
+        pytest.param({"train": {"batch_size": 10, "micro_batch_size": 3}}, 4, marks=pytest.mark.slow),
+        pytest.param({"parallel": {"tensor": 2}}, 6, marks=pytest.mark.slow),
+    ],
+    ids=["few experts", "few slots", "balanced", "tied", "muon", "uneven", "tensor"],
+)  # fmt: skip
+def test_other_runs_are_what_one_process_computes(more: dict[str, Any], workers: int, text: Path, tmp_path: Path):
+    settings = shared(text, workers, 2, **more)
+    assert go(settings, tmp_path / "run", [Fault(1, 6, "adding gradients up")]) == JobEnded(0, "")
+    more["model"] = MOE | more.get("model", {})
+    check_close(tmp_path / "run", alone(text, tmp_path / "one", **{k: v for k, v in more.items() if k != "parallel"}))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_resumed_by_others(text: Path, tmp_path: Path):
+    constant = {"schedule": {"use": "resilin.optim.schedule:Constant"}}
+    half = shared(text, 4, 2, optimizer=constant, train={"steps": 8})
+    assert go(half, tmp_path / "run", [Fault(1, 6, "adding gradients up")]) == JobEnded(0, "")
+    whole = shared(text, 5, 2, optimizer=constant)
+    assert go(whole, tmp_path / "run", resume=True, accept_changes=True) == JobEnded(0, "")
+    one = alone(text, tmp_path / "one", optimizer=constant, model=MOE)
+    mine, theirs = states(tmp_path / "run", STEPS)["model"], states(one, STEPS)["model"]
+    for name, weight in theirs.items():
+        assert (mine[name] - weight).abs().max() < 2e-4, name
+
+
+@pytest.mark.parametrize(
+    ("over", "match"),
+    [
+        ({"model": {"moe": None}}, "divides experts, of which this model has none"),
+        ({"parallel": {"expert": 7}}, "parallel.expert = 7 divides experts, of which this model has 6"),
+        ({"parallel": {"pipeline": 2, "workers": 4}}, "must have equally many micro-batches"),
+        ({"precision": {"compile": True}}, "compiled code of parallel.expert"),
+        ({"memory": {"experts": {}}}, "keeps experts on a worker's own disk"),
+    ],
+)
+def test_what_cannot_be_is_refused(over: dict[str, Any], match: str, text: Path, tmp_path: Path):
+    with pytest.raises(ParallelError, match=match):
+        go(shared(text, **over), tmp_path / "run")
