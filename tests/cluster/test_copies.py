@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from resilin.cluster.checksum import checksum
 from resilin.cluster.peer import Peer, PeerError, PeerServer
 from resilin.cluster.pool import Copy, CopyError, Pool, copy_of
-from resilin.cluster.restore import Need, Owners, Restorer, pieces_owned, pieces_whole
+from resilin.cluster.restore import Need, Owners, Restorer, pieces_held, pieces_owned
 from resilin.cluster.snapshots import Snapshots, StoppedError
 from resilin.layout.dealing import deal, redeal
 from resilin.memory.pages import Pages
@@ -249,13 +249,13 @@ def test_what_members_own_afterwards_is_made_of_what_copies_hold(members: int, l
         for index, number in enumerate(left):
             restorer = Restorer(pools[number], 0, 3, where, lambda n: Peer(servers[n].address, "s", 10))
             needs, wanted = [], []
-            for name, pieces in pieces_owned([before], after, number).items():
+            for name, pieces in pieces_owned([before], [after], number).items():
                 runs = after.ownership.runs_of(NAMES.index(name), index)
                 expected = torch.cat([values[name][run.begin : run.end] for run in runs])
                 for path, right in (("weights", expected), ("m", -expected), ("step", torch.tensor(7.0))):
                     needs.append(Need(name, path, torch.empty_like(right), pieces))
                     wanted.append(right)
-            for name, pieces in pieces_whole([before], NAMES, number).items():
+            for name, pieces in pieces_held([before], [after], NAMES, number).items():
                 needs.append(Need(name, "weights", torch.empty_like(values[name]), pieces))
                 wanted.append(values[name])
             restorer.fill(needs)
@@ -270,5 +270,5 @@ def test_what_stays_is_not_sent():
     table = redeal([owner if owner != 3 else None for owner in before.ownership.owners], 3)
     after = owners(table, (0, 1, 2))
     for number in (0, 1, 2):
-        far = [p for pieces in pieces_owned([before], after, number).values() for p in pieces if p.owner != number]
+        far = [p for pieces in pieces_owned([before], [after], number).values() for p in pieces if p.owner != number]
         assert {piece.owner for piece in far} == {3}

@@ -47,7 +47,7 @@ VIEW = first_view([0, 1, 2], dict.fromkeys(range(3), "here"))
 EVERY = [
     Hello("here"), Warm(), Beat(3, "data 1", "forward", (1, 2), 0.5, "run.py:1"), Leaving(), Told({"event": "x"}),
     Halted(2, "lost", -1, None, ((0, 1, (3, 4)),), (5,)), Committed(1, 7, 3, 0.5), Done(1, 9, "c"),
-    Ready(1, "a", "b", {"plan": 0.5}, {"restore": 3}), Probe(1, (0, 2)), Probed(1, (2,)), Isolate("all", True, 0.5),
+    Ready(1, "a", "b", "c", {"plan": 0.5}, {"restore": 3}), Probe(1, (0, 2)), Probed(1, (2,)), Isolate("all", True, 0.5),
     Failed(3, "KeyError", "trace"), Halt(1, "why"), Pause(1, "why", True), Prepare(VIEW, VIEW, 4), Go(2), Signal(15),
     End(0, "why"),
     Adopt(VIEW, None, 0, {}, {}), Adopt(VIEW, VIEW, 4, {0: 1, 1: 1}, {1: (2, 3)}),
@@ -196,12 +196,12 @@ def test_anything_else_is_refused_too(told: dict):
 class Job:
     """A coordinator with members that are asked to say things."""
 
-    def __init__(self, members: int, **rules: object) -> None:
+    def __init__(self, members: int, experts: int = 0, **rules: object) -> None:
         self.coordinator = Coordinator(Rules(members=members, **rules))
         self.now, self.effects = 0.0, []
         for number in range(members):
             self.say(number, Hello("here"))
-            self.say(number, Warm())
+            self.say(number, Warm(experts=experts))
 
     def say(self, number: int, message: messages.Message) -> list:
         self.effects = self.coordinator.told(number, message, self.now)
@@ -233,8 +233,8 @@ def test_all_go_only_when_all_are_ready():
 def test_a_change_is_noted_with_its_view_and_what_it_took_at_everyone():
     job = Job(2)
     view = job.coordinator._next
-    job.say(0, Ready(0, view.digest, "s", {"groups": 0.1, "plan": 0.2}, {"restore": 7}))
-    (note,) = [e for e in job.say(1, Ready(0, view.digest, "s", {"groups": 0.3})) if isinstance(e, Note)]
+    job.say(0, Ready(0, view.digest, "s", "", {"groups": 0.1, "plan": 0.2}, {"restore": 7}))
+    (note,) = [e for e in job.say(1, Ready(0, view.digest, "s", "", {"groups": 0.3})) if isinstance(e, Note)]
     assert View.of_json(json.loads(json.dumps(note.facts["view"]))) == view
     assert note.facts["parts"] == {"0": {"groups": 0.1, "plan": 0.2}, "1": {"groups": 0.3}}
     assert note.facts["bytes"] == {"0": {"restore": 7}}
@@ -254,6 +254,27 @@ def test_members_with_different_states_do_not_train():
     (finish,) = [e for e in job.say(1, Ready(0, view.digest, "other")) if isinstance(e, Finish)]
     assert not finish.good
     assert "different states" in finish.why
+
+
+def test_members_with_the_same_experts_have_to_have_them_alike():
+    for last, good in (("e1", True), ("e2", False)):
+        job = Job(4, experts=6, expert=2)
+        view = job.coordinator._next
+        assert view.alike_experts == [(0, 2), (1, 3)]
+        for number, experts in enumerate(("e0", "e1", "e0")):
+            job.say(number, Ready(0, view.digest, "same", experts))
+        job.say(3, Ready(0, view.digest, "same", last))
+        assert [e.good for e in job.effects if isinstance(e, Finish)] == ([] if good else [False])
+        assert (set(job.told(Go)) == {0, 1, 2, 3}) == good
+
+
+def test_the_digest_at_the_end_counts_every_expert_once():
+    job = Job(4, experts=6, expert=2)
+    for number in range(4):
+        job.say(number, Ready(0, job.coordinator._next.digest, "same", f"e{number % 2}"))
+    for number in range(4):
+        job.say(number, Done(0, 9, "10", ("03", "05")[number % 2]))
+    assert [e.facts["weights"] for e in job.effects if isinstance(e, Note) and e.what == "digest"] == [f"{0x18:016x}"]
 
 
 def test_the_newest_version_that_is_whole_is_taken_and_kept_work_is_dealt():

@@ -12,6 +12,7 @@ from event_lines import cluster, line, start, step, view
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resilin.cluster.changes import first_view
 from resilin.dashboard.changes import PARTS
 from resilin.dashboard.cluster_map import map_of_settings, map_of_view, runs, runs_of_micros
 from resilin.dashboard.follower import Follower
@@ -266,3 +267,12 @@ def test_another_log_in_the_same_place_begins_another_story(tmp_path: Path):
     (tmp_path / "events.jsonl").write_bytes(line(start()))
     made.look()
     assert made.state()["steps"] == 0
+
+
+def test_the_map_says_who_has_which_experts() -> None:
+    hosts = dict.fromkeys(range(3), "here")
+    view = first_view(range(3), hosts, expert=2, experts=4)
+    (stage,) = map_of_view(view.json(), None, 6)["stages"]
+    assert [one["experts"] for one in stage["members"]] == [[[0, 1]], [[2, 2]], [[3, 3]]]
+    (plain,) = map_of_view(first_view(range(3), hosts).json(), None, 6)["stages"]
+    assert [one["experts"] for one in plain["members"]] == [None] * 3

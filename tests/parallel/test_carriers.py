@@ -11,6 +11,7 @@ import torch
 from forked import run_ranks
 
 from resilin.memory.pages import Handle, Pages, PagesError
+from resilin.parallel.canonical import Node
 from resilin.parallel.carriers import Carrier, Messages, SharedMemory, carrier_of
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.exchange import add_up
@@ -144,3 +145,12 @@ def test_sums_and_weights_are_the_same_bits_either_way(exact: bool, owners: Sequ
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     for told in near:
         torch.testing.assert_close(told[2::3][:3], near[0][2::3][:3], rtol=0, atol=0)
+
+
+def test_who_is_alone_with_what_it_owns_adds_up_whatever_blocks_it_has():
+    """Experts that one worker has: its micro-batches need not begin with the first."""
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    made = Reduction([("w", parameter)], Group.alone(), Ownership((4,), (0,), (None,), 1), exact=False)
+    made.reduce([Node(3, 0, [torch.ones(4)]), Node(4, 1, [torch.full((4,), 2.0)])], [[(3, 0), (4, 1)]])
+    assert parameter.grad is not None
+    assert parameter.grad.tolist() == [3.0] * 4

@@ -56,9 +56,7 @@ def test_workers_with_experts_between_them_compute_what_one_process_does(text: P
         (2, 2, [Fault(0, 5, "adding gradients up")], [2, 1]),  # who is left has all experts, and computes by itself
         # Two sets of experts, then one among three, then one among two.
         (4, 2, [Fault(3, 3, "updating weights"), Fault(0, 9, "copying its states")], [2, 3, 2]),
-        pytest.param(
-            3, 2, [Fault(2, 4, "forward"), Fault(0, 4, "reading its states")], [3, 1], marks=pytest.mark.slow
-        ),
+        pytest.param(3, 2, [Fault(2, 4, "forward"), Fault(0, 4, "reading its states")], [3, 1], marks=pytest.mark.slow),
         pytest.param(6, 3, [Fault(1, 2, "backward"), Fault(2, 7, "backward")], [3, 5, 4], marks=pytest.mark.slow),
     ],
 )

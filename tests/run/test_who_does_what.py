@@ -124,3 +124,20 @@ def test_what_cannot_be_divided_is_told(tmp_path: Path):
     train = settings.train.model_copy(update={"micro_batch_size": 0})
     with pytest.raises(ParallelError, match=r"set train\.micro_batch_size"):
         who_does_what(settings.model_copy(update={"train": train}), 4)
+
+
+def test_an_elastic_run_is_shown_as_it_begins(tmp_path: Path):
+    settings = settings_of(tmp_path, {"expert": 2}, MOE)
+    elastic = settings.model_copy(update={"cluster": settings.cluster.model_copy(update={"elastic": True})})
+    found = who_does_what(elastic, 3)  # which do not divide into pairs: all three share one set of four experts
+    assert [(one.coordinates, one.micro_batches) for one in found.shares] == [
+        ({"dp": rank, "ep": rank}, 2) for rank in range(3)
+    ]
+    assert [len(one.slots) for one in found.shares] == [3, 3, 2]
+    assert found.shares[0].weights > found.shares[1].weights == found.shares[2].weights
+    with pytest.raises(ParallelError, match=r"parallel\.expert is 2"):
+        who_does_what(settings, 3)
+    stages = settings_of(tmp_path, {"pipeline": 2}, {})
+    stages = stages.model_copy(update={"cluster": elastic.cluster})
+    with pytest.raises(ParallelError, match="in pipeline stages of unlike numbers"):
+        who_does_what(stages, 3)

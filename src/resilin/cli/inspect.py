@@ -51,11 +51,12 @@ def inspect(
         if file.suffix != ".toml":
             raise UserError(f"{file}: --workers goes with a settings file only")
         overrides = [*overrides, f"parallel.workers={workers}"]
-        settings_of(file, overrides, stage).parallel.degrees(workers)  # a wrong product is told before all else
+        from resilin.run.who_does_what import degrees_of, who_does_what
+
+        degrees_of(settings_of(file, overrides, stage), workers)  # a wrong product is told before all else
     print_facts(facts_of(file, overrides, verify=verify, stage=stage))
     if workers is not None:
         from resilin.cli.division import print_division
-        from resilin.run.who_does_what import who_does_what
 
         division = who_does_what(settings_of(file, overrides, stage), workers)
         print_division(division)

@@ -102,6 +102,14 @@ def moved(view: View) -> View:
     return replace(view, stages=_restaged(view, lists))
 
 
+def sharing_of(teams: int, expert: int) -> int:
+    """How many of so many teams have one set of experts between them: `expert` at least, or all.
+
+    Every set has equally many.
+    """
+    return next(size for size in range(min(expert, teams), teams + 1) if not teams % size)
+
+
 def gaining(before: View, after: View) -> list[int]:
     """Members of stages that have blocks which they had not before."""
     found: list[int] = []
@@ -132,7 +140,7 @@ def _with_experts(stage: Stage, before: Stage | None, expert: int, experts: int)
     if not experts:
         return stage
     teams = len(stage.teams)
-    sharing = next(size for size in range(min(expert, teams), teams + 1) if not teams % size)
+    sharing = sharing_of(teams, expert)
     table = deal(experts, sharing)
     if before is not None and sharing == teams and before.sharing == len(before.teams):
         place = {lead: index for index, lead in enumerate(stage.leads)}

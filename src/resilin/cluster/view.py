@@ -208,13 +208,13 @@ class View:
                     tuple(one["members"]),
                     tuple(one["shards"]),
                     int(one["tensor"]),
-                    int(one["sharing"]),
-                    tuple(one["experts"]),
+                    int(one.get("sharing", 1)),
+                    tuple(one.get("experts", ())),
                 )
                 for one in told["stages"]
             )
             hosts = {int(number): str(host) for number, host in told["hosts"].items()}
-            numbers = int(told["copies"]), int(told["expert"])
+            numbers = int(told["copies"]), int(told.get("expert", 1))
             return cls(int(told["epoch"]), stages, hosts, tuple(told["layers"]), *numbers)
         except (KeyError, TypeError, AttributeError) as error:
             raise ViewError(f"this is no view: {told!r:.200} ({type(error).__name__}: {error})") from None

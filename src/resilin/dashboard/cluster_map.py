@@ -67,6 +67,7 @@ def map_of_view(told: Mapping[str, Any], status: Mapping[str, Any] | None, micro
                     "state": state,
                     "host": view.hosts[number],
                     "part": at % stage.tensor if stage.tensor > 1 else None,
+                    "experts": runs(stage.experts_of(at // stage.tensor % stage.sharing)) if stage.experts else None,
                     "micros": dealt[at // stage.tensor],
                     "shards": runs(owned.get(view.team_of(number)[0], [])),
                     "shard_count": len(owned.get(view.team_of(number)[0], [])),

@@ -350,7 +350,7 @@ def _check(settings: RunSettings, world: World, model: nn.Module, source: Source
         ParallelError: what it is.
     """
     degrees, train = world.degrees, settings.train
-    if degrees.expert > 1:
+    if degrees.expert > 1 and not settings.cluster.elastic:
         size = train.micro_batch_size or -(-train.batch_size // degrees.data)
         if train.batch_size % (size * degrees.data):
             raise ParallelError(

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
 
+from resilin.cluster.changes import sharing_of
 from resilin.config import UserError
+from resilin.layout import ParamSpec
 from resilin.layout import rank as rank_place
+from resilin.layout.dealing import deal
 from resilin.models.decoder import Decoder
 from resilin.models.memory import activation_bytes
 from resilin.models.settings import ModelContext
 from resilin.nouns import Source
 from resilin.parallel.blueprint import Blueprint
+from resilin.parallel.degrees import Degrees
 from resilin.parallel.dtypes import DTYPES
-from resilin.parallel.micro_batches import micro_batches, run_of
+from resilin.parallel.errors import ParallelError
+from resilin.parallel.expert.table import ExpertTable
+from resilin.parallel.micro_batches import even_batches, micro_batches, run_of
 from resilin.parallel.part import Cutting, cutting_of, schedule_of
 from resilin.parallel.pipeline.messages import lower
 from resilin.parallel.pipeline.schedule import F, I, Schedule
@@ -24,7 +31,9 @@ from resilin.parallel.pipeline.tied import heads_kept
 from resilin.parallel.tied_ends import adds_tied_in_order
 from resilin.parallel.world import World
 from resilin.run.build import build_sources, steps_of
+from resilin.run.device import choose_device
 from resilin.run.divided import check_division, tokens_of
+from resilin.run.elastic_place import check_elastic, elastic_degrees
 from resilin.run.settings import RunSettings
 
 _AXES = {"pp": "stage", "rep": "replica", "dp": "data", "cp": "context", "tp": "tensor", "ep": "expert"}
@@ -93,7 +102,7 @@ def who_does_what(settings: RunSettings, workers: int) -> Division:
         ParallelError: it cannot be divided so, and which degrees could.
         UserError: the model cannot be outlined without building it.
     """
-    world = World(settings.parallel.degrees(workers))
+    world = World(degrees_of(settings, workers))
     source = build_sources(settings, validation=False).source
     steps = steps_of(settings, source)
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": steps})})
@@ -112,7 +121,7 @@ def who_does_what(settings: RunSettings, workers: int) -> Division:
     else:
         cutting = cutting_of(settings.parallel, world, outline, tokens)
         trained = tuple(name for name, p in outline.named_parameters() if p.requires_grad)
-        blueprint = Blueprint(world.degrees, cutting.specs, trained, frozenset(whole))
+        blueprint = Blueprint(world.degrees, _specs(settings, cutting, world), trained, frozenset(whole))
     blueprint = replace(blueprint, sharded=settings.parallel.sharding == "fsdp")
     weights, gradients, states = _bytes(settings, outline, blueprint)
     shares, bubble = [], None
@@ -135,10 +144,44 @@ def who_does_what(settings: RunSettings, workers: int) -> Division:
     return Division(world, tuple(shares), _groups(world), bubble)
 
 
+def _specs(settings: RunSettings, cutting: Cutting, world: World) -> Mapping[str, ParamSpec]:
+    """How parameters are cut; members of an elastic run have equally many experts, or one more."""
+    ranks = world.axis("ep")
+    if not settings.cluster.elastic or ranks == 1:
+        return cutting.specs
+
+    def even(spec: ParamSpec) -> ParamSpec:
+        table = ExpertTable(deal(spec.shape[0], ranks), ranks)
+        return replace(spec, cuts=tuple(table.cut() if cut.axis == "ep" else cut for cut in spec.cuts))
+
+    return {name: even(spec) for name, spec in cutting.specs.items()}
+
+
+def degrees_of(settings: RunSettings, workers: int) -> Degrees:
+    """The degrees of a run; of an elastic one those that it begins with.
+
+    Raises:
+        ParallelError: so many workers cannot be divided so, or what cannot change while a run goes on.
+    """
+    if not settings.cluster.elastic:
+        return settings.parallel.degrees(workers)
+    whole = settings.parallel.model_copy(update={"workers": workers})
+    degrees = elastic_degrees(whole)
+    check_elastic(settings, degrees, choose_device(settings.train.device))
+    if degrees.workers != workers:
+        raise ParallelError(
+            f"an elastic run can begin with {workers} workers, in pipeline stages of unlike numbers, and only "
+            f"stages of equal ones are shown: look at {degrees.workers} workers"
+        )
+    return replace(degrees, expert=sharing_of(degrees.data, settings.parallel.expert))
+
+
 def _work(settings: RunSettings, source: Source, world: World) -> tuple[range, int]:
     """Slots and number of micro-batches of a worker."""
     data = world.axis("dp")
-    micros = micro_batches(source.slots(0), settings.train.micro_batch_size, data)
+    even = settings.cluster.elastic and (world.axis("ep") > 1 or settings.parallel.reduction == "fast")
+    cut = even_batches if even and world.axis("pp") == 1 else micro_batches
+    micros = cut(source.slots(0), settings.train.micro_batch_size, data)
     run = run_of(len(micros), data, world.coordinate("dp"))
     return (range(micros[run[0]].start, micros[run[-1]].stop) if run else range(0)), len(run)
 

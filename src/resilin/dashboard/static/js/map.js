@@ -89,6 +89,7 @@ function fillCell(cell, one, row) {
   const facts = inside
     ? [
         ...(one.part == null ? [] : [["part of each matrix", String(one.part)]]),
+        ...(one.experts == null ? [] : [["experts", intervals(one.experts) || "none"]]),
         ["micro-batches", one.micros ? intervals([one.micros]) : "–"],
         ["owns shards", `${one.shard_count} of ${shards}`],
         ["copies at", list(one.copies_at)],
