@@ -47,7 +47,7 @@ VIEW = first_view([0, 1, 2], dict.fromkeys(range(3), "here"))
 EVERY = [
     Hello("here"), Warm(), Beat(3, "data 1", "forward", (1, 2), 0.5, "run.py:1"), Leaving(), Told({"event": "x"}),
     Halted(2, "lost", -1, None, ((0, 1, (3, 4)),), (5,)), Committed(1, 7, 3, 0.5), Done(1, 9, "c"),
-    Ready(1, "a", "b", "c", {"plan": 0.5}, {"restore": 3}), Probe(1, (0, 2)), Probed(1, (2,)), Isolate("all", True, 0.5),
+    Ready(1, "a", "b", "c", {"plan": 0.5}, {"restore": 3}), Probe(1, (0,)), Probed(1, (2,)), Isolate("all", True, 0.5),
     Failed(3, "KeyError", "trace"), Halt(1, "why"), Pause(1, "why", True), Prepare(VIEW, VIEW, 4), Go(2), Signal(15),
     End(0, "why"),
     Adopt(VIEW, None, 0, {}, {}), Adopt(VIEW, VIEW, 4, {0: 1, 1: 1}, {1: (2, 3)}),
