@@ -8,8 +8,9 @@ seconds after a step was taken; what is measured is the time from there to the n
 - torchrun: the whole job is restarted from its last checkpoint, which is as old as the last step; once as Resilin's own
   job that is not elastic, once as a plain loop with torch's FSDP2 that saves with torch's DCP.
 
-One more run of Resilin has a worker killed after every twenty steps: how much of the time goes into steps. And in a
-long one workers are killed, stopped, slowed, drained and added, drawn from a seed.
+One more run of Resilin has a worker killed after every twenty steps: how much of the time goes into steps. In another
+one workers have the experts of every layer between them. And in a long one workers are killed, stopped, slowed, drained
+and added, drawn from a seed.
 
     resilin bench run recovery
     resilin bench run recovery --rounds 1 --peers resilin
@@ -42,6 +43,7 @@ from resilin.run.chaos_report import compare
 from resilin.run.settings import RunSettings
 
 MODEL = {"vocab_size": 4096, "hidden_size": 384, "layers": 5, "heads": 6, "kv_heads": 3, "mlp_size": 1024}
+EXPERTS = {"moe": {"experts": 8, "expert_size": 512, "experts_per_token": 2}}
 BATCH, LENGTH, AFTER = 8, 64, 0.1
 STALLED = 120.0
 
@@ -114,6 +116,20 @@ def of_resilin(args: argparse.Namespace, folder: Path, text: Path) -> tuple[Seen
     kills = [fell.time for fell in struck.blows]
     steps = [b - a for a, b in pairwise(quiet.times)]
     return seen(struck.times, kills, report.steps_lost * BATCH), report.bits_changed, statistics.median(steps)
+
+
+def of_experts(args: argparse.Namespace, folder: Path, text: Path) -> tuple[Seen, float]:
+    """Workers with experts between them; and by what part a loss differs at most from an undisturbed run's."""
+    made = tree(args, text) | {"parallel": {"workers": args.workers, "expert": args.workers}}
+    settings = parse_settings(RunSettings, made | {"model": MODEL | EXPERTS, "cluster": {"elastic": True}}, "benchmark")
+    blows = [Blow(step, AFTER, "kill", 0.5) for step in kill_steps(args)]
+    quiet = run_told(settings, folder / "experts-quiet", worker_command())
+    struck = run_told(settings, folder / "experts-struck", worker_command(), blows)
+    if struck.ended:
+        raise SystemExit(f"the elastic run with experts ended: {struck.ended}")
+    lost = compare(quiet, struck).steps_lost * BATCH
+    most = max(abs(b[1] / a[1] - 1) for a, b in zip(quiet.losses, struck.losses, strict=True))
+    return seen(struck.times, [fell.time for fell in struck.blows], lost), most
 
 
 def goodput(args: argparse.Namespace, folder: Path, text: Path) -> tuple[float, float, int]:
@@ -289,7 +305,7 @@ def main() -> None:
     if not there:
         print("torchft is not installed: its rows are left out (pip install --no-deps torchft-nightly==2026.10.26)")
     runs: dict[str, list[Seen]] = {peer: [] for peer in wanted}
-    bits, plain, good = 0, [], []
+    bits, plain, good, experts = 0, [], [], None
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         text = Path(place) / "text.txt"
         text.write_text("the quick brown fox jumps over the lazy dog. " * 2000)
@@ -306,6 +322,8 @@ def main() -> None:
                         *both, more = goodput(args, folder, text)
                         good.append(both)
                         bits += more
+                        experts = of_experts(args, folder, text)
+                        print(f"experts: {experts}", flush=True)
                 elif peer in ("torchrun", "fsdp"):
                     found = (of_torchrun if peer == "torchrun" else of_fsdp)(args, folder, text)
                 else:
@@ -316,7 +334,9 @@ def main() -> None:
         if args.blows and "resilin" in wanted:
             told = chaos(args, Path(place), text)
             print(f"chaos: {told}", flush=True)
-    rows = [*rows_of(runs, plain, good, bits, args), *(rows_of_chaos(told, args) if told is not None else [])]
+    rows = rows_of(runs, plain, good, bits, args)
+    rows += rows_of_experts(*experts, args) if experts is not None else []
+    rows += rows_of_chaos(told, args) if told is not None else []
     for row in rows:
         ratio = "" if row.ratio is None else f" ({row.ratio:.2f}x)"
         peer = "" if row.peer is None else f", {row.peer_name} {row.peer:.3g} {row.unit}"
@@ -324,6 +344,29 @@ def main() -> None:
     settings = {"workers": args.workers, "kills": args.kills, "steps": args.steps, "rounds": args.rounds,
                 "model": MODEL, "batch": BATCH, "length": LENGTH}  # fmt: skip
     print(f"wrote {Report.of(results_name('recovery', 'cpu'), settings, rows).write(args.output)}")
+
+
+def rows_of_experts(found: Seen, deviation: float, args: argparse.Namespace) -> list[Row]:
+    """Of the run whose workers have experts between them."""
+    title = f"{args.workers} workers with 8 experts between them, {args.kills} killed"
+    beyond = [max(t - found.after, 1e-3) for t in found.recovery]
+    return [
+        Row(
+            name=f"{title}: from a SIGKILL to the next step, what is more than one step",
+            unit="s",
+            ours=statistics.median(beyond),
+            peer=0.25,
+            peer_name="the aim",
+            better="lower",
+            target=1.0,
+            runs={"ours": beyond},
+        ),
+        Row(name=f"{title}: samples that no step learns from", unit="samples", ours=float(found.lost), better="lower"),
+        Row(
+            name=f"{title}: of a loss, the largest part that differs from an undisturbed run",
+            unit="", ours=deviation, better="lower",
+        ),
+    ]  # fmt: skip
 
 
 def rows_of_chaos(told: ChaosReport, args: argparse.Namespace) -> list[Row]:
