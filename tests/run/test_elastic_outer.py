@@ -87,6 +87,15 @@ def test_under_torchrun_a_worker_is_killed_and_another_takes_its_place(
     assert (tmp_path / "log").read_text().count("digest of the weights") <= 1  # the first alone speaks
 
 
+def lineage(process: int) -> set[int]:
+    """A process and all above it, however many programs are between a worker and whoever was started."""
+    found = set()
+    while process > 1:
+        found.add(process)
+        process = int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return found
+
+
 @pytest.mark.slow
 def test_torchrun_starts_all_anew_when_the_coordinator_is_lost_and_they_go_on(
     text: Path, undisturbed: Path, tmp_path: Path, started: list[subprocess.Popen[bytes]]
@@ -124,7 +133,7 @@ def test_a_task_of_slurms_leaves_at_its_notice_and_the_others_go_on(
     until(lambda: steps(tmp_path / "run") > 2, 200)
     numbers = workers_of(tmp_path / "run")
     stopped = numbers[0]
-    above = {stopped, int(Path(f"/proc/{stopped}/stat").read_text().rsplit(")", 1)[1].split()[1])}
+    above = lineage(stopped)
     leaves = next(task for task in started[1:] if task.pid not in above)  # any task's worker may be the first
     leaves.send_signal(signal.SIGUSR1)  # srun --signal=USR1@120
     until(lambda: any(told["what"] == "leaving" for told in events(tmp_path / "run", "cluster")))

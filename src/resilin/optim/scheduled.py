@@ -107,13 +107,10 @@ class ScheduledSettings(OptimizerSettings):
         if self.record:
             raise UserError("optimizer.record needs all elements of a parameter in one process: use one worker")
         schedule = partial(self.schedule.factor, total=total_steps, peak=self.lr)
-        # All workers say the same of the whole model's groups, whatever each of them owns.
-        outlines = {
-            name: nn.Parameter(torch.empty_like(p, device="meta"))
-            for name, p in model.named_parameters()
-            if p.requires_grad
-        }
-        groups = [group for part in self.all_parts(model, outlines) for group in part.described_groups()]
+        # All workers say the same of the whole model's groups, whatever each of them owns. One number stands for each
+        # parameter: moments are made beside it, and torch's meta device would cost more than all else here.
+        stand_ins = {name: nn.Parameter(torch.empty(1)) for name, p in model.named_parameters() if p.requires_grad}
+        groups = [group for part in self.all_parts(model, stand_ins) for group in part.described_groups()]
         return Scheduled(self.all_parts(model, owned), self.lr, schedule, groups=groups)
 
 
