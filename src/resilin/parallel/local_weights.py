@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.huggingface import Target, fill_targets
@@ -20,10 +20,18 @@ def materialise(modules: Sequence[nn.Module], device: torch.device | str) -> Non
     for module in (inner for outer in modules for inner in outer.modules()):
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in made:
-                empty = torch.empty_like(parameter, device=device)
-                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                made[id(parameter)] = nn.Parameter(memory_for(parameter, device), requires_grad=parameter.requires_grad)
                 made[id(parameter)].__dict__.update(parameter.__dict__)  # what it is a part of, say
             setattr(module, name, made[id(parameter)])
+
+
+def memory_for(outline: Tensor, device: torch.device | str) -> Tensor:
+    """Memory, without values, for a tensor on the meta device.
+
+    Torch's own `empty_like` works out a meta tensor's strides in Python, for whose sake it imports sympy: a quarter of a
+    second in which the others of an elastic run wait for a newcomer.
+    """
+    return torch.empty(outline.shape, dtype=outline.dtype, device=device)
 
 
 def draw_initial(local: LocalModel, settings: DecoderSettings, seed: int, device: torch.device | str = "cpu") -> None:

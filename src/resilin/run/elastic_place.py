@@ -26,6 +26,7 @@ from resilin.parallel.errors import ParallelError
 from resilin.parallel.expert.parallelise import parallelise_experts
 from resilin.parallel.expert.table import ExpertTable
 from resilin.parallel.local_model import LocalModel
+from resilin.parallel.local_weights import memory_for
 from resilin.parallel.part import facts_of, holders_of, specs_of_decoder
 from resilin.parallel.pipeline.member_orders import MemberOrders
 from resilin.parallel.pipeline.passes import PipelinePasses
@@ -371,7 +372,7 @@ class StagePlacing:
             owner, _, own = name.rpartition(".")
             if name not in known:
                 fresh.add(name)
-                made = nn.Parameter(torch.zeros_like(parameter, device=self._device), parameter.requires_grad)
+                made = nn.Parameter(memory_for(parameter, self._device).zero_(), parameter.requires_grad)
                 made.__dict__.update(parameter.__dict__)
             else:
                 made = known[name]
@@ -399,7 +400,7 @@ class StagePlacing:
             if parameter.device.type == "meta":
                 fresh.add(name)
                 owner, _, own = name.rpartition(".")
-                made = nn.Parameter(torch.empty_like(parameter, device=self._device), parameter.requires_grad)
+                made = nn.Parameter(memory_for(parameter, self._device), parameter.requires_grad)
                 setattr(module.get_submodule(owner), own, made)
         if news:
             self._compiled(nn.ModuleDict({"blocks": nn.ModuleList(news)}))
