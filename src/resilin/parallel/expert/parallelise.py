@@ -53,7 +53,9 @@ def parallelise_experts(
         table = dealt(len(layer.up), group.size)
         mine = list(table.held(group.index))
         for name, parameter in list(layer.named_parameters(recurse=False)):
-            part = parameter.detach()[mine]
+            whole = parameter.detach()
+            # Indices of a meta tensor are looked at in Python, for whose sake torch imports sympy.
+            part = whole.new_empty((len(mine), *whole.shape[1:])) if whole.is_meta else whole[mine]
             setattr(layer, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
             cuts[f"{prefix}.{name}" if prefix else name] = (table.cut(AXIS),)
         layer.dispatch = Dispatch(table, exchange)
