@@ -349,7 +349,7 @@ class Elastic:
         self._weights.names = names if begins else self._weights.names & names - placed.fresh
         self.model, made, self._pace = placed.model, placed.made, placed.pace
         engine = made.engine
-        engine.keeps = True
+        engine.keeps = not self._placing.experts  # whose gradients are of other shapes in the next view
         # Stages may have unlike numbers of members, and pass on the same micro-batches.
         engine.even = not engine.exact and len(view.stages) == 1
         mine = tuple(change.kept.get(self.number, ()))
