@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -68,6 +69,19 @@ def joined(place: Position, device: torch.device, timeout: float) -> Iterator[No
     finally:
         watch.close()
         dist.destroy_process_group()
+        let_go()
+
+
+_LET_GO = 0.05
+
+
+def let_go() -> None:
+    """Leave gloo's threads a moment to drop the tensors of the last exchange, for which they need the interpreter.
+
+    They do so after whoever waited for it goes on. If that one ends the process at once, without anything that gives
+    the interpreter away, torch 2.13 aborts the process ("terminate called without an active exception").
+    """
+    time.sleep(_LET_GO)
 
 
 def _store(place: Position, timeout: timedelta) -> Any:

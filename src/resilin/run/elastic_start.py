@@ -25,6 +25,7 @@ from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault, await_faults, to_environment
 from resilin.cluster.handshake import SECRET, read_secret
 from resilin.cluster.hosts import Hosts
+from resilin.cluster.join import let_go
 from resilin.cluster.keeper import NOTICES, end_with_keeper
 from resilin.cluster.local_starter import LocalStarter
 from resilin.cluster.notice import await_notice, notice_of
@@ -239,6 +240,7 @@ def work() -> Outcome:
         for number in NOTICES:  # from now on, though the run has not begun here
             signal.signal(number, lambda *_: agent.leaving())
         elastic = Elastic(agent)
+        stack.callback(let_go)
         stack.callback(agent.close)
         stack.callback(elastic.close)
         if (asked := notice_of(settings.cluster.notice)) is not None:
