@@ -17,13 +17,12 @@ from resilin.cluster.view_world import ViewWorld
 from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.flops import block_flops_per_token, head_flops_per_token
 from resilin.models.initial import initial_value
-from resilin.models.moe import Experts
 from resilin.models.stage_span import Elsewhere
 from resilin.nouns import Objective, Source
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.errors import ParallelError
-from resilin.parallel.expert.parallelise import parallelise_experts
+from resilin.parallel.expert.parallelise import parallelise_experts, refuse_too_few, stacked_experts
 from resilin.parallel.expert.table import ExpertTable
 from resilin.parallel.local_model import LocalModel
 from resilin.parallel.local_weights import memory_for
@@ -124,12 +123,8 @@ def check_elastic(settings: RunSettings, degrees: Degrees, device: torch.device)
 
 
 def _check_experts(settings: RunSettings, degrees: Degrees) -> None:
-    moe = settings.model.moe if isinstance(settings.model, DecoderSettings) else None
-    if isinstance(settings.model, DecoderSettings) and (moe is None or moe.experts < settings.parallel.expert):
-        raise ParallelError(
-            f"parallel.expert = {settings.parallel.expert} divides experts, of which this model has "
-            f"{moe.experts if moe is not None else 'none'}: set model.moe, or parallel.expert to no more than it has"
-        )
+    if isinstance(settings.model, DecoderSettings):
+        refuse_too_few(settings.model, settings.parallel.expert)
     if degrees.pipeline > 1:
         raise ParallelError(
             "the workers of a pipeline stage that share experts must have equally many micro-batches, which an elastic "
@@ -229,14 +224,9 @@ class StagePlacing:
             alone = Degrees(tensor=degrees.tensor)
             whole = replace(whole, degrees=alone, specs=specs_of_decoder(self._outline, World(alone)))
         self.whole = whole
-        self.experts = frozenset(
-            f"{prefix}.{name}"
-            for prefix, module in self._outline.named_modules()
-            if isinstance(module, Experts) and settings.parallel.expert > 1
-            for name, _ in module.named_parameters()
-        )
+        self.experts = stacked_experts(self._outline) if settings.parallel.expert > 1 else frozenset()
         if not self.experts and settings.parallel.expert > 1:
-            raise ParallelError("parallel.expert divides experts, and the model has none: set model.moe, or leave it 1")
+            raise ParallelError("parallel.expert divides experts, and the model has none: leave it 1")
         self._has: tuple[int, ...] = ()  # of every layer's experts, this worker
         tokens, shape = tokens_of(source, model), decoder.settings
         self.costs = (

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from resilin.models.decoder_settings import DecoderSettings
 from resilin.models.moe import Experts
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.expert.dispatch import Dispatch
@@ -15,6 +16,34 @@ from resilin.parallel.group import Group
 from resilin.parallel.local_model import LocalModel
 
 AXIS = "ep"
+
+
+def stacked_experts(model: nn.Module) -> frozenset[str]:
+    """The names of a model's parameters that are matrices of all experts of a layer, stacked."""
+    return frozenset(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, Experts)
+        for name, _ in module.named_parameters(recurse=False)
+    )
+
+
+def refuse_too_few(settings: DecoderSettings, expert: int) -> None:
+    """Refuse to divide more than there is.
+
+    Args:
+        settings: of the model.
+        expert: `parallel.expert`.
+
+    Raises:
+        ParallelError: its layers have fewer experts.
+    """
+    experts = settings.moe.experts if settings.moe is not None else 0
+    if experts < expert:
+        raise ParallelError(
+            f"parallel.expert = {expert} divides experts, of which this model has {experts or 'none'}: set model.moe, "
+            "or parallel.expert to no more than it has"
+        )
 
 
 def parallelise_experts(
