@@ -263,3 +263,12 @@ def test_a_save_that_was_cut_off_with_its_links_is_no_failure_of_the_worker_sis_
 def test_what_fails_in_the_midst_of_a_change_is_told_by_itself(second: Exception, own: bool):
     second.__context__ = LinksCutError("the links of epoch 0 were cut")
     assert is_own(second) is own
+
+
+def test_workers_share_the_cores_of_their_machine(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    cores = len(os.sched_getaffinity(0))
+    settings = settings_of(text, train={"threads": 0, "steps": 2}, parallel={"workers": 2})
+    assert go(settings, tmp_path / "run") == JobEnded(0, "")
+    (start,) = events(tmp_path / "run", "start")
+    assert start["device"].startswith(f"cpu, {max(1, cores // 2)} thread")

@@ -137,7 +137,7 @@ class Keeper:
             ) from None
         self._theirs, self._ours = os.pipe()
         more = {ADDRESS: self.address, HOST: self.name}
-        self._starter = LocalStarter(command, self.folder, more, {KEEPER: self._theirs})
+        self._starter = LocalStarter(command, self.folder, more, {KEEPER: self._theirs}, workers)
         self._code: int | None = None
         self._lost = False
         self._notices = 0

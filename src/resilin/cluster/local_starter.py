@@ -12,6 +12,8 @@ from resilin.cluster.position import MEMBER
 from resilin.cluster.process import Process, get_ready, start_process
 from resilin.cluster.starter import Door, how
 
+SHARING = "LOCAL_WORLD_SIZE"
+
 
 class LocalStarter:
     """Starts processes here.
@@ -21,6 +23,7 @@ class LocalStarter:
         folder: where their output goes.
         more: variables for all of them.
         kept: by variable a descriptor that they inherit.
+        sharing: workers that begin on this machine, whose cores they share.
     """
 
     steady = True
@@ -31,7 +34,9 @@ class LocalStarter:
         folder: Path,
         more: Mapping[str, str] | None = None,
         kept: Mapping[str, int] | None = None,
+        sharing: int = 1,
     ) -> None:
+        self._sharing = {SHARING: os.environ.get(SHARING, str(sharing))}  # torchrun has said so already
         self._command, self._folder, self._more, self._kept = list(command), folder, dict(more or {}), dict(kept or {})
         self._processes: dict[int, Process] = {}
         get_ready(self._command)
@@ -41,7 +46,7 @@ class LocalStarter:
         with self.path(number).open("wb") as log:
             self._processes[number] = start_process(
                 self._command,
-                {**os.environ, **door.environment(), **self._more, **environment, MEMBER: str(number)},
+                {**os.environ, **door.environment(), **self._sharing, **self._more, **environment, MEMBER: str(number)},
                 output=log,
                 kept=self._kept,
             )

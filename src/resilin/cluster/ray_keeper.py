@@ -47,7 +47,9 @@ class RayKeeper:
         Path(folder).mkdir(parents=True, exist_ok=True)
         theirs, self._ours = os.pipe()
         more = {ADDRESS: address, HOST: self._node}
-        self._starter = LocalStarter(command, Path(folder), more, {KEEPER: theirs})
+        mine = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+        sharing = max(1, len(os.sched_getaffinity(0)) // mine)  # as many as the node has room for
+        self._starter = LocalStarter(command, Path(folder), more, {KEEPER: theirs}, sharing)
         self._starter.start(number, environment, door)
         os.close(theirs)
 

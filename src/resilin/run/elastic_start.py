@@ -91,7 +91,10 @@ def launch(
     cluster = settings.cluster
     if starter is None and cluster.launcher == "ray":
         starter, place = _on_ray(settings, command)
-    starts = starter(workers) if starter is not None else LocalStarter(command, workers, {ADDRESS: LOOPBACK})
+    if starter is not None:
+        starts = starter(workers)
+    else:
+        starts = LocalStarter(command, workers, {ADDRESS: LOOPBACK}, sharing=settings.parallel.workers)
     rules = Rules(
         members=settings.parallel.workers,
         stages=degrees.pipeline,
