@@ -19,6 +19,7 @@ from resilin.models.flops import block_flops_per_token, head_flops_per_token
 from resilin.models.initial import initial_value
 from resilin.models.stage_span import Elsewhere
 from resilin.nouns import Objective, Source
+from resilin.parallel.assemble import Assembled, Facts
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.errors import ParallelError
@@ -283,18 +284,7 @@ class StagePlacing:
             name = self._tied_name
             counted = facts[name].counted and world.stage == 0
             facts[name] = replace(facts[name], agreement=ends, counted=counted)
-        made = assembled(
-            self._settings,
-            world,
-            passes,
-            blueprint,
-            self._outline,
-            self._objective,
-            device=self._device,
-            precision=self._precision,
-            facts=facts,
-        )
-        return Placed(module, made, frozenset(fresh), passes.pace)
+        return Placed(module, self._assembled(world, passes, blueprint, facts), frozenset(fresh), passes.pace)
 
     def _with_experts(self, world: ViewWorld, blueprint: Blueprint, local: LocalModel, fresh: set[str]) -> Placed:
         """The whole model, but for experts that others have: all of a stage's workers pass through it together."""
@@ -307,7 +297,13 @@ class StagePlacing:
             speaks=world.coordinate("tp") == 0,
             between=[parameter for name, parameter in local.module.named_parameters() if name in self.experts],
         )
-        made = assembled(
+        made = self._assembled(world, passes, blueprint, facts_of([local]))
+        return Placed(local.module, made, frozenset(fresh))
+
+    def _assembled(
+        self, world: ViewWorld, passes: Passes, blueprint: Blueprint, facts: Mapping[str, Facts]
+    ) -> Assembled:
+        return assembled(
             self._settings,
             world,
             passes,
@@ -316,9 +312,8 @@ class StagePlacing:
             self._objective,
             device=self._device,
             precision=self._precision,
-            facts=facts_of([local]),
+            facts=facts,
         )
-        return Placed(local.module, made, frozenset(fresh))
 
     @property
     def _tied_name(self) -> str:
