@@ -28,8 +28,8 @@ def materialise(modules: Sequence[nn.Module], device: torch.device | str) -> Non
 def memory_for(outline: Tensor, device: torch.device | str) -> Tensor:
     """Memory, without values, for a tensor on the meta device.
 
-    Torch's own `empty_like` works out a meta tensor's strides in Python, for whose sake it imports sympy: a quarter of
-    a second in which the others of an elastic run wait for a newcomer.
+    Torch's own `empty_like` works out a meta tensor's strides in Python, for whose sake it imports sympy, while the
+    others of an elastic run wait for a newcomer.
     """
     return torch.empty(outline.shape, dtype=outline.dtype, device=device)
 

@@ -385,10 +385,12 @@ class Workers:
         keeps = self.keeps and self._exact  # fast sums are added up in the memory of the blocks
         try:
             with self.trace.step(keys.step) if self.trace is not None else nullcontext():
-                if idle and isinstance(self.passes, WholeModel):
-                    self.passes.train(parts, collect, losses, idle)
-                else:
+                if not idle:
                     self.passes.train(parts, collect, losses)
+                elif isinstance(self.passes, WholeModel):
+                    self.passes.train(parts, collect, losses, idle)
+                else:  # a row that stands in would count
+                    raise ParallelError(f"{type(self.passes).__name__} cannot pass on what other workers send only")
         except (RuntimeError, OSError):
             if keeps and not self.passes.in_order:
                 whole = in_all([[part] for part in finished])  # a tied weight may be behind the rest of its stage
