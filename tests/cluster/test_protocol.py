@@ -491,15 +491,34 @@ def test_a_newcomer_reads_while_the_others_compute_and_all_end_that_step_togethe
     assert adopt.kept == {0: (0,), 1: (1,)}
 
 
-def test_where_nothing_is_kept_of_a_step_newcomers_come_in_between_two():
-    job = Job(2, keeps=False)
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_where_no_parts_of_a_step_are_kept_all_of_it_is_or_nothing(all_of_it: bool):
+    job = Job(2, keeps_parts=False)
     job.all_ready()
     job.say(0, Committed(0, 4))
-    job.say(0, Committed(0, 5))
     job.say(7, Hello("there"))
     job.say(7, Warm())
-    assert {number: pause.computed for number, pause in job.told(Pause).items()} == {0: False, 1: False}
-    assert not job.told(Prepare)
+    job.say(0, Committed(0, 5))
+    assert set(job.told(Prepare)) == {7}
+    for number in range(2):
+        kept = (number,) if all_of_it or not number else ()
+        job.say(number, Halted(0, "", 5, 5, ((0, 0, (5,)), (1, 0, (5,))), kept, (2, 2) if kept else (0, 0)))
+    adopt = job.told(Adopt)[7]
+    assert (adopt.kept, adopt.cut) == (({0: (0,), 1: (1,)}, 2) if all_of_it else ({}, 0))
+
+
+def test_members_whose_experts_become_more_read_them_while_they_compute():
+    job = Job(5, experts=12, expert=2)
+    job.all_ready()
+    job.say(0, Committed(0, 4))
+    job.say(7, Hello("there"))
+    job.say(7, Warm())
+    job.say(0, Committed(0, 5))
+    prepare = job.told(Prepare)[7]
+    old, new = prepare.before.stages[0], prepare.view.stages[0]
+    assert (old.sharing, new.sharing) == (5, 2)
+    more = {n for n in range(5) if not {*new.experts_with(n)} <= {*old.experts_with(n)}}
+    assert set(job.told(Prepare)) == {7, *more} > {7}
 
 
 def test_one_that_is_about_to_go_dies_and_nobody_comes_out():

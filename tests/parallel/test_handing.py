@@ -40,10 +40,11 @@ def takers(name: str) -> dict[int, list[tuple[int, int]]]:
 def hand(rank: int, bucket: int) -> None:
     handing.BUCKET = bucket
     moved = [Moved(name, BLOCKS, takers(name), size) for name, size in SIZES.items()]
-    mine: dict[str, list[torch.Tensor | None]] = {"never": [None] * len(BLOCKS.get(rank, ()))}
-    if rank in HAD:
-        for name in ("a", "b"):
-            mine[name] = list(summed([gradients(name)[micro] for micro in HAD[rank]], HAD[rank][0]))
+    had = HAD.get(rank, [0])
+    mine = [
+        summed([gradients(name)[micro] for micro in had], had[0]) if name != "never" else [None] * len(BLOCKS[rank])
+        for name in (SIZES if rank in HAD else ())
+    ] or [[]] * len(SIZES)
     sums = {name: [torch.zeros(e - b) for b, e in takers(name).get(rank, ())] for name in SIZES}
     one = Handing(3, World(Degrees(data=5), rank).everyone, moved, mine, torch.empty(0))
     one.go(lambda name: sums[name])

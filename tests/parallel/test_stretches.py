@@ -72,10 +72,10 @@ def kept(micros: list[int], count: int) -> Kept:
 
 def test_what_is_kept_is_found_by_the_names_of_parameters_whatever_a_worker_has_from_now_on():
     found = kept([0, 1, 2, 3, 6], 8)
-    other = found.of([["more", "weight"]])
+    other = found.for_names([["more", "weight"]])
     assert other.sums("more") == [None, None]
     assert all(a is b for a, b in zip(other.sums("weight"), found.sums("weight"), strict=True))
-    assert found.of([["weight"]]) is found
+    assert found.for_names([["weight"]]) is found
     with pytest.raises(KeyError):
         found.sums("more")
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic_checks import changes, events, states
-from elastic_runs import STEPS, alone, go, settings_of
+from elastic_checks import changes, check_close, states
+from elastic_runs import STEPS, alone, go, go_with_a_newcomer, settings_of
 
-from resilin.cluster.elastic_job import ElasticJob, JobEnded
+from resilin.cluster.elastic_job import JobEnded
 from resilin.cluster.faults import Fault
 from resilin.parallel.errors import ParallelError
-from resilin.run.events import Cluster, Event, StepDone
 
 MOE: dict[str, Any] = {"moe": {"experts": 6, "expert_size": 16, "experts_per_token": 2}}
 
@@ -29,22 +25,6 @@ def shared(text: Path, workers: int = 3, expert: int = 3, **over: Any):
 def one(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, to which nothing happens."""
     return alone(text, tmp_path_factory.mktemp("elastic") / "one", model=MOE)
-
-
-def check_close(folder: Path, other: Path) -> None:
-    """Losses of all steps, evaluations and the last state, but for rounding."""
-    for kind, read in (("step", lambda e: e["loss"]), ("eval", lambda e: e["metrics"]["loss"])):
-        found, expected = ([read(e) for e in events(at, kind)] for at in (folder, other))
-        assert len(found) == len(expected) > 0
-        assert found == pytest.approx(expected, rel=1e-4), kind
-    mine, theirs = states(folder, STEPS), states(other, STEPS)
-    assert mine["model"].keys() == theirs["model"].keys()
-    for name, weight in theirs["model"].items():
-        assert (mine["model"][name] - weight).abs().max() < 2e-4, name
-    for name, state in theirs["optimizer"]["parameters"].items():
-        found = mine["optimizer"]["parameters"][name]
-        for what, value in state.items():
-            assert (found[what] - value).norm() <= 1e-2 * value.norm(), (name, what)
 
 
 def test_workers_with_experts_between_them_compute_what_one_process_does(text: Path, one: Path, tmp_path: Path):
@@ -77,27 +57,32 @@ def test_lost_experts_are_the_others(
     assert all(change["redone"] <= 1 for change in changes(tmp_path / "run"))
 
 
-def test_a_newcomer_is_given_its_share_of_the_experts(text: Path, one: Path, tmp_path: Path):
-    """The run is held until the newcomer is ready, however long that takes."""
-
-    def watch(job: ElasticJob, event: Event) -> None:
-        if isinstance(event, StepDone) and event.step == 1:
-            job.add()
-        if isinstance(event, Cluster) and event.what == "ready":
-            threading.Thread(target=go_on, args=(job,), daemon=True).start()
-
-    def go_on(job: ElasticJob) -> None:
-        for _ in range(100):  # it may not have stopped yet
-            job.signal(0, signal.SIGCONT)
-            time.sleep(0.1)
-
-    settings = shared(text, 2, 2, cluster={"silence": 60})
-    assert go(settings, tmp_path / "run", [Fault(0, 6, "adding gradients up", "stop")], watch=watch) == JobEnded(0, "")
-    check_close(tmp_path / "run", one)
-    stages = [change["view"]["stages"][0] for change in changes(tmp_path / "run")]
-    assert [(stage["members"], stage["experts"]) for stage in stages] == [
-        ([0, 1], [0, 0, 0, 1, 1, 1]), ([0, 1, 2], [0, 0, 2, 1, 1, 2]),
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("workers", "more", "sharing"),
+    [
+        (2, {}, [2, 3]),
+        # One set among five, then three sets: the five get more experts too.
+        pytest.param(5, {}, [5, 2], marks=pytest.mark.slow),
+        pytest.param(2, {"model": {"tie_embeddings": True}}, [2, 3], marks=pytest.mark.slow),
+        pytest.param(3, {"optimizer": {"use": "resilin.optim.muon:Muon", "lr": 1e-3}}, [3, 2], marks=pytest.mark.slow),
+    ],
+    ids=["one set", "three sets", "tied", "muon"],
+)
+def test_a_newcomer_is_given_its_share_of_the_experts_and_nobody_waits_for_what_is_read(
+    workers: int, more: dict[str, Any], sharing: list[int], text: Path, tmp_path: Path
+):
+    settings = shared(text, workers, 2, cluster={"silence": 60}, **more)
+    assert go_with_a_newcomer(settings, tmp_path / "run") == JobEnded(0, "")
+    more["model"] = MOE | more.get("model", {})
+    check_close(tmp_path / "run", alone(text, tmp_path / "one", **more))
+    before, after = (change["view"]["stages"][0] for change in changes(tmp_path / "run"))
+    assert [before["sharing"], after["sharing"]] == sharing
+    counts = [after["experts"].count(place) for place in range(after["sharing"])]
+    assert max(counts) - min(counts) <= 1
+    joined = changes(tmp_path / "run")[-1]
+    assert (joined["version"], joined["redone"]) == (3, 0)
+    assert joined["kept"] >= 8, "nothing is computed twice"
+    assert sum(read["migrate"] for read in joined["bytes"].values()) == 0, "nobody has waited for it"
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,6 @@ def test_blocks_move_in_the_middle_of_a_step_only_if_all_of_it_is_computed():
         told = {n: Halted(3, "", 7, 7, (), tuple(m for m in mine if m != lacks)) for n, mine in had.items()}
         return kept_by(VIEW, VIEW, told, 7)
 
-    assert all_is_kept(VIEW, kept(-1), 4)
-    assert not all_is_kept(VIEW, kept(3), 4)
-    assert not all_is_kept(VIEW, kept(-1), 5)
+    assert all_is_kept(VIEW, kept(-1), (4, 2))
+    assert not all_is_kept(VIEW, kept(3), (4, 2))
+    assert not all_is_kept(VIEW, kept(-1), (5, 2))

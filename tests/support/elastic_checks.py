@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from elastic_runs import STEPS
 
@@ -41,6 +42,22 @@ def check_same(folder: Path, other: Path, steps: int = STEPS) -> None:
         if part == "optimizer":
             one, two = one["parameters"], two["parameters"]
         assert equal(one, two), part
+
+
+def check_close(folder: Path, other: Path) -> None:
+    """Losses of all steps, evaluations and the last state, but for rounding."""
+    for kind, read in (("step", lambda e: e["loss"]), ("eval", lambda e: e["metrics"]["loss"])):
+        found, expected = ([read(e) for e in events(at, kind)] for at in (folder, other))
+        assert len(found) == len(expected) > 0
+        assert found == pytest.approx(expected, rel=1e-4), kind
+    mine, theirs = states(folder, STEPS), states(other, STEPS)
+    assert mine["model"].keys() == theirs["model"].keys()
+    for name, weight in theirs["model"].items():
+        assert (mine["model"][name] - weight).abs().max() < 2e-4, name
+    for name, state in theirs["optimizer"]["parameters"].items():
+        found = mine["optimizer"]["parameters"][name]
+        for what, value in state.items():
+            assert (found[what] - value).norm() <= 1e-2 * value.norm(), (name, what)
 
 
 def changes(folder: Path) -> list[dict[str, Any]]:

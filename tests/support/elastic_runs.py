@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tiny_text import text_source
 
-from resilin.cluster.elastic_job import JobEnded
+from resilin.cluster.elastic_job import ElasticJob, JobEnded
 from resilin.cluster.faults import Fault, never_met
 from resilin.cluster.local import worker_command
 from resilin.config import parse_settings
 from resilin.run.elastic_start import launch
+from resilin.run.events import Cluster, Event, StepDone
 from resilin.run.settings import RunSettings
 from resilin.run.start import start_run
 
@@ -65,3 +68,29 @@ def alone(text: Path, folder: Path, **over: Any) -> Path:
     settings = settings_of(text, **{"parallel": {"workers": 0}, "cluster": {"elastic": False}, **over})
     assert start_run(settings, folder)[1].reason == "completed"
     return folder
+
+
+def go_with_a_newcomer(settings: RunSettings, folder: Path) -> JobEnded:
+    """Launch a run in which one more worker reads what it needs while step 3 is computed, however long that takes."""
+    members = range(settings.parallel.workers)
+
+    def watch(job: ElasticJob, event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 1:
+            job.add()
+        if isinstance(event, Cluster) and event.what == "ready":
+            job.signal(1, signal.SIGCONT)
+        if isinstance(event, Cluster) and event.what == "preparing":
+            threading.Thread(target=wake, args=(job,), daemon=True).start()  # one of them may not have stopped yet
+
+    def wake(job: ElasticJob) -> None:
+        while not over.wait(0.05):
+            for number in members:
+                job.signal(number, signal.SIGCONT)
+
+    over = threading.Event()
+    stops = [Fault(1, 2, "adding gradients up", "stop")]  # until there is a newcomer
+    stops += [Fault(number, 3, "forward and backward", "stop") for number in members]  # until it is told to read
+    try:
+        return go(settings, folder, stops, watch=watch)
+    finally:
+        over.set()

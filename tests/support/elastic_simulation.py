@@ -84,6 +84,7 @@ class Plan:
         stages: of the pipeline.
         copies: of every member's states.
         tensor: members of a team.
+        parts: whether some of a step is kept; else all of it or nothing, and one stage cuts steps for its members.
     """
 
     seed: int
@@ -93,6 +94,7 @@ class Plan:
     stages: int = 1
     copies: int = 1
     tensor: int = 1
+    parts: bool = True
 
     @classmethod
     def drawn(cls, seed: int) -> Plan:
@@ -125,7 +127,8 @@ class Plan:
                 what = more.choice(["hold", "apart", "sever", "unplug"])
                 events.append((more.uniform(0.5, 0.35 * steps + 2), what, more.randrange(1 << 20)))
         tensor = random.Random(-1_000_003 - seed).choice([1, 1, 1, 2, 2, 3])
-        return cls(seed, steps, members * tensor, sorted(events), stages, copies, tensor)
+        parts = random.Random(-2_000_003 - seed).random() < 0.7
+        return cls(seed, steps, members * tensor, sorted(events), stages, copies, tensor, parts)
 
 
 @dataclass
@@ -165,6 +168,7 @@ class Sim:
             copies=plan.copies,
             micros=MICROS,
             tensor=plan.tensor,
+            keeps_parts=plan.parts,
         )
         self.costs = tuple(self.draw.choice([1.0, 2.0]) for _ in range(BLOCKS + 1)) if plan.stages > 1 else ()
         self.takes = tuple(self.draw.uniform(0.5, 3.0) * cost for cost in self.costs)  # what they really cost
@@ -300,7 +304,7 @@ class Sim:
 
     def origins(self) -> list[View]:
         """The views under which copies may be of use."""
-        return [view for view in (self.coordinator.view, self.coordinator._origin) if view is not None]
+        return [view for view in (self.coordinator.view, *self.coordinator._origins) if view is not None]
 
 
 class SimMember:
@@ -317,6 +321,7 @@ class SimMember:
         self.state: dict[int, int] = {}
         self.doing: list[int] = []  # micro-batches that it computes
         self.kept: tuple[int, list[int]] | None = None
+        self.cut = (0, 0)  # of the step that it computed last: micro-batches, and for how many
         self.computed_in: tuple[int, ...] = ()  # with these bounds of stages
         self.past = -1  # the last step whose micro-batches are all computed, in this view
         self.handed = -1  # the step of which gradients were given to other stages
@@ -517,7 +522,9 @@ class SimMember:
         self.phase = "halted"
         self.late.clear()
         copies = tuple((owner, epoch, tuple(v)) for (owner, epoch), v in self.pool.versions().items())
-        if self.doing and self.adopt is not None and len(self.adopt.view.stages) > 1:  # some are finished
+        if (
+            self.doing and self.adopt is not None and len(self.adopt.view.stages) > 1 and self.sim.plan.parts
+        ):  # some are finished
             before = self.kept[1] if self.kept is not None and self.kept[0] == self.version else []
             more = self.sim.draw.sample(self.doing, self.sim.draw.randint(0, len(self.doing)))
             self.kept = self.version, sorted({*before, *more})
@@ -526,7 +533,7 @@ class SimMember:
             self.kept = None
         step, kept = self.kept if self.kept is not None else (self.version, [])
         version = -1 if self.updating else self.version
-        self.tell(Halted(self.epoch, why, version, step, copies, tuple(kept)))
+        self.tell(Halted(self.epoch, why, version, step, copies, tuple(kept), self.cut if kept else (0, 0)))
         self.updating = False
         self.ends(self.epoch, 0.02)  # its own sockets are closed: a cascade
 
@@ -582,6 +589,8 @@ class SimMember:
                 *mine
             }:
                 raise WrongError(f"of the blocks {blocks_in(self.kept[1])}, {mine} is to be kept")
+        if adopt.kept and not self.sim.plan.parts:
+            self.nothing_is_left(adopt)
         if adopt.handed:
             self.handed = self.version
             self.all_is_kept(adopt)
@@ -594,11 +603,23 @@ class SimMember:
     def all_is_kept(self, adopt: Adopt) -> None:
         """Blocks move in the middle of a step only once all of it was computed, and nobody with them."""
         assert adopt.before is not None
+        self.nothing_is_left(adopt)
         for before, after in zip(adopt.before.stages, adopt.view.stages, strict=True):
-            for part in range(adopt.view.tensor):
-                kept = [micro for number in after.part(part) for micro in adopt.kept.get(number, ())]
-                if before.members != after.members or sorted(kept) != list(range(MICROS)):
-                    raise WrongError(f"blocks are to move in the middle of {adopt}")
+            if before.members != after.members:
+                raise WrongError(f"blocks are to move in the middle of {adopt}")
+
+    def nothing_is_left(self, adopt: Adopt) -> None:
+        """All of the step was computed, by all stages and parts."""
+        wanted = list(range(self.micros_of(adopt, adopt.version)))
+        for alike in adopt.view.alike:
+            if sorted(micro for number in alike for micro in adopt.kept.get(number, ())) != wanted:
+                raise WrongError(f"not all of the step is kept: {adopt}")
+
+    def micros_of(self, adopt: Adopt, step: int) -> int:
+        """Micro-batches of a step: where one stage cuts it for its members, their number depends on how many."""
+        if self.sim.plan.parts or len(adopt.view.stages) > 1:
+            return MICROS
+        return MICROS + (adopt.cut if adopt.cut and step == adopt.version else len(adopt.view.stages[0].teams))
 
     @staticmethod
     def digest(state: dict[int, int]) -> str:
@@ -677,12 +698,15 @@ class SimMember:
             return
         neglects = "kept" in self.broken_duties and self.number % 2
         dealing = Dealing(replace(adopt, kept={}) if neglects else adopt)
-        mine = list(dealing.of_step(self.version, MICROS)[adopt.view.members.index(self.number)])
+        count = self.micros_of(adopt, self.version)
+        mine = list(dealing.of_step(self.version, count)[adopt.view.members.index(self.number)])
         todo = [m for m in mine if self.kept is None or self.kept[0] != self.version or m not in self.kept[1]]
         self.doing, self.computed_in = todo, adopt.view.layers
 
         def finished() -> None:
             self.kept, self.doing, self.past = (self.version, mine), [], self.version
+            here = adopt.cut if adopt.cut and self.version == adopt.version else len(adopt.view.stages[0].teams)
+            self.cut = count, here
             if self.stopping:  # until all are so far
                 self.phase = "computed"
                 self.tell(Computed(self.epoch, self.version))
@@ -712,19 +736,20 @@ class SimMember:
             self.later(0.0005, 0.02, partial(self.broke, self.epoch))
             return
         if len(exchange.arrived) == len(adopt.view.members):
-            self.complete(exchange, adopt.view, what, go_on)
+            self.complete(exchange, adopt, what, go_on)
 
-    def complete(self, exchange: _Exchange, view: View, what: str, go_on: Callable[[], None]) -> None:
+    def complete(self, exchange: _Exchange, adopt: Adopt, what: str, go_on: Callable[[], None]) -> None:
         """All have come: they go on once all that they say gets through."""
+        view = adopt.view
         if not self.together(view.members):
-            self.later(0.02, 0.1, lambda: self.complete(exchange, view, what, go_on))
+            self.later(0.02, 0.1, lambda: self.complete(exchange, adopt, what, go_on))
             return
         if what == "step":
-            computed = []
+            computed, count = [], self.micros_of(adopt, self.version)
             for stage in view.stages:
                 for part in range(view.tensor):
                     told = [exchange.arrived[number] for number in stage.part(part)]
-                    if sorted(m for owned, _ in told for m in owned) != list(range(MICROS)):
+                    if sorted(m for owned, _ in told for m in owned) != list(range(count)):
                         raise WrongError(f"step {self.version} of epoch {self.epoch} is taken of {exchange.arrived}")
                     computed.append(sorted(m for _, now in told for m in now))
                 for team in stage.teams:
@@ -747,6 +772,8 @@ class SimMember:
         """The update of the weights; until it ends there is no version."""
         assert self.sim.exchanges[self.epoch, 2 * self.version + 1].done
         self.phase, self.updating = "exchanging", True
+        if not self.sim.plan.parts:
+            self.kept = None
 
         def updated() -> None:
             self.updating = False

@@ -156,6 +156,7 @@ class Agent:
         step: int | None,
         copies: Mapping[tuple[int, int], Sequence[int]],
         kept: Sequence[int],
+        cut: tuple[int, int] = (0, 0),
         prepare: Callable[[Prepare], None] = lambda told: None,
     ) -> Adopt:
         """Come out of the work; returns once there is another place.
@@ -166,11 +167,12 @@ class Agent:
             step: the one that `kept` is of; None: it has no states yet.
             copies: by owner and epoch the versions in its memory.
             kept: micro-batches of that step whose gradients it has.
+            cut: see `Halted`.
             prepare: as for `warm`, where this member is left over for a while.
         """
         why = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
         listed = tuple((owner, epoch, tuple(versions)) for (owner, epoch), versions in copies.items())
-        self._say(Halted(self._epoch, f"{type(error).__name__}: {why:.160}", version, step, listed, tuple(kept)))
+        self._say(Halted(self._epoch, f"{type(error).__name__}: {why:.160}", version, step, listed, tuple(kept), cut))
         return self._await_place(prepare)
 
     def _await_place(self, prepare: Callable[[Prepare], None]) -> Adopt:

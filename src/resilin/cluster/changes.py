@@ -111,11 +111,20 @@ def sharing_of(teams: int, expert: int) -> int:
 
 
 def gaining(before: View, after: View) -> list[int]:
-    """Members of stages that have blocks which they had not before."""
+    """Members that are about to have blocks, or experts, which they do not have now.
+
+    Args:
+        before: the view that is.
+        after: the one to be, in which nobody has another stage.
+    """
     found: list[int] = []
-    for number, stage in enumerate(after.stages):
-        had, has = (range(*view.layers[number : number + 2]) for view in (before, after))
-        found += stage.members if not {*has} <= {*had} else ()
+    for number, (old, new) in enumerate(zip(before.stages, after.stages, strict=True)):
+        had, has = ({*range(*view.layers[number : number + 2] or (0,))} for view in (before, after))
+        found += [
+            member
+            for member in new.members
+            if member in old.members and not (has <= had and {*new.experts_with(member)} <= {*old.experts_with(member)})
+        ]
     return found
 
 

@@ -70,6 +70,10 @@ class Stage:
         """The experts of a place, ascending."""
         return tuple(expert for expert, owner in enumerate(self.experts) if owner == place)
 
+    def experts_with(self, member: int) -> tuple[int, ...]:
+        """The experts of a member, ascending."""
+        return self.experts_of(self.members.index(member) // self.tensor % self.sharing)
+
 
 @dataclass(frozen=True)
 class View:

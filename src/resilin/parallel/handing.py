@@ -1,9 +1,10 @@
 """Gradients of one step, from the ranks that had parameters to those that own them now.
 
-Blocks of a pipeline move to another stage when a step's micro-batches are computed and before it is taken. What was
-computed stays where it is; each rank that had a parameter sends every new owner its part of each of its blocks of the
-canonical sum, and the owner adds them up in the order of the tree, as `Reduction` does within a stage. So the step is
-the same, to the bit, and nobody waits for weights or optimizer states, which were read before (ElasWave, section 6).
+Blocks of a pipeline move to another stage, or experts to another worker, when a step's micro-batches are computed and
+before it is taken. What was computed stays where it is; each rank that had a parameter sends every new owner its part
+of each of its blocks of the canonical sum, and the owner adds them up in the order of the tree, as `Reduction` does
+within a stage. So the step is the same, to the bit, and nobody waits for weights or optimizer states, which were read
+before (ElasWave, section 6).
 """
 
 from __future__ import annotations
@@ -24,19 +25,40 @@ BUCKET = 8 << 20  # elements that travel together
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A parameter, or a rank's part of it, that other ranks own now.
+    """A parameter, a rank's part of it, or one of its experts, that other ranks own now.
 
     Attributes:
         name: of the parameter.
         givers: by rank the blocks (start, height) of micro-batches of which it has sums, ascending.
         takers: by rank what it owns of the elements, ascending.
         size: elements.
+        first: by rank where they begin among all that it owns of the parameter; not there: these are all.
     """
 
     name: str
     givers: Mapping[int, Sequence[tuple[int, int]]]
     takers: Mapping[int, Sequence[Interval]]
     size: int
+    first: Mapping[int, int] = field(default_factory=dict)
+
+    def within(self, rank: int, owned: Sequence[Tensor]) -> Sequence[Tensor]:
+        """These elements, in order.
+
+        Args:
+            rank: of a taker.
+            owned: all that it owns of the parameter, in order.
+        """
+        if (low := self.first.get(rank)) is None:
+            return owned
+        high, found = low + sum(end - begin for begin, end in self.takers[rank]), []
+        for part in owned:
+            if high > 0 and low < part.numel():
+                found.append(part.view(-1)[max(low, 0) : high])
+            low, high = low - part.numel(), high - part.numel()
+        return found
+
+
+_Given = tuple[Moved, Sequence[Tensor | None]]
 
 
 @dataclass
@@ -47,7 +69,7 @@ class Handing:
         step: which.
         group: all ranks, who call together.
         moved: the same at all; a rank is nothing to those of another part of matrices.
-        mine: by name what this rank gives: a sum for each of its blocks, or None where there is no gradient.
+        mine: of each of them what this rank gives: a sum for each of its blocks, or None where there is no gradient.
         like: of the gradients' dtype and device.
         used: names of which this rank was given a gradient, once it was.
     """
@@ -55,7 +77,7 @@ class Handing:
     step: int
     group: Group
     moved: Sequence[Moved]
-    mine: Mapping[str, Sequence[Tensor | None]]
+    mine: Sequence[Sequence[Tensor | None]]
     like: Tensor
     used: list[str] = field(default_factory=list)
 
@@ -66,25 +88,25 @@ class Handing:
             sums_of: by name this rank's part of the summed gradient, by interval.
         """
         self.used = []
-        bucket: list[Moved] = []
-        for one in self.moved:
+        bucket: list[_Given] = []
+        for one in zip(self.moved, self.mine, strict=True):
             bucket.append(one)
-            if sum(each.size for each in bucket) >= BUCKET:
+            if sum(each.size for each, _ in bucket) >= BUCKET:
                 self._hand(bucket, sums_of)
                 bucket = []
         if bucket:
             self._hand(bucket, sums_of)
 
-    def _hand(self, bucket: Sequence[Moved], sums_of: Callable[[str], Sequence[Tensor]]) -> None:
+    def _hand(self, bucket: Sequence[_Given], sums_of: Callable[[str], Sequence[Tensor]]) -> None:
         ranks, me = range(self.group.size), self.group.index
         gives = [self._given(bucket, rank) for rank in ranks]
-        gets = [sum(self._values(one, rank, me) for one in bucket) for rank in ranks]
+        gets = [sum(self._values(one, rank, me) for one, _ in bucket) for rank in ranks]
         sent = [torch.cat(parts) if parts else self.like.new_empty(0) for parts in gives]
         received = self.like.new_empty(sum(gets))
         swap(received, torch.cat(sent), gets, [len(part) for part in sent], self.group)()
         coming = dict(zip(ranks, received.split(gets), strict=True))
         at = dict.fromkeys(ranks, 0)
-        for one in bucket:
+        for one, _ in bucket:
             if not (owned := one.takers.get(me)):
                 continue
             size, used = sum(end - begin for begin, end in owned), False
@@ -96,16 +118,15 @@ class Handing:
                     blocks.append((block, coming[rank][at[rank] : at[rank] + size]))
                     at[rank] += size
             if used:
-                self._add_up(blocks, sums_of(one.name))
+                self._add_up(blocks, one.within(me, sums_of(one.name)))
                 self.used.append(one.name)
 
-    def _given(self, bucket: Sequence[Moved], rank: int) -> list[Tensor]:
+    def _given(self, bucket: Sequence[_Given], rank: int) -> list[Tensor]:
         """What this rank sends another: of each parameter whether there is any gradient, then slices of its blocks."""
         parts: list[Tensor] = []
-        for one in bucket:
+        for one, sums in bucket:
             if self.group.index not in one.givers or not (wanted := one.takers.get(rank)):
                 continue
-            sums = self.mine.get(one.name, ())
             parts.append(self.like.new_full((1,), any(each is not None for each in sums)))
             for each in sums:
                 for begin, end in wanted:

@@ -187,6 +187,9 @@ class Kept:
         micros: numbers of the micro-batches, ascending.
         chunks: for each part of the model that the worker has, the blocks of its gradient.
         names: likewise those of the parameters that blocks have gradients of, in their order.
+        of: how many micro-batches the step has.
+        workers: of the data axis, for whom they were cut.
+        whole: whether there is one sum of all these micro-batches, in no order of the tree, instead of blocks.
     """
 
     step: int
@@ -194,6 +197,9 @@ class Kept:
     losses: dict[int, Loss]
     chunks: list[list[Node]]
     names: Sequence[Sequence[str]]
+    of: int = 0
+    workers: int = 0
+    whole: bool = False
 
     def only(self, micros: Collection[int]) -> Kept:
         """Of these micro-batches, and of no others: blocks that have any other are dropped.
@@ -202,13 +208,15 @@ class Kept:
             ValueError: some of them are in no block of their own.
         """
         wanted = set(micros)
+        if self.whole and wanted == {*self.micros}:
+            return self
         chunks = [[node for node in chunk if wanted.issuperset(leaves_in(node))] for chunk in self.chunks]
         if any({leaf for node in chunk for leaf in leaves_in(node)} != wanted for chunk in chunks):
             raise ValueError(f"of the micro-batches {list(self.micros)}, {sorted(wanted)} are no blocks of their own")
         losses = {micro: loss for micro, loss in self.losses.items() if micro in wanted}
         return replace(self, micros=tuple(sorted(wanted)), losses=losses, chunks=chunks)
 
-    def of(self, names: Sequence[Sequence[str]]) -> Kept:
+    def for_names(self, names: Sequence[Sequence[str]]) -> Kept:
         """What is known of other parameters; what is not there is None."""
         if [*map(list, names)] == [*map(list, self.names)]:
             return self
@@ -228,8 +236,18 @@ class Kept:
                 return [node.sum[at] for node in nodes]
         raise KeyError(name)
 
+    def without(self, names: Collection[str]) -> Kept:
+        """As it is, but for some parameters."""
+        return self.for_names([[name for name in each if name not in names] for each in self.names])
+
     def after(self, before: Kept) -> Kept:
-        """Together with what was kept of the same step before; its memory is used."""
+        """Together with what was kept of the same step before; its memory is used.
+
+        Raises:
+            ValueError: one of them is no blocks.
+        """
+        if self.whole or before.whole:
+            raise ValueError(f"step {self.step} was computed in whole before, and so was more of it now")
         both = zip(before.chunks, self.chunks, strict=True)
         return replace(
             self,

@@ -17,7 +17,7 @@ from resilin.nouns import Batch, Loss, Objective, Source
 from resilin.optim.clip import clip_factor, global_norm, total_norm
 from resilin.optim.rows import gradient_holders, gradients_of
 from resilin.parallel.activity import doing, waiting
-from resilin.parallel.canonical import GradientSum, Node
+from resilin.parallel.canonical import GradientSum, Node, TreeSum
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.exchange import add_up_all, largest, share
 from resilin.parallel.group import Group
@@ -263,7 +263,9 @@ class Workers:
         evaluates: which of so many held-out batches this worker takes.
         even: whether micro-batches are cut so that all workers have equally many slots, however many there are: sums
             of other micro-batches are equal to rounding.
-        keeps: whether what a step has finished is kept until the next one begins, for redoing it with other workers.
+        cut_for: for how many workers of the data axis micro-batches of a step are cut.
+        keeps: whether what a step has finished is kept, for ending it with other workers: until the next one begins,
+            or, where sums are not exact, until it is over, and only once all of this worker's is there.
         kept: that; a step of the same number goes on from there.
         handing: gradients of a step that is redone, which were computed where the parameters were before.
         computed: called once this worker's micro-batches are done, before gradients are exchanged.
@@ -295,6 +297,7 @@ class Workers:
         self.handing: Handing | None = None
         self.keeps = self.even = False
         self.dealt: Dealt = along_data(world)
+        self.cut_for: Callable[[int], int] = lambda step: world.axis("dp")
         self.evaluates: Callable[[int], Sequence[int]] = self._share
         self.computed: Callable[[], None] = lambda: None
         self.ready: Callable[[], None] = lambda: None
@@ -326,15 +329,15 @@ class Workers:
 
     # -- slots --------------------------------------------------------------------------------------------------
 
-    def micro_batches(self, count: int) -> list[range]:
+    def micro_batches(self, count: int, step: int) -> list[range]:
         """The slots of every micro-batch of a step of `count` slots."""
         if self.even:
-            return even_batches(count, self._micro, self.world.axis("dp"), alike=self._lockstep)
+            return even_batches(count, self._micro, self.cut_for(step), alike=self._lockstep)
         return micro_batches(count, self._micro, self.world.axis("dp"))
 
     def _micros_of(self, step: int, count: int) -> list[tuple[int, ...]]:
         """Which micro-batches each worker computes."""
-        return [tuple(each) for each in self.dealt(step, len(self.micro_batches(count)))]
+        return [tuple(each) for each in self.dealt(step, len(self.micro_batches(count, step)))]
 
     def _missing(self, step: int, count: int) -> tuple[int, ...]:
         """This worker's micro-batches of a step that are not finished yet."""
@@ -347,7 +350,7 @@ class Workers:
 
     def slots(self, count: int, step: int) -> Sequence[int]:
         """Those of this worker's micro-batches that are still to be computed."""
-        micros = self.micro_batches(count)
+        micros = self.micro_batches(count, step)
         runs = stretches(self._missing(step, count))
         if len(runs) == 1:
             mine = range(micros[runs[0].start].start, micros[runs[0].stop - 1].stop)
@@ -358,13 +361,13 @@ class Workers:
 
     def gradient(self, batch: Batch, keys: Keys, count: int) -> StepGradient:
         """Forward and backward over this worker's micro-batches; sums, norm and clipping with all others."""
-        micros, todo = self.micro_batches(count), self._missing(keys.step, count)
+        cut, todo = self.micro_batches(count, keys.step), self._missing(keys.step, count)
         parts, row = [], 0
         for number in todo:
-            rows = (row, row + len(micros[number])) if micros[number] else (0, 1)
+            rows = (row, row + len(cut[number])) if cut[number] else (0, 1)
             parts.append((batch.rows(*rows), keys.rows(*rows)))
-            row += len(micros[number])
-        idle = [place for place, number in enumerate(todo) if not micros[number]]
+            row += len(cut[number])
+        idle = [place for place, number in enumerate(todo) if not cut[number]]
         if self.handing is not None and self.handing.step != keys.step:
             self.handing = None
         sums = [self._summing(names, todo) for names in self.collected]
@@ -376,13 +379,15 @@ class Workers:
             finished[part].append(todo[place])
 
         def kept(micros: Sequence[int]) -> Kept:
-            told = {todo[place]: loss for place, loss in losses.items()}
-            blocks = [one.blocks() for one in sums]
-            made = Kept(keys.step, tuple(todo), told, blocks, self.collected).only(micros)
             before = self._kept_of(keys.step)
+            if before is not None and before.whole and not todo:
+                return before
+            told = {todo[place]: loss for place, loss in losses.items()}
+            blocks = [one.blocks() if self._exact else _in_one(one.blocks()) for one in sums]
+            about = len(cut), self.cut_for(keys.step), not self._exact
+            made = Kept(keys.step, tuple(todo), told, blocks, self.collected, *about).only(micros)
             return made if before is None else made.after(before)
 
-        keeps = self.keeps and self._exact  # fast sums are added up in the memory of the blocks
         try:
             with self.trace.step(keys.step) if self.trace is not None else nullcontext():
                 if not idle:
@@ -392,17 +397,20 @@ class Workers:
                 else:  # a row that stands in would count
                     raise ParallelError(f"{type(self.passes).__name__} cannot pass on what other workers send only")
         except (RuntimeError, OSError):
-            if keeps and not self.passes.in_order:
+            if self.keeps and self._exact and not self.passes.in_order:
                 whole = in_all([[part] for part in finished])  # a tied weight may be behind the rest of its stage
                 self.kept = kept(whole[0][0])
             raise
         made = kept(todo)
-        self.kept = made if keeps else None
+        self.kept = made if self.keeps else None
         self.computed()
         doing("adding gradients up")
         self._reduce(made.chunks, keys.step, count)
         self.ready()
-        return self._tell(made.losses, len(micros))
+        told = self._tell(made.losses, len(cut))
+        if not self._exact:  # whoever loses another worker now computes with other micro-batches
+            self.kept = None
+        return told
 
     def _summing(self, names: Sequence[str], todo: Sequence[int]) -> StretchSums | LeafSums:
         parameters = [self.trained[name].parameter for name in names]
@@ -535,3 +543,13 @@ class Workers:
         everyone = self.world.everyone
         with waiting(everyone.ranks, "hearing whether all go on"):
             return int(largest(told, everyone))
+
+
+def _in_one(blocks: Sequence[Node]) -> list[Node]:
+    """The sum of blocks, one after the other, in the memory of the first; none of none."""
+    if not blocks:
+        return []
+    tree = TreeSum()
+    for node in blocks:
+        tree.push(node.sum)
+    return [Node(blocks[0].start, 0, tree.total())]

@@ -47,7 +47,7 @@ from resilin.parallel.workers import Workers
 from resilin.run.elastic_ahead import WEIGHTS, ReadingAhead
 from resilin.run.elastic_dealing import Dealing
 from resilin.run.elastic_failure import is_own
-from resilin.run.elastic_moves import moved_between
+from resilin.run.elastic_moves import experts_between, moved_between
 from resilin.run.elastic_placing import Placing
 from resilin.run.run import Run
 from resilin.transforms import OptimizerTransform
@@ -322,9 +322,9 @@ class Elastic:
             kept = self._kept = None  # some of it is at other stages
         step = None if run is None else run.step if kept is None else kept.step
         version = None if self._fresh else -1 if self._weights.version is None else self._weights.version
-        micros = kept.micros if kept is not None else ()
+        micros, cut = (kept.micros, (kept.of, kept.workers)) if kept is not None else ((), (0, 0))
         with activity.waiting((-1,), "waiting for its place in the next view"):
-            return self._agent.halted(error, version, step, self.pool.versions(), micros, self._ahead.newcomer)
+            return self._agent.halted(error, version, step, self.pool.versions(), micros, cut, self._ahead.newcomer)
 
     def _take_place(self, change: Adopt) -> None:
         """Groups, engine and optimizer of a view."""
@@ -349,16 +349,20 @@ class Elastic:
         self._weights.names = names if begins else self._weights.names & names - placed.fresh
         self.model, made, self._pace = placed.model, placed.made, placed.pace
         engine = made.engine
-        engine.keeps = not self._placing.experts  # whose gradients are of other shapes in the next view
+        engine.keeps = True
         # Stages may have unlike numbers of members, and pass on the same micro-batches.
         engine.even = not engine.exact and len(view.stages) == 1
         mine = tuple(change.kept.get(self.number, ()))
         same = kept is not None and kept.step == change.version and set(mine) <= set(kept.micros)
         engine.kept = kept.only(mine) if same and kept is not None and mine else None
+        if change.cut:  # nobody cuts anew what was computed
+            engine.cut_for = lambda step: change.cut if step == change.version else self.world.axis("dp")
         if change.handed:
             engine.handing = self._handing(change, engine)
+        if change.kept and self._placing.experts:
+            engine.handing = self._handing_experts(change, engine)
         if engine.kept is not None:
-            engine.kept = engine.kept.of(engine.collected)
+            engine.kept = engine.kept.for_names(engine.collected)
         engine.dealt = dealing.of_step
         place = self.world.coordinate("dp")
         engine.evaluates = lambda batches: dealing.evaluated(batches)[stage][place]
@@ -374,10 +378,22 @@ class Elastic:
         """Blocks have moved after all of a step was computed: their gradients follow, and nothing is computed again."""
         assert change.before is not None
         self._handed, rank, kept = change.version, self.world.rank, engine.kept
-        moved = moved_between(self._blueprint(change.before), self.blueprint, change.kept)
-        mine = {one.name: kept.sums(one.name) for one in moved if rank in one.givers and kept is not None}
-        like = next(iter(engine.trained.values())).parameter.detach()
-        return Handing(change.version, self.world.everyone, moved, mine, like)
+        before = self._blueprint(change.before)
+        moved = moved_between(before, self.blueprint, change.kept, whole=not engine.exact)
+        mine = [kept.sums(one.name) if rank in one.givers and kept is not None else [] for one in moved]
+        return Handing(change.version, self.world.everyone, moved, mine, _like(engine))
+
+    def _handing_experts(self, change: Adopt, engine: Workers) -> Handing:
+        """Experts have other owners after all of a step was computed: their gradients follow likewise."""
+        assert change.before is not None
+        self._handed, rank, kept = change.version, self.world.rank, engine.kept
+        found, mine = experts_between(self._blueprint(change.before), self.blueprint, change.kept), []
+        for one, places in found:
+            sums = kept.sums(one.name) if rank in one.givers and kept is not None else []
+            mine.append([None if each is None else each[places[rank]] for each in sums])
+        if kept is not None:
+            engine.kept = kept.without(self._placing.experts)
+        return Handing(change.version, self.world.everyone, [one for one, _ in found], mine, _like(engine))
 
     def _settle(self, run: Run, change: Adopt) -> None:
         """Give the run its part in the view, and this worker's states; returns once all workers have theirs."""
@@ -495,6 +511,10 @@ class Elastic:
         self.snapshots.close()
         self._server.close()
         self._stores.close()
+
+
+def _like(engine: Workers) -> Tensor:
+    return next(iter(engine.trained.values())).parameter.detach()
 
 
 def _drop(held: list[object], trace: TracebackType | None) -> None:

@@ -51,8 +51,11 @@ class ReadingAhead:
         """Begin to read what of the next view this member does not have, in a thread."""
         number = self._pool.member
         old, new = told.before.stage_of(number), told.view.stage_of(number)
-        had = {*self._blueprint(told.before).names(old)}
-        lacking = [name for name in self._blueprint(told.view).names(new) if name not in had]
+        before, after = self._blueprint(told.before), self._blueprint(told.view)
+        had = {*before.names(old)}
+        if told.before.stages[old].experts_with(number) != told.view.stages[new].experts_with(number):
+            had -= after.experts  # all of a stack is read anew
+        lacking = [name for name in after.names(new) if name not in had]
         self._thread = threading.Thread(target=self._read, args=(told, lacking), name="resilin-ahead", daemon=True)
         self._thread.start()
 

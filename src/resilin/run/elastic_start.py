@@ -110,7 +110,7 @@ def launch(
         clocks=_clocks(cluster),
         micro=settings.train.micro_batch_size,
         slots=settings.train.batch_size,
-        keeps=settings.parallel.reduction == "exact" and settings.parallel.expert == 1,
+        keeps_parts=settings.parallel.reduction == "exact" and settings.parallel.expert == 1,
     )
     facts = {
         "settings": json.dumps(settings.model_dump(mode="json")),

@@ -6,23 +6,23 @@ member that is lost at any of these points is one more change. So there is one p
 in a view that somebody else does not have (ElasWave, sections 7 and 9).
 
 Which copies are needed when: the states of a version are complete under the view in which that version was last
-copied by all. Copies made under a view stay until a step under the next one has been taken by all, since only then are
-those of the next one known to be at their holders. So of two views, the present one and the one before, one always has
-a complete version unless a member and all of its holders were lost together. Whoever leaves stays as long, since its
-memory is one of the places where such copies are; and nobody joins before, so that every view takes a step at least.
+copied by all. Copies made under a view stay until a step under a later one has been taken by all, since only then are
+those of that one known to be at their holders. So of the views since the last step, one always has a complete version
+unless a member and all of its holders were lost together. Whoever leaves stays as long, since its memory is one of the
+places where such copies are; and nobody joins before, so that a row of newcomers does not keep the others from work.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from resilin.cluster.changes import NobodyLeftError, changed, first_view, gaining
 from resilin.cluster.protocol.dividing import Dividing
 from resilin.cluster.protocol.effects import Effect, Fence, Finish, Note, Tell
-from resilin.cluster.protocol.kept import all_is_kept, kept_by
+from resilin.cluster.protocol.kept import all_is_kept, cut_of, kept_by
 from resilin.cluster.protocol.messages import (
     Adopt,
     Beat,
@@ -86,7 +86,7 @@ class Coordinator:
         """Whether all save and end, since too few would stay."""
         self._next: View | None = None
         self._adopt: Adopt | None = None
-        self._origin: View | None = None  # whose copies may still be needed, beside those of `view`
+        self._origins: list[View] = []  # whose copies may still be needed, beside those of `view`; the last one first
         self._resumed: int | None = None  # the version that the present view began with, once it is known
         self._start: int | None = None  # the version that the run began with
         self._known: set[int] = set()  # all numbers that ever were
@@ -232,7 +232,7 @@ class Coordinator:
         if self._resumed is None:
             self._resumed = self._start
         if message.version > self._resumed:  # an exchange under this view was completed: its copies are at the holders
-            self._aborted, self._origin = 0, None
+            self._aborted, self._origins = 0, []
             self._part()
             self.dividing.measure(self.view, {number: one.committed for number, one in self.members.items()})
             self._consider(now, begins=begins)
@@ -292,8 +292,9 @@ class Coordinator:
             better = self.dividing.better(self.view) if self._moving and not news and not leaving else None
             if news or leaving or better is not None:
                 to_be = None
-                if news and not leaving:
-                    to_be = self._joined(self.view, news)
+                if news and not leaving:  # blocks move later: all of this step is kept
+                    joined = changed(self.view, (), {n: self.members[n].host for n in news})
+                    to_be = replace(joined, epoch=self._epoch + 1)
                 elif better is not None and not leaving:
                     to_be = self._moved(self.view, better.view)
                 if to_be is not None and not begins:
@@ -304,7 +305,7 @@ class Coordinator:
                 said += [f"member {number} leaves" for number in leaving]
                 said += [better.why] if better is not None else []
                 self._times = _Times(now, now, said)
-                readers = news or (gaining(self.view, to_be) if to_be is not None else [])
+                readers = news + (gaining(self.view, to_be) if to_be is not None else [])
                 if to_be is not None:
                     self._out += [Tell(number, Prepare(to_be, self.view, self.version)) for number in readers]
                 for number in self.view.members:
@@ -312,17 +313,10 @@ class Coordinator:
                 if to_be is not None:
                     self._note("preparing", members=readers, step=self.version)
 
-    def _joined(self, view: View, news: Sequence[int]) -> View | None:
-        """The view with newcomers, if they can be taken in the middle of a step: what was computed of it stays."""
-        if not self.rules.keeps:
-            return None
-        joined = replace(changed(view, (), {n: self.members[n].host for n in news}), epoch=self._epoch + 1)
-        return joined if self.dividing.stays(joined) else None
-
     def _moved(self, view: View, better: View) -> View | None:
         """The view with other blocks, if they can move in the middle of a step: everyone stays in its stage."""
         stay = all(old.members == new.members for old, new in zip(view.stages, better.stages, strict=True))
-        able = stay and self.rules.keeps and self._unlike < _TRIES
+        able = stay and self._unlike < _TRIES
         return replace(better, epoch=self._epoch + 1) if able else None
 
     def _halt(self, why: str, now: float) -> None:
@@ -392,7 +386,7 @@ class Coordinator:
             base = [n for n in news if n in stay] + [n for n in news if n not in stay]
             self._begin(base, news, now)
             return
-        found = newest_whole([view for view in (self.view, self._origin) if view is not None], self.members.copies())
+        found = newest_whole([self.view, *self._origins], self.members.copies())
         if found is None and self._at_the_start(left):
             self._begin([n for n in news if n in stay] + [n for n in news if n not in stay], news, now)
             return
@@ -408,15 +402,17 @@ class Coordinator:
             self._end(False, str(error))
             return
         others = set(view.members) != set(self.view.members)
-        kept = kept_by(self.view, view, self.members.halted(), version)
-        ready = self._moves and not others and all_is_kept(view, kept, self.rules.micros)
+        halted = self.members.halted()
+        parts, cut = self.rules.keeps_parts, cut_of(halted, version)
+        kept = kept_by(self.view, view, halted, version, parts=parts)
+        ready = self._moves and not others and all_is_kept(view, kept, cut)
         view = self.dividing.next(view, may_move=self._wished and (not self._computed or ready), others=others)
         handed = ready and view.layers != self.view.layers
         if self._moves:
             self._unlike = 0 if handed else self._unlike + 1
         if not handed:
-            kept = kept_by(self.view, view, self.members.halted(), version)
-        self._offer(Adopt(view, before, version, where, kept, handed), now)
+            kept = kept_by(self.view, view, halted, version, parts=parts) if parts or before is self.view else {}
+        self._offer(Adopt(view, before, version, where, kept, handed, cut[1] if kept else 0), now)
 
     def _at_the_start(self, numbers: Iterable[int]) -> bool:
         """Whether everybody still has what the run began with: then no copies are needed.
@@ -488,7 +484,8 @@ class Coordinator:
             bytes={str(n): {**one.bytes} for n, one in ready.items() if one is not None and one.bytes},
             view=view.json(),
         )
-        self._origin = adopt.before
+        # Views may follow each other, and none of them has its copies at their holders before a step was taken.
+        self._origins = [] if adopt.before is None or self.view is None else [self.view, *self._origins]
         self.view, self._resumed, self.phase = view, resumed, "running"
         self.version = resumed or 0
         for number in view.members:

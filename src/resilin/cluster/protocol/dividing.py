@@ -58,10 +58,6 @@ class Dividing:
             self._considered = key, self.division.better(view)
         return self._considered[1]
 
-    def stays(self, view: View) -> bool:
-        """Whether a view that is to be keeps its blocks."""
-        return self.division.better(view) is None
-
     def next(self, view: View, *, may_move: bool, others: bool) -> View:
         """The view that is to be told, divided anew where that is worth it.
 
@@ -88,7 +84,7 @@ class Dividing:
         if before is None or found:
             return found
         slots = self._rules.slots or self._rules.micros * self._rules.micro
-        return self.division.dataflow(before, view, slots, self._rules.micro, self._rules.keeps)
+        return self.division.dataflow(before, view, slots, self._rules.micro, self._rules.keeps_parts)
 
     def measure(self, view: View, committed: Mapping[int, Committed | None]) -> None:
         """Learn what stages take, once in every view, when all of its members have counted for long enough.

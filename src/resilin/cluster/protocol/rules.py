@@ -28,7 +28,8 @@ class Rules:
         clocks: that stages can be set to; None: none.
         micro: slots of a micro-batch.
         slots: of a step; 0: micro-batches are all full.
-        keeps: whether members keep what they have computed of a step when they come out in its middle.
+        keeps_parts: whether what members have computed of a step is kept when others have not computed theirs; else
+            all of it is, or nothing.
     """
 
     members: int
@@ -47,4 +48,4 @@ class Rules:
     clocks: Clocks | None = None
     micro: int = 1
     slots: int = 0
-    keeps: bool = True
+    keeps_parts: bool = True
