@@ -504,7 +504,7 @@ def test_where_no_parts_of_a_step_are_kept_all_of_it_is_or_nothing(all_of_it: bo
         kept = (number,) if all_of_it or not number else ()
         job.say(number, Halted(0, "", 5, 5, ((0, 0, (5,)), (1, 0, (5,))), kept, (2, 2) if kept else (0, 0)))
     adopt = job.told(Adopt)[7]
-    assert (adopt.kept, adopt.cut) == (({0: (0,), 1: (1,)}, 2) if all_of_it else ({}, 0))
+    assert (adopt.kept, adopt.cut) == (({0: (0,), 1: (1,)}, (2,)) if all_of_it else ({}, ()))
 
 
 def test_members_whose_experts_become_more_read_them_while_they_compute():

@@ -35,11 +35,12 @@ def test_only_what_has_another_stage_moves_from_all_who_had_it_to_all_who_own_it
 
 
 def test_blocks_move_in_the_middle_of_a_step_only_if_all_of_it_is_computed():
-    def kept(lacks: int) -> dict[int, tuple[int, ...]]:
+    def all_kept(lacks: int, of: int) -> bool:
         had = {5: (0, 1), 1: (2, 3), 2: (0, 1, 2, 3)}
-        told = {n: Halted(3, "", 7, 7, (), tuple(m for m in mine if m != lacks)) for n, mine in had.items()}
-        return kept_by(VIEW, VIEW, told, 7)
+        told = {n: Halted(3, "", 7, 7, (), tuple(m for m in mine if m != lacks), (of, 2)) for n, mine in had.items()}
+        kept = kept_by(VIEW, VIEW, told, 7)
+        return all_is_kept(VIEW, kept, told)
 
-    assert all_is_kept(VIEW, kept(-1), (4, 2))
-    assert not all_is_kept(VIEW, kept(3), (4, 2))
-    assert not all_is_kept(VIEW, kept(-1), (5, 2))
+    assert all_kept(-1, 4)
+    assert not all_kept(3, 4)
+    assert not all_kept(-1, 5)

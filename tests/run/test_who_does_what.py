@@ -137,6 +137,11 @@ def test_an_elastic_run_is_shown_as_it_begins(tmp_path: Path):
     assert found.shares[0].weights > found.shares[1].weights == found.shares[2].weights
     with pytest.raises(ParallelError, match=r"parallel\.expert is 2"):
         who_does_what(settings, 3)
+    both = settings_of(tmp_path, {"expert": 2, "pipeline": 2}, MOE).model_copy(update={"cluster": elastic.cluster})
+    shares = who_does_what(both, 4).shares  # all of a stage share every tick
+    assert [(one.coordinates["pp"], list(one.slots), one.micro_batches) for one in shares] == [
+        (rank // 2, [0, 1, 4, 5] if rank % 2 == 0 else [2, 3, 6, 7], 2) for rank in range(4)
+    ]
     stages = settings_of(tmp_path, {"pipeline": 2}, {})
     stages = stages.model_copy(update={"cluster": elastic.cluster})
     with pytest.raises(ParallelError, match="in pipeline stages of unlike numbers"):

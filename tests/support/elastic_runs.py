@@ -89,7 +89,7 @@ def go_with_a_newcomer(settings: RunSettings, folder: Path) -> JobEnded:
 
     over = threading.Event()
     stops = [Fault(1, 2, "adding gradients up", "stop")]  # until there is a newcomer
-    stops += [Fault(number, 3, "forward and backward", "stop") for number in members]  # until it is told to read
+    stops += [Fault(number, 3, "forward", "stop") for number in members]  # until it is told to read
     try:
         return go(settings, folder, stops, watch=watch)
     finally:

@@ -48,6 +48,7 @@ from resilin.parallel.stretches import blocks_in, leaves_in
 from resilin.run.elastic_dealing import Dealing
 
 MICROS = 8
+TICKS = 3  # of which every member of a stage has a micro-batch, where steps are cut for them
 BLOCKS = 5
 
 
@@ -84,7 +85,7 @@ class Plan:
         stages: of the pipeline.
         copies: of every member's states.
         tensor: members of a team.
-        parts: whether some of a step is kept; else all of it or nothing, and one stage cuts steps for its members.
+        parts: whether some of a step is kept; else all of it or nothing, and stages cut steps for their members.
     """
 
     seed: int
@@ -610,16 +611,20 @@ class SimMember:
 
     def nothing_is_left(self, adopt: Adopt) -> None:
         """All of the step was computed, by all stages and parts."""
-        wanted = list(range(self.micros_of(adopt, adopt.version)))
-        for alike in adopt.view.alike:
-            if sorted(micro for number in alike for micro in adopt.kept.get(number, ())) != wanted:
-                raise WrongError(f"not all of the step is kept: {adopt}")
+        for place, stage in enumerate(adopt.view.stages):
+            wanted = list(range(self.micros_of(adopt, adopt.version, place)))
+            for part in range(adopt.view.tensor):
+                if sorted(micro for number in stage.part(part) for micro in adopt.kept.get(number, ())) != wanted:
+                    raise WrongError(f"not all of the step is kept: {adopt}")
 
-    def micros_of(self, adopt: Adopt, step: int) -> int:
-        """Micro-batches of a step: where one stage cuts it for its members, their number depends on how many."""
-        if self.sim.plan.parts or len(adopt.view.stages) > 1:
-            return MICROS
-        return MICROS + (adopt.cut if adopt.cut and step == adopt.version else len(adopt.view.stages[0].teams))
+    @staticmethod
+    def workers_of(adopt: Adopt, step: int, stage: int) -> int:
+        """For whom a stage's micro-batches of a step are cut."""
+        return adopt.cut[stage] if adopt.cut and step == adopt.version else len(adopt.view.stages[stage].teams)
+
+    def micros_of(self, adopt: Adopt, step: int, stage: int) -> int:
+        """Micro-batches of a step: where a stage cuts it for its members, their number depends on how many."""
+        return MICROS if self.sim.plan.parts else TICKS * self.workers_of(adopt, step, stage)
 
     @staticmethod
     def digest(state: dict[int, int]) -> str:
@@ -698,15 +703,17 @@ class SimMember:
             return
         neglects = "kept" in self.broken_duties and self.number % 2
         dealing = Dealing(replace(adopt, kept={}) if neglects else adopt)
-        count = self.micros_of(adopt, self.version)
-        mine = list(dealing.of_step(self.version, count)[adopt.view.members.index(self.number)])
+        stage = adopt.view.stage_of(self.number)
+        count, dealt = self.micros_of(adopt, self.version, stage), dealing.of_step
+        if not self.sim.plan.parts and len(adopt.view.stages) > 1:
+            dealt = dealing.together(stage)
+        mine = list(dealt(self.version, count)[adopt.view.members.index(self.number)])
         todo = [m for m in mine if self.kept is None or self.kept[0] != self.version or m not in self.kept[1]]
         self.doing, self.computed_in = todo, adopt.view.layers
 
         def finished() -> None:
             self.kept, self.doing, self.past = (self.version, mine), [], self.version
-            here = adopt.cut if adopt.cut and self.version == adopt.version else len(adopt.view.stages[0].teams)
-            self.cut = count, here
+            self.cut = count, self.workers_of(adopt, self.version, stage)
             if self.stopping:  # until all are so far
                 self.phase = "computed"
                 self.tell(Computed(self.epoch, self.version))
@@ -745,8 +752,9 @@ class SimMember:
             self.later(0.02, 0.1, lambda: self.complete(exchange, adopt, what, go_on))
             return
         if what == "step":
-            computed, count = [], self.micros_of(adopt, self.version)
-            for stage in view.stages:
+            computed = []
+            for place, stage in enumerate(view.stages):
+                count = self.micros_of(adopt, self.version, place)
                 for part in range(view.tensor):
                     told = [exchange.arrived[number] for number in stage.part(part)]
                     if sorted(m for owned, _ in told for m in owned) != list(range(count)):
@@ -755,7 +763,9 @@ class SimMember:
                 for team in stage.teams:
                     if any(exchange.arrived[number] != exchange.arrived[team[0]] for number in team):
                         raise WrongError(f"team {team} computes different micro-batches: {exchange.arrived}")
-            if any(each != computed[0] for each in computed):
+            if any(
+                each != computed[0] if self.sim.plan.parts else bool(each) != bool(computed[0]) for each in computed
+            ):
                 raise WrongError(f"stages compute different micro-batches in epoch {self.epoch}: {computed}")
             exchange.done = True
             self.sim.committed = max(self.sim.committed, self.version + 1)

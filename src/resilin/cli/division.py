@@ -15,6 +15,8 @@ def print_division(division: Division) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from resilin.parallel.stretches import stretches
+
     axes = {"pp": "stage", "rep": "replica", "dp": "data", "cp": "context", "tp": "tensor", "ep": "expert"}
     there = [axis for axis in axes if axis in division.shares[0].coordinates]
     held = division.bubble is not None
@@ -28,7 +30,7 @@ def print_division(division: Division) -> None:
             str(share.rank),
             *(str(share.coordinates[axis]) for axis in there),
             ", ".join(_run(blocks) for blocks in share.blocks) or "-",
-            _run(share.slots),
+            ", ".join(map(_run, stretches(share.slots))) or "none",
             str(share.micro_batches),
             *([str(share.in_flight)] if held else []),
             *(_mib(b) for b in (share.weights, share.gradients, share.optimizer, share.activations, share.total)),
@@ -53,8 +55,6 @@ def print_division(division: Division) -> None:
 
 
 def _run(numbers: range) -> str:
-    if not len(numbers):
-        return "none"
     return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
 
 

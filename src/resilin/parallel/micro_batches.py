@@ -37,6 +37,29 @@ def even_batches(count: int, size: int, workers: int, *, alike: bool = False) ->
     return [share[cut.start : cut.stop] for share in shares for cut in in_runs(len(share), each) if alike or len(cut)]
 
 
+def shared_batches(count: int, size: int, workers: Sequence[int]) -> list[list[range]]:
+    """By stage of a pipeline, the slots of every micro-batch of a step where all workers of a stage compute together.
+
+    The step is cut into ticks, the same for all stages, and the workers of a stage share each of them: so every worker
+    has as many micro-batches as there are ticks, of which some may be empty. They are listed worker by worker.
+
+    Args:
+        count: slots of the step.
+        size: the most of a micro-batch.
+        workers: of the data axis at each stage.
+    """
+    ticks = in_runs(count, -(-count // (size * min(workers))))
+    shares = [[in_runs(len(tick), each) for tick in ticks] for each in workers]
+    return [
+        [
+            range(tick.start + share[place].start, tick.start + share[place].stop)
+            for place in range(each)
+            for tick, share in zip(ticks, stage, strict=True)
+        ]
+        for each, stage in zip(workers, shares, strict=True)
+    ]
+
+
 Dealt = Callable[[int, int], Sequence[Sequence[int]]]
 """How a step's micro-batches, so many of them, are dealt: to each worker, by rank, ascending numbers. Workers that
 compute different parts of the model may have the same ones."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -23,11 +24,11 @@ from resilin.parallel.exchange import add_up_all, largest, share
 from resilin.parallel.group import Group
 from resilin.parallel.handing import Handing
 from resilin.parallel.messages import tell_all
-from resilin.parallel.micro_batches import Dealt, along_data, even_batches, micro_batches
+from resilin.parallel.micro_batches import Dealt, along_data, even_batches, micro_batches, shared_batches
 from resilin.parallel.reduction import Reduced
 from resilin.parallel.report import Report, Summed
 from resilin.parallel.step import Autocast, StepGradient, check_units, non_finite_slots
-from resilin.parallel.stretches import Kept, LeafSums, StretchSums, blocks_in, in_all, stretches
+from resilin.parallel.stretches import Kept, LeafSums, StretchSums, blocks_in, in_all
 from resilin.parallel.world import World
 
 if TYPE_CHECKING:
@@ -56,13 +57,20 @@ class Passes(Protocol):
     def collected(self) -> Sequence[Sequence[nn.Parameter]]:
         """See above."""
 
-    def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect, losses: dict[int, Loss]) -> None:
+    def train(
+        self,
+        micros: Sequence[tuple[Batch, Keys]],
+        collect: Collect,
+        losses: dict[int, Loss],
+        idle: Collection[int] = (),
+    ) -> None:
         """Forward and backward over micro-batches.
 
         Args:
             micros: of this worker, ascending.
             collect: takes gradients.
             losses: gets the loss, without a graph, of each micro-batch that this worker computes one of.
+            idle: places of micro-batches that stand in for none: others have one more, whose tokens come here too.
         """
 
     def evaluate(self, batches: Sequence[Batch], total: int) -> list[Loss]:
@@ -128,14 +136,7 @@ class WholeModel:
         losses: dict[int, Loss],
         idle: Collection[int] = (),
     ) -> None:
-        """Forward, backward, forward, backward, ...
-
-        Args:
-            micros: see `Passes`, like what follows.
-            collect: takes gradients.
-            losses: gets losses.
-            idle: places of micro-batches that stand in for none: others have one more, whose tokens come here too.
-        """
+        """Forward, backward, forward, backward, ..."""
         for number, (batch, keys) in enumerate(micros):
             doing("forward and backward of micro-batch", number)
             with self._autocast():
@@ -263,7 +264,9 @@ class Workers:
         evaluates: which of so many held-out batches this worker takes.
         even: whether micro-batches are cut so that all workers have equally many slots, however many there are: sums
             of other micro-batches are equal to rounding.
-        cut_for: for how many workers of the data axis micro-batches of a step are cut.
+        cut_for: by stage, for how many workers of the data axis micro-batches of a step are cut.
+        stage: this worker's.
+        together: whether all workers of a stage compute at the same time, and stages keep in step (`shared_batches`).
         keeps: whether what a step has finished is kept, for ending it with other workers: until the next one begins,
             or, where sums are not exact, until it is over, and only once all of this worker's is there.
         kept: that; a step of the same number goes on from there.
@@ -297,7 +300,8 @@ class Workers:
         self.handing: Handing | None = None
         self.keeps = self.even = False
         self.dealt: Dealt = along_data(world)
-        self.cut_for: Callable[[int], int] = lambda step: world.axis("dp")
+        self.stage, self.together = 0, False
+        self.cut_for: Callable[[int], Sequence[int]] = lambda step: (world.axis("dp"),)
         self.evaluates: Callable[[int], Sequence[int]] = self._share
         self.computed: Callable[[], None] = lambda: None
         self.ready: Callable[[], None] = lambda: None
@@ -331,9 +335,17 @@ class Workers:
 
     def micro_batches(self, count: int, step: int) -> list[range]:
         """The slots of every micro-batch of a step of `count` slots."""
+        if self.together:
+            return shared_batches(count, self._micro, self.cut_for(step))[self.stage]
         if self.even:
-            return even_batches(count, self._micro, self.cut_for(step), alike=self._lockstep)
+            return even_batches(count, self._micro, self.cut_for(step)[self.stage], alike=self._lockstep)
         return micro_batches(count, self._micro, self.world.axis("dp"))
+
+    def _rows_of(self, count: int, step: int) -> int:
+        """How many micro-batches of a step have losses: those of the last stage, where each has its own."""
+        if not self.together:
+            return len(self.micro_batches(count, step))
+        return len(shared_batches(count, self._micro, self.cut_for(step))[-1])
 
     def _micros_of(self, step: int, count: int) -> list[tuple[int, ...]]:
         """Which micro-batches each worker computes."""
@@ -351,11 +363,12 @@ class Workers:
     def slots(self, count: int, step: int) -> Sequence[int]:
         """Those of this worker's micro-batches that are still to be computed."""
         micros = self.micro_batches(count, step)
-        runs = stretches(self._missing(step, count))
-        if len(runs) == 1:
-            mine = range(micros[runs[0].start].start, micros[runs[0].stop - 1].stop)
-            return mine or range(1)  # one that stands in where others exchange something with this worker
-        return [slot for run in runs for number in run for slot in micros[number]]
+        todo = self._missing(step, count)
+        if todo and all(micros[one].stop == micros[other].start for one, other in pairwise(todo)):
+            mine: Sequence[int] = range(micros[todo[0]].start, micros[todo[-1]].stop)
+        else:
+            mine = [slot for number in todo for slot in micros[number]]
+        return mine or range(bool(todo))  # one that stands in where others exchange something with this worker
 
     # -- the step -----------------------------------------------------------------------------------------------
 
@@ -384,18 +397,13 @@ class Workers:
                 return before
             told = {todo[place]: loss for place, loss in losses.items()}
             blocks = [one.blocks() if self._exact else _in_one(one.blocks()) for one in sums]
-            about = len(cut), self.cut_for(keys.step), not self._exact
+            about = len(cut), self.cut_for(keys.step)[self.stage], not self._exact
             made = Kept(keys.step, tuple(todo), told, blocks, self.collected, *about).only(micros)
             return made if before is None else made.after(before)
 
         try:
             with self.trace.step(keys.step) if self.trace is not None else nullcontext():
-                if not idle:
-                    self.passes.train(parts, collect, losses)
-                elif isinstance(self.passes, WholeModel):
-                    self.passes.train(parts, collect, losses, idle)
-                else:  # a row that stands in would count
-                    raise ParallelError(f"{type(self.passes).__name__} cannot pass on what other workers send only")
+                self.passes.train(parts, collect, losses, idle)
         except (RuntimeError, OSError):
             if self.keeps and self._exact and not self.passes.in_order:
                 whole = in_all([[part] for part in finished])  # a tied weight may be behind the rest of its stage
@@ -407,7 +415,7 @@ class Workers:
         doing("adding gradients up")
         self._reduce(made.chunks, keys.step, count)
         self.ready()
-        told = self._tell(made.losses, len(cut))
+        told = self._tell(made.losses, self._rows_of(count, keys.step))
         if not self._exact:  # whoever loses another worker now computes with other micro-batches
             self.kept = None
         return told

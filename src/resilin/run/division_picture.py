@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from resilin.config import UserError
+from resilin.parallel.stretches import stretches
 from resilin.run.who_does_what import Division, Share
 
 _MOST = 256
@@ -65,7 +66,8 @@ def _box(axes: Any, share: Share, row: int, x: float, tensor: int) -> None:
     axes.add_patch(Rectangle((x, row), 1.0, 0.8, facecolor=face, edgecolor="#333333", linewidth=0.8))
     blocks = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in share.blocks)
     lines = [f"worker {share.rank}", f"blocks {blocks}" if blocks else ""]
-    lines.append(f"slots {share.slots[0]}-{share.slots[-1]}" if len(share.slots) else "no slots")
+    runs = ", ".join(f"{run[0]}-{run[-1]}" for run in stretches(share.slots))
+    lines.append(f"slots {runs}" if runs else "no slots")
     parts = {"tp": "matrices", "cp": "rows", "ep": "experts"}
     lines += [f"part {share.coordinates[axis]} of {word}" for axis, word in parts.items() if axis in share.coordinates]
     axes.text(x + 0.5, row + 0.4, "\n".join(line for line in lines if line), ha="center", va="center", fontsize=8)

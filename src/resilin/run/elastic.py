@@ -349,21 +349,22 @@ class Elastic:
         self._weights.names = names if begins else self._weights.names & names - placed.fresh
         self.model, made, self._pace = placed.model, placed.made, placed.pace
         engine = made.engine
-        engine.keeps = True
         # Stages may have unlike numbers of members, and pass on the same micro-batches.
         engine.even = not engine.exact and len(view.stages) == 1
         mine = tuple(change.kept.get(self.number, ()))
         same = kept is not None and kept.step == change.version and set(mine) <= set(kept.micros)
         engine.kept = kept.only(mine) if same and kept is not None and mine else None
-        if change.cut:  # nobody cuts anew what was computed
-            engine.cut_for = lambda step: change.cut if step == change.version else self.world.axis("dp")
-        if change.handed:
+        if change.handed or (change.kept and self._placing.experts):
             engine.handing = self._handing(change, engine)
-        if change.kept and self._placing.experts:
-            engine.handing = self._handing_experts(change, engine)
         if engine.kept is not None:
             engine.kept = engine.kept.for_names(engine.collected)
         engine.dealt = dealing.of_step
+        engine.stage, engine.together = stage, len(view.stages) > 1 and bool(self._placing.experts)
+        if engine.together:
+            engine.dealt = dealing.together(stage)
+        engine.keeps = True
+        teams = [len(each.teams) for each in view.stages]  # nobody cuts anew what was computed
+        engine.cut_for = lambda step: change.cut if change.cut and step == change.version else teams
         place = self.world.coordinate("dp")
         engine.evaluates = lambda batches: dealing.evaluated(batches)[stage][place]
         engine.computed = self._come_out
@@ -375,25 +376,20 @@ class Elastic:
         return ViewBlueprint(self._placing.whole, view, self._placing.holders(view), self._placing.experts)
 
     def _handing(self, change: Adopt, engine: Workers) -> Handing:
-        """Blocks have moved after all of a step was computed: their gradients follow, and nothing is computed again."""
+        """Blocks, or experts, have others who own them after all of a step was computed: their gradients follow."""
         assert change.before is not None
         self._handed, rank, kept = change.version, self.world.rank, engine.kept
-        before = self._blueprint(change.before)
-        moved = moved_between(before, self.blueprint, change.kept, whole=not engine.exact)
+        before, after = self._blueprint(change.before), self.blueprint
+        moved = moved_between(before, after, change.kept, whole=not engine.exact)
         mine = [kept.sums(one.name) if rank in one.givers and kept is not None else [] for one in moved]
-        return Handing(change.version, self.world.everyone, moved, mine, _like(engine))
-
-    def _handing_experts(self, change: Adopt, engine: Workers) -> Handing:
-        """Experts have other owners after all of a step was computed: their gradients follow likewise."""
-        assert change.before is not None
-        self._handed, rank, kept = change.version, self.world.rank, engine.kept
-        found, mine = experts_between(self._blueprint(change.before), self.blueprint, change.kept), []
-        for one, places in found:
+        for one, places in experts_between(before, after, change.kept):
             sums = kept.sums(one.name) if rank in one.givers and kept is not None else []
             mine.append([None if each is None else each[places[rank]] for each in sums])
+            moved.append(one)
         if kept is not None:
-            engine.kept = kept.without(self._placing.experts)
-        return Handing(change.version, self.world.everyone, [one for one, _ in found], mine, _like(engine))
+            engine.kept = kept.without(after.experts)
+        like = next(iter(engine.trained.values())).parameter.detach()
+        return Handing(change.version, self.world.everyone, moved, mine, like)
 
     def _settle(self, run: Run, change: Adopt) -> None:
         """Give the run its part in the view, and this worker's states; returns once all workers have theirs."""
@@ -511,10 +507,6 @@ class Elastic:
         self.snapshots.close()
         self._server.close()
         self._stores.close()
-
-
-def _like(engine: Workers) -> Tensor:
-    return next(iter(engine.trained.values())).parameter.detach()
 
 
 def _drop(held: list[object], trace: TracebackType | None) -> None:

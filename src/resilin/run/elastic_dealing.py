@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from resilin.cluster.protocol.messages import Adopt
-from resilin.parallel.micro_batches import in_runs
+from resilin.parallel.micro_batches import Dealt, in_runs
 from resilin.parallel.stretches import left_to_do
 
 Owners = tuple[tuple[tuple[int, ...], ...], ...]
@@ -33,6 +33,26 @@ class Dealing:
         """By rank, which of so many micro-batches of a step are whose."""
         self._last = micros
         return [mine for stage in self._owned(step, micros) for mine in stage for _ in range(self._tensor)]
+
+    def together(self, stage: int) -> Dealt:
+        """As `of_step`, where all of a stage compute every tick of a step together (`shared_batches`).
+
+        Args:
+            stage: whose micro-batches are counted.
+        """
+
+        def dealt(step: int, micros: int) -> list[Sequence[int]]:
+            if kept := self._kept_of(step):
+                return [kept.get(lead, ()) for leads in self._stages for lead in leads for _ in range(self._tensor)]
+            ticks = micros // len(self._stages[stage])
+            return [
+                range(place * ticks, (place + 1) * ticks)
+                for leads in self._stages
+                for place in range(len(leads))
+                for _ in range(self._tensor)
+            ]
+
+        return dealt
 
     def todo(self, step: int) -> Owners:
         """By stage and team, what is left to be computed of the step that `of_step` was asked for last."""

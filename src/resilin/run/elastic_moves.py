@@ -30,7 +30,7 @@ def moved_between(
         old, new = before.owners(part), after.owners(part)
         for stage, each in enumerate(new):
             for number, name in enumerate(each.names):
-                if name in old[stage].names:
+                if name in old[stage].names or name in after.experts:
                     continue
                 had = next(one for one in old if name in one.names)
                 givers = _givers([(rank[member], kept.get(member, ())) for member in had.members], whole=whole)
@@ -59,7 +59,7 @@ def experts_between(
     found = []
     for part in range(after.view.tensor):
         old, new = before.all_owners(part), after.all_owners(part)
-        for name in [name for name in after.names(0) if name in after.experts]:
+        for name in [name for name in after.whole.trained if name in after.experts]:
             for expert in range(count := after.specs[name].shape[0]):
                 having = [each for each in old if name in each.names and _has(each, expert)]
                 places = {rank[member]: _place_of(each, expert) for each in having for member in each.members}

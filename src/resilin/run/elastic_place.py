@@ -29,10 +29,11 @@ from resilin.parallel.local_model import LocalModel
 from resilin.parallel.local_weights import memory_for
 from resilin.parallel.part import facts_of, holders_of, specs_of_decoder
 from resilin.parallel.pipeline.member_orders import MemberOrders
-from resilin.parallel.pipeline.passes import PipelinePasses
+from resilin.parallel.pipeline.passes import Orders, PipelinePasses
 from resilin.parallel.pipeline.simulate import Costs
 from resilin.parallel.pipeline.split import Split
 from resilin.parallel.pipeline.stage import Stage, cut, decoder_in
+from resilin.parallel.pipeline.tick_orders import TickOrders
 from resilin.parallel.settings import ParallelSettings
 from resilin.parallel.tensor.parallelise import parallelise, plan_of
 from resilin.parallel.tied_ends import WEIGHT, adds_tied_in_order
@@ -89,7 +90,7 @@ def check_elastic(settings: RunSettings, degrees: Degrees, device: torch.device)
                 f"set precision.compile = false, or parallel.{axis} = 1"
             )
     if parallel.expert > 1:
-        _check_experts(settings, degrees)
+        _check_experts(settings)
     if settings.memory.experts is not None:
         raise ParallelError(
             "[memory.experts] keeps experts on a worker's own disk, where no other can go on from them: set "
@@ -123,14 +124,9 @@ def check_elastic(settings: RunSettings, degrees: Degrees, device: torch.device)
         )
 
 
-def _check_experts(settings: RunSettings, degrees: Degrees) -> None:
+def _check_experts(settings: RunSettings) -> None:
     if isinstance(settings.model, DecoderSettings):
         refuse_too_few(settings.model, settings.parallel.expert)
-    if degrees.pipeline > 1:
-        raise ParallelError(
-            "the workers of a pipeline stage that share experts must have equally many micro-batches, which an elastic "
-            "run does not give them: set parallel.pipeline = 1, parallel.expert = 1, or cluster.elastic = false"
-        )
 
 
 class WholePlacing:
@@ -208,7 +204,7 @@ class StagePlacing:
     ) -> None:
         decoder = decoder_in(model)
         degrees = elastic_degrees(settings.parallel)
-        self._settings, self._objective, self._compiled = settings, objective, compiled
+        self._settings, self._objective, self._compiled, self._slots = settings, objective, compiled, source.slots
         self._device, self._precision = device, precision
         if next(model.parameters()).device.type == "meta":
             known, seed = decoder.settings, settings.seed
@@ -229,6 +225,9 @@ class StagePlacing:
         if not self.experts and settings.parallel.expert > 1:
             raise ParallelError("parallel.expert divides experts, and the model has none: leave it 1")
         self._has: tuple[int, ...] = ()  # of every layer's experts, this worker
+        if self.experts and degrees.pipeline > 1:  # who computes a slot, and with whom, depends on the stage
+            fast = settings.parallel.model_copy(update={"reduction": "fast"})
+            self._settings = settings.model_copy(update={"parallel": fast})
         tokens, shape = tokens_of(source, model), decoder.settings
         self.costs = (
             *(block_flops_per_token(shape, layer, tokens) for layer in range(shape.layers)),
@@ -255,18 +254,18 @@ class StagePlacing:
                     parameter.copy_(local.part(name, self._initial(name, local.parameters[name].spec.shape)))
                     fresh.remove(name)
         self._module = module
-        if self.experts:
+        if self.experts and len(world.view.stages) == 1:
             return self._with_experts(world, blueprint, local, fresh)
         ends = self._ends(world, local)
         costs = Split(world.view.layers).costs(self.costs[:-1], 0.0, self.costs[-1])
-        orders = MemberOrders(
-            [len(stage.teams) for stage in world.view.stages],
-            world.line.index,
-            dealing.todo,
-            dealing.evaluated,
-            Costs(forward=costs, input=costs, weight=costs),
-            tied=adds_tied_in_order(self._settings.parallel, world, decoder_in(self._outline)),
-        )
+        sizes, each = [len(stage.teams) for stage in world.view.stages], Costs(forward=costs, input=costs, weight=costs)
+        orders: Orders
+        if self.experts:
+            micro = self._settings.train.micro_batch_size
+            orders = TickOrders(sizes, world.line.index, self._slots, micro, dealing.evaluated, each)
+        else:
+            tied = adds_tied_in_order(self._settings.parallel, world, decoder_in(self._outline))
+            orders = MemberOrders(sizes, world.line.index, dealing.todo, dealing.evaluated, each, tied=tied)
         passes = PipelinePasses(
             [Stage(world.stage, module, tensor if self._settings.parallel.sequence else 1)],
             orders,
@@ -278,6 +277,7 @@ class StagePlacing:
             device=self._device,
             autocast=self._precision.autocast,
             tied=module.get_parameter(self._tied_name) if ends is not None and ends.in_order else None,
+            between=self._stacked(module),
         )
         facts = facts_of([local])
         if ends is not None:  # of copies, that of the first stage counts
@@ -295,10 +295,13 @@ class StagePlacing:
             device=self._device,
             autocast=self._precision.autocast,
             speaks=world.coordinate("tp") == 0,
-            between=[parameter for name, parameter in local.module.named_parameters() if name in self.experts],
+            between=self._stacked(local.module),
         )
         made = self._assembled(world, passes, blueprint, facts_of([local]))
         return Placed(local.module, made, frozenset(fresh))
+
+    def _stacked(self, module: nn.Module) -> list[nn.Parameter]:
+        return [parameter for name, parameter in module.named_parameters() if name in self.experts]
 
     def _assembled(
         self, world: ViewWorld, passes: Passes, blueprint: Blueprint, facts: Mapping[str, Facts]
@@ -339,9 +342,10 @@ class StagePlacing:
         """This worker's part of a stage, and the names of its parameters that have no values yet."""
         stage = world.view.stages[world.stage]
         whole = copy.deepcopy(self._outline)
-        module = whole if self.experts else cut(whole, Split(world.view.layers), [world.stage])[0]
+        staged = len(world.view.stages) > 1 or not self.experts
+        module = cut(whole, Split(world.view.layers), [world.stage])[0] if staged else whole
         local = LocalModel.of(module)
-        if stage.sharing > 1:
+        if stage.sharing > 1 and self._stacked(module):
             table = ExpertTable(stage.experts, stage.sharing)
             local = parallelise_experts(local, world.group("ep"), dealt=lambda *_: table)
         if world.axis("tp") > 1:

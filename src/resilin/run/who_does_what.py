@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -22,7 +22,7 @@ from resilin.parallel.degrees import Degrees
 from resilin.parallel.dtypes import DTYPES
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.expert.table import ExpertTable
-from resilin.parallel.micro_batches import even_batches, micro_batches, run_of
+from resilin.parallel.micro_batches import even_batches, micro_batches, run_of, shared_batches
 from resilin.parallel.part import Cutting, cutting_of, schedule_of
 from resilin.parallel.pipeline.messages import lower
 from resilin.parallel.pipeline.schedule import F, I, Schedule
@@ -60,7 +60,7 @@ class Share:
     coordinates: dict[str, int]
     blocks: tuple[range, ...]
     micro_batches: int
-    slots: range
+    slots: Sequence[int]
     weights: int
     gradients: int
     optimizer: int
@@ -176,13 +176,18 @@ def degrees_of(settings: RunSettings, workers: int) -> Degrees:
     return replace(degrees, expert=sharing_of(degrees.data, settings.parallel.expert))
 
 
-def _work(settings: RunSettings, source: Source, world: World) -> tuple[range, int]:
+def _work(settings: RunSettings, source: Source, world: World) -> tuple[Sequence[int], int]:
     """Slots and number of micro-batches of a worker."""
-    data = world.axis("dp")
-    even = settings.cluster.elastic and (world.axis("ep") > 1 or settings.parallel.reduction == "fast")
-    cut = even_batches if even and world.axis("pp") == 1 else micro_batches
-    micros = cut(source.slots(0), settings.train.micro_batch_size, data)
-    run = run_of(len(micros), data, world.coordinate("dp"))
+    count, micro, stages = source.slots(0), settings.train.micro_batch_size, world.axis("pp")
+    data, place, elastic = world.axis("dp"), world.coordinate("dp"), settings.cluster.elastic
+    if elastic and settings.parallel.expert > 1 and stages > 1:
+        shared = shared_batches(count, micro, [data] * stages)[0]
+        each = len(shared) // data
+        mine = shared[place * each : (place + 1) * each]
+        return [slot for part in mine for slot in part], each
+    even = elastic and (world.axis("ep") > 1 or settings.parallel.reduction == "fast") and stages == 1
+    micros = even_batches(count, micro, data) if even else micro_batches(count, micro, data)
+    run = run_of(len(micros), data, place)
     return (range(micros[run[0]].start, micros[run[-1]].stop) if run else range(0)), len(run)
 
 

@@ -403,16 +403,16 @@ class Coordinator:
             return
         others = set(view.members) != set(self.view.members)
         halted = self.members.halted()
-        parts, cut = self.rules.keeps_parts, cut_of(halted, version)
+        parts = self.rules.keeps_parts
         kept = kept_by(self.view, view, halted, version, parts=parts)
-        ready = self._moves and not others and all_is_kept(view, kept, cut)
+        ready = self._moves and not others and all_is_kept(view, kept, halted)
         view = self.dividing.next(view, may_move=self._wished and (not self._computed or ready), others=others)
         handed = ready and view.layers != self.view.layers
         if self._moves:
             self._unlike = 0 if handed else self._unlike + 1
         if not handed:
             kept = kept_by(self.view, view, halted, version, parts=parts) if parts or before is self.view else {}
-        self._offer(Adopt(view, before, version, where, kept, handed, cut[1] if kept else 0), now)
+        self._offer(Adopt(view, before, version, where, kept, handed, cut_of(view, kept, halted)), now)
 
     def _at_the_start(self, numbers: Iterable[int]) -> bool:
         """Whether everybody still has what the run began with: then no copies are needed.

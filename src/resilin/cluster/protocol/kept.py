@@ -31,27 +31,32 @@ def kept_by(
             if any(count > 1 for count in Counter(micro for mine in kept for micro in mine).values()):
                 return {}
             alike.append(kept)
-    found = [mine for each in in_all(alike) for mine in each]
+    found = [mine for each in (in_all(alike) if parts else alike) for mine in each]
     members = [number for each in view.alike for number in each]
     theirs = {number: tuple(mine) for number, mine in zip(members, found, strict=True) if mine}
-    return theirs if parts or all_is_kept(view, theirs, cut_of(halted, version)) else {}
+    return theirs if parts or all_is_kept(view, theirs, halted) else {}
 
 
-def cut_of(halted: Mapping[int, Halted], version: int) -> tuple[int, int]:
-    """Into how many micro-batches the next step was cut, and for how many workers; (0, 0): nobody has any."""
-    cuts = {one.cut for one in halted.values() if _of(one, version)}
-    return cuts.pop() if len(cuts) == 1 else (0, 0)
-
-
-def all_is_kept(view: View, kept: Mapping[int, Sequence[int]], cut: tuple[int, int]) -> bool:
+def all_is_kept(view: View, kept: Mapping[int, Sequence[int]], halted: Mapping[int, Halted]) -> bool:
     """Whether every stage, and every part of one, has computed all micro-batches of a step.
 
     Args:
         view: with the members.
         kept: by member its micro-batches.
-        cut: of the step, as `cut_of` gives it.
+        halted: by member what it has said, such as how many there are.
     """
-    return cut[0] > 0 and all(sum(len(kept.get(number, ())) for number in alike) == cut[0] for alike in view.alike)
+    for alike in view.alike:
+        having = [number for number in alike if number in kept]
+        if {halted[number].cut[0] for number in having} != {sum(len(kept[number]) for number in having)}:
+            return False
+    return True
+
+
+def cut_of(view: View, kept: Mapping[int, Sequence[int]], halted: Mapping[int, Halted]) -> tuple[int, ...]:
+    """By stage, for how many workers the step was cut of which something is kept; (): nothing is."""
+    if not kept:
+        return ()
+    return tuple(max((halted[n].cut[1] for n in stage.members if n in kept), default=0) for stage in view.stages)
 
 
 def _of(halted: Halted | None, version: int) -> tuple[int, ...]:

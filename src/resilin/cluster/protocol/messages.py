@@ -72,7 +72,7 @@ class Halted:
         step: the one that `kept` is of; None: it has no states yet.
         copies: (owner, epoch, versions) of all copies in its memory.
         kept: micro-batches of a step whose gradients it has.
-        cut: how many micro-batches that step has, and for how many workers they were cut.
+        cut: how many micro-batches that step has at its stage, and for how many workers they were cut.
     """
 
     kind: ClassVar[str] = "halted"
@@ -264,7 +264,7 @@ class Adopt:
         where: by owner in `before` the member whose memory its copy is read from.
         kept: by member the micro-batches of the step after that version that need not be computed again.
         handed: whether these are all, computed in `before`, and gradients of blocks that move are to be handed on.
-        cut: for how many workers that step was cut into micro-batches; 0: nothing of it is kept.
+        cut: by stage, for how many workers that step was cut into micro-batches; (): nothing of it is kept.
     """
 
     kind: ClassVar[str] = "adopt"
@@ -274,7 +274,7 @@ class Adopt:
     where: Mapping[int, int]
     kept: Mapping[int, tuple[int, ...]]
     handed: bool = False
-    cut: int = 0
+    cut: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,7 +369,7 @@ def to_json(message: Message) -> dict[str, Any]:
             "where": {str(owner): member for owner, member in message.where.items()},
             "kept": {str(member): list(micros) for member, micros in message.kept.items()},
             "handed": message.handed,
-            "cut": message.cut,
+            "cut": list(message.cut),
         }
     if isinstance(message, Prepare):
         views = {"view": message.view.json(), "before": message.before.json()}
@@ -399,7 +399,7 @@ def of_json(told: Mapping[str, Any]) -> Message:
                 {int(owner): int(member) for owner, member in values["where"].items()},
                 {int(member): tuple(map(int, micros)) for member, micros in values["kept"].items()},
                 bool(values["handed"]),
-                int(values["cut"]),
+                tuple(map(int, values["cut"])),
             )
         if kind is Prepare:
             return Prepare(View.of_json(values["view"]), View.of_json(values["before"]), int(values["version"]))

@@ -84,6 +84,7 @@ class _Walk:
     left: dict[int, int]  # micro-batches that each stage has to take backward yet
     unsent: dict[Way, int]
     unasked: dict[Way, int]  # of what is for the sum of a tied weight
+    idle: Collection[int] = ()  # micro-batches that stand in for none: nothing comes for them, and nothing goes
     tied: TiedSum | None = None
     due: set[int] = field(default_factory=set)  # micro-batches whose part of that sum has been sent here
     flights: dict[tuple[int, int], _Flight] = field(default_factory=dict)
@@ -143,6 +144,7 @@ class PipelinePasses:
         tied: the weight that is both embedding and head, at a rank with either, if its gradients are summed at the last
             stage: then `orders` send there what that needs.
         gathered: of weights that are gathered once a step; None: each rank has them, or they come and go.
+        between: parameters whose gradients are also of tokens that other ranks of the stage send: experts.
 
     Attributes:
         collected: for each number that `train` gives `collect`, the parameters whose gradients are complete: a stage's,
@@ -169,8 +171,9 @@ class PipelinePasses:
         prepare: Callable[[Batch], Batch] = lambda batch: batch,
         tied: nn.Parameter | None = None,
         gathered: Gathered | None = None,
+        between: Collection[nn.Parameter] = (),
     ) -> None:
-        self._gathered = gathered
+        self._gathered, self._between = gathered, {id(parameter) for parameter in between}
         self._stages = {stage.number: stage for stage in stages}
         self._chunk = {stage.number: place for place, stage in enumerate(stages)}
         self.chunks: Sequence[nn.Module] = [stage.module for stage in stages]
@@ -199,13 +202,19 @@ class PipelinePasses:
 
     # -- whole passes -------------------------------------------------------------------------------------------
 
-    def train(self, micros: Sequence[tuple[Batch, Keys]], collect: Collect, losses: dict[int, Loss]) -> None:
+    def train(
+        self,
+        micros: Sequence[tuple[Batch, Keys]],
+        collect: Collect,
+        losses: dict[int, Loss],
+        idle: Collection[int] = (),
+    ) -> None:
         """Forward and backward over micro-batches, as the list of operations says."""
         if micros:
             ops = self._orders.training(micros[0][1].step, len(micros))
             self.records, self.core_seconds = [], 0.0
             self._took.clear()
-            self._go(ops, micros, collect, losses, training=True)
+            self._go(ops, micros, collect, losses, idle, training=True)
             self.pace.step(self._took.values())
 
     @torch.no_grad()
@@ -213,10 +222,14 @@ class PipelinePasses:
         """Forward only, one batch after another."""
         losses: dict[int, Loss] = {}
         ops = self._orders.evaluating(len(batches), total)
-        self._go(ops, [(batch, None) for batch in batches], _nothing, losses, training=False)
+        known = {_to(op.message)[1] for op in ops if isinstance(op, Receive)}
+        known |= {_from(op.message)[1] for op in ops if isinstance(op, Send)}
+        alone = len(self._stages) == self._orders.stages
+        idle = [micro for micro in range(len(batches)) if micro not in known and not alone]
+        self._go(ops, [(batch, None) for batch in batches], _nothing, losses, idle, training=False)
         if self._gathered is not None:
             self._gathered.give_up()
-        return [losses[micro] for micro in range(len(batches))] if self._last else []
+        return [losses[micro] for micro in range(len(batches)) if micro not in idle] if self._last else []
 
     def _go(
         self,
@@ -224,6 +237,7 @@ class PipelinePasses:
         micros: Sequence[Micro],
         collect: Collect,
         losses: dict[int, Loss],
+        idle: Collection[int],
         *,
         training: bool,
     ) -> None:
@@ -235,7 +249,7 @@ class PipelinePasses:
         unsent = Counter(_from(op.message) for op in ops if isinstance(op, Send))
         unasked = Counter(_to(op.message) for op in ops if isinstance(op, Receive) and op.message.embedded)
         left = Counter(op.stage for op in ops if isinstance(op, Action) and op.kind in (B, W))
-        walk = _Walk(on_device, shapes, training, splits, collect, losses, left, unsent, unasked)
+        walk = _Walk(on_device, shapes, training, splits, collect, losses, left, unsent, unasked, idle)
         if self._tied is not None and self._last and training:
             walk.tied = TiedSum(self._tied, partial(collect, len(self.chunks)))
         asked = 0
@@ -289,20 +303,26 @@ class PipelinePasses:
         shape = walk.shapes[micro]
         incoming: Hidden | None = None
         if not stage.span.first:
-            flight.incoming = self._arrived(walk, (number, micro, Carried.FORWARD)).requires_grad_(walk.training)
-            incoming = stage.width(shape, before=True).unpack(flight.incoming)
+            width = stage.width(shape, before=True)
+            if micro in walk.idle:
+                flight.incoming = torch.zeros(shape.rows, width.values, dtype=width.dtype, device=self._device)
+            else:
+                flight.incoming = self._arrived(walk, (number, micro, Carried.FORWARD))
+            incoming = width.unpack(flight.incoming.requires_grad_(walk.training))
         with self._autocast(), weight_gradients_later(flight.later, walk.splits):
             result = stage.forward(incoming, partial(self._call, stage, walk.micros[micro]))
         flight.embedded, flight.tokens = stage.span.embedded, stage.span.tokens
         stage.span.embedded = stage.span.tokens = None
         if isinstance(result, Loss):
-            walk.losses[micro] = Loss(result.sum.detach(), result.units.detach(), result.logs)
+            if micro not in walk.idle:
+                walk.losses[micro] = Loss(result.sum.detach(), result.units.detach(), result.logs)
             flight.loss = result if walk.training else None
             return
         payload = stage.width(shape, before=False).pack(result)
         # Of what goes out only its place in the graph is needed once it was sent.
         flight.edge = get_gradient_edge(payload) if payload.requires_grad else None
-        self._hand_on(walk, (number, micro, Carried.FORWARD), number + 1, payload.detach())
+        if micro not in walk.idle:
+            self._hand_on(walk, (number, micro, Carried.FORWARD), number + 1, payload.detach())
 
     def _backward(self, walk: _Walk, action: Action) -> None:
         number, micro = action.stage, action.micro
@@ -321,7 +341,9 @@ class PipelinePasses:
             assert flight.tokens is not None
             apart = walk.tied.head(micro, flight.tokens)
         with apart:
-            if action.kind is B:
+            if micro in walk.idle:
+                self._take_others(walk, number, micro)
+            elif action.kind is B:
                 self._to_the_input(walk, number, micro)
             for parameter, grad in flight.early:
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
@@ -351,6 +373,26 @@ class PipelinePasses:
             if last in self._stages:
                 walk.due.add(micro)
         flight.loss = flight.edge = flight.incoming = flight.embedded = None
+
+    def _take_others(self, walk: _Walk, number: int, micro: int) -> None:
+        """A backward pass of which nothing counts but what others' tokens give the experts here."""
+        flight = walk.flights[number, micro]
+        parameters = [p for p in self._stages[number].module.parameters() if p.requires_grad]
+        # Of all, not of the experts alone: then tokens' gradients go back to the others in every layer.
+        wanted = [*parameters, *([] if flight.incoming is None else [flight.incoming])]
+        if flight.loss is not None:
+            found = torch.autograd.grad(flight.loss.sum * 0, wanted, allow_unused=True)
+        elif flight.edge is not None:
+            shape = walk.shapes[micro]
+            width = self._stages[number].width(shape, before=False)
+            nothing = torch.zeros(shape.rows, width.values, dtype=width.dtype, device=self._device)
+            found = torch.autograd.grad([flight.edge], wanted, [nothing], allow_unused=True)
+        else:
+            return
+        for parameter, grad in zip(parameters, found, strict=False):
+            if id(parameter) in self._between and grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        flight.loss = flight.edge = flight.incoming = None
 
     def _set_aside(self, number: int, flight: _Flight, half: Callable[[], None]) -> None:
         """Half of a backward pass, whose gradients wait for the other half: leaves are added one after the other.
