@@ -15,8 +15,10 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device = 'cuda', but torch sees no GPU here; use 'auto' or 'cpu'")
     if wanted != "cpu" and torch.cuda.is_available():
-        # Slurm may show each task its own GPU only, whichever its number among them is.
-        return torch.device("cuda", local_number() if torch.cuda.device_count() > 1 else 0)
+        number = local_number()
+        if "LOCAL_RANK" not in os.environ:  # Slurm may show each task no GPUs but its own, numbered from 0
+            number %= torch.cuda.device_count()
+        return torch.device("cuda", number)
     return torch.device("cpu")
 
 
