@@ -80,6 +80,22 @@ def test_a_forked_process_begins_when_it_is_forked(tmp_path: Path) -> None:
     assert told(tmp_path / "late")["began"] == 0
 
 
+def test_signals_to_all_processes_of_a_job_leave_the_one_that_forks(tmp_path: Path) -> None:
+    """Slurm sends them to every process of a step: what was forked gets them as it would without that one."""
+    first = forked(tmp_path / "first", "sleep=600")
+    until(lambda: (tmp_path / "first").read_text())
+    server = server_for(os.environ)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        server.process.send_signal(number)
+    first.send_signal(signal.SIGUSR1)
+    assert first.wait() == -signal.SIGUSR1
+    last = forked(tmp_path / "last", "sleep=600")
+    until(lambda: (tmp_path / "last").read_text())
+    last.send_signal(signal.SIGTERM)
+    assert last.wait() == -signal.SIGTERM
+    assert not server.gone
+
+
 def test_ends_are_told_as_they_were(tmp_path: Path) -> None:
     assert forked(tmp_path / "3", "exit=3").wait() == 3
     assert forked(tmp_path / "raised", "raise=as it should").wait() == 1

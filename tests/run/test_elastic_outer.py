@@ -52,11 +52,11 @@ def torchrun(workers: int, *arguments: object, log: Path, **more: str) -> subpro
 
 
 def srun(rank: int, ranks: int, *arguments: object, log: Path, **more: str) -> subprocess.Popen[bytes]:
-    """One task of a job on two nodes, as Slurm would start it."""
+    """One task of a job on one node, as Slurm would start it."""
     slurm = {
         "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(ranks),
         "SLURM_STEP_NUM_TASKS": str(ranks), "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_LOCALID": str(rank),
-        "SLURM_STEP_NODELIST": "node[1]", "SLURM_STEP_TASKS_PER_NODE": str(ranks),
+        "SLURM_STEP_NODELIST": "node[1]", "SLURM_STEP_TASKS_PER_NODE": str(ranks), "SLURM_CPUS_ON_NODE": str(ranks),
     }  # fmt: skip
     return resilin(*arguments, log=log, **slurm, **more)
 
@@ -84,7 +84,7 @@ def test_under_torchrun_a_worker_is_killed_and_another_takes_its_place(
     check_same(tmp_path / "run", undisturbed)
     assert len(changes(tmp_path / "run")) >= 3
     assert not (tmp_path / "run" / "workers" / FILE).exists()
-    assert (tmp_path / "log").read_text().count("digest of the weights") <= 1  # the first alone speaks
+    assert (tmp_path / "log").read_text().count("run completed") == 1  # the first alone speaks
 
 
 def lineage(process: int) -> set[int]:
@@ -157,6 +157,32 @@ def test_when_slurm_ends_the_job_it_is_saved(text: Path, tmp_path: Path, started
     assert codes[0] == 130, (tmp_path / "task0.log").read_text()
     assert codes[1] in (0, 130)  # it may have left before
     (end,) = events(tmp_path / "run", "end")
+    assert states(tmp_path / "run", end["step"])["run"]["step"] == end["step"]
+
+
+def below(process: int) -> list[int]:
+    """A process and all that it has started, and they have, as Slurm finds those of a step."""
+    told = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [process, *(each for child in told for each in below(int(child)))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_of_slurms_to_all_processes_of_a_job_is_one_wish(
+    number: signal.Signals, text: Path, tmp_path: Path, started: list[subprocess.Popen[bytes]]
+):
+    """Tasks, workers and what forks them get it, and workers hear of it from the others besides."""
+    file = settings_file(text, tmp_path, train={"steps": 20_000}, evaluation={"every": 0}, checkpoint={"every": 0})
+    for rank in range(2):
+        log = tmp_path / f"task{rank}.log"
+        started.append(srun(rank, 2, "train", file, "--folder", tmp_path / "run", log=log))
+    until(lambda: steps(tmp_path / "run") > 3, 200)
+    for process in [each for task in started for each in below(task.pid)]:
+        os.kill(process, number)
+    codes = [process.wait(60) for process in started]
+    assert codes[0] == 130, (tmp_path / "task0.log").read_text()
+    (end,) = events(tmp_path / "run", "end")
+    assert end["reason"] == "interrupted"
     assert states(tmp_path / "run", end["step"])["run"]["step"] == end["step"]
 
 

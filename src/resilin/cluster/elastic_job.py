@@ -199,8 +199,9 @@ class ElasticJob:
             time.sleep(_POLL)
 
     def _interrupt(self, number: int, frame: object) -> None:
-        """The run saves and ends. The second time all are killed."""
-        self._interrupts += 1
+        """The run saves and ends. At Ctrl-C after that all are killed; `resilin.run.interrupts` has why only then."""
+        if number == signal.SIGINT or not self._interrupts:
+            self._interrupts += 1
 
     def _pass_on(self) -> None:
         """What `_interrupt` was told, outside of the handler: the signal may have come in the middle of anything."""

@@ -23,6 +23,7 @@ from typing import Any
 HEADER = struct.Struct("!I")
 """Before every request: its length. Descriptors come along with it."""
 MOST_DESCRIPTORS = 16
+_OTHERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def serve(connection: socket.socket) -> dict[str, Any] | None:
@@ -39,7 +40,10 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
     os.set_blocking(wakes, False)
     os.set_blocking(woken, False)
     signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
-    before = signal.signal(signal.SIGCHLD, lambda *_: None)
+    before = {signal.SIGCHLD: signal.signal(signal.SIGCHLD, lambda *_: None)}
+    # What is sent to all processes of a job, as Slurm does, is for those that it forks: without it nobody would know
+    # how they end.
+    before |= {number: signal.signal(number, signal.SIG_IGN) for number in _OTHERS}
     asked = connection.fileno()
     while True:
         ready, _, _ = select.select([asked, woken], [], [])
@@ -66,7 +70,8 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
             _say(connection, answer or {"started": pid})
             continue
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for mine in (woken, wakes):
             os.close(mine)
         connection.close()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from resilin.cluster.position import Position
+from resilin.cluster.position import Position, check_known
 from resilin.cluster.scheduling import compute_on
 from resilin.cluster.watch import Watch
 from resilin.parallel.activity import waiting
@@ -34,9 +34,11 @@ def joined(place: Position, device: torch.device, timeout: float) -> Iterator[No
         timeout: seconds that a worker waits for another.
 
     Raises:
+        UserError: the first worker's node has a name that is not known here.
         ParallelError: the others cannot be reached.
         StrandedError: another worker failed, went away or hangs while this one was in the body.
     """
+    check_known(place)
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

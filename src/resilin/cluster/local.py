@@ -39,8 +39,8 @@ def end_with_launcher() -> None:
 def run_workers(command: Sequence[str], places: Sequence[str], logs: Path) -> Ended:
     """Run a command as each of several workers, and wait for all.
 
-    The first worker writes to this terminal, every other one into `logs/worker-N.log`. Ctrl-C and SIGTERM are passed on
-    to all; the second time all are killed.
+    The first worker writes to this terminal, every other one into `logs/worker-N.log`. Ctrl-C, SIGTERM and SIGUSR1 are
+    passed on to all; at Ctrl-C after that all are killed (`resilin.run.interrupts` has why only then).
 
     Args:
         command: what every worker runs.
@@ -95,7 +95,9 @@ class _Job:
         return self.logs / f"worker-{rank}.log"
 
     def pass_on(self, number: int) -> None:
-        """Send a signal to all workers that still run; the second time, kill them."""
+        """Send a signal to all workers that still run; at Ctrl-C after another, kill them."""
+        if self.interrupts and number != signal.SIGINT:
+            return
         self.interrupts += 1
         for process in self.processes:
             if process.poll() is None:
@@ -132,13 +134,14 @@ class _Job:
 
 
 class _passing_on:  # noqa: N801
-    """While entered, SIGINT and SIGTERM go to a job's workers."""
+    """While entered, SIGINT, SIGTERM and SIGUSR1 go to a job's workers."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
 
     def __enter__(self) -> None:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        passed_on = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._handle) for number in passed_on}
 
     def _handle(self, number: int, frame: object) -> None:
         self._job.pass_on(number)

@@ -19,7 +19,7 @@ from resilin.cluster.hosts import Hosts
 from resilin.cluster.keeper import Keeper, NobodyThereError, when_there
 from resilin.cluster.local import worker_command
 from resilin.cluster.place import FILE, Place, found
-from resilin.cluster.position import Position
+from resilin.cluster.position import Position, check_known
 from resilin.cluster.starter import Door, Starter
 from resilin.config import UserError
 from resilin.run.settings import RunSettings
@@ -42,6 +42,8 @@ def take_part(
     Raises:
         UserError: the coordinator was not found.
     """
+    if not settings.cluster.host:
+        check_known(place)
     workers, elsewhere, job = path / "workers", place.local_workers < place.workers, job_of(dict(os.environ), place)
     if place.rank:
         keeper = _keeper(workers, job, elsewhere, settings.parallel.timeout)
