@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilin.cluster.changes import first_view
+from resilin.cluster.step_cut import StepCut
 from resilin.dashboard.changes import PARTS
 from resilin.dashboard.cluster_map import map_of_settings, map_of_view, runs, runs_of_micros
 from resilin.dashboard.follower import Follower
@@ -149,7 +150,9 @@ def status(*members: tuple[int, str], phase: str = "running") -> dict[str, Any]:
 
 
 def test_the_map_says_who_holds_what():
-    found = map_of_view(view(3, (0, 2), (5,)), status((0, "in"), (5, "in"), (7, "warm"), (8, "starting")), 8)
+    found = map_of_view(
+        view(3, (0, 2), (5,)), status((0, "in"), (5, "in"), (7, "warm"), (8, "starting")), StepCut(8, 1)
+    )
     first, second = found["stages"]
     assert (first["layers"], second["layers"]) == ([0, 2], [2, 4])
     zero, two = first["members"]
@@ -160,7 +163,7 @@ def test_the_map_says_who_holds_what():
 
 
 def test_copies_are_told_from_both_sides():
-    members = map_of_view(view(0, (0, 1, 2), copies=2), None, 0)["stages"][0]["members"]
+    members = map_of_view(view(0, (0, 1, 2), copies=2), None, StepCut(0, 0))["stages"][0]["members"]
     at = {one["number"]: one["copies_at"] for one in members}
     keeps = {one["number"]: one["keeps"] for one in members}
     assert all(len(holders) == 2 for holders in at.values())
@@ -171,7 +174,7 @@ def test_copies_are_told_from_both_sides():
 
 
 def test_a_view_that_is_none_is_told_in_words():
-    assert map_of_view({"epoch": 1}, None, 0)["kind"] == "unknown"
+    assert map_of_view({"epoch": 1}, None, StepCut(0, 0))["kind"] == "unknown"
 
 
 @given(st.integers(1, 60), st.integers(1, 20))
@@ -272,7 +275,7 @@ def test_another_log_in_the_same_place_begins_another_story(tmp_path: Path):
 def test_the_map_says_who_has_which_experts() -> None:
     hosts = dict.fromkeys(range(3), "here")
     view = first_view(range(3), hosts, expert=2, experts=4)
-    (stage,) = map_of_view(view.json(), None, 6)["stages"]
+    (stage,) = map_of_view(view.json(), None, StepCut(6, 1))["stages"]
     assert [one["experts"] for one in stage["members"]] == [[[0, 1]], [[2, 2]], [[3, 3]]]
-    (plain,) = map_of_view(first_view(range(3), hosts).json(), None, 6)["stages"]
+    (plain,) = map_of_view(first_view(range(3), hosts).json(), None, StepCut(6, 1))["stages"]
     assert [one["experts"] for one in plain["members"]] == [None] * 3

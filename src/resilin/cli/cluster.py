@@ -159,10 +159,18 @@ def status(where: Where, secret_file: SecretFile = None) -> None:
     for one in told["members"]:
         holders = ", ".join(map(str, one["holders"]))
         stage = "" if one["stage"] is None else one["stage"]
-        parts = (_run(one["layers"], "all" if one["stage"] is not None else ""), _run(one["slots"], ""))
+        parts = (_run(one["layers"], "all" if one["stage"] is not None else ""), _slots(one["slots"]))
         who = (one["number"], one["host"], one["process"] or "", one["state"])
         table.add_row(*map(str, (*who, stage, *parts, one["step"], one["doing"])), f"{one['seconds']:.1f} s", holders)
     Console(highlight=False).print(table)
+
+
+def _slots(numbers: list[int] | None) -> str:
+    from resilin.parallel.stretches import stretches
+
+    if numbers is None:
+        return ""
+    return ", ".join(_run([run.start, run.stop], "") for run in stretches(numbers)) or "none"
 
 
 def _run(bounds: list[int] | None, otherwise: str) -> str:

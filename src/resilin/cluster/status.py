@@ -7,8 +7,8 @@ from typing import Any
 
 from resilin.cluster.protocol.coordinator import Coordinator
 from resilin.cluster.protocol.rules import Rules
+from resilin.cluster.step_cut import StepCut
 from resilin.cluster.view import View
-from resilin.parallel.micro_batches import in_runs
 
 _NOWHERE: dict[str, Any] = {"stage": None, "layers": None, "micros": None, "slots": None}
 _NOBODY = {**_NOWHERE, "host": "", "state": "awaited", "step": "", "seconds": 0.0, "holders": []}
@@ -46,20 +46,18 @@ def status_of(coordinator: Coordinator, running: Mapping[int, str]) -> dict[str,
 
 
 def _place(view: View, number: int, rules: Rules) -> dict[str, Any]:
-    """A member's stage, its layers as [first, end), and its micro-batches and slots of a step as [first, end).
+    """A member's stage, its layers and its micro-batches there as [first, end), and the slots it computes of a step.
 
     In a step of which some is kept from before a change, they may be others.
     """
-    place = view.stage_of(number)
-    teams = view.stages[place].teams
-    micros = list(in_runs(rules.micros, len(teams))[teams.index(view.team_of(number))])
-    dealt = [micros[0], micros[-1] + 1] if micros else [0, 0]
-    slots = rules.slots or rules.micros * rules.micro
+    stage = view.stage_of(number)
+    team = view.stages[stage].teams.index(view.team_of(number))
+    cut = StepCut(rules.slots or rules.micros * rules.micro, rules.micro, rules.keeps_parts)
     return {
-        "stage": place,
-        "layers": [view.layers[place], view.layers[place + 1]] if view.layers else None,
-        "micros": dealt,
-        "slots": [min(micro * rules.micro, slots) for micro in dealt],
+        "stage": stage,
+        "layers": [view.layers[stage], view.layers[stage + 1]] if view.layers else None,
+        "micros": list(cut.counts(view)[stage][team]),
+        "slots": [slot for micro in cut.of(view)[stage][team] for slot in micro],
     }
 
 

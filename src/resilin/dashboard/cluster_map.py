@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from resilin.cluster.step_cut import StepCut
 from resilin.cluster.view import View, ViewError
 from resilin.config import SettingsError, parse_settings
 from resilin.layout.dealing import deal
@@ -31,13 +32,20 @@ def micro_batches(settings: Mapping[str, Any]) -> int:
     return -(-batch // micro) if micro else 0
 
 
-def map_of_view(told: Mapping[str, Any], status: Mapping[str, Any] | None, micros: int) -> dict[str, Any]:
+def step_cut(settings: Mapping[str, Any]) -> StepCut:
+    """How the steps of an elastic run are cut."""
+    train, parallel = settings.get("train", {}), settings.get("parallel", {})
+    exact = parallel.get("reduction", "exact") == "exact" and parallel.get("expert", 1) == 1
+    return StepCut(train.get("batch_size") or 0, train.get("micro_batch_size") or 0, exact)
+
+
+def map_of_view(told: Mapping[str, Any], status: Mapping[str, Any] | None, cut: StepCut) -> dict[str, Any]:
     """The map of an elastic run, as JSON values.
 
     Args:
         told: the view, as JSON values.
         status: the launcher's answer; None: there is none.
-        micros: micro-batches of a step; 0: nobody knows.
+        cut: of a step.
 
     Returns:
         `stages`, each with `layers` and `members`, and `others`: those who wait for a place, or leave.
@@ -51,12 +59,12 @@ def map_of_view(told: Mapping[str, Any], status: Mapping[str, Any] | None, micro
     for owner, holders in view.holders.items():
         for holder in holders:
             keeps.setdefault(holder, []).append(owner)
-    stages = []
+    stages, counts = [], cut.counts(view)
     for place, stage in enumerate(view.stages):
         owned: dict[int, list[int]] = {}
         for shard, owner in enumerate(stage.shards):
             owned.setdefault(owner, []).append(shard)
-        dealt = runs_of_micros(micros, len(stage.teams))
+        dealt = [[first, end - 1] if first < end else None for first, end in counts[place]]
         cells = []
         for at, number in enumerate(stage.members):
             one = alive.get(number)
@@ -83,6 +91,7 @@ def map_of_view(told: Mapping[str, Any], status: Mapping[str, Any] | None, micro
         for number, one in alive.items()
         if number not in inside
     ]
+    micros = max(end for stage in counts for _, end in stage)
     return {"kind": "elastic", "epoch": view.epoch, "micros": micros, "stages": stages, "others": others}
 
 

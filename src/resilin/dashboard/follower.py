@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from resilin.dashboard.cluster_map import map_of_settings, map_of_starting, map_of_view, micro_batches
+from resilin.dashboard.cluster_map import map_of_settings, map_of_starting, map_of_view, step_cut
 from resilin.dashboard.curves import curves
 from resilin.dashboard.launcher import Ask, Launcher, ask_launcher
 from resilin.dashboard.log_tail import LogTail
@@ -198,7 +198,7 @@ class Follower:
     def _map(self, status: Mapping[str, Any] | None) -> dict[str, Any]:
         story = self._story
         if story.changes.view is not None:
-            return map_of_view(story.changes.view, status, micro_batches(story.settings))
+            return map_of_view(story.changes.view, status, step_cut(story.settings))
         if status is not None:
             return map_of_starting(status)
         if story.elastic:
