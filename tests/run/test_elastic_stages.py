@@ -123,6 +123,42 @@ def test_blocks_move_while_a_step_is_computed_and_nothing_is_computed_again(
     assert waited[-1] == 0, "bytes that were waited for, each time"
 
 
+@pytest.mark.parametrize(
+    ("more", "workers", "lost"),
+    [
+        ({"model": WIDE}, 6, (1, 2)),
+        pytest.param({"model": {**WIDE, "tie_embeddings": True}}, 6, (1, 2), marks=pytest.mark.slow),
+        # Who leaves the last stage has losses that nobody else has.
+        pytest.param({"model": {**WIDE, "tie_embeddings": True}}, 6, (4, 5), marks=pytest.mark.slow),
+        pytest.param({"model": WIDE, "parallel": {"tensor": 2}}, 12, (2, 3, 4, 5), marks=pytest.mark.slow),
+        pytest.param({"model": WIDE, "parallel": {"reduction": "fast"}}, 6, (1, 2), marks=pytest.mark.slow),
+    ],
+    ids=["stages", "tied", "tied last", "teams", "fast"],
+)
+def test_workers_change_their_stage_while_a_step_is_computed_and_nothing_is_computed_again(
+    more: dict[str, Any], workers: int, lost: tuple[int, ...], text: Path, tmp_path: Path
+):
+    """Of three and three, two of one stage are lost: one of the other stage moves there."""
+    parallel = more.get("parallel", {})
+    same = check_close if "reduction" in parallel else check_same
+    if "tensor" in parallel:
+        assert go(staged(text, 4, **more), tmp_path / "one") == JobEnded(0, "")
+    else:
+        alone(text, tmp_path / "one", model=more["model"])
+    waited = []
+    while 0 not in waited and len(waited) < 3:  # who hears a step late that it is to move has read the states in vain
+        folder, faults = tmp_path / f"run{len(waited)}", [Fault(number, 3, "adding gradients up") for number in lost]
+        assert go(staged(text, workers, cluster={"copies": 2}, **more), folder, faults) == JobEnded(0, "")
+        same(folder, tmp_path / "one")
+        moved = changes(folder)[-1]
+        sizes = [[len(stage) // parallel.get("tensor", 1) for stage in one["stages"]] for one in changes(folder)]
+        assert (sizes[0], sorted(sizes[-2]), sizes[-1]) == ([3, 3], [1, 3], [2, 2])
+        assert (moved["redone"], moved["kept"]) == (0, 16), "every micro-batch, at both stages"
+        assert sum(told.get("ahead", 0) for told in moved["bytes"].values()) > 10_000
+        waited.append(sum(told.get("migrate", 0) for told in moved["bytes"].values()))
+    assert waited[-1] == 0, "bytes that were waited for, each time"
+
+
 @pytest.mark.slow
 def test_blocks_follow_what_is_measured_and_the_bits_stay(text: Path, tmp_path: Path):
     """How long blocks take here is nobody's to say: only that it was measured, by the time a worker leaves."""

@@ -111,21 +111,24 @@ def sharing_of(teams: int, expert: int) -> int:
 
 
 def gaining(before: View, after: View) -> list[int]:
-    """Members that are about to have blocks, or experts, which they do not have now.
+    """Members that are about to have blocks, experts, or shards of states, which they do not have now.
 
     Args:
         before: the view that is.
-        after: the one to be, in which nobody has another stage.
+        after: the one to be.
     """
-    found: list[int] = []
-    for number, (old, new) in enumerate(zip(before.stages, after.stages, strict=True)):
-        had, has = ({*range(*view.layers[number : number + 2] or (0,))} for view in (before, after))
-        found += [
-            member
-            for member in new.members
-            if member in old.members and not (has <= had and {*new.experts_with(member)} <= {*old.experts_with(member)})
-        ]
-    return found
+    return [member for member in after.members if member in before.hosts and _gains(member, before, after)]
+
+
+def _gains(member: int, before: View, after: View) -> bool:
+    at = after.stage_of(member)
+    if before.stage_of(member) != at:
+        return True
+    old, new = before.stages[at], after.stages[at]
+    had, has = ({*range(*view.layers[at : at + 2] or (0,))} for view in (before, after))
+    lead = after.team_of(member)[0]
+    owned = [{shard for shard, owner in enumerate(stage.shards) if owner == lead} for stage in (old, new)]
+    return not (has <= had and owned[1] <= owned[0] and {*new.experts_with(member)} <= {*old.experts_with(member)})
 
 
 def _restaged(view: View, lists: Sequence[Sequence[tuple[int, ...]]]) -> tuple[Stage, ...]:

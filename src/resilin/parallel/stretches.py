@@ -229,12 +229,16 @@ class Kept:
         return replace(self, chunks=chunks, names=names)
 
     def sums(self, name: str) -> list[Tensor | None]:
-        """Of one parameter, block by block in order."""
+        """Of one parameter, block by block in order; None where others sum its gradient."""
         for nodes, names in zip(self.chunks, self.names, strict=True):
             if name in names:
                 at = [*names].index(name)
                 return [node.sum[at] for node in nodes]
-        raise KeyError(name)
+        return [None for _ in self.chunks[0]]
+
+    def given(self, names: Sequence[Sequence[str]]) -> Kept:
+        """What is left for other parameters, once others have all sums: losses."""
+        return replace(self, micros=(), chunks=[[] for _ in names], names=names)
 
     def without(self, names: Collection[str]) -> Kept:
         """As it is, but for some parameters."""

@@ -395,7 +395,7 @@ class Workers:
             before = self._kept_of(keys.step)
             if before is not None and before.whole and not todo:
                 return before
-            told = {todo[place]: loss for place, loss in losses.items()}
+            told = {todo[place]: loss for place, loss in losses.items() if self.passes.speaks}
             blocks = [one.blocks() if self._exact else _in_one(one.blocks()) for one in sums]
             about = len(cut), self.cut_for(keys.step)[self.stage], not self._exact
             made = Kept(keys.step, tuple(todo), told, blocks, self.collected, *about).only(micros)
@@ -468,7 +468,7 @@ class Workers:
 
     def _tell(self, losses: Mapping[int, Loss], micros: int) -> StepGradient:
         context, part = self.world.axis("cp"), self.world.coordinate("cp")
-        rows = {number * context + part: loss for number, loss in losses.items()} if self.passes.speaks else {}
+        rows = {number * context + part: loss for number, loss in losses.items()}
         used, squares = self._facts()
         summed, more = self._report.exchange(rows, micros * context, torch.cat([used, squares.reshape(-1)]))
         check_units(summed.units)

@@ -45,7 +45,7 @@ from resilin.parallel.state import StateLayout
 from resilin.parallel.stretches import Kept
 from resilin.parallel.workers import Workers
 from resilin.run.elastic_ahead import WEIGHTS, ReadingAhead
-from resilin.run.elastic_dealing import Dealing
+from resilin.run.elastic_dealing import Dealing, moving
 from resilin.run.elastic_failure import is_own
 from resilin.run.elastic_moves import experts_between, moved_between
 from resilin.run.elastic_placing import Placing
@@ -387,7 +387,8 @@ class Elastic:
             mine.append([None if each is None else each[places[rank]] for each in sums])
             moved.append(one)
         if kept is not None:
-            engine.kept = kept.without(after.experts)
+            given = change.handed and self.world.stage in moving(change)
+            engine.kept = kept.given(engine.collected) if given else kept.without(after.experts)
         like = next(iter(engine.trained.values())).parameter.detach()
         return Handing(change.version, self.world.everyone, moved, mine, like)
 

@@ -13,6 +13,13 @@ Owners = tuple[tuple[tuple[int, ...], ...], ...]
 """By stage and member, or team of members, ascending numbers."""
 
 
+def moving(change: Adopt) -> list[int]:
+    """The stages that have other members than in the view in which a step was computed."""
+    assert change.before is not None
+    pairs = zip(change.before.stages, change.view.stages, strict=True)
+    return [number for number, (old, new) in enumerate(pairs) if set(old.members) != set(new.members)]
+
+
 class Dealing:
     """The dealing of one view.
 
@@ -26,8 +33,11 @@ class Dealing:
     def __init__(self, change: Adopt) -> None:
         self._stages = tuple(stage.leads for stage in change.view.stages)
         self._tensor = change.view.tensor
-        self._version, self._kept = change.version, {member: tuple(m) for member, m in change.kept.items() if m}
-        self._last = 0
+        kept = {member: tuple(m) for member, m in change.kept.items() if m}
+        self._version, self._handed, self._last = change.version, change.handed, 0
+        # Who has come from another stage, or was left by some, has given what it kept to those who own it now.
+        given = {n for stage in moving(change) for n in change.view.stages[stage].members} if change.handed else set()
+        self._kept = {member: mine for member, mine in kept.items() if member not in given}
 
     def of_step(self, step: int, micros: int) -> list[tuple[int, ...]]:
         """By rank, which of so many micro-batches of a step are whose."""
@@ -42,7 +52,7 @@ class Dealing:
         """
 
         def dealt(step: int, micros: int) -> list[Sequence[int]]:
-            if kept := self._kept_of(step):
+            if (kept := self._kept_of(step)) or self._is_handed(step):
                 return [kept.get(lead, ()) for leads in self._stages for lead in leads for _ in range(self._tensor)]
             ticks = micros // len(self._stages[stage])
             return [
@@ -72,8 +82,14 @@ class Dealing:
     def _kept_of(self, step: int) -> Mapping[int, Sequence[int]]:
         return self._kept if step == self._version else {}
 
+    def _is_handed(self, step: int) -> bool:
+        return self._handed and step == self._version
+
     def _owned(self, step: int, micros: int) -> Owners:
-        if not (kept := self._kept_of(step)):
+        kept = self._kept_of(step)
+        if self._is_handed(step):  # all of it was computed
+            return tuple(tuple(tuple(kept.get(member, ())) for member in members) for members in self._stages)
+        if not kept:
             return _runs(tuple(map(len, self._stages)), micros)
         return tuple(
             tuple(map(tuple, left_to_do(micros, [kept.get(member, ()) for member in members])))

@@ -16,7 +16,7 @@ Blocks = list[tuple[int, int]]
 def moved_between(
     before: ViewBlueprint, after: ViewBlueprint, kept: Mapping[int, Sequence[int]], *, whole: bool = False
 ) -> list[Moved]:
-    """The parameters that another stage has, which has the same members as before.
+    """The parameters that another stage has, or other members.
 
     Args:
         before: the view in which a step's micro-batches were computed.
@@ -30,9 +30,9 @@ def moved_between(
         old, new = before.owners(part), after.owners(part)
         for stage, each in enumerate(new):
             for number, name in enumerate(each.names):
-                if name in old[stage].names or name in after.experts:
+                had = old[stage] if name in old[stage].names else next(one for one in old if name in one.names)
+                if name in after.experts or (had is old[stage] and {*had.members} == {*each.members}):
                     continue
-                had = next(one for one in old if name in one.names)
                 givers = _givers([(rank[member], kept.get(member, ())) for member in had.members], whole=whole)
                 takers = {
                     rank[member]: [(run.begin, run.end) for run in each.ownership.runs_of(number, place)]

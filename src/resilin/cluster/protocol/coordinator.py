@@ -95,7 +95,7 @@ class Coordinator:
         self._probing = Probing(rules.silence)
         self._ticked: float | None = None
         self._computed = False  # and whether all come out before they exchange a step's gradients
-        self._moves = False  # whether blocks are to move then
+        self._moves = False  # whether blocks, or members, are to move then
         self._unlike = 0  # how often in a row they could not, as not all micro-batches were there
         self._epoch = -1
         self._experts = 0  # of a layer, which members may have between them
@@ -314,10 +314,8 @@ class Coordinator:
                     self._note("preparing", members=readers, step=self.version)
 
     def _moved(self, view: View, better: View) -> View | None:
-        """The view with other blocks, if they can move in the middle of a step: everyone stays in its stage."""
-        stay = all(old.members == new.members for old, new in zip(view.stages, better.stages, strict=True))
-        able = stay and self._unlike < _TRIES
-        return replace(better, epoch=self._epoch + 1) if able else None
+        """The view with other blocks, or members in other stages, if they can move in the middle of a step."""
+        return replace(better, epoch=self._epoch + 1) if self._unlike < _TRIES else None
 
     def _halt(self, why: str, now: float) -> None:
         """Everyone comes out."""
@@ -407,12 +405,12 @@ class Coordinator:
         kept = kept_by(self.view, view, halted, version, parts=parts)
         ready = self._moves and not others and all_is_kept(view, kept, halted)
         view = self.dividing.next(view, may_move=self._wished and (not self._computed or ready), others=others)
-        handed = ready and view.layers != self.view.layers
+        handed = ready and (view.layers, view.members) != (self.view.layers, self.view.members)
         if self._moves:
             self._unlike = 0 if handed else self._unlike + 1
         if not handed:
             kept = kept_by(self.view, view, halted, version, parts=parts) if parts or before is self.view else {}
-        self._offer(Adopt(view, before, version, where, kept, handed, cut_of(view, kept, halted)), now)
+        self._offer(Adopt(view, before, version, where, kept, handed, cut_of(self.view, kept, halted)), now)
 
     def _at_the_start(self, numbers: Iterable[int]) -> bool:
         """Whether everybody still has what the run began with: then no copies are needed.

@@ -52,11 +52,17 @@ def all_is_kept(view: View, kept: Mapping[int, Sequence[int]], halted: Mapping[i
     return True
 
 
-def cut_of(view: View, kept: Mapping[int, Sequence[int]], halted: Mapping[int, Halted]) -> tuple[int, ...]:
-    """By stage, for how many workers the step was cut of which something is kept; (): nothing is."""
+def cut_of(before: View, kept: Mapping[int, Sequence[int]], halted: Mapping[int, Halted]) -> tuple[int, ...]:
+    """By stage, for how many workers the step was cut of which something is kept; (): nothing is.
+
+    Args:
+        before: the view under which it was computed.
+        kept: by member its micro-batches.
+        halted: by member what it has said.
+    """
     if not kept:
         return ()
-    return tuple(max((halted[n].cut[1] for n in stage.members if n in kept), default=0) for stage in view.stages)
+    return tuple(max((halted[n].cut[1] for n in stage.members if n in kept), default=0) for stage in before.stages)
 
 
 def _of(halted: Halted | None, version: int) -> tuple[int, ...]:

@@ -263,7 +263,8 @@ class Adopt:
         version: of the copies that all go on from.
         where: by owner in `before` the member whose memory its copy is read from.
         kept: by member the micro-batches of the step after that version that need not be computed again.
-        handed: whether these are all, computed in `before`, and gradients of blocks that move are to be handed on.
+        handed: whether these are all, computed in `before`, and gradients of blocks that move, or of stages whose
+            members do, are to be handed on.
         cut: by stage, for how many workers that step was cut into micro-batches; (): nothing of it is kept.
     """
 
