@@ -23,7 +23,7 @@ from resilin.optim.schedule import Constant
 from resilin.parallel.assemble import assemble
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.degrees import Degrees
-from resilin.parallel.workers import WholeModel
+from resilin.parallel.whole_model import WholeModel
 from resilin.parallel.world import World
 
 SEED, LR, DECAY, BETAS, CLIP = 0, 3e-4, 0.1, (0.9, 0.95), 1.0

@@ -19,7 +19,7 @@ from resilin.parallel.assemble import assemble
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.degrees import Degrees
 from resilin.parallel.step import OneProcess, gradient_of_step
-from resilin.parallel.workers import WholeModel
+from resilin.parallel.whole_model import WholeModel
 from resilin.parallel.world import World
 
 VOCABULARY, T, SEED = 37, 8, 7

@@ -18,7 +18,8 @@ from resilin.parallel.ownership import Ownership
 from resilin.parallel.reduction import Reduced, Reduction
 from resilin.parallel.sharded import FsdpShards
 from resilin.parallel.step import Autocast
-from resilin.parallel.workers import Agreement, Passes, Trained, Workers
+from resilin.parallel.whole_model import Passes
+from resilin.parallel.workers import Agreement, Trained, Workers
 from resilin.parallel.world import World
 
 

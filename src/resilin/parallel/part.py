@@ -36,7 +36,8 @@ from resilin.parallel.stages import ops_of, schedule_named, stages_of
 from resilin.parallel.step import Autocast
 from resilin.parallel.tensor.parallelise import parallelise, plan_of
 from resilin.parallel.tied_ends import WEIGHT, TiedEnds
-from resilin.parallel.workers import Giver, Passes, WholeModel
+from resilin.parallel.whole_model import Passes, WholeModel
+from resilin.parallel.workers import Giver
 from resilin.parallel.world import World
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from resilin.parallel.pipeline.trace import Trace
 from resilin.parallel.sharded import local
 from resilin.parallel.stages import splits_backward
 from resilin.parallel.state import StateLayout, like
-from resilin.parallel.workers import Passes, WholeModel, Workers
+from resilin.parallel.whole_model import Passes, WholeModel
+from resilin.parallel.workers import Workers
 from resilin.parallel.world import World
 from resilin.precision.autocast import Precision
 from resilin.precision.compiled import compile_model

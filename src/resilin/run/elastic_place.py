@@ -38,7 +38,7 @@ from resilin.parallel.settings import ParallelSettings
 from resilin.parallel.tensor.parallelise import parallelise, plan_of
 from resilin.parallel.tied_ends import WEIGHT, adds_tied_in_order
 from resilin.parallel.unlike_ends import UnlikeEnds
-from resilin.parallel.workers import Passes, WholeModel
+from resilin.parallel.whole_model import Passes, WholeModel
 from resilin.parallel.world import World
 from resilin.precision.autocast import Precision
 from resilin.run.divided import Divided, assembled, tokens_of

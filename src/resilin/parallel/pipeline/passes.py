@@ -34,7 +34,7 @@ from resilin.parallel.pipeline.stage import Stage
 from resilin.parallel.pipeline.tied import TiedSum
 from resilin.parallel.pipeline.timeline import Record
 from resilin.parallel.step import Autocast
-from resilin.parallel.workers import Collect
+from resilin.parallel.whole_model import Collect
 
 if TYPE_CHECKING:
     from resilin.parallel.gathered import Gathered
