@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from resilin.nouns import Loss
 from resilin.parallel.canonical import GradientSum, TreeSum
-from resilin.parallel.stretches import Kept, LeafSums, StretchSums, blocks_in, in_all, leaves_in, left_to_do
+from resilin.parallel.stretches import Kept, LeafSums, StretchSums, blocks_in, in_all, in_one, leaves_in, left_to_do
 
 
 def gradients(count: int) -> list[torch.Tensor]:
@@ -76,8 +77,8 @@ def test_what_is_kept_is_found_by_the_names_of_parameters_whatever_a_worker_has_
     assert other.sums("more") == [None, None]
     assert all(a is b for a, b in zip(other.sums("weight"), found.sums("weight"), strict=True))
     assert found.for_names([["weight"]]) is found
-    with pytest.raises(KeyError):
-        found.sums("more")
+    assert found.sums("more") == [None, None], "others sum its gradient"
+    assert (found.without(["weight"]).chunks[0][0].sum, found.given([["other"]]).chunks) == ([], [[]])
 
 
 def test_of_what_is_kept_whole_blocks_can_be_left_out():
@@ -86,6 +87,17 @@ def test_of_what_is_kept_whole_blocks_can_be_left_out():
     assert [block[:2] for block in found.chunks[0]] == [(6, 0)]
     with pytest.raises(ValueError, match="are no blocks of their own"):
         kept([0, 1, 2, 3, 6], 8).only([0, 1])
+
+
+def test_a_sum_of_all_that_a_worker_has_is_kept_in_whole_and_added_to():
+    whole = replace(kept([0, 1, 2], 8), whole=True, chunks=[in_one(summed([0, 1, 2], gradients(8)).blocks())])
+    assert whole.only([2, 0, 1]) is whole
+    with pytest.raises(ValueError, match="are no blocks of their own"):
+        whole.only([0, 1])
+    more = replace(kept([5], 8), whole=True).after(whole)
+    assert (more.micros, list(more.losses)) == ((0, 1, 2, 5), [0, 1, 2, 5])
+    ((total,),) = [node.sum for node in more.chunks[0]]
+    torch.testing.assert_close(total, sum(gradients(8)[micro] for micro in (0, 1, 2, 5)))
 
 
 @given(st.lists(st.lists(st.sets(st.integers(0, 11)), min_size=1, max_size=3), min_size=1, max_size=3))

@@ -85,7 +85,7 @@ class Plan:
         stages: of the pipeline.
         copies: of every member's states.
         tensor: members of a team.
-        parts: whether some of a step is kept; else all of it or nothing, and stages cut steps for their members.
+        parts: whether stages keep some of a step; else all of it or nothing, and steps are cut for whoever is there.
     """
 
     seed: int
@@ -169,7 +169,8 @@ class Sim:
             copies=plan.copies,
             micros=MICROS,
             tensor=plan.tensor,
-            keeps_parts=plan.parts,
+            keeps_parts=plan.parts or plan.stages == 1,
+            even=not plan.parts,
         )
         self.costs = tuple(self.draw.choice([1.0, 2.0]) for _ in range(BLOCKS + 1)) if plan.stages > 1 else ()
         self.takes = tuple(self.draw.uniform(0.5, 3.0) * cost for cost in self.costs)  # what they really cost
@@ -590,7 +591,7 @@ class SimMember:
                 *mine
             }:
                 raise WrongError(f"of the blocks {blocks_in(self.kept[1])}, {mine} is to be kept")
-        if adopt.kept and not self.sim.plan.parts:
+        if adopt.kept and not self.sim.rules.keeps_parts:
             self.nothing_is_left(adopt)
         if adopt.handed:
             self.handed = self.version

@@ -52,7 +52,7 @@ def _place(view: View, number: int, rules: Rules) -> dict[str, Any]:
     """
     stage = view.stage_of(number)
     team = view.stages[stage].teams.index(view.team_of(number))
-    cut = StepCut(rules.slots or rules.micros * rules.micro, rules.micro, rules.keeps_parts)
+    cut = StepCut(rules.slots or rules.micros * rules.micro, rules.micro, not rules.even)
     return {
         "stage": stage,
         "layers": [view.layers[stage], view.layers[stage + 1]] if view.layers else None,

@@ -46,6 +46,16 @@ def joined(nodes: Sequence[Node]) -> list[Node]:
     return found + (tree.nodes() if tree is not None else [])
 
 
+def in_one(nodes: Sequence[Node]) -> list[Node]:
+    """The sum of all, one after the other, in the memory of the first; none of none."""
+    if not nodes:
+        return []
+    tree = TreeSum()
+    for node in nodes:
+        tree.push(node.sum)
+    return [Node(nodes[0].start, 0, tree.total())]
+
+
 def leaves_in(block: Node | tuple[int, int]) -> range:
     """The numbers of a block's leaves, from its (start, height, ...)."""
     return range(block[0], block[0] + 2 ** block[1])
@@ -245,17 +255,12 @@ class Kept:
         return self.for_names([[name for name in each if name not in names] for each in self.names])
 
     def after(self, before: Kept) -> Kept:
-        """Together with what was kept of the same step before; its memory is used.
-
-        Raises:
-            ValueError: one of them is no blocks.
-        """
-        if self.whole or before.whole:
-            raise ValueError(f"step {self.step} was computed in whole before, and so was more of it now")
+        """Together with what was kept of the same step before; its memory is used."""
         both = zip(before.chunks, self.chunks, strict=True)
+        together = in_one if self.whole else joined
         return replace(
             self,
             micros=tuple(sorted((*before.micros, *self.micros))),
             losses=before.losses | self.losses,
-            chunks=[joined([*old, *new]) for old, new in both],
+            chunks=[together([*old, *new]) for old, new in both],
         )

@@ -18,7 +18,7 @@ from resilin.nouns import Batch, Loss, Objective, Source
 from resilin.optim.clip import clip_factor, global_norm, total_norm
 from resilin.optim.rows import gradient_holders, gradients_of
 from resilin.parallel.activity import doing, waiting
-from resilin.parallel.canonical import GradientSum, Node, TreeSum
+from resilin.parallel.canonical import GradientSum, Node
 from resilin.parallel.errors import ParallelError
 from resilin.parallel.exchange import add_up_all, largest, share
 from resilin.parallel.group import Group
@@ -28,7 +28,7 @@ from resilin.parallel.micro_batches import Dealt, along_data, even_batches, micr
 from resilin.parallel.reduction import Reduced
 from resilin.parallel.report import Report, Summed
 from resilin.parallel.step import Autocast, StepGradient, check_units, non_finite_slots
-from resilin.parallel.stretches import Kept, LeafSums, StretchSums, blocks_in, in_all
+from resilin.parallel.stretches import Kept, LeafSums, StretchSums, blocks_in, in_all, in_one
 from resilin.parallel.whole_model import Passes
 from resilin.parallel.world import World
 
@@ -136,7 +136,7 @@ class Workers:
         stage: this worker's.
         together: whether all workers of a stage compute at the same time, and stages keep in step (`shared_batches`).
         keeps: whether what a step has finished is kept, for ending it with other workers: until the next one begins,
-            or, where sums are not exact, until it is over, and only once all of this worker's is there.
+            or, where sums are not exact, until it is over, and only once all of this worker's is there, as one sum.
         kept: that; a step of the same number goes on from there.
         handing: gradients of a step that is redone, which were computed where the parameters were before.
         computed: called once this worker's micro-batches are done, before gradients are exchanged.
@@ -260,13 +260,11 @@ class Workers:
             finished[part].append(todo[place])
 
         def kept(micros: Sequence[int]) -> Kept:
-            before = self._kept_of(keys.step)
-            if before is not None and before.whole and not todo:
-                return before
             told = {todo[place]: loss for place, loss in losses.items() if self.passes.speaks}
-            blocks = [one.blocks() if self._exact else _in_one(one.blocks()) for one in sums]
+            blocks = [one.blocks() if self._exact else in_one(one.blocks()) for one in sums]
             about = len(cut), self.cut_for(keys.step)[self.stage], not self._exact
             made = Kept(keys.step, tuple(todo), told, blocks, self.collected, *about).only(micros)
+            before = self._kept_of(keys.step)
             return made if before is None else made.after(before)
 
         try:
@@ -284,7 +282,7 @@ class Workers:
         self._reduce(made.chunks, keys.step, count)
         self.ready()
         told = self._tell(made.losses, self._rows_of(count, keys.step))
-        if not self._exact:  # whoever loses another worker now computes with other micro-batches
+        if not self._exact:
             self.kept = None
         return told
 
@@ -419,13 +417,3 @@ class Workers:
         everyone = self.world.everyone
         with waiting(everyone.ranks, "hearing whether all go on"):
             return int(largest(told, everyone))
-
-
-def _in_one(blocks: Sequence[Node]) -> list[Node]:
-    """The sum of blocks, one after the other, in the memory of the first; none of none."""
-    if not blocks:
-        return []
-    tree = TreeSum()
-    for node in blocks:
-        tree.push(node.sum)
-    return [Node(blocks[0].start, 0, tree.total())]

@@ -95,6 +95,7 @@ def launch(
         starts = starter(workers)
     else:
         starts = LocalStarter(command, workers, {ADDRESS: LOOPBACK}, sharing=settings.parallel.workers)
+    fast = settings.parallel.reduction == "fast"
     rules = Rules(
         members=settings.parallel.workers,
         stages=degrees.pipeline,
@@ -110,7 +111,9 @@ def launch(
         clocks=_clocks(cluster),
         micro=settings.train.micro_batch_size,
         slots=settings.train.batch_size,
-        keeps_parts=settings.parallel.reduction == "exact" and settings.parallel.expert == 1,
+        # A sum of what passes through other stages, or of others' tokens, cannot be taken apart.
+        keeps_parts=settings.parallel.expert == 1 and (not fast or degrees.pipeline == 1),
+        even=fast or settings.parallel.expert > 1,
     )
     facts = {
         "settings": json.dumps(settings.model_dump(mode="json")),

@@ -84,7 +84,7 @@ class Dividing:
         if before is None or found:
             return found
         slots = self._rules.slots or self._rules.micros * self._rules.micro
-        return self.division.dataflow(before, view, slots, self._rules.micro, self._rules.keeps_parts)
+        return self.division.dataflow(before, view, slots, self._rules.micro, not self._rules.even)
 
     def measure(self, view: View, committed: Mapping[int, Committed | None]) -> None:
         """Learn what stages take, once in every view, when all of its members have counted for long enough.

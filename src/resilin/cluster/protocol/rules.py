@@ -30,6 +30,7 @@ class Rules:
         slots: of a step; 0: micro-batches are all full.
         keeps_parts: whether what members have computed of a step is kept when others have not computed theirs; else
             all of it is, or nothing.
+        even: whether steps are cut into micro-batches for whoever is there.
     """
 
     members: int
@@ -49,3 +50,4 @@ class Rules:
     micro: int = 1
     slots: int = 0
     keeps_parts: bool = True
+    even: bool = False
