@@ -137,7 +137,7 @@ def divide(
         world,
         part.passes,
         part.blueprint,
-        outline,
+        settings.optimizer.owning(outline, settings.train.steps),
         objective,
         device=device,
         precision=precision,
@@ -156,7 +156,7 @@ def assembled(
     world: World,
     passes: Passes,
     blueprint: Blueprint,
-    outline: nn.Module,
+    build: Callable[[Mapping[str, nn.Parameter]], Optimizer],
     objective: Objective,
     *,
     device: torch.device,
@@ -171,7 +171,7 @@ def assembled(
         world: all workers.
         passes: of this one.
         blueprint: of the whole model.
-        outline: the whole model's names and shapes, by which parameters are grouped.
+        build: makes the optimizer of what is owned, by the names of parameters.
         objective: of the run.
         device: of this worker.
         precision: of the run.
@@ -182,7 +182,7 @@ def assembled(
         world,
         passes,
         blueprint,
-        lambda owned: settings.optimizer.build_owned(outline, settings.train.steps, owned),
+        build,
         objective=objective,
         micro_batch_size=settings.train.micro_batch_size,
         clip_norm=settings.train.clip_norm,

@@ -159,12 +159,12 @@ class WholePlacing:
         precision: Precision,
     ) -> None:
         self.whole = Blueprint.uncut(model, Degrees(), settings.optimizer.keeps_whole(model))
-        self._model = model
+        self._model, build = model, settings.optimizer.owning(model, settings.train.steps)
         passes: Passes = WholeModel(
             model, objective, compiled(model) or model, device=device, autocast=precision.autocast
         )
         self._assemble = lambda world, blueprint: assembled(
-            settings, world, passes, blueprint, model, objective, device=device, precision=precision, model=model
+            settings, world, passes, blueprint, build, objective, device=device, precision=precision, model=model
         )
 
     def holders(self, view: View) -> Mapping[str, tuple[int, ...]]:
@@ -225,6 +225,7 @@ class StagePlacing:
             alone = Degrees(tensor=degrees.tensor)
             whole = replace(whole, degrees=alone, specs=specs_of_decoder(self._outline, World(alone)))
         self.whole = whole
+        self._build = settings.optimizer.owning(self._outline, settings.train.steps)
         self.experts = stacked_experts(self._outline) if settings.parallel.expert > 1 else frozenset()
         if not self.experts and settings.parallel.expert > 1:
             raise ParallelError("parallel.expert divides experts, and the model has none: leave it 1")
@@ -308,7 +309,7 @@ class StagePlacing:
             world,
             passes,
             blueprint,
-            self._outline,
+            self._build,
             self._objective,
             device=self._device,
             precision=self._precision,
