@@ -329,16 +329,17 @@ class Restorer:
     def _read(self, owner: int, entries: Sequence[tuple[int, int, Tensor]]) -> int:
         """Fill what is wanted of a copy; returns how many bytes were not there before."""
         _, copy = self._head(owner)
-        if copy is not None:
-            parts = {(start, size): copy.data[start : start + size] for start, size, _ in entries}
-            fresh = list(parts)
-        else:
-            known = self._ahead.parts
-            parts = {at: known[owner, *at] for start, size, _ in entries if (owner, *(at := (start, size))) in known}
-            fresh = [at for start, size, _ in entries if (at := (start, size)) not in parts]
-            if fresh:
-                found = self._connect(self._where[owner]).get(owner, *self._key, fresh)
-                parts.update(zip(fresh, found, strict=True))
+        lacking: list[tuple[int, Tensor]] = []
+        there = 0
         for start, size, to in entries:
-            to.view(torch.uint8).copy_(parts[start, size])  # bytes into bytes: what was read may lie at any address
-        return sum(size for _, size in fresh)
+            into = to.view(torch.uint8)  # bytes: what is read may lie at any address
+            if copy is not None:
+                into.copy_(copy.data[start : start + size])
+            elif (part := self._ahead.parts.get((owner, start, size))) is not None:
+                into.copy_(part)
+                there += size
+            else:
+                lacking.append((start, into))
+        if lacking:
+            self._connect(self._where[owner]).fill(owner, *self._key, lacking)
+        return sum(size for _, size, _ in entries) - there
