@@ -163,6 +163,7 @@ def assembled(
     precision: Precision,
     facts: Mapping[str, Facts] | None = None,
     model: nn.Module | None = None,
+    filled: bool = True,
 ) -> Assembled:
     """A worker's engine and optimizer, as the settings want them; see `resilin.parallel.assemble`.
 
@@ -177,6 +178,7 @@ def assembled(
         precision: of the run.
         facts: of this worker's parameters, by name.
         model: that looks for slots that are not finite.
+        filled: whether the parameters have their weights.
     """
     return assemble(
         world,
@@ -191,6 +193,7 @@ def assembled(
         autocast=precision.autocast,
         facts=facts,
         model=model,
+        filled=filled,
     )
 
 

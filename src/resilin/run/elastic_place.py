@@ -163,8 +163,17 @@ class WholePlacing:
         passes: Passes = WholeModel(
             model, objective, compiled(model) or model, device=device, autocast=precision.autocast
         )
-        self._assemble = lambda world, blueprint: assembled(
-            settings, world, passes, blueprint, build, objective, device=device, precision=precision, model=model
+        self._assemble = lambda world, blueprint, filled: assembled(
+            settings,
+            world,
+            passes,
+            blueprint,
+            build,
+            objective,
+            device=device,
+            precision=precision,
+            model=model,
+            filled=filled,
         )
 
     def holders(self, view: View) -> Mapping[str, tuple[int, ...]]:
@@ -173,7 +182,7 @@ class WholePlacing:
 
     def build(self, world: ViewWorld, blueprint: Blueprint, dealing: Dealing, *, begins: bool) -> Placed:
         """Engine and optimizer of a view; the model stays."""
-        return Placed(self._model, self._assemble(world, blueprint))
+        return Placed(self._model, self._assemble(world, blueprint, begins))
 
 
 class StagePlacing:
@@ -257,7 +266,7 @@ class StagePlacing:
                     fresh.remove(name)
         self._module = module
         if self.experts:
-            return self._with_experts(world, blueprint, local, fresh)
+            return self._with_experts(world, blueprint, local, fresh, begins)
         ends = self._ends(world, local)
         costs = Split(world.view.layers).costs(self.costs[:-1], 0.0, self.costs[-1])
         orders = MemberOrders(
@@ -285,9 +294,11 @@ class StagePlacing:
             name = self._tied_name
             counted = facts[name].counted and world.stage == 0
             facts[name] = replace(facts[name], agreement=ends, counted=counted)
-        return Placed(module, self._assembled(world, passes, blueprint, facts), frozenset(fresh), passes.pace)
+        return Placed(module, self._assembled(world, passes, blueprint, facts, begins), frozenset(fresh), passes.pace)
 
-    def _with_experts(self, world: ViewWorld, blueprint: Blueprint, local: LocalModel, fresh: set[str]) -> Placed:
+    def _with_experts(
+        self, world: ViewWorld, blueprint: Blueprint, local: LocalModel, fresh: set[str], filled: bool
+    ) -> Placed:
         """The whole model, but for experts that others have: all of a stage's workers pass through it together."""
         passes = WholeModel(
             local.module,
@@ -298,11 +309,11 @@ class StagePlacing:
             speaks=world.coordinate("tp") == 0,
             between=[parameter for name, parameter in local.module.named_parameters() if name in self.experts],
         )
-        made = self._assembled(world, passes, blueprint, facts_of([local]))
+        made = self._assembled(world, passes, blueprint, facts_of([local]), filled)
         return Placed(local.module, made, frozenset(fresh))
 
     def _assembled(
-        self, world: ViewWorld, passes: Passes, blueprint: Blueprint, facts: Mapping[str, Facts]
+        self, world: ViewWorld, passes: Passes, blueprint: Blueprint, facts: Mapping[str, Facts], filled: bool
     ) -> Assembled:
         return assembled(
             self._settings,
@@ -314,6 +325,7 @@ class StagePlacing:
             device=self._device,
             precision=self._precision,
             facts=facts,
+            filled=filled,
         )
 
     @property
