@@ -280,6 +280,11 @@ class Links:
             then()
         self.something_is_done()
 
+    def touch(self) -> None:
+        """Have the memory ready that these groups will leave to those of the next view."""
+        for near in tuple(self._near):
+            near.touch()
+
     def give_up(self) -> None:
         """Leave the memory of these groups to those of the next view, once all of its members have come out of them."""
         for near in self._near:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 _NAME = "resilin-copy"
 _ALIGNED = 64
+_STRETCH = 1 << 20
 _POPULATE = 23  # MADV_POPULATE_WRITE, of Linux 5.14 and later; Python has no name for it
 _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 0) | getattr(fcntl, "F_SEAL_GROW", 0)
 
@@ -138,9 +139,11 @@ class Pages:
         It does so for each page at its first use otherwise, which takes several times as long as copying into it. An
         older system cannot be told.
         """
-        if self._mapping is not None and size:
+        size = min(size, len(self.data))
+        if self._mapping is not None:
             with suppress(OSError):
-                self._mapping.madvise(_POPULATE, 0, min(size, len(self.data)))
+                for begin in range(0, size, _STRETCH):  # Python lets no other thread go on meanwhile
+                    self._mapping.madvise(_POPULATE, begin, min(_STRETCH, size - begin))
 
 
 class Spares:

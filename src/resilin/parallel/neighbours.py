@@ -157,6 +157,11 @@ class Neighbours:
         self._meet()
         return [each.data for each in found]
 
+    def touch(self) -> None:
+        """Have all of the room's memory ready: where there are fewer ranks each has more to show."""
+        room = self._rooms[self.index]
+        room.touch(len(room.data))
+
     def give_up(self) -> None:
         """Leave the room to whoever needs memory next: all ranks have come out of whatever they did together."""
         spares.give(self._rooms[self.index])

@@ -179,9 +179,12 @@ class Elastic:
         if left and (mine := table.count(self.world.coordinate("dp"))):
             times = -(-len(table) // left) / mine + 1 / 64  # shards are not all of one size
             reductions = [one for one in self.made.reductions.values() if isinstance(one, Reduction)]
+            links = self._links
 
             def reserve() -> None:
                 self.pool.reserve(int(times * size))
+                if links is not None:
+                    links.touch()
                 for reduction in reductions:
                     reduction.touch(times)
 
