@@ -10,7 +10,7 @@ import torch
 
 from resilin.cluster.peer import Address, Peer, PeerServer
 from resilin.cluster.pool import CopyError, Pool, copy_of
-from resilin.memory.pages import Handle, Pages, PagesError, Spares
+from resilin.memory.pages import _POPULATE, Handle, Pages, PagesError, Spares
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no such memory")
 
@@ -139,6 +139,21 @@ def test_nothing_but_the_copy_that_was_meant_is_opened():
     for told in (None, [1, 2, 3], [1, 2, 3, 4, -5], [1, 2, 3, 4, "5"], [True, 2, 3, 4, 5]):
         with pytest.raises(PagesError, match="no handle of pages"):
             Handle.of_json(told)
+
+
+def test_pages_that_are_made_ready_hold_what_they_held():
+    pages = Pages.of(1 << 20)
+    assert pages.handle is not None
+    pages.data[5] = 7
+    before = os.fstat(pages.handle.descriptor).st_blocks
+    try:
+        pages._mapping.madvise(_POPULATE, 0, 1)
+    except OSError:
+        pytest.skip("this system cannot be told to")
+    pages.touch(1 << 19)
+    assert os.fstat(pages.handle.descriptor).st_blocks - before >= ((1 << 19) - (1 << 16)) // 512
+    assert pages.data[:10].tolist() == [0] * 5 + [7] + [0] * 4
+    Pages(torch.zeros(3)).touch(3)  # memory of another kind stays as it is
 
 
 def test_spare_pages_are_used_again_the_smallest_that_do():

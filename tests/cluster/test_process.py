@@ -180,3 +180,14 @@ def test_a_server_ends_with_whoever_asked_it(tmp_path: Path) -> None:
     asks.kill()
     asks.communicate()
     until(lambda: not Path(f"/proc/{server}").exists() or "\nState:\tZ" in Path(f"/proc/{server}/status").read_text())
+
+
+@pytest.mark.parametrize(("said", "told"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
+def test_large_pages_are_asked_for_unless_the_environment_says_otherwise(
+    tmp_path: Path, said: dict[str, str], told: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    command = [sys.executable, "-c", "import os; print(os.environ['THP_MEM_ALLOC_ENABLE'])"]
+    with (tmp_path / "output").open("wb") as file:
+        assert start_process(command, {**environment, **said}, output=file).wait() == 0
+    assert (tmp_path / "output").read_text().split() == [told]

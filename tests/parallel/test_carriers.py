@@ -11,6 +11,7 @@ import torch
 from forked import run_ranks
 
 from resilin.memory.pages import Handle, Pages, PagesError
+from resilin.parallel import reduction
 from resilin.parallel.canonical import Node
 from resilin.parallel.carriers import Carrier, Messages, SharedMemory, carrier_of
 from resilin.parallel.degrees import Degrees
@@ -145,6 +146,23 @@ def test_sums_and_weights_are_the_same_bits_either_way(exact: bool, owners: Sequ
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     for told in near:
         torch.testing.assert_close(told[2::3][:3], near[0][2::3][:3], rtol=0, atol=0)
+
+
+def steps_in_used_memory(rank: int, owners: Sequence[int]) -> list[Any]:
+    for _ in range(2):
+        pages = Pages.of(1 << 16)
+        pages.data.fill_(255)  # no numbers
+        reduction._spares.give(pages)
+    found = steps(rank, True, True, owners)
+    assert len(reduction._spares._free) < 2
+    return found
+
+
+def test_what_lay_in_memory_that_is_used_again_is_nowhere_in_the_sums():
+    owners = (2, 0, 0, 1, 0, 2, 1, 1)
+    used, new = run_ranks(RANKS, steps_in_used_memory, owners), run_ranks(RANKS, steps, True, True, owners)
+    for mine, theirs in zip(used, new, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
 def test_who_is_alone_with_what_it_owns_adds_up_whatever_blocks_it_has():

@@ -21,7 +21,9 @@ from resilin.cluster.fork_server import HEADER
 
 # By name: they are in layers above. Whatever else a worker needs, it imports itself.
 _IMPORTED = ("resilin.cli.main", "resilin.run.elastic_start", "resilin.run.start")
-_READ_EARLY = ("PYTHON", "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "TORCH", "PYTORCH", "LD_", "CUDA")
+_READ_EARLY = (
+    "PYTHON", "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "TORCH", "PYTORCH", "LD_", "CUDA", "THP_"
+)  # fmt: skip
 _PATIENCE = 120.0  # seconds that imports may take
 _POLL = 0.01
 _LOST = 1

@@ -38,31 +38,32 @@ _LOOK = timedelta(seconds=0.1)
 
 
 class _Old:
-    """Groups that were cut, each kept until nobody else has it, and ended in a thread of its own.
+    """What was cut, each kept until nobody else has it, and ended in a thread of its own.
 
     Whoever drops the last reference to a group waits for all that is under way in it; for a message that was lost sight
-    of that is until the timeout. It must not be the thread that trains, at whatever moment garbage is collected.
+    of that is until the timeout. It must not be the thread that trains, at whatever moment garbage is collected. And to
+    unmap what neighbours had shown takes milliseconds, in which all would wait for the next view.
     """
 
     def __init__(self) -> None:
-        self._groups: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._came: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def take(self, groups: list[Any]) -> None:
+    def take(self, them: list[Any]) -> None:
         """Have these end some time; the list is empty afterwards."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._go, name="resilin-old-links", daemon=True)
                 self._thread.start()
-        while groups:
-            self._groups.put(groups.pop())
+        while them:
+            self._came.put(them.pop())
 
     def _go(self) -> None:
         kept: list[Any] = []
         while True:
-            while not kept or not self._groups.empty():
-                kept.append(self._groups.get())
+            while not kept or not self._came.empty():
+                kept.append(self._came.get())
             time.sleep(_POLL)
             for place in reversed(range(len(kept))):
                 if sys.getrefcount(kept[place]) <= 2:  # the list's, and that of the call
@@ -162,21 +163,15 @@ class Links:
             try:
                 options = self._options()
                 backend = self._aside(lambda: dist.ProcessGroupGloo(store, index, len(ranks), options))
-            finally:
-                self._end()
-        group = dist.ProcessGroup(store, index, len(ranks))
-        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
-        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-        with self._lock:
-            self._refuse_if_cut()
-            self._groups.append(group)
-        made = Group(ranks, index, group, self.wait, _Waiter(self).wait, partial(self._within, name))
-        if not near:
-            return made
-        with _making:
-            self._begin()
-            try:
-                made = made.met(self._timeout.total_seconds())
+                group = dist.ProcessGroup(store, index, len(ranks))
+                group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+                group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+                with self._lock:
+                    self._refuse_if_cut()
+                    self._groups.append(group)
+                made = Group(ranks, index, group, self.wait, _Waiter(self).wait, partial(self._within, name))
+                if near:
+                    made = made.met(self._timeout.total_seconds())
             finally:
                 self._end()
         if made.near is not None:
@@ -285,10 +280,16 @@ class Links:
             then()
         self.something_is_done()
 
+    def touch(self) -> None:
+        """Have the memory ready that these groups will leave to those of the next view."""
+        for near in tuple(self._near):
+            near.touch()
+
     def give_up(self) -> None:
         """Leave the memory of these groups to those of the next view, once all of its members have come out of them."""
-        while self._near:
-            self._near.pop().give_up()
+        for near in self._near:
+            near.give_up()
+        _old.take(self._near)
 
     def _end_sockets(self) -> None:
         for number, inode in self._sockets.items():

@@ -258,17 +258,32 @@ class Peer:
         Raises:
             PeerError, CopyError: they are not there.
         """
-        found = []
+        sizes = [size for _, size in pieces]
+        found = list(torch.empty(sum(sizes), dtype=torch.uint8).split(sizes))
+        self.fill(owner, epoch, version, [(start, to) for (start, _), to in zip(pieces, found, strict=True)])
+        return found
+
+    def fill(self, owner: int, epoch: int, version: int, pieces: Sequence[tuple[int, Tensor]]) -> None:
+        """Fill memory with pieces of a copy.
+
+        Args:
+            owner: whose states.
+            epoch: of the view under which they were copied.
+            version: of them.
+            pieces: (first byte, (bytes,) uint8) of each.
+
+        Raises:
+            PeerError, CopyError: they are not there.
+        """
         for first in range(0, len(pieces), _PIECES):
             some = pieces[first : first + _PIECES]
-            self._ask({"do": "get", "owner": owner, "epoch": epoch, "version": version, "pieces": some})
-            memory = torch.empty(sum(size for _, size in some), dtype=torch.uint8)
+            places = [(start, to.numel()) for start, to in some]
+            self._ask({"do": "get", "owner": owner, "epoch": epoch, "version": version, "pieces": places})
             try:
-                self._channel.fill(memory)
+                for _, to in some:
+                    self._channel.fill(to)
             except OSError as error:
                 raise PeerError(f"the member at {self._address.host}:{self._address.port} went away: {error}") from None
-            found += list(memory.split([size for _, size in some]))
-        return found
 
     def close(self) -> None:
         """End the connection; a call under way in another thread fails."""

@@ -18,6 +18,9 @@ from resilin.cluster.forked import GoneError, server_for
 
 FRESH = "RESILIN_FRESH_PROCESSES"
 """The variable that, if it is not empty, has every worker started as a new Python process."""
+_UNLESS_SAID = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""Large tensors lie in large pages where the system offers them, whoever launches a run: a command does so for itself
+(`resilin.cli`), and a library's user may not."""
 
 
 class Process(Protocol):
@@ -41,7 +44,7 @@ class Process(Protocol):
 def get_ready(command: Sequence[str]) -> None:
     """Begin to import what workers that run a command will need, in a process of its own; returns at once."""
     if _can_fork(command):
-        server_for(os.environ)
+        server_for({**_UNLESS_SAID, **os.environ})
 
 
 def start_process(
@@ -55,14 +58,14 @@ def start_process(
 
     Args:
         command: what it runs.
-        environment: all variables.
+        environment: all variables, but for what is the same for all workers unless it is said here.
         output: where it writes; it reads nothing then. None: it has the terminal of this process.
         kept: by variable a descriptor that it inherits; the variable tells it the number.
 
     Raises:
         OSError: there is no such command, or no room for one more process.
     """
-    kept = kept or {}
+    kept, environment = kept or {}, {**_UNLESS_SAID, **environment}
     if _can_fork(command):
         try:
             return server_for(environment).start(command[2], command[3:], environment, output, kept)

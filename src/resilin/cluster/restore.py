@@ -94,59 +94,68 @@ def pieces_owned(before: Sequence[Owners], after: Sequence[Owners], member: int)
         after: of those that the member has.
         member: its number.
     """
-    wanted = [
-        (name, _place(member), region)
-        for each in after
-        for number, name in enumerate(each.names)
-        for region in each.owned(number, each.members.index(member))
-    ]
-    return _pieces(before, wanted)
+    names = {name for each in after for name in each.names}
+    return _pieces(before, after, names, member, lambda each, number: each.owned(number, each.members.index(member)))
 
 
 def pieces_held(
     before: Sequence[Owners], after: Sequence[Owners], names: Collection[str], member: int
 ) -> dict[str, list[Piece]]:
     """What makes up all that a member has of some parameters; see `pieces_owned`."""
-    wanted = [
-        (name, _place(member), region)
-        for each in after
-        for number, name in enumerate(each.names)
-        if name in names
-        for region in each.held(number)
-    ]
-    return _pieces(before, wanted)
+    return _pieces(before, after, names, member, Owners.held)
 
 
 def _place(member: int) -> Place:
     return Place("host", str(member))
 
 
-def _pieces(before: Sequence[Owners], wanted: Sequence[tuple[str, Place, Region]]) -> dict[str, list[Piece]]:
-    wants: dict[str, list[tuple[Place, Region]]] = {}
-    for name, place, region in wanted:
-        wants.setdefault(name, []).append((place, region))
-    held: dict[str, list[tuple[Place, Region]]] = {name: [] for name in wants}
-    sizes: dict[str, int] = {}
-    for each in before:
+def _by_name(owners: Sequence[Owners], names: Collection[str]) -> dict[str, list[tuple[Owners, int]]]:
+    """Of some parameters who owns them, and their numbers there."""
+    found: dict[str, list[tuple[Owners, int]]] = {}
+    for each in owners:
         for number, name in enumerate(each.names):
-            if name not in wants:
-                continue
-            sizes[name] = each.size(number)
-            for index, member in enumerate(each.members):
-                held[name] += [(_place(member), region) for region in each.owned(number, index)]
-    # Blocks are alike: what is planned for a parameter holds for all of its size with the same owners.
-    alike: dict[tuple[object, ...], list[str]] = {}
-    for name, wish in wants.items():
-        alike.setdefault((sizes.get(name), *held[name], *wish), []).append(name)
-    firsts = [names[0] for names in alike.values()]
-    shapes = {name: ((sizes[name],), "U8") for name in firsts if name in sizes}
-    source = Layout.of(shapes, [(name, *each) for name in firsts for each in held[name]])
-    target = Layout.of(shapes, [(name, *each) for name in firsts for each in wants[name]])
+            if name in names:
+                found.setdefault(name, []).append((each, number))
+    return found
+
+
+def _kind(owned: Sequence[tuple[Owners, int]]) -> tuple[object, ...]:
+    """Equal for parameters that are owned in the same way."""
+    return tuple((id(each), each.ownership.sizes[number], each.ownership.whole[number]) for each, number in owned)
+
+
+def _pieces(
+    before: Sequence[Owners],
+    after: Sequence[Owners],
+    names: Collection[str],
+    member: int,
+    wish: Callable[[Owners, int], list[Region]],
+) -> dict[str, list[Piece]]:
+    had, has = _by_name(before, names), _by_name(after, names)
+    # Blocks are alike: what is planned for a parameter holds for all of its kind.
+    kinds: dict[object, list[str]] = {}
+    for name, owned in has.items():
+        kinds.setdefault((_kind(had.get(name, ())), _kind(owned)), []).append(name)
+    wanted: dict[str, list[Region]] = {}  # by the first of a kind, where there is anything
+    for first, *_ in kinds.values():
+        if regions := [region for each, number in has[first] for region in wish(each, number)]:
+            wanted[first] = regions
+    shapes = {name: ((each.size(number),), "U8") for name in wanted for each, number in had.get(name, ())}
+    held = [
+        (name, _place(owner), region)
+        for name in wanted
+        for each, number in had.get(name, ())
+        for index, owner in enumerate(each.members)
+        for region in each.owned(number, index)
+    ]
+    here = _place(member)
+    source = Layout.of(shapes, held)
+    target = Layout.of(shapes, [(name, here, region) for name, regions in wanted.items() for region in regions])
     found: dict[str, list[Piece]] = {}
     for move in plan(source, target):
         piece = Piece(int(move.source.place.name), move.source.start, move.target.start, move.region.numel)
         found.setdefault(move.tensor, []).append(piece)
-    return {name: found.get(names[0], []) for names in alike.values() for name in names}
+    return {name: found.get(alike[0], []) for alike in kinds.values() if alike[0] in wanted for name in alike}
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,16 +329,17 @@ class Restorer:
     def _read(self, owner: int, entries: Sequence[tuple[int, int, Tensor]]) -> int:
         """Fill what is wanted of a copy; returns how many bytes were not there before."""
         _, copy = self._head(owner)
-        if copy is not None:
-            parts = {(start, size): copy.data[start : start + size] for start, size, _ in entries}
-            fresh = list(parts)
-        else:
-            known = self._ahead.parts
-            parts = {at: known[owner, *at] for start, size, _ in entries if (owner, *(at := (start, size))) in known}
-            fresh = [at for start, size, _ in entries if (at := (start, size)) not in parts]
-            if fresh:
-                found = self._connect(self._where[owner]).get(owner, *self._key, fresh)
-                parts.update(zip(fresh, found, strict=True))
+        lacking: list[tuple[int, Tensor]] = []
+        there = 0
         for start, size, to in entries:
-            to.view(torch.uint8).copy_(parts[start, size])  # bytes into bytes: what was read may lie at any address
-        return sum(size for _, size in fresh)
+            into = to.view(torch.uint8)  # bytes: what is read may lie at any address
+            if copy is not None:
+                into.copy_(copy.data[start : start + size])
+            elif (part := self._ahead.parts.get((owner, start, size))) is not None:
+                into.copy_(part)
+                there += size
+            else:
+                lacking.append((start, into))
+        if lacking:
+            self._connect(self._where[owner]).fill(owner, *self._key, lacking)
+        return sum(size for _, size, _ in entries) - there

@@ -49,6 +49,8 @@ class ParamSpec:
 
     def local_shapes(self, mesh: Mesh) -> list[tuple[int, ...] | None]:
         """The shape of each rank's own tensor, padding included; None where it has none, (n,) where it is flat."""
+        if not self.cuts:
+            return [self.padded or self.shape] * mesh.size
         return self.local(mesh).shapes_on(mesh)
 
 

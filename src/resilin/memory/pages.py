@@ -14,6 +14,7 @@ import os
 import threading
 import weakref
 from bisect import insort
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from torch import Tensor
 
 _NAME = "resilin-copy"
 _ALIGNED = 64
+_STRETCH = 1 << 20
+_POPULATE = 23  # MADV_POPULATE_WRITE, of Linux 5.14 and later; Python has no name for it
 _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 0) | getattr(fcntl, "F_SEAL_GROW", 0)
 
 
@@ -74,8 +77,10 @@ class Pages:
         laid_out: what lies in it, and views of that, for whoever fills it anew with the like.
     """
 
-    def __init__(self, data: Tensor, handle: Handle | None = None, *, own: bool = True) -> None:
-        self.data, self.handle, self.own = data, handle, own
+    def __init__(
+        self, data: Tensor, handle: Handle | None = None, *, own: bool = True, mapping: mmap.mmap | None = None
+    ) -> None:
+        self.data, self.handle, self.own, self._mapping = data, handle, own, mapping
         self.laid_out: tuple[object, list[Tensor]] | None = None
 
     @classmethod
@@ -90,12 +95,13 @@ class Pages:
         try:
             os.ftruncate(file, size)
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)  # whoever maps them will not find them gone
-            data = torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
+            mapping = mmap.mmap(file, size)
             facts = os.fstat(file)
         except BaseException:
             os.close(file)
             raise
-        made = cls(data, Handle(os.getpid(), file, facts.st_dev, facts.st_ino, size))
+        data = torch.frombuffer(mapping, dtype=torch.uint8)
+        made = cls(data, Handle(os.getpid(), file, facts.st_dev, facts.st_ino, size), mapping=mapping)
         weakref.finalize(made, os.close, file)
         return made
 
@@ -120,11 +126,24 @@ class Pages:
                 raise PagesError(f"{path} is another copy than the one that was meant")
             if seals & _SEALS != _SEALS:
                 raise PagesError(f"{path} could be cut off by whoever made it")
-            return cls(torch.frombuffer(mmap.mmap(file, handle.bytes), dtype=torch.uint8), handle, own=False)
+            mapping = mmap.mmap(file, handle.bytes)
+            return cls(torch.frombuffer(mapping, dtype=torch.uint8), handle, own=False, mapping=mapping)
         except OSError as error:
             raise PagesError(f"{path} cannot be mapped: {error}") from None
         finally:
             os.close(file)
+
+    def touch(self, size: int) -> None:
+        """Have the system clear and map the first so many bytes before they are used; what is in them stays.
+
+        It does so for each page at its first use otherwise, which takes several times as long as copying into it. An
+        older system cannot be told.
+        """
+        size = min(size, len(self.data))
+        if self._mapping is not None:
+            with suppress(OSError):
+                for begin in range(0, size, _STRETCH):  # Python lets no other thread go on meanwhile
+                    self._mapping.madvise(_POPULATE, begin, min(_STRETCH, size - begin))
 
 
 class Spares:

@@ -101,6 +101,16 @@ class Part(ABC):
         other.groups = [(pace, [place(member) for member in members]) for pace, members in self.groups]
         return other
 
+    def owning(self, owned: Mapping[str, nn.Parameter]) -> Self:
+        """The same rule over what is owned of its parameters, by name, with moments of its own."""
+        other = copy.copy(self)
+        other.groups = []
+        for pace, members in self.groups:
+            mine = [(member.name, owned[member.name]) for member in members if member.name in owned]
+            if mine:
+                other.groups.append((pace, [Member(name, p, self.new_moments(p)) for name, p in mine]))
+        return other
+
     def members(self) -> Iterable[Member]:
         """All parameters of the part."""
         for _, members in self.groups:

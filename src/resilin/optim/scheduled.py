@@ -98,8 +98,8 @@ class ScheduledSettings(OptimizerSettings):
         schedule = partial(self.schedule.factor, total=total_steps, peak=self.lr)
         return Scheduled(self.all_parts(model), self.lr, schedule, self.record, self.record_every)
 
-    def build_owned(self, model: nn.Module, total_steps: int, owned: Owned) -> Scheduled:
-        """The optimizer of what one of many workers owns.
+    def owning(self, model: nn.Module, total_steps: int) -> Callable[[Owned], Scheduled]:
+        """What makes the optimizer of one of many workers.
 
         Raises:
             UserError: something is recorded, for which all elements of a parameter would be needed.
@@ -110,8 +110,9 @@ class ScheduledSettings(OptimizerSettings):
         # All workers say the same of the whole model's groups, whatever each of them owns. One number stands for each
         # parameter: moments are made beside it, and torch's meta device would cost more than all else here.
         stand_ins = {name: nn.Parameter(torch.empty(1)) for name, p in model.named_parameters() if p.requires_grad}
-        groups = [group for part in self.all_parts(model, stand_ins) for group in part.described_groups()]
-        return Scheduled(self.all_parts(model, owned), self.lr, schedule, groups=groups)
+        whole = self.all_parts(model, stand_ins)
+        groups = [group for part in whole for group in part.described_groups()]
+        return lambda owned: Scheduled([part.owning(owned) for part in whole], self.lr, schedule, groups=groups)
 
 
 class Scheduled:

@@ -67,6 +67,7 @@ def assemble(
     autocast: Autocast,
     facts: Mapping[str, Facts] | None = None,
     model: nn.Module | None = None,
+    filled: bool = True,
 ) -> Assembled:
     """An engine and an optimizer.
 
@@ -84,6 +85,7 @@ def assemble(
         autocast: the format of the step.
         facts: of this worker's parameters, by name; what is not there is whole.
         model: that looks for slots that are not finite.
+        filled: whether the parameters have their weights; False: the engine is told once they are `loaded`.
 
     Raises:
         ParallelError: a trained parameter is not known to the whole model, or cannot be owned so.
@@ -116,7 +118,7 @@ def assemble(
             whole = tuple(blueprint.whole_owners.get(name) for name, _ in parameters)
             ownership = Ownership(sizes, blueprint.table(kind), whole, group.size)
             given = {n for n, _ in parameters if (by := trained[n].agreement) is not None and by.given}
-            reductions[kind] = Reduction(parameters, group, ownership, exact=exact, given=given)
+            reductions[kind] = Reduction(parameters, group, ownership, exact=exact, given=given, filled=filled)
     owned = {name: shard for reduction in reductions.values() for name, shard in reduction.shards.items()}
     optimizer = OwnedOptimizer(build(owned), list(reductions.values()))
     engine = Workers(

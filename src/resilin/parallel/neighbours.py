@@ -78,6 +78,7 @@ class Neighbours:
         self._later = 0
         self._boxes: list[_Box] = []
         self._theirs: dict[tuple[int, int], Pages] = {}
+        self._kept: list[Pages] = []  # of others, mapped until this ends: whoever lets go of them need not unmap them
         weakref.finalize(self, _close, list(self._lines.values()), self._boxes)
 
     # -- rooms --------------------------------------------------------------------------------------------------
@@ -152,8 +153,14 @@ class Neighbours:
         if not all(any(handle) for handle in handles):
             return None
         found = [pages if rank == self.index else self._mapped(handle, rank) for rank, handle in enumerate(handles)]
+        self._kept += found
         self._meet()
         return [each.data for each in found]
+
+    def touch(self) -> None:
+        """Have all of the room's memory ready: where there are fewer ranks each has more to show."""
+        room = self._rooms[self.index]
+        room.touch(len(room.data))
 
     def give_up(self) -> None:
         """Leave the room to whoever needs memory next: all ranks have come out of whatever they did together."""

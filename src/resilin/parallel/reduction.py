@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resilin.memory.pages import spares
+from resilin.memory.pages import Pages, Spares
 from resilin.optim.clip import shard_norms
 from resilin.parallel.canonical import Node, TreeSum
 from resilin.parallel.carriers import Carrier, carrier_of
@@ -29,6 +29,8 @@ from resilin.parallel.pool import Pool
 BUCKET_BYTES = 8 << 20
 """Small, as memory for what is sent and received grows with it: after a loss, workers have blocks that are no
 neighbours, send each by itself, and touch that memory for the first time while all wait."""
+_spares = Spares(4)
+"""Memory for weights and gradients, apart from that of groups, so that it is used for what it was touched for."""
 _PAD = 16  # elements; every shard begins at a multiple, as vector kernels like it
 
 
@@ -142,6 +144,7 @@ class Reduction:
         exact: whether the order of additions is that of the tree over micro-batches; else each worker adds its own in
             order, and the workers' sums are added in theirs.
         given: names of parameters whose sums are put into `sums_of` by others, who have them.
+        filled: whether the parameters have their weights; False: `read` is called once they do.
         bucket_bytes: of gradients that travel together.
         shared: whether ranks of one machine exchange through memory that all of them see.
 
@@ -160,6 +163,7 @@ class Reduction:
         *,
         exact: bool,
         given: Collection[str] = (),
+        filled: bool = True,
         bucket_bytes: int = BUCKET_BYTES,
         shared: bool = True,
     ) -> None:
@@ -174,24 +178,27 @@ class Reduction:
         self.group, self.ownership, self.exact = group, ownership, exact
         self._used = [False] * len(self.parameters)
         self.shards: dict[str, nn.Parameter] = {}
+        self._pages: list[Pages] = []  # of weights and gradient
         if group.size == 1:
             self.shards = dict(parameters)
             return
         self._lay_out(bucket_bytes, given)
         like = self.parameters[0] if self.parameters else torch.empty(0)
         size = self._size * like.element_size()
-        self._pages = spares.take(size) if shared and like.device.type == "cpu" else None
-        if self._pages is None:
-            self._weights = torch.zeros(self._size, dtype=like.dtype, device=like.device)
+        if shared and like.device.type == "cpu":
+            self._pages = [_spares.take(size), _spares.take(size)]
+            self._weights, self._gradient = (pages.data[:size].view(like.dtype) for pages in self._pages)
+            self._gradient.zero_()
         else:
-            self._weights = self._pages.data[:size].view(like.dtype)
-        self._gradient = torch.zeros_like(self._weights)
+            self._weights = torch.zeros(self._size, dtype=like.dtype, device=like.device)
+            self._gradient = torch.zeros_like(self._weights)
         self._beside = Pool(like, 2)
         self._made: Carrier | None = None
         self._shown = False  # whether the others may be taking weights from this rank's memory
         self._own, self._grads = self._views(self._weights), self._views(self._gradient)
         self._make_shards()
-        self.read()
+        if filled:
+            self.read()
 
     # -- what is where ------------------------------------------------------------------------------------------
 
@@ -247,7 +254,7 @@ class Reduction:
     @property
     def _carrier(self) -> Carrier:
         if self._made is None:  # what is built for a look at it meets nobody
-            self._made = carrier_of(self.group, self._weights, self._pages)
+            self._made = carrier_of(self.group, self._weights, self._pages[0] if self._pages else None)
         return self._made
 
     # -- gradients ----------------------------------------------------------------------------------------------
@@ -405,11 +412,15 @@ class Reduction:
         for each in waiting:
             self._fill(*each)
 
+    def touch(self, times: float) -> None:
+        """Have memory ready for a reduction that comes after this one, whose rank owns so many times as much."""
+        for pages in tuple(self._pages):
+            pages.touch(int(times * self._weights.nbytes))
+
     def give_up(self) -> None:
-        """Leave the memory of the weights to others: shards are not to be used any more."""
-        if self.group.size > 1 and self._pages is not None:
-            spares.give(self._pages)
-            self._pages = None
+        """Leave the memory of weights and gradient to others: shards are not to be used any more."""
+        while self._pages:
+            _spares.give(self._pages.pop())
 
     def _fill(self, bucket: _Bucket, arrived: Callable[[], list[Tensor]]) -> None:
         """Put the weights of a bucket into the parameters."""

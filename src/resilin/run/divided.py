@@ -138,7 +138,7 @@ def divide(
         world,
         part.passes,
         part.blueprint,
-        outline,
+        settings.optimizer.owning(outline, settings.train.steps),
         objective,
         device=device,
         precision=precision,
@@ -157,13 +157,14 @@ def assembled(
     world: World,
     passes: Passes,
     blueprint: Blueprint,
-    outline: nn.Module,
+    build: Callable[[Mapping[str, nn.Parameter]], Optimizer],
     objective: Objective,
     *,
     device: torch.device,
     precision: Precision,
     facts: Mapping[str, Facts] | None = None,
     model: nn.Module | None = None,
+    filled: bool = True,
 ) -> Assembled:
     """A worker's engine and optimizer, as the settings want them; see `resilin.parallel.assemble`.
 
@@ -172,18 +173,19 @@ def assembled(
         world: all workers.
         passes: of this one.
         blueprint: of the whole model.
-        outline: the whole model's names and shapes, by which parameters are grouped.
+        build: makes the optimizer of what is owned, by the names of parameters.
         objective: of the run.
         device: of this worker.
         precision: of the run.
         facts: of this worker's parameters, by name.
         model: that looks for slots that are not finite.
+        filled: whether the parameters have their weights.
     """
     return assemble(
         world,
         passes,
         blueprint,
-        lambda owned: settings.optimizer.build_owned(outline, settings.train.steps, owned),
+        build,
         objective=objective,
         micro_batch_size=settings.train.micro_batch_size,
         clip_norm=settings.train.clip_norm,
@@ -192,6 +194,7 @@ def assembled(
         autocast=precision.autocast,
         facts=facts,
         model=model,
+        filled=filled,
     )
 
 

@@ -177,8 +177,18 @@ class Elastic:
         """Have memory for what this worker would own after the loss of one of those who own as it does."""
         table, left = self.change.view.stages[self.world.stage].owners, self.world.axis("dp") - 1
         if left and (mine := table.count(self.world.coordinate("dp"))):
-            more = size * -(-len(table) // left) // mine + size // 64  # shards are not all of one size
-            threading.Thread(target=self.pool.reserve, args=(more,), name="resilin-reserve", daemon=True).start()
+            times = -(-len(table) // left) / mine + 1 / 64  # shards are not all of one size
+            reductions = [one for one in self.made.reductions.values() if isinstance(one, Reduction)]
+            links = self._links
+
+            def reserve() -> None:
+                self.pool.reserve(int(times * size))
+                if links is not None:
+                    links.touch()
+                for reduction in reductions:
+                    reduction.touch(times)
+
+            threading.Thread(target=reserve, name="resilin-reserve", daemon=True).start()
 
     def asks(self, signal: int) -> int:
         """To come out, if a change was announced; else what the signal asks."""

@@ -155,12 +155,21 @@ class WholePlacing:
         precision: Precision,
     ) -> None:
         self.whole = Blueprint.uncut(model, Degrees(), settings.optimizer.keeps_whole(model))
-        self._model = model
+        self._model, build = model, settings.optimizer.owning(model, settings.train.steps)
         passes: Passes = WholeModel(
             model, objective, compiled(model) or model, device=device, autocast=precision.autocast
         )
-        self._assemble = lambda world, blueprint: assembled(
-            settings, world, passes, blueprint, model, objective, device=device, precision=precision, model=model
+        self._assemble = lambda world, blueprint, filled: assembled(
+            settings,
+            world,
+            passes,
+            blueprint,
+            build,
+            objective,
+            device=device,
+            precision=precision,
+            model=model,
+            filled=filled,
         )
 
     def holders(self, view: View) -> Mapping[str, tuple[int, ...]]:
@@ -169,7 +178,7 @@ class WholePlacing:
 
     def build(self, world: ViewWorld, blueprint: Blueprint, dealing: Dealing, *, begins: bool) -> Placed:
         """Engine and optimizer of a view; the model stays."""
-        return Placed(self._model, self._assemble(world, blueprint))
+        return Placed(self._model, self._assemble(world, blueprint, begins))
 
 
 class StagePlacing:
@@ -221,6 +230,7 @@ class StagePlacing:
             alone = Degrees(tensor=degrees.tensor)
             whole = replace(whole, degrees=alone, specs=specs_of_decoder(self._outline, World(alone)))
         self.whole = whole
+        self._build = settings.optimizer.owning(self._outline, settings.train.steps)
         self.experts = stacked_experts(self._outline) if settings.parallel.expert > 1 else frozenset()
         if not self.experts and settings.parallel.expert > 1:
             raise ParallelError("parallel.expert divides experts, and the model has none: leave it 1")
@@ -255,7 +265,7 @@ class StagePlacing:
                     fresh.remove(name)
         self._module = module
         if self.experts and len(world.view.stages) == 1:
-            return self._with_experts(world, blueprint, local, fresh)
+            return self._with_experts(world, blueprint, local, fresh, begins)
         ends = self._ends(world, local)
         costs = Split(world.view.layers).costs(self.costs[:-1], 0.0, self.costs[-1])
         sizes, each = [len(stage.teams) for stage in world.view.stages], Costs(forward=costs, input=costs, weight=costs)
@@ -284,9 +294,11 @@ class StagePlacing:
             name = self._tied_name
             counted = facts[name].counted and world.stage == 0
             facts[name] = replace(facts[name], agreement=ends, counted=counted)
-        return Placed(module, self._assembled(world, passes, blueprint, facts), frozenset(fresh), passes.pace)
+        return Placed(module, self._assembled(world, passes, blueprint, facts, begins), frozenset(fresh), passes.pace)
 
-    def _with_experts(self, world: ViewWorld, blueprint: Blueprint, local: LocalModel, fresh: set[str]) -> Placed:
+    def _with_experts(
+        self, world: ViewWorld, blueprint: Blueprint, local: LocalModel, fresh: set[str], filled: bool
+    ) -> Placed:
         """The whole model, but for experts that others have: all of a stage's workers pass through it together."""
         passes = WholeModel(
             local.module,
@@ -297,25 +309,26 @@ class StagePlacing:
             speaks=world.coordinate("tp") == 0,
             between=self._stacked(local.module),
         )
-        made = self._assembled(world, passes, blueprint, facts_of([local]))
+        made = self._assembled(world, passes, blueprint, facts_of([local]), filled)
         return Placed(local.module, made, frozenset(fresh))
 
     def _stacked(self, module: nn.Module) -> list[nn.Parameter]:
         return [parameter for name, parameter in module.named_parameters() if name in self.experts]
 
     def _assembled(
-        self, world: ViewWorld, passes: Passes, blueprint: Blueprint, facts: Mapping[str, Facts]
+        self, world: ViewWorld, passes: Passes, blueprint: Blueprint, facts: Mapping[str, Facts], filled: bool
     ) -> Assembled:
         return assembled(
             self._settings,
             world,
             passes,
             blueprint,
-            self._outline,
+            self._build,
             self._objective,
             device=self._device,
             precision=self._precision,
             facts=facts,
+            filled=filled,
         )
 
     @property

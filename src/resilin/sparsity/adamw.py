@@ -57,9 +57,9 @@ class SparseAdamW(AdamW):
             self.all_parts(model), self.lr, schedule, self.record, self.record_every, ramp=self.ramp, steps=total_steps
         )
 
-    def build_owned(self, model: nn.Module, total_steps: int, owned: Owned) -> Scheduled:
+    def owning(self, model: nn.Module, total_steps: int) -> Callable[[Owned], Scheduled]:
         """Refused: a mask lies over a whole matrix."""
-        return OptimizerSettings.build_owned(self, model, total_steps, owned)  # type: ignore[return-value]
+        return OptimizerSettings.owning(self, model, total_steps)  # type: ignore[return-value]
 
     def parts(self, model: nn.Module, owned: Owned | None = None) -> list[Part]:
         """One part for masked matrices, one for everything else."""
