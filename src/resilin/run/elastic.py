@@ -39,15 +39,13 @@ from resilin.cluster.view_world import ViewWorld
 from resilin.nouns import Optimizer
 from resilin.parallel import activity
 from resilin.parallel.assemble import Assembled
-from resilin.parallel.handing import Handing
 from resilin.parallel.reduction import Reduction
 from resilin.parallel.state import StateLayout
 from resilin.parallel.stretches import Kept
-from resilin.parallel.workers import Workers
 from resilin.run.elastic_ahead import WEIGHTS, ReadingAhead
-from resilin.run.elastic_dealing import Dealing, moving
+from resilin.run.elastic_dealing import Dealing
 from resilin.run.elastic_failure import is_own
-from resilin.run.elastic_moves import experts_between, moved_between
+from resilin.run.elastic_handing import hand_on
 from resilin.run.elastic_placing import Placing
 from resilin.run.run import Run
 from resilin.transforms import OptimizerTransform
@@ -365,7 +363,9 @@ class Elastic:
         same = kept is not None and kept.step == change.version and set(mine) <= set(kept.micros)
         engine.kept = kept.only(mine) if same and kept is not None and mine else None
         if change.handed or (change.kept and self._placing.experts):
-            engine.handing = self._handing(change, engine)
+            assert change.before is not None
+            self._handed = change.version
+            hand_on(engine, change, self._blueprint(change.before), self.blueprint)
         if engine.kept is not None:
             engine.kept = engine.kept.for_names(engine.collected)
         engine.dealt = dealing.of_step
@@ -384,23 +384,6 @@ class Elastic:
 
     def _blueprint(self, view: View) -> ViewBlueprint:
         return ViewBlueprint(self._placing.whole, view, self._placing.holders(view), self._placing.experts)
-
-    def _handing(self, change: Adopt, engine: Workers) -> Handing:
-        """Blocks, or experts, have others who own them after all of a step was computed: their gradients follow."""
-        assert change.before is not None
-        self._handed, rank, kept = change.version, self.world.rank, engine.kept
-        before, after = self._blueprint(change.before), self.blueprint
-        moved = moved_between(before, after, change.kept, whole=not engine.exact)
-        mine = [kept.sums(one.name) if rank in one.givers and kept is not None else [] for one in moved]
-        for one, places in experts_between(before, after, change.kept):
-            sums = kept.sums(one.name) if rank in one.givers and kept is not None else []
-            mine.append([None if each is None else each[places[rank]] for each in sums])
-            moved.append(one)
-        if kept is not None:
-            given = change.handed and self.world.stage in moving(change)
-            engine.kept = kept.given(engine.collected) if given else kept.without(after.experts)
-        like = next(iter(engine.trained.values())).parameter.detach()
-        return Handing(change.version, self.world.everyone, moved, mine, like)
 
     def _settle(self, run: Run, change: Adopt) -> None:
         """Give the run its part in the view, and this worker's states; returns once all workers have theirs."""
