@@ -172,3 +172,14 @@ def test_spare_pages_are_used_again_the_smallest_that_do():
     theirs = Pages.mapped(large.handle)  # type: ignore[arg-type]
     spares.give(theirs)  # another's are not to be filled anew
     assert spares.take(2000) is not theirs
+
+
+def test_pages_that_nobody_else_may_map_are_used_again_too():
+    spares = Spares(most=1, shown=False)
+    pages = spares.take(1 << 20)
+    assert pages.handle is None
+    pages.data[3] = 5
+    pages.touch(1 << 20)
+    assert pages.data[3] == 5
+    spares.give(pages)
+    assert spares.take(100) is pages

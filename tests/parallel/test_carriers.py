@@ -149,12 +149,12 @@ def test_sums_and_weights_are_the_same_bits_either_way(exact: bool, owners: Sequ
 
 
 def steps_in_used_memory(rank: int, owners: Sequence[int]) -> list[Any]:
-    for _ in range(2):
-        pages = Pages.of(1 << 16)
+    for spares, pages in ((reduction._shown, Pages.of(1 << 16)), (reduction._own, Pages.alone(1 << 16))):
         pages.data.fill_(255)  # no numbers
-        reduction._spares.give(pages)
+        spares.give(pages)
     found = steps(rank, True, True, owners)
-    assert len(reduction._spares._free) < 2
+    assert not reduction._shown._free
+    assert not reduction._own._free
     return found
 
 

@@ -106,6 +106,16 @@ class Pages:
         return made
 
     @classmethod
+    def alone(cls, size: int) -> Pages:
+        """New ones that nobody else can map; large ones, where the system has them."""
+        if not size or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return cls(torch.empty(size, dtype=torch.uint8))
+        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        return cls(torch.frombuffer(mapping, dtype=torch.uint8), mapping=mapping)
+
+    @classmethod
     def mapped(cls, handle: Handle) -> Pages:
         """Those of another process, or of this one.
 
@@ -150,10 +160,15 @@ class Spares:
     """Pages that nobody uses any more, kept for who needs some next.
 
     The system clears each page at its first use, which takes several times as long as copying into it.
+
+    Args:
+        most: pieces that are kept.
+        shown: whether others can map them; else they are this process's alone, and may be large pages, which few
+            systems have for what is shown.
     """
 
-    def __init__(self, most: int = 3) -> None:
-        self._most = most
+    def __init__(self, most: int = 3, *, shown: bool = True) -> None:
+        self._most, self._shown = most, shown
         self._lock = threading.Lock()
         self._free: list[Pages] = []
 
@@ -167,11 +182,12 @@ class Spares:
             for place, pages in enumerate(self._free):
                 if size <= len(pages.data):
                     return self._free.pop(place)
-        return Pages.of(2 * -(-size // _ALIGNED) * _ALIGNED)  # for elements of every format
+        room = 2 * -(-size // _ALIGNED) * _ALIGNED  # for elements of every format
+        return Pages.of(room) if self._shown else Pages.alone(room)
 
     def give(self, pages: Pages) -> None:
         """Whoever else has mapped them reads them no more."""
-        if pages.own and pages.handle is not None:
+        if pages.own and (pages.handle is not None or not self._shown):
             with self._lock:
                 insort(self._free, pages, key=lambda one: len(one.data))
                 del self._free[: -self._most]

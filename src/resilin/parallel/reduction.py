@@ -29,8 +29,10 @@ from resilin.parallel.pool import Pool
 BUCKET_BYTES = 8 << 20
 """Small, as memory for what is sent and received grows with it: after a loss, workers have blocks that are no
 neighbours, send each by itself, and touch that memory for the first time while all wait."""
-_spares = Spares(4)
-"""Memory for weights and gradients, apart from that of groups, so that it is used for what it was touched for."""
+_shown = Spares(2)
+"""Memory for weights, apart from that of groups, so that it is used for what it was touched for."""
+_own = Spares(2, shown=False)
+"""Likewise for gradients, which nobody else looks at."""
 _PAD = 16  # elements; every shard begins at a multiple, as vector kernels like it
 
 
@@ -186,7 +188,7 @@ class Reduction:
         like = self.parameters[0] if self.parameters else torch.empty(0)
         size = self._size * like.element_size()
         if shared and like.device.type == "cpu":
-            self._pages = [_spares.take(size), _spares.take(size)]
+            self._pages = [_shown.take(size), _own.take(size)]
             self._weights, self._gradient = (pages.data[:size].view(like.dtype) for pages in self._pages)
             self._gradient.zero_()
         else:
@@ -419,8 +421,9 @@ class Reduction:
 
     def give_up(self) -> None:
         """Leave the memory of weights and gradient to others: shards are not to be used any more."""
-        while self._pages:
-            _spares.give(self._pages.pop())
+        for spares, pages in zip((_shown, _own), self._pages, strict=False):
+            spares.give(pages)
+        self._pages = []
 
     def _fill(self, bucket: _Bucket, arrived: Callable[[], list[Tensor]]) -> None:
         """Put the weights of a bucket into the parameters."""
