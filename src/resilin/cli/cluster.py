@@ -120,7 +120,7 @@ def join(
     secret_file: SecretFile = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds for which the coordinator may not be there yet.")] = 60.0,
 ) -> None:
-    """Start workers on this machine for a run, at its begin or later; they join between two steps.
+    """Start workers on this machine for a run, at its begin or later; they join at the end of a step.
 
     SIGTERM, SIGUSR1 or Ctrl-C: they leave without losing work, and this command ends. A second Ctrl-C kills them.
     """
@@ -188,7 +188,7 @@ def add(
     host: Annotated[str | None, typer.Option(help="On which of the machines that have joined.")] = None,
     secret_file: SecretFile = None,
 ) -> None:
-    """Start more workers; they join between two steps, once they are ready."""
+    """Start more workers; they join at the end of a step, once they are ready and have read their states."""
     numbers = _ask(where, secret_file, {"command": "add", "count": count, "host": host})["numbers"]
     typer.echo(f"started {', '.join(f'worker {number}' for number in numbers)}")
 
