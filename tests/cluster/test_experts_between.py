@@ -23,6 +23,7 @@ from resilin.models.decoder import Decoder
 from resilin.models.decoder_settings import DecoderSettings, MoESettings
 from resilin.parallel.blueprint import Blueprint
 from resilin.parallel.degrees import Degrees
+from resilin.run.elastic_moves import experts_between
 
 EXPERTS = 6
 
@@ -145,3 +146,26 @@ def test_a_members_world_blueprint_and_owners_say_the_same(members: int, expert:
         for name in tensors:
             size = math.prod(tensors[name][2]) // EXPERTS * len(mine)
             assert sum(each.region.numel for each in layout.at(world.place) if each.tensor == name) == size
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_gradients_of_every_expert_go_from_all_who_had_it_to_all_who_own_it(members: int, expert: int, more: int):
+    before = of(members, expert)
+    after = changed(before, (), {60 + number: "h" for number in range(more)})
+    old, new = blueprint(before), blueprint(after)
+    found = experts_between(old, new, {number: (number,) for number in before.members})
+    assert len(found) == EXPERTS * len(new.experts)
+    rank = {number: place for place, number in enumerate(after.members)}
+    (was,), (now,) = before.stages, after.stages
+    for (one, places), which in zip(found, [*range(EXPERTS)] * len(new.experts), strict=True):
+        assert set(one.givers) == set(places) == {rank[n] for n in was.members if which in was.experts_with(n)}
+        assert all(was.experts_with(n)[places[rank[n]]] == which for n in was.members if rank[n] in places)
+        assert set(one.takers) == {rank[n] for n in now.members if which in now.experts_with(n)}
+        owned = sorted(run for runs in one.takers.values() for run in runs)
+        assert [begin for begin, _ in owned] == [0, *(end for _, end in owned[:-1])]
+        assert owned[-1][1] == one.size == math.prod(new.specs[one.name].shape) // EXPERTS
+        for taker, runs in one.takers.items():
+            (mine,) = one.within(taker, [torch.arange(float(one.size * EXPERTS))]) if runs else (torch.empty(0),)
+            assert len(mine) == sum(end - begin for begin, end in runs)
+            assert not len(mine) or float(mine[0]) == one.first[taker]

@@ -20,7 +20,7 @@ def hand_on(engine: Workers, change: Adopt, before: ViewBlueprint, after: ViewBl
         after: the next one.
     """
     rank, stage, kept = engine.world.rank, engine.stage, engine.kept
-    moved = moved_between(before, after, change.kept, whole=not engine.exact)
+    moved = moved_between(before, after, change.kept, whole=not engine.exact) if change.handed else []
     mine = [kept.sums(one.name) if rank in one.givers and kept is not None else [] for one in moved]
     for one, places in experts_between(before, after, change.kept):
         sums = kept.sums(one.name) if rank in one.givers and kept is not None else []

@@ -30,8 +30,10 @@ def moved_between(
         old, new = before.owners(part), after.owners(part)
         for stage, each in enumerate(new):
             for number, name in enumerate(each.names):
+                if name in after.experts:  # see `experts_between`
+                    continue
                 had = old[stage] if name in old[stage].names else next(one for one in old if name in one.names)
-                if name in after.experts or (had is old[stage] and {*had.members} == {*each.members}):
+                if had is old[stage] and {*had.members} == {*each.members}:
                     continue
                 givers = _givers([(rank[member], kept.get(member, ())) for member in had.members], whole=whole)
                 takers = {
