@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -272,7 +273,9 @@ def test_the_token_is_asked_for_once_and_does_not_stay_in_the_address(open_one: 
 def test_the_command_serves_until_ctrl_c_and_the_page_says_so(window: Browser, tmp_path: Path):
     folder = a_run(tmp_path / "run", elastic_log())
     command = [sys.executable, "-m", "resilin", "watch", str(folder), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # A shell that starts tests in the background has it ignored, and whatever they start inherits that.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heeding)
     try:
         assert process.stdout is not None
         told = process.stdout.readline()
