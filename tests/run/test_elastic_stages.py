@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,47 @@ def test_members_come_and_leave_and_blocks_follow_them(text: Path, tmp_path: Pat
     assert all(change["redone"] == 0 for change in happened)
 
 
+def check_moves(
+    settings: RunSettings,
+    more: dict[str, Any],
+    lost: Sequence[int],
+    check: Callable[..., None],
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    """After a loss something moves in a step of which all is kept, and nobody waits for what is read.
+
+    Args:
+        settings: of the run.
+        more: what they have beside the usual.
+        lost: members, in step 3.
+        check: given the changes up to the move, of which the last is it.
+        text: to learn from.
+        tmp_path: where runs go.
+    """
+    parallel = more.get("parallel", {})
+    same = check_close if "reduction" in parallel else check_same
+    if "tensor" in parallel:
+        assert go(staged(text, 4, **more), tmp_path / "one") == JobEnded(0, "")
+    else:
+        alone(text, tmp_path / "one", model=more["model"])
+    waited = []
+    while 0 not in waited and len(waited) < 3:  # who hears a step late that it is to move has read the states in vain
+        folder, faults = tmp_path / f"run{len(waited)}", [Fault(number, 3, "adding gradients up") for number in lost]
+        assert go(settings, folder, faults) == JobEnded(0, "")
+        same(folder, tmp_path / "one")
+        happened = changes(folder)
+        moves = [place for place, one in enumerate(happened) if one["kept"] == 16]
+        assert moves, "nothing has moved with every micro-batch, of both stages, kept"
+        happened = happened[: moves[0] + 1]
+        check(*happened)
+        moved = happened[-1]
+        assert moved["redone"] == 0
+        assert sum(told.get("ahead", 0) for told in moved["bytes"].values()) > 10_000
+        waited.append(sum(told.get("migrate", 0) for told in moved["bytes"].values()))
+    assert waited[-1] == 0, "bytes that were waited for, each time"
+
+
 @pytest.mark.parametrize(
     ("more", "workers"),
     [
@@ -103,24 +145,12 @@ def test_blocks_move_while_a_step_is_computed_and_nothing_is_computed_again(
     more: dict[str, Any], workers: int, text: Path, tmp_path: Path
 ):
     """Two in the first stage have more blocks than the one in the last; once there is one in each, some move."""
-    parallel = more.get("parallel", {})
-    same = check_close if "reduction" in parallel else check_same
-    if "tensor" in parallel:
-        assert go(staged(text, 4, **more), tmp_path / "one") == JobEnded(0, "")
-    else:
-        alone(text, tmp_path / "one", model=more["model"])
-    waited = []
-    while 0 not in waited and len(waited) < 3:  # who hears a step late that it is to move has read the states in vain
-        folder = tmp_path / f"run{len(waited)}"
-        assert go(staged(text, workers, **more), folder, [Fault(0, 3, "adding gradients up")]) == JobEnded(0, "")
-        same(folder, tmp_path / "one")
-        begun, lost, moved = changes(folder)[:3]
+
+    def check(begun: dict[str, Any], lost: dict[str, Any], moved: dict[str, Any]) -> None:
         assert begun["layers"] == lost["layers"] != moved["layers"]
         assert (lost["members"], moved["costs"]) == (moved["members"], "by FLOPs")
-        assert (moved["redone"], moved["kept"]) == (0, 16), "every micro-batch, at both stages"
-        assert sum(told.get("ahead", 0) for told in moved["bytes"].values()) > 10_000
-        waited.append(sum(told.get("migrate", 0) for told in moved["bytes"].values()))
-    assert waited[-1] == 0, "bytes that were waited for, each time"
+
+    check_moves(staged(text, workers, **more), more, (0,), check, text, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -139,24 +169,13 @@ def test_workers_change_their_stage_while_a_step_is_computed_and_nothing_is_comp
     more: dict[str, Any], workers: int, lost: tuple[int, ...], text: Path, tmp_path: Path
 ):
     """Of three and three, two of one stage are lost: one of the other stage moves there."""
-    parallel = more.get("parallel", {})
-    same = check_close if "reduction" in parallel else check_same
-    if "tensor" in parallel:
-        assert go(staged(text, 4, **more), tmp_path / "one") == JobEnded(0, "")
-    else:
-        alone(text, tmp_path / "one", model=more["model"])
-    waited = []
-    while 0 not in waited and len(waited) < 3:  # who hears a step late that it is to move has read the states in vain
-        folder, faults = tmp_path / f"run{len(waited)}", [Fault(number, 3, "adding gradients up") for number in lost]
-        assert go(staged(text, workers, cluster={"copies": 2}, **more), folder, faults) == JobEnded(0, "")
-        same(folder, tmp_path / "one")
-        moved = changes(folder)[-1]
-        sizes = [[len(stage) // parallel.get("tensor", 1) for stage in one["stages"]] for one in changes(folder)]
+
+    def check(*happened: dict[str, Any]) -> None:
+        team = more.get("parallel", {}).get("tensor", 1)
+        sizes = [[len(stage) // team for stage in one["stages"]] for one in happened]
         assert (sizes[0], sorted(sizes[-2]), sizes[-1]) == ([3, 3], [1, 3], [2, 2])
-        assert (moved["redone"], moved["kept"]) == (0, 16), "every micro-batch, at both stages"
-        assert sum(told.get("ahead", 0) for told in moved["bytes"].values()) > 10_000
-        waited.append(sum(told.get("migrate", 0) for told in moved["bytes"].values()))
-    assert waited[-1] == 0, "bytes that were waited for, each time"
+
+    check_moves(staged(text, workers, cluster={"copies": 2}, **more), more, lost, check, text, tmp_path)
 
 
 @pytest.mark.slow

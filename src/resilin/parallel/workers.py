@@ -236,7 +236,8 @@ class Workers:
             mine: Sequence[int] = range(micros[todo[0]].start, micros[todo[-1]].stop)
         else:
             mine = [slot for number in todo for slot in micros[number]]
-        return mine or range(bool(todo))  # one that stands in where others exchange something with this worker
+        # Where others exchange something with this worker, and it has no slot, one stands in.
+        return mine or range(1 if todo else 0)
 
     # -- the step -----------------------------------------------------------------------------------------------
 
